@@ -1,0 +1,166 @@
+"""The command ``bench``. Heavy imports happen inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.errors import BenchError, NotComparable
+
+app = typer.Typer(
+    help="Compare certified defenses through one certification engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of run folders.")]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: errors a user can mend are one line; exits 0 done, 1 check failed, 2 usage, 3 not comparable, 130."""
+    try:
+        code = app(args=args, standalone_mode=False)
+    except NotComparable as e:
+        _fail(str(e), 3)
+    except BenchError as e:
+        _fail(str(e), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; everything certified is kept: type the same command again to resume", 130)
+    except Exception as e:
+        if hasattr(e, "format_message"):  # click's usage errors
+            _fail(e.format_message(), 2)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"bench: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def run(
+    defense: Annotated[str, typer.Option(help="Names or ./file.py, with commas between, or all.")],
+    dataset: Annotated[str, typer.Option(help="A card's name or ./card.toml.")],
+    sigma: Annotated[
+        str, typer.Option(help="Noise of the certificate, in pixels of [0, 1]; several with commas.")
+    ] = ".25",
+    train_sigma: Annotated[float | None, typer.Option(help="Noise while training; default: sigma.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base classifier; default: the card's for the preset.")] = None,
+    preset: Annotated[str | None, typer.Option(help="quick, standard or paper; default: the card's.")] = None,
+    examples: Annotated[str | None, typer.Option(help="N images, class-balanced, or every:K.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Votes that bound the probability, per image.")] = None,
+    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class, per image.")] = None,
+    alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")] = 0.001,
+    seed: Annotated[str, typer.Option(help="Seed of training and noise; several with commas.")] = "0",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="[defense.]key=value; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    out: Out = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; do nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train (or load) defenses and certify them; typed again, resumes what is unfinished."""
+    from bench.console import ConsoleReporter
+    from bench.environment import pick_device
+    from bench.plan import make_plans
+    from bench.run import Session
+
+    plans = make_plans(
+        defenses=defense,
+        dataset=dataset,
+        sigma=sigma,
+        train_sigma=train_sigma,
+        base=base,
+        preset=preset,
+        examples=examples,
+        n0=n0,
+        n=n,
+        alpha=alpha,
+        seed=seed,
+        settings=set_ or [],
+    )
+    session = Session(pick_device(device), out, ConsoleReporter())
+    if dry_run:
+        _print_dry_run([session.estimate(plan) for plan in plans], as_json)
+        return
+    records = [session.run(plan) for plan in plans]
+    if as_json:
+        print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
+        return
+    from bench import report
+
+    print(report.render(records, "md"))
+    print(f"runs in {out}; bench report {out} makes the report")
+
+
+def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from bench.run import duration
+
+    for row in rows:
+        print(
+            f"{row['run']}: {row['images']} images, {row['votes']:,} votes, certify about {duration(row['seconds'])}, "
+            f"train about {duration(row['train_seconds'])}"
+        )
+    total = sum(r["seconds"] + r["train_seconds"] for r in rows)
+    print(f"in all {sum(r['votes'] for r in rows):,} votes, about {duration(total)}, a base's training not counted")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="defenses, datasets, bases or runs.")] = "defenses",
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List what there is to run, and what was run."""
+    from bench import listing
+
+    rows = listing.rows(what, out)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        print(f"no {what}")
+        return
+    grid = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*(str(v) for v in row.values()))
+    Console(markup=False, highlight=False).print(grid)
+
+
+@app.command("report")
+def report_(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    format: Annotated[str, typer.Option(help="md, csv or json.")] = "md",
+    out: Annotated[Path | None, typer.Option(help="Write report and figure here; default: print the table.")] = None,
+) -> None:
+    """Make the table, and with --out the figure, of all finished runs. Exit 1 when some had to be left out."""
+    from bench import report
+    from bench.errors import unknown
+
+    if format not in ("md", "csv", "json"):
+        raise unknown("format", format, ("md", "csv", "json"))
+    records, left_out = report.load_records(runs)
+    for line in left_out:
+        print(f"bench: left out: {line}", file=sys.stderr)
+    if not records:
+        raise BenchError(f"no finished run in {runs}; bench run makes one")
+    print(report.render(records, format), end="")
+    if out is not None:
+        for file in report.write(records, format, out):
+            print(f"wrote {file}", file=sys.stderr)
+    if left_out:
+        raise typer.Exit(1)

@@ -1,0 +1,28 @@
+"""Errors a user can mend: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BenchError(Exception):
+    """Wrong usage or a missing prerequisite: the message says what, and how to mend it. Exit code 2."""
+
+
+class NotComparable(BenchError):
+    """The runs do not measure the same thing. Exit code 3."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, with its type where the message alone would not say what happened."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> BenchError:
+    """The error for a name that is not among ``known``, with the nearest ones."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names) or 'none'}"
+    return BenchError(f"unknown {kind} {name!r}; {hint}")

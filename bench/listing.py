@@ -1,0 +1,66 @@
+"""What ``bench list`` shows; reads files only and imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import registry
+from bench.cards import card_files, load_card
+from bench.errors import unknown
+
+
+def rows(what: str, out: Path) -> list[dict[str, Any]]:
+    """One dict a row, keys are the columns. Raises BenchError for an unknown kind."""
+    kinds: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "defenses": _defenses,
+        "datasets": _datasets,
+        "bases": _bases,
+        "runs": lambda: _runs(out),
+    }
+    if what not in kinds:
+        raise unknown("list", what, kinds)
+    return kinds[what]()
+
+
+def _defenses() -> list[dict[str, Any]]:
+    return [vars(row) for row in registry.listing()]
+
+
+def _datasets() -> list[dict[str, Any]]:
+    cards = [load_card(name) for name in card_files()]
+    return [
+        {
+            "name": c.name,
+            "shape": "x".join(map(str, c.shape)),
+            "classes": len(c.classes),
+            "source": c.source,
+            "presets": ", ".join(c.presets),
+        }
+        for c in cards
+    ]
+
+
+def _bases() -> list[dict[str, Any]]:
+    cards = [load_card(name) for name in card_files()]
+    return [
+        {"dataset": c.name, "name": n, "model": b.model, "summary": b.summary}
+        for c in cards
+        for n, b in c.bases.items()
+    ]
+
+
+def _runs(out: Path) -> list[dict[str, Any]]:
+    rows = []
+    for file in sorted(out.glob("*/run.json")):
+        try:
+            info = json.loads(file.read_text())
+            images = len(info["identity"]["indices"])
+            lines = file.with_name("certificates.jsonl")
+            done = sum(1 for _ in lines.open()) if lines.exists() else 0
+            rows.append({"run": file.parent.name, "status": info["status"], "images": f"{done}/{images}"})
+        except (OSError, ValueError, KeyError, TypeError):
+            rows.append({"run": file.parent.name, "status": "unreadable", "images": ""})
+    return rows

@@ -1,0 +1,151 @@
+"""From what the user typed to fully specified work, every value checked before anything is trained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from bench import bounds, registry
+from bench.base import recipe_name
+from bench.cards import Card, load_card
+from bench.errors import BenchError, unknown
+from bench.interface import Defense, Schedule
+
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: one defense, certified at one sigma with one seed."""
+
+    card: Card
+    preset: str
+    base: str
+    defense: str
+    cls: type[Defense]
+    source: str  # sha256 of the defense's file
+    config: Any
+    sigma: float
+    train_sigma: float
+    examples: str
+    n0: int
+    n: int
+    alpha: float
+    seed: int
+
+
+def make_plans(
+    *,
+    defenses: str,
+    dataset: str,
+    sigma: str,
+    train_sigma: float | None,
+    base: str | None,
+    preset: str | None,
+    examples: str | None,
+    n0: int | None,
+    n: int | None,
+    alpha: float,
+    seed: str,
+    settings: Sequence[str],
+) -> list[Plan]:
+    """All runs a command asks for, in order. Raises BenchError naming the first value that cannot be."""
+    card = load_card(dataset)
+    preset = preset or card.preset
+    if preset not in card.presets:
+        raise unknown(f"preset of {card.name}", preset, card.presets)
+    means = card.presets[preset]
+    n0, n = means.n0 if n0 is None else n0, means.n if n is None else n
+    if n0 < 1:
+        raise BenchError(f"--n0 {n0}: must be at least 1")
+    if not 0 < alpha < 1:
+        raise BenchError(f"--alpha {alpha:g}: must lie strictly between 0 and 1")
+    if n < (least := bounds.smallest_n(alpha)):
+        raise BenchError(f"--n {n}: too few votes for any certificate at alpha {alpha:g}; the smallest is --n {least}")
+    if train_sigma is not None and train_sigma <= 0:
+        raise BenchError(f"--train-sigma {train_sigma:g}: must be above 0")
+    chosen = [name for name in registry.names() if defenses == "all"] or _words("--defense", defenses)
+    loaded = {name: registry.load(name) for name in chosen}
+    configs = _configure(loaded, preset, means.epoch_scale, settings)
+    plans = []
+    for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
+        if s <= 0:
+            raise BenchError(f"--sigma {s:g}: must be above 0")
+        if not 0 <= number < 2**63:
+            raise BenchError(f"--seed {number}: must be a whole number from 0")
+        for name, (cls, source) in loaded.items():
+            plan = Plan(
+                card=card,
+                preset=preset,
+                base=recipe_name(card, preset, base),
+                defense=name,
+                cls=cls,
+                source=source,
+                config=configs[name],
+                sigma=s,
+                train_sigma=train_sigma or s,
+                examples=examples or str(means.examples),
+                n0=n0,
+                n=n,
+                alpha=alpha,
+                seed=number,
+            )
+            plans.append(plan)
+    return plans
+
+
+def _configure(
+    loaded: dict[str, tuple[type[Defense], str]], preset: str, epoch_scale: float, settings: Sequence[str]
+) -> dict[str, Any]:
+    """Each defense's Config: its defaults, its preset, the card's epoch scale, then ``--set [defense.]key=value``.
+
+    A bare key goes to every selected defense that has it, and must be known to one at least.
+    """
+    given: dict[str, dict[str, str]] = {name: {} for name in loaded}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise BenchError(f"--set {setting}: write key=value")
+        owner, _, bare = key.rpartition(".")
+        short = {registry.short_name(name): name for name in loaded}
+        if owner and owner not in short:
+            raise unknown("defense in --set", owner, short)
+        names = [short[owner]] if owner else list(loaded)
+        having = [name for name in names if bare in {f.name for f in fields(loaded[name][0].Config)}]
+        if not having:
+            keys = {f.name for name in names for f in fields(loaded[name][0].Config)}
+            raise unknown(f"setting of {', '.join(names)}", bare, keys)
+        for name in having:
+            given[name][bare] = value
+    configs = {}
+    for name, (cls, _) in loaded.items():
+        adapter = TypeAdapter(cls.Config)
+        try:
+            config = adapter.validate_python(cls.presets.get(preset, {}))
+            if isinstance(config, Schedule):
+                if preset not in cls.presets:  # a preset of the defense's own is meant as written
+                    config = replace(config, epochs=config.epochs * epoch_scale)  # type: ignore[call-arg]
+            values = {f.name: getattr(config, f.name) for f in fields(cls.Config)}
+            configs[name] = adapter.validate_python(values | given[name])
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return configs
+
+
+def _words(flag: str, text: str) -> list[str]:
+    words = [w.strip() for w in text.split(",") if w.strip()]
+    if not words:
+        raise BenchError(f"{flag} is empty")
+    return list(dict.fromkeys(words))
+
+
+def _numbers(flag: str, text: str, kind: Callable[[str], _Number]) -> list[_Number]:
+    try:
+        return [kind(w) for w in _words(flag, text)]
+    except ValueError:
+        raise BenchError(f"{flag} {text}: must be a number, or several with commas between") from None

@@ -1,0 +1,215 @@
+"""Tables and figures made of run folders; reads records only, never touches a model.
+
+Runs are put in one table only when they differ in nothing but the defense (and its seed): same
+images, base, sigma, n0, n, alpha, procedure. Others get a table of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench import metrics
+from bench.cache import digest
+from bench.errors import BenchError
+from bench.store import Record, find_runs, read_run
+
+DASH = "—"
+
+
+def load_records(root: Path) -> tuple[list[Record], list[str]]:
+    """The readable complete runs below ``root``, and a line for each that was left out."""
+    records, left_out = [], []
+    for path in find_runs(root):
+        try:
+            record = read_run(path)
+        except BenchError as e:
+            left_out.append(str(e))
+            continue
+        if record.complete:
+            records.append(record)
+        else:
+            done, all_ = len(record.certificates), len(record.identity["indices"])
+            left_out.append(f"{path}: unfinished ({done} of {all_} images); run the same command again to finish it")
+    return records, left_out
+
+
+def comparable(record: Record) -> dict[str, Any]:
+    """The part of an identity that must agree for two runs to stand in one table."""
+    return {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
+
+
+def groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Runs that may stand in one table together, best certified accuracy summed over the grid last settled by name."""
+    by_key: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_key[digest(comparable(record))].append(record)
+    tables = [sorted(g, key=lambda r: (_name(r), r.identity["seed"])) for g in by_key.values()]
+    return sorted(tables, key=lambda g: (g[0].identity["dataset"], g[0].identity["sigma"], digest(comparable(g[0]))))
+
+
+def table(group: Sequence[Record]) -> pd.DataFrame:
+    """One row a run, ordered by certified accuracy at the grid's radii; every number from the record."""
+    rows = []
+    for record in group:
+        result = metrics.summarise(record.certificates, record.info["radii"])
+        rows.append(
+            {"run": record.path.name, "defense": _name(record), "seed": record.identity["seed"], **_row(record, result)}
+        )
+    frame = pd.DataFrame(rows)
+    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
+
+
+def _row(record: Record, result: dict[str, Any]) -> dict[str, Any]:
+    info, cost = record.info, record.info["cost"]
+    row: dict[str, Any] = {}
+    for point in result["certified_accuracy"]:
+        key = f"certified_{point['radius']:g}"
+        row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
+    row |= {
+        "images": result["images"],
+        "base_clean_accuracy": info["base"]["clean_correct"] / info["base"]["images"],
+        "abstained": result["abstained"]["value"],
+        "train_seconds": cost["train_seconds"],
+        "certify_seconds": cost["certify_seconds"],
+        "votes": cost["votes"],
+        "flops_per_vote": cost["flops_per_vote"],
+        "trainable_nominal": cost["trainable_nominal"],
+        "trainable_updated": cost["trainable_updated"],
+        "parameters": cost["parameters"],
+        "peak_memory": cost["peak_memory"],
+        "acr": result["acr"],
+    }
+    return row
+
+
+def heading(record: Record) -> str:
+    """What all runs of a table have in common, in one line."""
+    identity = record.identity
+    p = identity["procedure"]
+    return (
+        f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
+        f"n0 {p['n0']}, n {p['n']:,}, alpha {p['alpha']:g}, base {identity['base']['name']} "
+        f"({identity['base']['sha256'][:8]}), noise {identity['noise']['kind']}"
+    )
+
+
+def markdown(group: Sequence[Record]) -> str:
+    """The table of one group in GitHub markdown: percent with 95% intervals, a dash where no radius can reach."""
+    frame, radii = table(group), group[0].info["radii"]
+    reach = _reach(group[0])
+    columns: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
+    for r in radii:
+        key = f"certified_{r:g}"
+        title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
+        columns[title] = [
+            f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]" if r <= reach else DASH
+            for _, row in frame.iterrows()
+        ]
+    columns |= {
+        "base, clean": [f"{v:.1%}" for v in frame["base_clean_accuracy"]],
+        "abstained": [f"{v:.1%}" for v in frame["abstained"]],
+        "train (s)": [f"{v:.1f}" for v in frame["train_seconds"]],
+        "certify (s)": [f"{v:.1f}" for v in frame["certify_seconds"]],
+        "votes": [f"{v:,}" for v in frame["votes"]],
+        "trainable": [f"{v:,}" for v in frame["trainable_nominal"]],
+        "updated": [f"{v:,}" for v in frame["trainable_updated"]],
+        "peak memory (MB)": [f"{v / 1e6:,.0f}" for v in frame["peak_memory"]],
+        "ACR": [f"{v:.3f}" for v in frame["acr"]],
+    }
+    body = pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
+    return f"### {heading(group[0])}\n\n{body}\n"
+
+
+def _label(row: pd.Series, frame: pd.DataFrame) -> str:
+    """The defense's name, with its seed or its run's hash where the name alone says too little."""
+    name = str(row["defense"]).replace("|", "\\|")
+    if (frame["defense"] == row["defense"]).sum() == 1:
+        return name
+    return f"{name} seed {row['seed']} ({str(row['run']).rpartition('-')[2]})"
+
+
+def _name(record: Record) -> str:
+    return str(record.identity["defense"]["name"])
+
+
+def _reach(record: Record) -> float:
+    """The largest radius the group's n and alpha can certify."""
+    from bench.bounds import largest_radius
+
+    p = record.identity["procedure"]
+    return largest_radius(p["n"], p["alpha"], record.identity["sigma"])
+
+
+def render(records: Sequence[Record], format: str) -> str:
+    """All groups as md, csv or json text."""
+    tables = groups(records)
+    if format == "csv":
+        frames = [table(g).assign(table=i) for i, g in enumerate(tables)]
+        return str(pd.concat(frames, ignore_index=True).to_csv(index=False)) if frames else ""
+    if format == "json":
+        out = [{"heading": heading(g[0]), "rows": json.loads(table(g).to_json(orient="records"))} for g in tables]
+        return json.dumps({"tables": out}, indent=1) + "\n"
+    parts = [markdown(g) for g in tables]
+    if len(parts) > 1:
+        parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
+    return "\n".join(parts)
+
+
+def figure(group: Sequence[Record], stem: Path) -> list[Path]:
+    """Certified accuracy against radius with 95% interval bands, as stem.svg and stem.png; the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    reach = _reach(group[0])
+    grid = [reach * i / 200 for i in range(201)]
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    styles = ["-", "--", "-.", ":"]
+    order = list(table(group)["run"])
+    for i, record in enumerate(sorted(group, key=lambda r: order.index(r.path.name))):
+        points = metrics.summarise(record.certificates, grid)["certified_accuracy"]
+        label = _name(record) if len({_name(r) for r in group}) == len(group) else record.path.name
+        (line,) = ax.plot(grid, [100 * p["value"] for p in points], styles[i % 4], color=_colour(i), label=label)
+        low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
+        ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
+    ax.set_title(heading(group[0]), fontsize=7)
+    ax.legend(frameon=False, title="bands: 95% interval", title_fontsize=7)
+    files = [stem.with_suffix(s) for s in (".svg", ".png")]
+    for file in files:
+        fig.savefig(file, dpi=150)
+    plt.close(fig)
+    return files
+
+
+def _colour(i: int) -> str:
+    # Okabe and Ito's palette: told apart by colour-blind readers; line styles tell apart without colour.
+    return ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")[i % 7]
+
+
+def write(records: Sequence[Record], format: str, out: Path) -> list[Path]:
+    """The report and, for markdown, its figures, below ``out``; the files written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        report = out / f"report.{format}"
+        text = render(records, format)
+        files = [report]
+        if format == "md":
+            for group in groups(records):
+                identity = group[0].identity
+                stem = f"{identity['dataset']}-s{identity['sigma']:g}-{digest(comparable(group[0]))[:8]}"
+                # A suffix of its own, since with_suffix would take the digits of the sigma for one.
+                files += figure(group, out / (stem + ".figure"))
+                text += f"\n![{heading(group[0])}]({files[-2].name})\n"
+        report.write_text(text)
+    except OSError as e:
+        raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another folder with --out") from None
+    return files

@@ -1,0 +1,246 @@
+"""One run, start to finish: base, defense, engine, record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import environment, fitting, metrics, noise, registry
+from bench.base import BaseModel, Classifier, load_base, make_model
+from bench.cards import Split, choose, load_split
+from bench.certify import Fixed, Model, Task, block_rows, certify, check_rows
+from bench.interface import Draw
+from bench.noise import Noise, Vote, VoteDraw
+from bench.plan import Plan
+from bench.store import Record, Run, read_run
+
+
+class Reporter(Protocol):
+    """Where a run says what it is doing."""
+
+    def say(self, text: str) -> None:
+        """One finished fact."""
+        ...
+
+    def training(self, what: str) -> Any:
+        """A context whose value is called with (steps done, steps, loss)."""
+        ...
+
+    def certifying(self, what: str, total: int, done: int) -> Any:
+        """A context whose value is called with (images done, correct so far)."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Materials:
+    """What several runs of one command share."""
+
+    train: Split
+    test: Split
+    base: BaseModel
+
+
+class Session:
+    """The runs of one command: data and base classifiers are loaded once and shared."""
+
+    def __init__(self, device: torch.device, out: Path, reporter: Reporter) -> None:
+        self.device, self.out, self.reporter = device, out, reporter
+        self._materials: dict[tuple[str, str, str], _Materials] = {}
+
+    def materials(self, plan: Plan) -> _Materials:
+        """Splits and base of a plan; the base is trained here if it never was."""
+        key = (plan.card.name, plan.preset, plan.base)
+        if key not in self._materials:
+            train = load_split(plan.card, "train").first(plan.card.presets[plan.preset].train_examples)
+            validation, test = load_split(plan.card, "validation"), load_split(plan.card, "test")
+            with self.reporter.training(f"base {plan.base}") as progress:
+                base = load_base(plan.card, plan.base, train, validation, self.device, progress)
+            self._materials[key] = _Materials(train, test, base)
+        return self._materials[key]
+
+    def run(self, plan: Plan) -> Record:
+        """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
+        shared = self.materials(plan)
+        name = registry.short_name(plan.defense)
+        indices = choose(shared.test, plan.examples)
+        with self.reporter.training(f"{name} at sigma {plan.train_sigma:g}") as progress:
+            fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
+        task = self.task(plan, shared.test)
+        identity = self._identity(plan, shared, fitted.sha256, indices, task)
+        right, total = shared.base.accuracy(shared.test, indices)
+        extra = {
+            "environment": environment.describe(self.device),
+            "radii": list(plan.card.radii),
+            "preset": plan.preset,
+            "classes": list(plan.card.classes),
+            "base": {"clean_correct": right, "images": total, **shared.base.meta},
+            "defense": {
+                "family": plan.cls.family,
+                "paper": plan.cls.paper,
+                "access": plan.cls.needs(plan.config).name,
+                "trainable_nominal": fitted.nominal,
+                "trainable_updated": fitted.updated,
+                "parameters": fitted.total,
+            },
+        }
+        record = Run(self.out, f"{plan.card.name}-{name}-s{plan.sigma:g}", identity, extra)
+        try:
+            if record.info["status"] == "complete":
+                self.reporter.say(f"{record.path}: already complete, nothing to do")
+            else:
+                self._certify(plan, fitted, task, indices, record)
+        finally:
+            record.close()
+        return read_run(record.path)
+
+    def estimate(self, plan: Plan) -> dict[str, Any]:
+        """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
+        test, train = load_split(plan.card, "test"), load_split(plan.card, "train")
+        recipe = plan.card.bases[plan.base]
+        module = make_model(recipe, plan.card, len(plan.card.classes)).to(self.device)
+        base = BaseModel(
+            plan.base, module, lambda c: make_model(recipe, plan.card, c).to(self.device), len(plan.card.classes), {}
+        )
+        defense = fitting.construct(plan, base, self.device)
+        task, indices = self.task(plan, test), choose(test, plan.examples)
+        with steady(), torch.inference_mode():
+            per_vote = check_rows(defense, task, indices[0]) / task.block
+        votes = len(indices) * (plan.n0 + plan.n)
+        # A training step's backward pass costs about twice its forward pass.
+        images = getattr(plan.config, "epochs", 0.0) * len(train.first(plan.card.presets[plan.preset].train_examples))
+        return {
+            "run": f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}",
+            "seed": plan.seed,
+            "images": len(indices),
+            "votes": votes,
+            "seconds": votes * per_vote,
+            "train_seconds": 3 * images * per_vote,
+        }
+
+    def task(self, plan: Plan, test: Split) -> Task:
+        """What the engine is given of a plan."""
+        return Task(
+            pixels=test.pixels,
+            labels=lambda i: int(test.labels[i]),
+            shape=plan.card.shape,
+            classes=len(plan.card.classes),
+            sigma=plan.sigma,
+            noise=Noise(plan.seed, test.name),
+            block=block_rows(plan.card.shape, self.device),
+            device=self.device,
+        )
+
+    def _identity(
+        self, plan: Plan, shared: _Materials, weights: str | None, indices: list[int], task: Task
+    ) -> dict[str, Any]:
+        return {
+            "dataset": plan.card.name,
+            "card": plan.card.sha256(),
+            "split": shared.test.name,
+            "indices": indices,
+            "images": shared.test.sha256(indices),
+            "base": {"name": plan.base, "sha256": shared.base.sha256},
+            "defense": {
+                "name": registry.short_name(plan.defense),
+                "source": plan.source,
+                "config": asdict(plan.config),
+                "weights": weights,
+            },
+            "train_sigma": plan.train_sigma,
+            "sigma": plan.sigma,
+            "noise": {"kind": "float", "version": noise.VERSION},
+            "procedure": {"kind": "fixed", "n0": plan.n0, "n": plan.n, "alpha": plan.alpha},
+            "target": "selected",
+            "bound": "clopper-pearson",
+            "seed": plan.seed,
+            "block": [task.block, *task.shape],
+            "dtype": "float32",
+            "device": self.device.type,
+        }
+
+    def _certify(self, plan: Plan, fitted: fitting.Fitted, task: Task, indices: list[int], record: Run) -> None:
+        def model(x: Tensor, draw: Draw) -> Tensor:
+            with fitting.blame(plan.defense):
+                return cast(Tensor, fitted.defense(x, draw))
+
+        finished = {c.index for c in record.done}
+        left = [i for i in indices if i not in finished]
+        environment.reset_peak_memory(self.device)
+        procedure = Fixed(plan.n0, plan.n, plan.alpha)
+        with steady(), torch.inference_mode():
+            seconds = check_rows(model, task, indices[0])
+            flops, forwards = cost_per_vote(model, task, indices[0])
+            votes = len(left) * (plan.n0 + plan.n)
+            self.reporter.say(
+                f"{record.path.name}: {len(left)} images x {plan.n0}+{plan.n} votes = {votes:,} votes, "
+                f"about {duration(votes * seconds / task.block)}"
+            )
+            correct = sum(c.predicted == c.label for c in record.done)
+            with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
+                progress(len(finished), correct)
+                for certificate in certify(model, task, lambda: procedure.certify(plan.sigma), left):
+                    record.append(certificate)
+                    correct += certificate.predicted == certificate.label
+                    progress(len(record.done), correct)
+        cost = {
+            "train_seconds": fitted.train_seconds,
+            "certify_seconds": sum(c.seconds for c in record.done),
+            "votes": (total := sum(c.votes for c in record.done)),
+            "base_forwards": round(total * forwards),
+            "queries": fitted.queries,
+            "trainable_nominal": fitted.nominal,
+            "trainable_updated": fitted.updated,
+            "parameters": fitted.total,
+            "flops_per_vote": flops,
+            "peak_memory": environment.peak_memory(self.device),
+        }
+        record.finish(cost, metrics.summarise(record.done, plan.card.radii))
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """Arithmetic that is the same at every call: no TF32, no algorithm chosen by timing."""
+    benchmark = torch.backends.cudnn.benchmark
+    tf32 = torch.backends.cudnn.allow_tf32
+    precision = torch.get_float32_matmul_precision()
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
+        torch.set_float32_matmul_precision(precision)
+
+
+def cost_per_vote(model: Model, task: Task, index: int) -> tuple[float, float]:
+    """Floating point operations (torch's counter) and passes through a base classifier or a copy of it, of one vote."""
+    votes = [Vote("check", index, i) for i in range(task.block)]
+    pixels = torch.from_numpy(task.pixels([index])).to(task.device).expand(task.block, *task.shape)
+    passes = 0
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal passes
+        if isinstance(module, Classifier):
+            passes += len(inputs[0])
+
+    hook = nn.modules.module.register_module_forward_hook(count)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(task.inputs(pixels.contiguous(), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+    finally:
+        hook.remove()
+    return counter.get_total_flops() / task.block, passes / task.block
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 8 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,143 @@
+"""Run folders: the record of one defense certified at one sigma.
+
+``run.json`` says what was measured (identity), where (environment), at what cost, with which
+result; ``certificates.jsonl`` has one line per image, appended as it is certified. A killed run
+loses at most the line being written, which is dropped and redone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bench.cache import digest, write_json
+from bench.certify import Certificate
+from bench.errors import BenchError, one_line
+
+SCHEMA = 1
+_FIELDS = {f.name for f in fields(Certificate)}
+_ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run folder as read: its run.json and certificates by index."""
+
+    path: Path
+    info: dict[str, Any]
+    certificates: list[Certificate]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the certificates."""
+        identity: dict[str, Any] = self.info["identity"]
+        return identity
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image was certified."""
+        return bool(self.info["status"] == "complete")
+
+
+class Run:
+    """An open run folder, one writer at a time; made on first use, continued ever after."""
+
+    def __init__(self, out: Path, name: str, identity: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Open or create ``out/name-<hash8>``. Raises BenchError when it cannot be written or is not readable."""
+        self.path = out / f"{name}-{digest(identity)[:8]}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise BenchError(f"{self.path} is being written by another process; wait for it, or stop it") from None
+        except OSError as e:
+            raise BenchError(f"cannot write {self.path}: {e.strerror}; choose another folder with --out") from None
+        self._certificates = self.path / "certificates.jsonl"
+        if (self.path / "run.json").exists():
+            record = read_run(self.path)
+            if record.identity != json.loads(json.dumps(identity)):
+                raise BenchError(f"{self.path} holds another identity than its name says; move it away")
+            self.info = record.info
+            self.done = record.certificates
+            self._drop_torn_line()
+        else:
+            self.info = {"schema": SCHEMA, "status": "started", "identity": identity, **extra}
+            self.done = []
+            write_json(self.path / "run.json", self.info)
+
+    def append(self, certificate: Certificate) -> None:
+        """Add one line and hand it to the operating system."""
+        value = asdict(certificate)
+        line = {k: value[k] for k in (*_ORDER, "votes", "seconds")}
+        with self._certificates.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        self.done.append(certificate)
+
+    def finish(self, cost: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Mark the run complete."""
+        self.info.update(status="complete", cost=cost, metrics=metrics)
+        write_json(self.path / "run.json", self.info)
+
+    def close(self) -> None:
+        """Let another process write."""
+        self._lock.release()
+
+    def _drop_torn_line(self) -> None:
+        if not self._certificates.exists():
+            return
+        text = self._certificates.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            with self._certificates.open("r+b") as f:
+                f.truncate(whole)
+
+
+def read_run(path: Path) -> Record:
+    """The record at ``path``. Raises BenchError when it is not a run folder, of a newer schema, or corrupt."""
+    file = path / "run.json"
+    try:
+        info = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BenchError(f"{path} is no run folder (it has no run.json)") from None
+    except (OSError, ValueError) as e:
+        raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
+    schema = info.get("schema") if isinstance(info, dict) else None
+    if not isinstance(schema, int):
+        raise BenchError(f"{file}: no schema version: not written by bench")
+    if schema > SCHEMA:
+        raise BenchError(f"{file}: schema {schema} is newer than this bench reads ({SCHEMA}); upgrade certbench")
+    missing = [k for k in ("status", "identity") if k not in info]
+    if missing:
+        raise BenchError(f"{file}: no {missing[0]!r} in it")
+    return Record(path, info, list(_certificates(path / "certificates.jsonl")))
+
+
+def _certificates(file: Path) -> Iterator[Certificate]:
+    if not file.exists():
+        return
+    seen: set[int] = set()
+    with file.open() as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith("\n"):  # torn by a crash: as if never written
+                return
+            try:
+                certificate = Certificate(**json.loads(line))
+            except (ValueError, TypeError) as e:
+                raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
+            if certificate.index in seen:
+                raise BenchError(f"{file}:{number}: image {certificate.index} is certified twice")
+            seen.add(certificate.index)
+            yield certificate
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The run folders at or directly below ``root``, by name."""
+    if (root / "run.json").exists():
+        return [root]
+    return sorted(f.parent for f in root.glob("*/run.json"))

@@ -1,0 +1,156 @@
+"""The one gradient training loop: seeded step by step, checkpointed, resumed to the same result."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cards import Split
+from bench.errors import BenchError, one_line
+from bench.interface import Loss, Objective, Schedule
+from bench.noise import Noise, TrainDraw
+
+CHECKPOINT_SECONDS = 20.0
+Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss
+
+
+@contextmanager
+def fixed_rng(*key: int) -> Iterator[None]:
+    """Torch's global random state set by ``key``, and put back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
+        yield
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training run on ``data``; satisfies ``interface.Job``."""
+
+    data: Split
+    augment: tuple[str, ...]
+    sigma: float
+    objective: Objective
+    seed: int
+    device: torch.device
+    checkpoint: Path
+    progress: Progress
+    spent: list[float]  # seconds of training so far, earlier processes included, one entry a ``train`` call
+
+    def train(self, module: nn.Module, loss: Loss, schedule: Schedule) -> None:
+        """Minimise ``loss`` over the parameters that require a gradient; module ends in eval mode.
+
+        Every step's batch, augmentation, noise and dropout depend on (seed, step) alone, so a run
+        resumed from its checkpoint ends in the weights of an undisturbed one. Raises BenchError
+        when the loss is not finite.
+        """
+        params = [p for p in module.parameters() if p.requires_grad]
+        optimizer = _optimizer(params, schedule)
+        steps = max(1, round(schedule.epochs * len(self.data) / schedule.batch))
+        done, before = self._resume(module, optimizer)
+        started = saved = time.perf_counter()
+        noise = Noise(self.seed, "train")
+        _train_mode(module)
+        for step in range(done, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr * _decay(schedule, step / steps)
+            rows = self._rows(step, schedule.batch)
+            with fixed_rng(self.seed, step):
+                x = _augment(torch.from_numpy(self.data.pixels(rows)), self.augment).to(self.device)
+                y = torch.from_numpy(self.data.labels[rows]).to(self.device)
+                value = loss(x, y, TrainDraw(noise, step, len(rows), self.sigma, self.device))
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            now = time.perf_counter()
+            if step % 10 == 9 or step == steps - 1:
+                number = float(value.detach())
+                if not math.isfinite(number):
+                    raise BenchError(
+                        f"training diverged: loss {number} at step {step} of {steps}; lower it with --set lr=..."
+                    )
+                self.progress(step + 1, steps, number)
+            if now - saved > CHECKPOINT_SECONDS and step < steps - 1:
+                self._save(module, optimizer, step + 1, before + now - started)
+                saved = now
+        module.eval()
+        self.spent.append(before + time.perf_counter() - started)
+
+    def _rows(self, step: int, batch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The step's rows: a stream of epochs, each in its own seeded order, cut into whole batches."""
+        size = len(self.data)
+        rows: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        at, wanted = step * batch, batch
+        while wanted:
+            epoch, offset = divmod(at, size)
+            order = np.random.default_rng([self.seed, epoch]).permutation(size)
+            part = order[offset : offset + wanted]
+            rows.append(part)
+            at, wanted = at + len(part), wanted - len(part)
+        return np.concatenate(rows)
+
+    def _save(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+        partial = self.checkpoint.with_suffix(f".{os.getpid()}")
+        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    def _resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+        if not self.checkpoint.exists():
+            return 0, 0.0
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["step"], state["seconds"]
+        except Exception as e:
+            raise BenchError(f"corrupt checkpoint {self.checkpoint}: {one_line(e)}; delete it to train anew") from None
+
+
+def _optimizer(params: list[nn.Parameter], s: Schedule) -> torch.optim.Optimizer:
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+    kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
+    return kind(params, lr=s.lr, weight_decay=s.weight_decay)
+
+
+def _decay(s: Schedule, done: float) -> float:
+    """The factor on lr when the part ``done`` of the run is over."""
+    if done < s.warmup:
+        return max(done, 1e-3 * s.warmup) / s.warmup
+    if s.decay == "step":
+        return 0.1 ** int(3 * done)
+    return 0.5 * (1 + math.cos(math.pi * (done - s.warmup) / (1 - s.warmup)))
+
+
+def _train_mode(module: nn.Module) -> None:
+    """Training mode, except that batch norms nobody trains keep their statistics."""
+    module.train()
+    for m in module.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
+            m.eval()
+
+
+def _augment(x: Tensor, kinds: tuple[str, ...]) -> Tensor:
+    """Random crop after padding by an eighth of the side, and horizontal flips; from torch's global random state."""
+    rows, _, height, width = x.shape
+    if "crop" in kinds:
+        pad = height // 8
+        padded = F.pad(x, (pad, pad, pad, pad))
+        top, left = torch.randint(0, 2 * pad + 1, (2, rows))
+        y = top[:, None, None] + torch.arange(height)[None, :, None]
+        z = left[:, None, None] + torch.arange(width)[None, None, :]
+        x = padded.permute(0, 2, 3, 1)[torch.arange(rows)[:, None, None], y, z].permute(0, 3, 1, 2)
+    if "flip" in kinds:
+        x = torch.where(torch.rand(rows, 1, 1, 1) < 0.5, x.flip(-1), x)
+    return x.contiguous()

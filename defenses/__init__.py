@@ -1,0 +1,1 @@
+"""The built-in defenses, one file each; a file's name is the defense's name."""
