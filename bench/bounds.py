@@ -45,7 +45,7 @@ def interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, f
 
 
 def radius(p_lower: float, sigma: float) -> float:
-    """Certified l2 radius ``sigma * Phi^-1(p_lower)`` in pixels of [0, 1], rounded down; 0 when ``p_lower`` <= 1/2."""
+    """Certified l2 radius ``sigma * Phi^-1(p_lower)``, rounded down; 0 where ``p_lower`` is at most 1/2."""
     if p_lower <= 0.5:
         return 0.0
     r = sigma * float(special.ndtri(p_lower))

@@ -101,10 +101,8 @@ class Split:
 
 def card_files() -> dict[str, Path]:
     """Name -> file of the cards that come with certbench."""
-    checkout = Path(__file__).parent.parent / "datasets"
-    if checkout.is_dir():
-        folder = checkout
-    else:
+    folder = Path(__file__).parent.parent / "datasets"
+    if not (folder / "digits.toml").is_file():  # installed: that folder is Hugging Face's package, if anything
         folder = Path(str(importlib.resources.files("certbench_cards")))
     return {f.stem: f for f in sorted(folder.glob("*.toml"))}
 

@@ -23,7 +23,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of run folders.")]
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: errors a user can mend are one line; exits 0 done, 1 check failed, 2 usage, 3 not comparable, 130."""
+    """Entry point: errors a user can mend are one line; exit codes as in the README."""
     try:
         code = app(args=args, standalone_mode=False)
     except NotComparable as e:

@@ -126,9 +126,9 @@ def _configure(
         adapter = TypeAdapter(cls.Config)
         try:
             config = adapter.validate_python(cls.presets.get(preset, {}))
-            if isinstance(config, Schedule):
-                if preset not in cls.presets:  # a preset of the defense's own is meant as written
-                    config = replace(config, epochs=config.epochs * epoch_scale)  # type: ignore[call-arg]
+            # A preset of the defense's own is meant as written; its defaults are for a data set of digits' size.
+            if isinstance(config, Schedule) and preset not in cls.presets:
+                config = replace(config, epochs=config.epochs * epoch_scale)  # type: ignore[call-arg]
             values = {f.name: getattr(config, f.name) for f in fields(cls.Config)}
             configs[name] = adapter.validate_python(values | given[name])
         except ValidationError as e:

@@ -118,7 +118,8 @@ def _import_file(path: Path) -> ModuleType:
     # A name of its own, so that two files called mine.py do not meet.
     name = f"bench_defense_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
