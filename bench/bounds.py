@@ -13,8 +13,8 @@ import math
 from scipy import special
 
 # Relative error allowed to scipy's beta and normal quantiles; the worst seen against mpmath up to
-# n = 1e7 is below a tenth of it (tests/unit/test_bounds.py).
-SLACK = 1e-11
+# n = 1e7 is below a hundredth of it (tests/unit/test_bounds.py).
+SLACK = 1e-12
 
 
 def lower_bound(top_count: int, n: int, alpha: float) -> float:
@@ -58,7 +58,7 @@ def largest_radius(n: int, alpha: float, sigma: float) -> float:
 
 
 def smallest_n(alpha: float) -> int:
-    """The fewest votes with which any image can be certified at level ``alpha``: the first n with alpha**(1/n) > 1/2."""
+    """The fewest votes that can certify any image at level ``alpha``: the first n with alpha**(1/n) > 1/2."""
     n = max(1, math.floor(math.log(alpha) / math.log(0.5)))
     while lower_bound(n, n, alpha) <= 0.5:
         n += 1

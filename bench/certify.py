@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,41 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench import bounds
 from bench.errors import BenchError
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
+from bench.procedures import Counts, Decision, Procedure, Votes
 
 # Votes are placed in tiles: a vote's place within its tile is its number modulo TILE. Matrix kernels
 # were measured to give a row other last bits at another alignment, so a freely moving row could
 # change its vote with the packing. Sixteen float32 are one cache line, the widest alignment a kernel asks for.
 TILE = 16
 
-Counts = NDArray[np.int64]  # votes per class, then the votes whose logits held a NaN
 Model = Callable[[Tensor, Draw], Tensor]
-
-
-@dataclass(frozen=True)
-class Votes:
-    """A procedure's request: ``count`` more votes of a purpose, numbered on from those before."""
-
-    purpose: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a procedure concludes of one image; ``predicted`` None means it abstains, with radius 0."""
-
-    predicted: int | None
-    radius: float
-    n0: int
-    n: int
-    top_count: int
-    runner_up: int | None
-    runner_up_count: int
-    p_lower: float
-    votes: int
 
 
 @dataclass(frozen=True)
@@ -61,40 +37,6 @@ class Certificate(Decision):
     index: int = -1
     label: int = -1
     seconds: float = 0.0
-
-
-Procedure = Generator[Votes, Counts, Decision]
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Cohen et al. 2019 (arXiv 1902.02918): n0 votes choose the class, n fresh ones bound its probability."""
-
-    n0: int
-    n: int
-    alpha: float
-
-    def certify(self, sigma: float) -> Procedure:
-        """One image's procedure. The runner-up may be NaN (numbered as the class after the last)."""
-        selection = yield Votes("select", self.n0)
-        top = int(selection[:-1].argmax())
-        counts = yield Votes("estimate", self.n)
-        others = counts.copy()
-        others[top] = -1
-        second = int(others.argmax())
-        p_lower = bounds.lower_bound(int(counts[top]), self.n, self.alpha)
-        certified = p_lower > 0.5
-        return Decision(
-            predicted=top if certified else None,
-            radius=bounds.radius(p_lower, sigma),
-            n0=self.n0,
-            n=self.n,
-            top_count=int(counts[top]),
-            runner_up=second if others[second] > 0 else None,
-            runner_up_count=int(others[second]),
-            p_lower=p_lower,
-            votes=self.n0 + self.n,
-        )
 
 
 @dataclass
@@ -137,11 +79,14 @@ def block_rows(shape: tuple[int, int, int], device: torch.device) -> int:
     return int(max(TILE, 2 ** int(np.log2(max(rows, 1)))))
 
 
-def certify(model: Model, task: Task, start: Callable[[], Procedure], indices: Iterable[int]) -> Iterator[Certificate]:
-    """Certify the images one by one, in about their order; yields each as soon as it is decided.
+def certify(
+    model: Model, task: Task, start: Callable[[int], Procedure], indices: Iterable[int]
+) -> Iterator[Certificate]:
+    """Certify the images in about their order; yields each as soon as it is decided.
 
-    Memory depends on the block alone, not on the votes or the number of images. Counts depend on
-    (identity, image) alone: the order, subset or packing of the images does not matter.
+    ``start(label)`` makes the procedure of one image. Memory depends on the block alone, not on the
+    votes or the number of images. Counts depend on (identity, image) alone, whatever the order,
+    subset or packing.
     """
     if task.block % TILE:
         raise ValueError(f"block must be a multiple of {TILE}, not {task.block}")
@@ -183,10 +128,11 @@ def certify(model: Model, task: Task, start: Callable[[], Procedure], indices: I
                 yield certificate
 
 
-def _open(index: int, slot: int, task: Task, start: Callable[[], Procedure], stored: Tensor) -> _Image:
+def _open(index: int, slot: int, task: Task, start: Callable[[int], Procedure], stored: Tensor) -> _Image:
     stored[slot] = torch.from_numpy(task.pixels([index])[0]).to(task.device)
-    procedure = start()
-    return _Image(index, task.labels(index), slot, procedure, next(procedure))
+    label = task.labels(index)
+    procedure = start(label)
+    return _Image(index, label, slot, procedure, next(procedure))
 
 
 def _place(image: _Image, room: int, padding: int, votes: list[Vote], rows: list[int]) -> int:

@@ -64,8 +64,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     """Train, or take from the cache, then construct, load and merge. Raises BenchError naming the defense."""
     defense = construct(plan, base, device)
     nominal = sum(p.numel() for p in defense.parameters() if p.requires_grad)
-    trains = nominal > 0 or plan.cls.fit is not Defense.fit
-    trained = _trained(plan, base, train, device, progress, defense) if trains else None
+    trained = train_or_load(plan, base, train, device, progress, defense) if trains(plan, defense) else None
     if trained is not None:
         defense = construct(plan, base, device)
         load(defense, trained, plan.defense)
@@ -87,6 +86,11 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     )
 
 
+def trains(plan: Plan, defense: Defense) -> bool:
+    """Whether the defense has anything to train."""
+    return plan.cls.fit is not Defense.fit or any(p.requires_grad for p in defense.parameters())
+
+
 def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device) -> dict[str, Any]:
     """Everything that decides a defense's trained weights."""
     return {
@@ -106,7 +110,7 @@ def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device) ->
     }
 
 
-def _trained(
+def train_or_load(
     plan: Plan,
     base: BaseModel,
     train: Split,
@@ -114,6 +118,7 @@ def _trained(
     progress: training.Progress,
     defense: Defense,
 ) -> Trained:
+    """The stored training of a plan; where there is none, ``defense`` is trained in place and stored."""
     label = f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.train_sigma:g}"
     entry = Entry(label, identity(plan, base, train, device))
     with entry.lock():

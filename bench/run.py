@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import environment, fitting, metrics, noise, registry
 from bench.base import BaseModel, Classifier, load_base, make_model
 from bench.cards import Split, choose, load_split
-from bench.certify import Fixed, Model, Task, block_rows, certify, check_rows
+from bench.certify import Model, Task, block_rows, certify, check_rows
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan
+from bench.procedures import Fixed
 from bench.store import Record, Run, read_run
 
 
@@ -72,7 +73,7 @@ class Session:
         indices = choose(shared.test, plan.examples)
         with self.reporter.training(f"{name} at sigma {plan.train_sigma:g}") as progress:
             fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
-        task = self.task(plan, shared.test)
+        task = make_task(plan, shared.test, self.device)
         identity = self._identity(plan, shared, fitted.sha256, indices, task)
         right, total = shared.base.accuracy(shared.test, indices)
         extra = {
@@ -109,7 +110,7 @@ class Session:
             plan.base, module, lambda c: make_model(recipe, plan.card, c).to(self.device), len(plan.card.classes), {}
         )
         defense = fitting.construct(plan, base, self.device)
-        task, indices = self.task(plan, test), choose(test, plan.examples)
+        task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
         with steady(), torch.inference_mode():
             per_vote = check_rows(defense, task, indices[0]) / task.block
         votes = len(indices) * (plan.n0 + plan.n)
@@ -123,19 +124,6 @@ class Session:
             "seconds": votes * per_vote,
             "train_seconds": 3 * images * per_vote,
         }
-
-    def task(self, plan: Plan, test: Split) -> Task:
-        """What the engine is given of a plan."""
-        return Task(
-            pixels=test.pixels,
-            labels=lambda i: int(test.labels[i]),
-            shape=plan.card.shape,
-            classes=len(plan.card.classes),
-            sigma=plan.sigma,
-            noise=Noise(plan.seed, test.name),
-            block=block_rows(plan.card.shape, self.device),
-            device=self.device,
-        )
 
     def _identity(
         self, plan: Plan, shared: _Materials, weights: str | None, indices: list[int], task: Task
@@ -185,7 +173,7 @@ class Session:
             correct = sum(c.predicted == c.label for c in record.done)
             with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
                 progress(len(finished), correct)
-                for certificate in certify(model, task, lambda: procedure.certify(plan.sigma), left):
+                for certificate in certify(model, task, lambda label: procedure.certify(plan.sigma, label), left):
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)
@@ -202,6 +190,20 @@ class Session:
             "peak_memory": environment.peak_memory(self.device),
         }
         record.finish(cost, metrics.summarise(record.done, plan.card.radii))
+
+
+def make_task(plan: Plan, test: Split, device: torch.device) -> Task:
+    """What the engine is given of a plan."""
+    return Task(
+        pixels=test.pixels,
+        labels=lambda i: int(test.labels[i]),
+        shape=plan.card.shape,
+        classes=len(plan.card.classes),
+        sigma=plan.sigma,
+        noise=Noise(plan.seed, test.name),
+        block=block_rows(plan.card.shape, device),
+        device=device,
+    )
 
 
 @contextmanager

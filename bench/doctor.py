@@ -1,0 +1,105 @@
+"""The conformance test: whether a defense keeps its side of the interface, said in words.
+
+The same checks run over every built-in defense in the tests and over a user's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from bench import fitting, run
+from bench.base import BaseModel, make_model
+from bench.cards import choose, load_split
+from bench.certify import Task, certify, check_rows
+from bench.errors import BenchError
+from bench.interface import Schedule
+from bench.noise import Noise, Vote, VoteDraw
+from bench.plan import Plan
+from bench.procedures import Fixed
+from bench.training import fixed_rng
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what it asks, and what is wrong (empty when nothing is)."""
+
+    check: str
+    problem: str = ""
+
+
+def examine(plan: Plan) -> Iterator[Finding]:
+    """Run the checks in order, on the plan's card with an untrained base; stops at the first problem.
+
+    The caller points ``CERTBENCH_CACHE`` at a scratch folder, so that training really happens.
+    """
+    device = torch.device("cpu")
+    train, test = load_split(plan.card, "train").first(200), load_split(plan.card, "test")
+    config = plan.config
+    if isinstance(config, Schedule) and "epochs" in {f.name for f in fields(config)}:
+        config = replace(config, batch=16, epochs=STEPS * 16 / len(train))
+    plan = replace(plan, config=config)
+    recipe = plan.card.bases[plan.base]
+
+    def untrained(classes: int) -> torch.nn.Module:
+        return make_model(recipe, plan.card, classes)
+
+    with fixed_rng(0):
+        base = BaseModel(plan.base, untrained(len(plan.card.classes)), untrained, len(plan.card.classes), {})
+    task = replace(run.make_task(plan, test, device), block=64)
+
+    check = "it is built, and asks the base for no more than its access"
+    try:
+        defense = fitting.construct(plan, base, device)
+        yield Finding(check)
+
+        check = f"it trains for {STEPS} steps"
+        if fitting.trains(plan, defense):
+            fitting.train_or_load(plan, base, train, device, lambda *_: None, defense)
+        with fitting.blame(plan.defense):
+            defense.merge()
+        defense.eval()
+        yield Finding(check)
+
+        check = "stored and loaded it gives the same logits to the last bit, and the base is untouched"
+        loaded = fitting.fit(plan, base, train, device, lambda *_: None).defense
+        yield Finding(check, "" if _same_logits(defense, loaded, task) else _RELOAD)
+
+        check = "its logits are a function of each image and its draw alone"
+        with run.steady(), torch.inference_mode(), fitting.blame(plan.defense):
+            check_rows(loaded, task, 0)
+        yield Finding(check)
+
+        check = "it certifies, with the same counts in any order"
+        images = choose(test, "4")
+        procedure = Fixed(n0=20, n=40, alpha=0.001)
+        with run.steady(), torch.inference_mode(), fitting.blame(plan.defense):
+            one, other = (
+                {
+                    c.index: replace(c, seconds=0)
+                    for c in certify(loaded, task, lambda label: procedure.certify(task.sigma, label), order)
+                }
+                for order in (images, images[::-1])
+            )
+        yield Finding(check, "" if one == other else "counts changed with the order of the images")
+    except BenchError as e:
+        yield Finding(check, str(e))
+
+
+_RELOAD = (
+    "the trained object and the one built anew and loaded give other logits: keep everything that training "
+    "changes in parameters or buffers made by build()"
+)
+
+
+def _same_logits(one: torch.nn.Module, other: torch.nn.Module, task: Task) -> bool:
+    votes = [Vote("check", 0, i) for i in range(task.block)]
+    pixels = torch.from_numpy(task.pixels([0])).expand(task.block, *task.shape).contiguous()
+    noise = Noise(0, "check")
+    with torch.inference_mode():
+        a, b = (m(task.inputs(pixels, votes), VoteDraw(noise, votes, task.sigma, task.device)) for m in (one, other))
+    return torch.equal(a, b)

@@ -1,0 +1,89 @@
+"""Certification procedures: how many votes an image gets, and what they prove.
+
+A procedure is a generator, one an image. It yields the votes it wants, is sent their counts (one
+entry per class, then the votes whose logits held a NaN) and returns the image's Decision. It knows
+neither images nor noise, only counts, so its error probability is a statement of pure statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import bounds
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Votes:
+    """A procedure's request: ``count`` more votes of a purpose, numbered on from those before."""
+
+    purpose: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a procedure concludes of one image; ``predicted`` None means it abstains, with radius 0.
+
+    ``n``, ``top_count`` and the runner-up are those of the decisive look, of which the radius is a
+    function; ``votes`` is what the image cost, selection included.
+    """
+
+    predicted: int | None
+    radius: float
+    n0: int
+    n: int
+    top_count: int
+    runner_up: int | None
+    runner_up_count: int
+    p_lower: float
+    votes: int
+
+
+Procedure = Generator[Votes, Counts, Decision]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Cohen et al. 2019 (arXiv 1902.02918): n0 votes choose the class, n fresh ones bound its probability."""
+
+    n0: int
+    n: int
+    alpha: float
+
+    def certify(self, sigma: float, label: int) -> Procedure:
+        """One image's procedure."""
+        top = int((yield Votes("select", self.n0))[:-1].argmax())
+        counts = yield Votes("estimate", self.n)
+        p_lower, radius = self.recompute(sigma, self.n, int(counts[top]))
+        return decide(top, counts, self.n0, self.n, self.n0 + self.n, p_lower, radius)
+
+    def recompute(self, sigma: float, n: int, top_count: int) -> tuple[float, float]:
+        """``p_lower`` and radius from the recorded counts; ``p_lower`` <= 1/2 means abstained."""
+        if n != self.n:
+            raise ValueError(f"the procedure decides at {self.n} votes, not at {n}")
+        p_lower = bounds.lower_bound(top_count, n, self.alpha)
+        return p_lower, bounds.radius(p_lower, sigma)
+
+
+def decide(top: int, counts: Counts, n0: int, n: int, votes: int, p_lower: float, radius: float) -> Decision:
+    """What goes to the record; the runner-up may be NaN, numbered as the class after the last."""
+    others = counts.copy()
+    others[top] = -1
+    second = int(others.argmax())
+    return Decision(
+        predicted=top if p_lower > 0.5 else None,
+        radius=radius,
+        n0=n0,
+        n=n,
+        top_count=int(counts[top]),
+        runner_up=second if others[second] > 0 else None,
+        runner_up_count=int(others[second]),
+        p_lower=p_lower,
+        votes=votes,
+    )

@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests: a scratch cache, and the command line called in process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+HERE = Path(__file__).parent
+TINY = str(HERE / "tiny.toml")
+
+
+def defense(name: str) -> str:
+    """Path of one of the test defenses."""
+    return str(HERE / "defenses" / f"{name}.py")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing a test trains lands in the user's cache; within a session it is shared."""
+    root = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("CERTBENCH_CACHE")
+    os.environ["CERTBENCH_CACHE"] = str(root)
+    yield root
+    os.environ.pop("CERTBENCH_CACHE")
+    if before is not None:
+        os.environ["CERTBENCH_CACHE"] = before
+
+
+@pytest.fixture
+def bench(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The command ``bench`` with its exit code, stdout and stderr."""
+    from bench.cli import main
+
+    def call(*args: object) -> Result:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        out, err = capfd.readouterr()
+        return Result(int(stop.value.code or 0), out, err)
+
+    return call

@@ -1,0 +1,13 @@
+"""Unsound on purpose: draws randomness that no key decides."""
+
+import torch
+from torch import Tensor
+
+from bench.interface import Access, Defense, Draw
+
+
+class Unseeded(Defense):
+    access = Access.QUERY
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        return self.context.base(x + 0.1 * torch.randn_like(x))
