@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.errors import BenchError, NotComparable
+from bench.errors import BenchError, Interrupted, NotComparable
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -26,12 +26,12 @@ def main(args: list[str] | None = None) -> None:
     """Entry point: errors a user can mend are one line; exit codes as in the README."""
     try:
         code = app(args=args, standalone_mode=False)
+    except Interrupted as e:
+        _fail(str(e), 130)
     except NotComparable as e:
         _fail(str(e), 3)
     except BenchError as e:
         _fail(str(e), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; everything certified is kept: type the same command again to resume", 130)
     except Exception as e:
         if hasattr(e, "format_message"):  # click's usage errors
             _fail(e.format_message(), 2)
@@ -89,7 +89,10 @@ def run(
     if dry_run:
         _print_dry_run([session.estimate(plan) for plan in plans], as_json)
         return
-    records = [session.run(plan) for plan in plans]
+    try:
+        records = [session.run(plan) for plan in plans]
+    except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
+        raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
     if as_json:
         print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
         return

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bench.errors import BenchError
+
 PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "cryptography")
 
 
@@ -53,9 +55,14 @@ def _commit() -> str | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of ``--device``; auto prefers an accelerator. torch's own error is the message when absent."""
+    """The torch device of ``--device``; auto prefers an accelerator. Raises BenchError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, False):
+        raise BenchError(
+            f"--device {name}: not on this machine; there is {', '.join(k for k, v in there.items() if v)}"
+        )
     return torch.device(name)
 
 

@@ -14,6 +14,10 @@ class NotComparable(BenchError):
     """The runs do not measure the same thing. Exit code 3."""
 
 
+class Interrupted(BenchError):
+    """Ctrl-C, with what to do next. Exit code 130."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error, with its type where the message alone would not say what happened."""
     text = str(error).strip().splitlines()

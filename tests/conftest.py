@@ -15,7 +15,7 @@ TINY = str(HERE / "tiny.toml")
 
 def defense(name: str) -> str:
     """Path of one of the test defenses."""
-    return str(HERE / "defenses" / f"{name}.py")
+    return str(HERE / "plugins" / f"{name}.py")
 
 
 class Result(NamedTuple):

@@ -1,0 +1,68 @@
+"""One conformance test over every defense, and proof that it catches what it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY, defense
+
+from bench import registry
+from bench.doctor import Finding, examine
+from bench.plan import Plan, make_plans
+
+
+def plan(name: str, settings: tuple[str, ...] = ()) -> Plan:
+    (found,) = make_plans(
+        defenses=name,
+        dataset=TINY,
+        sigma="0.25",
+        train_sigma=None,
+        base=None,
+        preset=None,
+        examples=None,
+        n0=None,
+        n=None,
+        alpha=0.001,
+        seed="0",
+        settings=settings,
+    )
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path))
+
+
+def findings(name: str) -> list[Finding]:
+    return list(examine(plan(name)))
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_registered_defense_conforms(name: str) -> None:
+    found = findings(name)
+    assert [f for f in found if f.problem] == []
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("name", ["half_space", "randomised"])
+def test_sound_plugins_conform(name: str) -> None:
+    assert [f for f in findings(defense(name)) if f.problem] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("batch_average", "other rows of its batch"),
+        ("unseeded", "take all randomness from draw"),
+        ("raises", "RuntimeError: out of ideas"),
+        ("wrong_shape", "float tensor of shape"),
+        ("greedy", "QUERY access and copies the base"),
+        ("hidden_state", "parameters or buffers"),
+    ],
+)
+def test_unsound_plugins_are_caught(name: str, words: str) -> None:
+    last = findings(defense(name))[-1]
+    assert words in last.problem
+    assert "\n" not in last.problem

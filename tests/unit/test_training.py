@@ -1,0 +1,134 @@
+"""Training: resumed in mid-run it ends in the same weights; divergence is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import objectives, training
+from bench.cards import Split
+from bench.errors import BenchError
+from bench.interface import Draw, Schedule
+from bench.noise import Noise, TrainDraw
+
+RNG = np.random.default_rng(0)
+DATA = Split("train", RNG.integers(0, 17, (100, 1, 8, 8)).astype(np.uint8), RNG.integers(0, 3, 100), 17)
+
+
+def network() -> nn.Module:
+    with training.fixed_rng(1):
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 3))
+
+
+class Killed(Exception):
+    pass
+
+
+def train(folder: Path, *, die_at: int = 10**9, **schedule: object) -> nn.Module:
+    """Train a small network; ``die_at`` raises in the loss at that call, as a kill would end the process."""
+    module, calls = network(), 0
+
+    def loss(x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == die_at:
+            raise Killed
+        return objectives.gaussian(lambda z, _: module(z), x, y, draw)
+
+    job = training.TrainingJob(
+        data=DATA,
+        augment=("crop", "flip"),
+        sigma=0.25,
+        objective=objectives.gaussian,
+        seed=3,
+        device=torch.device("cpu"),
+        checkpoint=folder / "checkpoint.pt",
+        progress=lambda *_: None,
+        spent=[],
+    )
+    job.train(module, loss, Schedule(**{"epochs": 5, "batch": 16, **schedule}))  # type: ignore[arg-type]
+    return module
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_killed_training_resumes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    undisturbed = train(tmp_path / "a", optimizer=optimizer, lr=0.01)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        train(tmp_path, die_at=14, optimizer=optimizer, lr=0.01)
+    assert (tmp_path / "checkpoint.pt").exists()
+    resumed = train(tmp_path, optimizer=optimizer, lr=0.01)
+    for (key, one), (_, other) in zip(undisturbed.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(one, other), key
+
+
+def test_training_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(tmp_path, epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_divergence_is_one_line_that_says_what_to_change(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"diverged.*--set lr"):
+        train(tmp_path, lr=1e30, optimizer="sgd")
+
+
+def test_a_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(BenchError, match=r"corrupt checkpoint.*delete"):
+        train(tmp_path)
+
+
+def test_every_epoch_sees_each_image_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+    data = Split("train", np.arange(50, dtype=np.uint8)[:, None, None, None], np.arange(50), 256)
+    job = training.TrainingJob(
+        data, (), 0.0, objectives.clean, 0, torch.device("cpu"), tmp_path / "c", lambda *_: None, []
+    )
+    weight = nn.Linear(1, 50)
+
+    def loss(x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        seen.extend(y.tolist())
+        return weight(x.flatten(1)).sum()
+
+    job.train(weight, loss, Schedule(epochs=4, batch=8))
+    assert len(seen) == 200
+    for epoch in range(4):
+        assert sorted(seen[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
+    assert seen[:50] != seen[50:100]
+
+
+def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
+    module = network()
+    module[1].requires_grad_(False)
+    before = module[1].running_mean.clone()  # type: ignore[union-attr,operator]
+    job = training.TrainingJob(
+        DATA, (), 0.25, objectives.gaussian, 0, torch.device("cpu"), tmp_path / "c", lambda *_: None, []
+    )
+    job.train(module, lambda x, y, d: objectives.gaussian(lambda z, _: module(z), x, y, d), Schedule(epochs=1))
+    assert torch.equal(module[1].running_mean, before)  # type: ignore[arg-type]
+
+
+def test_gaussian_adds_noise_of_sigma_to_clean_pixels() -> None:
+    seen: list[Tensor] = []
+
+    def logits(z: Tensor, draw: Draw) -> Tensor:
+        seen.append(z)
+        return torch.zeros(len(z), 2)
+
+    x = torch.rand(200, 1, 8, 8)
+    draw = TrainDraw(Noise(0, "train"), 0, 200, 0.25, torch.device("cpu"))
+    objectives.gaussian(logits, x, torch.zeros(200, dtype=torch.int64), draw)
+    noise = seen[0] - x
+    # 12,800 normals: five standard errors.
+    assert abs(float(noise.std()) - 0.25) < 5 * 0.25 / (2 * 12_800) ** 0.5
+    assert abs(float(noise.mean())) < 5 * 0.25 / 12_800**0.5
