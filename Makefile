@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install demo test slow perf
+.PHONY: install demo readme test slow perf
 
 install: .venv/installed
 
@@ -15,6 +15,12 @@ install: .venv/installed
 demo: install
 	$(BIN)/bench run --defense $(DEMO) --dataset digits --sigma .25
 	$(BIN)/bench report --out demo
+
+# The README's table and figure, from the demo's runs.
+readme: demo
+	$(BIN)/bench report --out reports/digits-quick
+	sed -n '/^|/p' reports/digits-quick/report.md > demo/table
+	sed -i.old -e '/<!-- table/,/<!-- end/{/^|/d;}' -e '/<!-- table/r demo/table' README.md && rm README.md.old
 
 test: install
 	$(BIN)/ruff check .

@@ -162,8 +162,8 @@ def render(records: Sequence[Record], format: str) -> str:
     return "\n".join(parts)
 
 
-def figure(group: Sequence[Record], stem: Path) -> list[Path]:
-    """Certified accuracy against radius with 95% interval bands, as stem.svg and stem.png; the files written."""
+def figure(group: Sequence[Record], out: Path, name: str) -> list[Path]:
+    """Certified accuracy against radius with 95% interval bands, as SVG and PNG; the files written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,7 +183,7 @@ def figure(group: Sequence[Record], stem: Path) -> list[Path]:
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
     ax.set_title(heading(group[0]), fontsize=7)
     ax.legend(frameon=False, title="bands: 95% interval", title_fontsize=7)
-    files = [stem.with_suffix(s) for s in (".svg", ".png")]
+    files = [out / f"{name}{suffix}" for suffix in (".svg", ".png")]
     for file in files:
         fig.savefig(file, dpi=150)
     plt.close(fig)
@@ -203,12 +203,11 @@ def write(records: Sequence[Record], format: str, out: Path) -> list[Path]:
         text = render(records, format)
         files = [report]
         if format == "md":
-            for group in groups(records):
+            for number, group in enumerate(groups(records), 1):
                 identity = group[0].identity
-                stem = f"{identity['dataset']}-s{identity['sigma']:g}-{digest(comparable(group[0]))[:8]}"
-                # A suffix of its own, since with_suffix would take the digits of the sigma for one.
-                files += figure(group, out / (stem + ".figure"))
-                text += f"\n![{heading(group[0])}]({files[-2].name})\n"
+                name = f"{identity['dataset']}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
+                files += figure(group, out, name)
+                text += f"\n![{heading(group[0])}]({name}.svg)\n"
         report.write_text(text)
     except OSError as e:
         raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another folder with --out") from None

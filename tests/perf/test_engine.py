@@ -1,0 +1,99 @@
+"""The engine's price: certification against bare forward passes of the same model, votes and block shape.
+
+Run by ``make perf``; never part of the test suite. The two take turns and the ratio of the paired
+medians is printed, since seconds alone say little on a shared machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.certify import Task, block_rows, certify
+from bench.interface import Draw
+from bench.noise import Noise
+from bench.procedures import Fixed
+
+SHAPE = (3, 32, 32)
+IMAGES, N0, N = 2, 128, 512  # whole tiles and blocks, so that both do the same number of forward passes
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.skip(x) + self.body(x))
+
+
+def resnet20() -> nn.Module:
+    """A convnet of ResNet-20's size (He et al. 2015): 0.27 M parameters, 41 M multiplications an image."""
+    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+    blocks = [Block(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head).eval()
+
+
+def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most 10% on top (issue: ResNet-20-size convnet on 3x32x32)."""
+    model, device = resnet20(), torch.device("cpu")
+    pixels = np.random.default_rng(0).random((IMAGES, *SHAPE), np.float32)
+    rows = block_rows(SHAPE, device)
+    task = Task(lambda i: pixels[i], lambda i: 0, SHAPE, 10, 0.25, Noise(0, "test"), rows, device)
+    batch = torch.from_numpy(np.resize(pixels, (rows, *SHAPE)))
+    fixed = Fixed(N0, N, 0.001)
+
+    def f(x: Tensor, draw: Draw) -> Tensor:
+        out: Tensor = model(x)
+        return out
+
+    def engine() -> None:
+        with torch.inference_mode():
+            assert len(list(certify(f, task, lambda label: fixed.certify(0.25, label), range(IMAGES)))) == IMAGES
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for _ in range(IMAGES * (N0 + N) // rows):
+                model(batch)
+
+    assert IMAGES * (N0 + N) % rows == 0
+    ratios = paired(engine, bare, 9)
+    ratio = statistics.median(ratios)
+    with capsys.disabled():
+        print(f"\nengine / bare forwards: median {ratio:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    benchmark.extra_info["ratio"] = ratio
+    benchmark.pedantic(engine, rounds=3)
+    assert ratio <= 1.10
+
+
+def paired(one: Callable[[], None], other: Callable[[], None], rounds: int) -> list[float]:
+    """Ratios of seconds, the two in turn, after a warm-up of each."""
+    one(), other()
+    ratios = []
+    for _ in range(rounds):
+        ratios.append(seconds(one) / seconds(other))
+    return ratios
+
+
+def seconds(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
