@@ -39,11 +39,12 @@ class Preset:
 
 @checked(config=_STRICT, frozen=True)
 class Recipe:
-    """A base classifier: a timm model and the schedule that trains it clean."""
+    """A base classifier: a timm model and the schedule that trains it clean, from scratch or pretrained weights."""
 
     model: str
     schedule: dict[str, Any]
     args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False  # start from timm's published weights, with their normalisation
     summary: str = ""
 
 
