@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import environment, fitting, metrics, noise, registry
 from bench.base import BaseModel, Classifier, load_base, make_model
-from bench.cards import Split, choose, load_split
+from bench.cards import Split, choose, load_splits
 from bench.certify import Fixed, Model, Task, block_rows, certify, check_rows
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
@@ -58,8 +58,8 @@ class Session:
         """Splits and base of a plan; the base is trained here if it never was."""
         key = (plan.card.name, plan.preset, plan.base)
         if key not in self._materials:
-            train = load_split(plan.card, "train").first(plan.card.presets[plan.preset].train_examples)
-            validation, test = load_split(plan.card, "validation"), load_split(plan.card, "test")
+            train, validation, test = load_splits(plan.card, "train", "validation", "test")
+            train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
                 base = load_base(plan.card, plan.base, train, validation, self.device, progress)
             self._materials[key] = _Materials(train, test, base)
@@ -80,6 +80,7 @@ class Session:
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
+            "data": {"train": shared.train.origin, "test": shared.test.origin},
             "base": {"clean_correct": right, "images": total, **shared.base.meta},
             "defense": {
                 "family": plan.cls.family,
@@ -102,7 +103,7 @@ class Session:
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
-        test, train = load_split(plan.card, "test"), load_split(plan.card, "train")
+        test, train = load_splits(plan.card, "test", "train")
         recipe = plan.card.bases[plan.base]
         module = make_model(recipe, plan.card, len(plan.card.classes)).to(self.device)
         base = BaseModel(
