@@ -509,8 +509,8 @@ def _probe(
             )
             job.train(head, lambda x, y, draw: objectives.clean(lambda z, _: head(z), x, y, draw), PROBE)
             with torch.no_grad():  # so that the head takes the features as the base makes them
-                head.weight /= torch.from_numpy(scale).to(device)
-                head.bias -= head.weight @ torch.from_numpy(center).to(device)
+                head.weight.div_(torch.from_numpy(scale).to(device))
+                head.bias.sub_(head.weight @ torch.from_numpy(center).to(device))
             accuracy = _accuracy(plan, module, validation, device)
             meta = {"probe_seconds": sum(spent), "probe_validation_clean_accuracy": accuracy}
             state = {f"{prefix}.{k}": v for k, v in head.state_dict().items()}

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import environment, fitting, metrics, noise, registry
 from bench.base import BaseModel, Classifier
 from bench.bases import load_base, untrained_base
-from bench.cards import Split, choose, load_split
+from bench.cards import Split, choose, load_splits
 from bench.certify import Fixed, Model, Task, block_rows, certify, check_rows
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
@@ -60,8 +60,8 @@ class Session:
         weights = self._base_weights(plan)
         key = (plan.card.name, plan.preset, plan.base, weights)
         if key not in self._materials:
-            train = load_split(plan.card, "train").first(plan.card.presets[plan.preset].train_examples)
-            validation, test = load_split(plan.card, "validation"), load_split(plan.card, "test")
+            train, validation, test = load_splits(plan.card, "train", "validation", "test")
+            train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
                 base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights)
             self._materials[key] = _Materials(train, test, base)
@@ -89,6 +89,7 @@ class Session:
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
+            "data": {"train": shared.train.origin, "test": shared.test.origin},
             "base": {"clean_correct": right, "images": total, **shared.base.meta},
             "defense": {
                 "family": plan.cls.family,
@@ -112,7 +113,7 @@ class Session:
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
-        test, train = load_split(plan.card, "test"), load_split(plan.card, "train")
+        test, train = load_splits(plan.card, "test", "train")
         base = untrained_base(plan.card, plan.base, self.device)
         defense = fitting.construct(plan, base, self.device)
         task, indices = self.task(plan, test), choose(test, plan.examples)

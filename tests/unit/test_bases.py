@@ -62,7 +62,7 @@ def rgb_card(**changes: object) -> Card:
     vit = {"model": "vit_tiny_patch16_224", "args": {**ARGS, "img_size": 8}, "schedule": {"epochs": 0.1}}
     fields: dict[str, object] = {
         "name": "rgb",
-        "source": "made-up",
+        "source": {"reader": "sklearn:digits"},
         "shape": (3, 8, 8),
         "levels": 256,
         "classes": ("a", "b", "c"),
@@ -299,8 +299,10 @@ def test_a_config_cannot_send_timm_to_another_file(tmp_path: Path) -> None:
 
 
 def test_channels_that_do_not_fit(tmp_path: Path) -> None:
-    path = folder(tmp_path / "m", tiny())
-    assert "takes 3 channels; images of rgb have 4" in refusal(rgb_card(shape=(4, 8, 8)), str(path))
+    model = tiny(in_chans=1)
+    model.pretrained_cfg |= {"mean": (0.3,), "std": (0.4,), "input_size": (1, 16, 16)}
+    line = refusal(rgb_card(), str(folder(tmp_path / "m", model)))
+    assert "takes 1 channels; images of rgb have 3" in line
 
 
 # The hub ---------------------------------------------------------------------------------------------
@@ -409,12 +411,8 @@ def test_another_number_of_classes_gets_a_linear_probe(
         if not key.startswith("head."):
             assert torch.equal(state[f"model.{key}"], value), key
     assert base.module.head().weight.shape == (10, 32)
-    # Random features hold little; logistic regression says how much. 300 images give +-5%.
-    values = [bases._features(base.module, base.module.head(), s, CPU, quiet, []) for s in splits]
-    (x, y), (u, v) = [((f.values - values[0].values.mean(0)) / values[0].values.std(0), f.labels) for f in values]
-    possible = LogisticRegression(max_iter=1000).fit(x, y).score(u, v)
-    assert possible > 0.3
-    assert base.meta["probe_validation_clean_accuracy"] > possible - 0.07
+    # Random features hold little (logistic regression gets 0.42); chance is 0.1, give or take 0.02.
+    assert base.meta["probe_validation_clean_accuracy"] > 0.2
     assert base.meta["probe_seconds"] > 0
     # Once: the second time nothing is computed.
     monkeypatch.setattr(bases, "_features", None)
@@ -554,39 +552,37 @@ def test_estimate_needs_no_weights(server: HubServer) -> None:
 
 # The real one ----------------------------------------------------------------------------------------
 
-CIFAR = {
-    "name": "cifar10",
-    "shape": (3, 32, 32),
-    "classes": tuple("0123456789"),
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2470, 0.2435, 0.2616),
-    "bases": {
-        "vit": {
-            "model": "vit_tiny_patch16_224",
-            "args": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
-            "schedule": {},
-        }
-    },
-}
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no {REAL}; set CERTBENCH_SHARED")
 
 
 @real
 def test_real_base_finds_its_recipe() -> None:
-    base = load(rgb_card(**CIFAR), str(REAL))
+    base = load(load_card("cifar10"), str(REAL))
     assert base.parameters == sum(v.numel() for v in load_file(REAL).values())
     assert base.identity()["resize"] is None
 
 
 @real
-@pytest.mark.slow
-def test_real_base_has_its_stated_accuracy() -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow reads the real CIFAR-10")
-    from PIL import Image
+def test_probe_of_real_features_is_near_logistic_regression(tmp_path: Path, digits: Card) -> None:
+    """CIFAR-10's ViT on digits it never saw: its features tell them apart, its own head does not fit."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **load_card("cifar10").bases["vit"].args)
+    model.load_state_dict(load_file(REAL))
+    model.reset_classifier(7)
+    splits = load_split(digits, "train"), load_split(digits, "validation")
+    base = load(digits, str(folder(tmp_path / "m", model.eval())), splits)
+    values = [bases._features(base.module, base.module.head(), s, CPU, quiet, []) for s in splits]
+    center, scale = values[0].standardise()
+    best = LogisticRegression(max_iter=2000).fit(values[0].values, values[0].labels)
+    possible = best.score((values[1].values - center) / scale, values[1].labels)
+    assert possible > 0.9
+    assert base.meta["probe_validation_clean_accuracy"] > possible - 0.05
 
-    file = SHARED / "data" / "cifar10" / "plain_text" / "test-00000-of-00001.parquet"
-    table = parquet.read_table(file).slice(0, 2000).to_pylist()
-    images = np.stack([np.asarray(Image.open(io.BytesIO(r["img"]["bytes"]))).transpose(2, 0, 1) for r in table])
-    split = Split("test", images, np.array([r["label"] for r in table]), 256)
-    right, total = load(rgb_card(**CIFAR), str(REAL)).accuracy(split, list(range(len(split))))
-    assert abs(right / total - 0.69) < 0.03  # 69% on 9,000; 2,000 give +-2.1%
+
+@real
+@pytest.mark.slow
+def test_real_base_has_its_stated_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CERTBENCH_DATA", str(SHARED / "data"))
+    card = load_card("cifar10")
+    split = load_split(card, "test")
+    right, total = load(card, str(REAL)).accuracy(split, list(range(0, len(split), 4)))
+    assert abs(right / total - 0.69) < 0.03  # stated of all 9,000; a quarter of them gives +-2%
