@@ -61,7 +61,11 @@ def _presets() -> dict[str, Preset]:
 
 
 def _names(value: Any) -> Any:
-    return tuple(map(str, range(value))) if type(value) is int else value
+    if type(value) is not int:
+        return value
+    if not 2 <= value <= 100_000:
+        raise ValueError(f"{value}: must be 2 to 100,000, or a list of names")
+    return tuple(map(str, range(value)))
 
 
 @checked(config=_STRICT, frozen=True)
@@ -108,7 +112,8 @@ class Card:
     def sha256(self) -> str:
         """Hash of what decides images and labels: the presets, recipes and report grid may change without it."""
         parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
-        parts["source"] = asdict(self.source)
+        # Where a copy lies decides nothing; what is in it is hashed with the images.
+        parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
