@@ -81,9 +81,8 @@ class Card:
     mean: tuple[float, ...] = ()
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()
     radii: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    splits: dict[Literal["test", "validation"], PositiveInt] = field(
-        default_factory=dict
-    )  # sizes of those cut from train
+    # Sizes of the splits that are cut from train, because the source has no such part.
+    splits: dict[Literal["test", "validation"], PositiveInt] = field(default_factory=dict)
     presets: dict[str, Preset] = field(default_factory=_presets)
     bases: dict[str, Recipe] = field(default_factory=dict)
     preset: str = "quick"
@@ -198,10 +197,9 @@ def load_card(name: str) -> Card:
         raise BenchError(f"{path}: not TOML: {e}") from None
     except ValidationError as e:
         first = e.errors()[0]
-        where = "".join(f"{part}." for part in first["loc"]).rstrip(".")
-        raise BenchError(
-            ": ".join(filter(None, (str(path), where, first["msg"].removeprefix("Value error, "))))
-        ) from None
+        where = ".".join(map(str, first["loc"]))  # empty where the card's keys do not go together
+        said = first["msg"].removeprefix("Value error, ")
+        raise BenchError(": ".join(filter(None, (str(path), where, said)))) from None
     return replace(
         card,
         classes=card.classes or readers.class_names(card),
