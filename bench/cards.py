@@ -62,7 +62,11 @@ def _presets() -> dict[str, Preset]:
 
 
 def _names(value: Any) -> Any:
-    return tuple(map(str, range(value))) if type(value) is int else value
+    if type(value) is not int:
+        return value
+    if not 2 <= value <= 100_000:
+        raise ValueError(f"{value}: must be 2 to 100,000, or a list of names")
+    return tuple(map(str, range(value)))
 
 
 @checked(config=_STRICT, frozen=True)
@@ -78,9 +82,8 @@ class Card:
     mean: tuple[float, ...] = ()
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()
     radii: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    splits: dict[Literal["test", "validation"], PositiveInt] = field(
-        default_factory=dict
-    )  # sizes of those cut from train
+    # Sizes of the splits that are cut from train, because the source has no such part.
+    splits: dict[Literal["test", "validation"], PositiveInt] = field(default_factory=dict)
     presets: dict[str, Preset] = field(default_factory=_presets)
     bases: dict[str, Recipe] = field(default_factory=dict)
     preset: str = "quick"
@@ -109,7 +112,8 @@ class Card:
     def sha256(self) -> str:
         """Hash of what decides images and labels: the presets, recipes and report grid may change without it."""
         parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
-        parts["source"] = asdict(self.source)
+        # Where a copy lies decides nothing; what is in it is hashed with the images.
+        parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -194,10 +198,9 @@ def load_card(name: str) -> Card:
         raise BenchError(f"{path}: not TOML: {e}") from None
     except ValidationError as e:
         first = e.errors()[0]
-        where = "".join(f"{part}." for part in first["loc"]).rstrip(".")
-        raise BenchError(
-            ": ".join(filter(None, (str(path), where, first["msg"].removeprefix("Value error, "))))
-        ) from None
+        where = ".".join(map(str, first["loc"]))  # empty where the card's keys do not go together
+        said = first["msg"].removeprefix("Value error, ")
+        raise BenchError(": ".join(filter(None, (str(path), where, said)))) from None
     return replace(
         card,
         classes=card.classes or readers.class_names(card),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bench.errors import BenchError, one_line
 
-# The formats Pillow may try: its others include ones that run programs (EPS) or fetch nothing but trouble.
+# The formats Pillow may try: among its others are ones that run programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 KEEP_BYTES = 1 << 30  # a part that fits is kept once decoded (CIFAR-10: 0.2 GB); a larger one is decoded each time

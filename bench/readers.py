@@ -108,7 +108,7 @@ def read(card: Card, part: PartName) -> Part:
     elif isinstance(source, Folder):
         found = _folder(card, source, part)
     else:
-        found = _digits()
+        found = _digits(card)
     if not len(found.labels):
         raise BenchError(f"card {card.name}: the {part} part ({found.origin}) is empty")
     return found
@@ -125,17 +125,19 @@ def _numbered(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _digits() -> Part:
+def _digits(card: Card) -> Part:
     from sklearn.datasets import load_digits
 
+    if (card.shape, card.levels, len(card.classes)) != ((1, 8, 8), 17, 10):
+        raise BenchError(f"card {card.name}: scikit-learn's digits have shape [1, 8, 8], 17 levels and 10 classes")
     data = load_digits()
     return Part(data.images[:, None].astype(np.uint8), data.target.astype(np.int64), "scikit-learn")
 
 
 def _root(card: Card, source: _Stored) -> tuple[Path, str]:
-    """The local data folder and how a record calls it: without the path, which is the user's own."""
+    """The local data folder, and how a record calls it: without the path, which is the user's own."""
     if source.folder:
-        return card.home / source.folder, source.folder
+        return card.home / source.folder, Path(source.folder).name
     data = os.environ.get("CERTBENCH_DATA")
     if not data:
         raise BenchError(f"card {card.name}: set CERTBENCH_DATA to the folder that holds {card.name}/ with its data")
@@ -195,10 +197,14 @@ def _columns(path: Path, source: Parquet, classes: int) -> tuple[Any, NDArray[np
         with pq.ParquetFile(path) as file:
             known = file.schema_arrow.names
             for column in (source.image, source.label):
-                if column not in known:
-                    raise BenchError(f"{path}: no column {column!r}; it has {', '.join(known)}")
+                if known.count(column) != 1:
+                    raise BenchError(
+                        f"{path}: {known.count(column) or 'no'} columns {column!r}; it has {', '.join(known)}"
+                    )
             table = file.read(columns=[source.image, source.label])
-    except (pa.ArrowException, OSError) as e:  # ArrowException: also numbers and text that are not valid
+    except BenchError:
+        raise
+    except Exception as e:  # pyarrow raises its own errors, and Python's (UnicodeDecodeError, KeyError, MemoryError)
         raise BenchError(f"{path}: not a readable parquet file: {one_line(e)}; fetch it again") from None
     images, labels = table.column(source.image), table.column(source.label)
     if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
@@ -219,11 +225,17 @@ def _columns(path: Path, source: Parquet, classes: int) -> tuple[Any, NDArray[np
     return images, numbers.astype(np.int64)
 
 
-def _subfolders(folder: Path) -> list[str]:
+def _listed(folder: Path, folders: bool = False) -> list[str]:
+    """Names in a folder, hidden ones left out, in the order of their characters."""
     try:
-        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        entries = [e.name for e in os.scandir(folder) if not folders or e.is_dir()]
     except OSError as e:
         raise BenchError(f"no folder of pictures at {folder}: {e.strerror}") from None
+    return sorted(name for name in entries if not name.startswith("."))
+
+
+def _subfolders(folder: Path) -> list[str]:
+    names = _listed(folder, folders=True)
     if not names:
         raise BenchError(f"{folder}: no folders in it; each class is a folder of pictures")
     return names
@@ -243,7 +255,7 @@ def _folder(card: Card, source: Folder, part: PartName) -> Part:
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(expected):
-        names = sorted(e.name for e in os.scandir(base / name) if Path(e.name).suffix.lower() in SUFFIXES)
+        names = [n for n in _listed(base / name) if Path(n).suffix.lower() in SUFFIXES]
         if not names:
             raise BenchError(f"{base / name}: no pictures in this class folder; known: {' '.join(sorted(SUFFIXES))}")
         files += [f"{name}/{n}" for n in names]

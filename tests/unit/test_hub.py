@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hubserver
 import pytest
 
 from bench.errors import BenchError
 from bench.hub import commit, fetch
-
-_spec = importlib.util.spec_from_file_location("hubserver", Path(__file__).parents[1] / "hubserver.py")
-assert _spec is not None
-assert _spec.loader is not None
-hubserver: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hubserver)
 
 FILES = {
     ("dataset", "someone/pictures", "data/train.parquet"): b"rows",
