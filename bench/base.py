@@ -1,25 +1,22 @@
-"""Base classifiers: the card's recipe, trained clean once and cached, shared by every defense."""
+"""The base classifier under defense: pixels in [0, 1] to logits, and what a defense may see of it."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import objectives, training
-from bench.cache import Entry, file_sha256
-from bench.cards import Card, Recipe, Split
-from bench.errors import BenchError, one_line, unknown
-from bench.interface import Access, Schedule
+from bench.cards import Split
+from bench.errors import BenchError
+from bench.interface import Access
 
 # A view that may only be queried finds its module here by number: nothing reachable from the view
 # itself is a module, a parameter or a gradient.
@@ -27,19 +24,34 @@ _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 class Classifier(nn.Module):
-    """A timm model with its normalisation inside: pixels in [0, 1] to logits."""
+    """A timm model with its resizing and normalisation inside: pixels in [0, 1] to logits.
+
+    ``size`` is the height and width the model takes, None where that is the card's. Noise is added
+    at the card's resolution, before this module sees an image, so radii are those of the card.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        size: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, classes] of pixels x [B, C, H, W]."""
+        """Logits [B, classes] of pixels x [B, C, H, W]; one grey channel becomes as many as the model takes."""
+        if self.size is not None:
+            shrinks = self.size[0] < x.shape[-2] or self.size[1] < x.shape[-1]
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=shrinks)
+        # A grey image broadcasts over the model's mean and std.
         return cast(Tensor, self.model((x - self.mean) / self.std))
 
     def head(self) -> nn.Module:
@@ -80,16 +92,35 @@ class View:
 
 
 class BaseModel:
-    """A loaded base classifier: the harness's side, which owns the module."""
+    """A loaded base classifier: the harness's side, which owns the module.
+
+    ``architecture`` is what the tensors do not tell (timm name, arguments, resizing), ``meta`` where
+    the weights come from and what making them cost. ``sha256`` covers the architecture and the
+    tensors, normalisation among them, so the same classifier has one hash whatever it is called.
+    """
 
     def __init__(
-        self, name: str, module: nn.Module, untrained: Callable[[int], nn.Module], classes: int, meta: dict[str, Any]
+        self,
+        name: str,
+        module: nn.Module,
+        untrained: Callable[[int], nn.Module],
+        classes: int,
+        meta: dict[str, Any],
+        architecture: Mapping[str, Any],
     ) -> None:
-        self.name, self.classes, self.meta = name, classes, meta
+        self.name, self.classes, self.meta, self.architecture = name, classes, meta, dict(architecture)
         self.module = module.eval().requires_grad_(False)
         self.untrained = untrained
-        self.sha256 = state_sha256(module, name)
+        self.sha256 = self.current_sha256()
         _modules[id(self.module)] = self.module
+
+    def current_sha256(self) -> str:
+        """The hash as the weights are now; another one than ``sha256`` means somebody changed them."""
+        return state_sha256(self.module, json.dumps(self.architecture, sort_keys=True))
+
+    def identity(self) -> dict[str, Any]:
+        """What a run's identity says of its base."""
+        return {"name": self.name, "sha256": self.sha256, **self.architecture}
 
     @property
     def parameters(self) -> int:
@@ -118,79 +149,3 @@ def state_sha256(module: nn.Module, *also: str) -> str:
         h.update(f"|{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         h.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
-
-
-def make_model(recipe: Recipe, card: Card, classes: int) -> Classifier:
-    """The recipe's architecture with fresh weights."""
-    import timm
-
-    try:
-        model = timm.create_model(recipe.model, num_classes=classes, **recipe.args)
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise BenchError(f"card {card.name}: timm cannot make {recipe.model}: {one_line(e)}") from None
-    return Classifier(model, card.mean, card.std)
-
-
-def recipe_name(card: Card, preset: str, base: str | None) -> str:
-    """Which of the card's recipes: the one asked for, the preset's, or the first."""
-    name = base or card.presets[preset].base or next(iter(card.bases))
-    if name not in card.bases:
-        raise unknown("base", name, card.bases)
-    return name
-
-
-def load_base(
-    card: Card,
-    name: str,
-    train: Split,
-    validation: Split,
-    device: torch.device,
-    progress: training.Progress,
-) -> BaseModel:
-    """The card's base of that name: from the cache, or trained clean here once, whatever the defenses' seeds."""
-    recipe = card.bases[name]
-    try:
-        schedule = TypeAdapter(Schedule).validate_python(recipe.schedule)
-    except ValidationError as e:
-        raise BenchError(f"card {card.name}: bases.{name}.schedule: {e.errors()[0]['msg']}") from None
-
-    def untrained(classes: int) -> Classifier:
-        return make_model(recipe, card, classes).to(device)
-
-    with training.fixed_rng(0):
-        module = untrained(len(card.classes))
-    entry = Entry(
-        f"{card.name}-base-{name}",
-        {
-            "model": recipe.model,
-            "args": recipe.args,
-            "schedule": asdict(schedule),
-            "normalisation": [card.mean, card.std],
-            "train": train.sha256(),
-            "augment": card.augment,
-            "classes": len(card.classes),
-            "device": device.type,
-            "training": source_sha256(training.__file__),
-        },
-    )
-    with entry.lock():
-        trained = entry.load()
-        if trained is None:
-            spent: list[float] = []
-            job = training.TrainingJob(
-                train, card.augment, 0.0, objectives.clean, 0, device, entry.checkpoint, progress, spent
-            )
-            job.train(module, lambda x, y, draw: objectives.clean(lambda z, _: module(z), x, y, draw), schedule)
-            right, total = BaseModel(name, module, untrained, len(card.classes), {}).accuracy(
-                validation, list(range(len(validation)))
-            )
-            meta = {"train_seconds": sum(spent), "validation_clean_accuracy": right / total}
-            trained = entry.save(module.state_dict(), meta)
-    module.load_state_dict(trained.state)
-    return BaseModel(name, module, untrained, len(card.classes), trained.meta)
-
-
-def source_sha256(file: str | None) -> str:
-    """Hash of a source file: an edited one never meets weights of the old."""
-    assert file is not None
-    return file_sha256(Path(file))

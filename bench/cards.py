@@ -9,94 +9,162 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from bench import readers
 from bench.errors import BenchError, unknown
+from bench.pictures import Pictures
 
-SplitName = Literal["train", "validation", "test"]
+SplitName = readers.PartName
 _STRICT = ConfigDict(extra="forbid")
+SPLIT_OFF: tuple[Literal["test", "validation"], ...] = ("test", "validation")
+CUT = 5000  # the most images a split cut from train takes where the card gives no number
 
 
 @checked(config=_STRICT, frozen=True)
 class Preset:
     """What quick, standard or paper means on this data set."""
 
-    examples: int
-    n0: int
-    n: int
+    examples: PositiveInt | Annotated[str, StringConstraints(pattern=r"^every:[1-9]\d*$")]
+    n0: PositiveInt
+    n: PositiveInt
     base: str = ""  # a recipe of [bases]; default: the card's first
-    train_examples: int = 0  # 0: all
-    epoch_scale: float = 1.0  # multiplies the epochs of every training that starts from a preset
+    train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
+    epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of every training of a default schedule
 
 
 @checked(config=_STRICT, frozen=True)
 class Recipe:
-    """A base classifier: a timm model and the schedule that trains it clean."""
+    """A base classifier: a timm model and the schedule that trains it clean, from scratch or pretrained weights."""
 
     model: str
     schedule: dict[str, Any]
     args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False  # start from timm's published weights, with their normalisation
     summary: str = ""
+
+
+def _presets() -> dict[str, Preset]:
+    return {
+        "quick": Preset(examples=100, n0=100, n=1000, train_examples=10000, epoch_scale=0.15),
+        "standard": Preset(examples=500, n0=100, n=10000),
+        "paper": Preset(examples=500, n0=100, n=100000),
+    }
+
+
+def _names(value: Any) -> Any:
+    if type(value) is not int:
+        return value
+    if not 2 <= value <= 100_000:
+        raise ValueError(f"{value}: must be 2 to 100,000, or a list of names")
+    return tuple(map(str, range(value)))
 
 
 @checked(config=_STRICT, frozen=True)
 class Card:
-    """One data set, as its TOML file states it."""
+    """One data set, as its TOML file states it; all but name, source and shape has a default."""
 
-    name: str
-    source: str
-    shape: tuple[int, int, int]
-    levels: int
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    radii: tuple[float, ...]
-    splits: dict[str, int]
-    presets: dict[str, Preset]
-    bases: dict[str, Recipe]
+    # The name is part of folder names, so it must not lead out of them.
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    source: readers.Source
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    levels: Annotated[int, Field(ge=2, le=256)] = 256
+    classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or how many; default: names of folders
+    mean: tuple[float, ...] = ()
+    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    radii: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    # Sizes of the splits that are cut from train, because the source has no such part.
+    splits: dict[Literal["test", "validation"], PositiveInt] = field(default_factory=dict)
+    presets: dict[str, Preset] = field(default_factory=_presets)
+    bases: dict[str, Recipe] = field(default_factory=dict)
     preset: str = "quick"
     augment: tuple[Literal["crop", "flip"], ...] = ()
+    home: Path = Path()  # the card's own folder; not a key of the file
+
+    def __post_init__(self) -> None:
+        for key in ("mean", "std"):
+            if getattr(self, key) and len(getattr(self, key)) != self.shape[0]:
+                raise ValueError(f"{key}: {len(getattr(self, key))} values for {self.shape[0]} channels")
+        for name in self.splits:
+            if readers.has(self.source, name):
+                raise ValueError(f"splits.{name}: the source has its own {name} part, which is taken whole")
+        if not isinstance(self.source, readers.Digits):
+            if self.shape[0] not in (1, 3):
+                raise ValueError(f"shape: pictures have 1 or 3 channels, not {self.shape[0]}")
+            if self.levels != 256:
+                raise ValueError("levels: pictures have 256")
+            if 0 < self.source.resize < max(self.shape[1:]):
+                raise ValueError(f"source.resize: {self.source.resize} is less than the shape's side")
+        if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: two at least, all different")
+        if self.preset not in self.presets:
+            raise ValueError(f"preset = {self.preset!r} has no [presets.{self.preset}] table")
 
     def sha256(self) -> str:
         """Hash of what decides images and labels: the presets, recipes and report grid may change without it."""
-        parts = {k: getattr(self, k) for k in ("name", "source", "shape", "levels", "classes", "splits")}
+        parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
+        # Where a copy lies decides nothing; what is in it is hashed with the images.
+        parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split: integers [N, C, H, W] and labels [N]."""
+    """Images of one split: integers [N, C, H, W], in memory or decoded when asked for, and labels [N]."""
 
     name: str
-    integers: NDArray[np.uint8]
+    images: NDArray[np.uint8] | Pictures
     labels: NDArray[np.int64]
     levels: int
+    origin: str = ""  # where the data were found, for the record
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def integers(self, indices: Any = slice(None)) -> NDArray[np.uint8]:
+        """Integers 0 .. levels-1 of the given rows, [len(indices), C, H, W]. Raises BenchError for a bad picture."""
+        integers: NDArray[np.uint8] = self.images[indices]
+        return integers
+
     def pixels(self, indices: Any) -> NDArray[np.float32]:
-        """float32 pixels in [0, 1] of the given rows, [len(indices), C, H, W]."""
-        pixels: NDArray[np.float32] = self.integers[indices].astype(np.float32) / np.float32(self.levels - 1)
+        """float32 pixels in [0, 1] of the given rows, [len(indices), C, H, W]. Raises BenchError for a bad picture."""
+        pixels: NDArray[np.float32] = self.integers(indices).astype(np.float32) / np.float32(self.levels - 1)
         return pixels
 
-    def sha256(self, indices: Any = slice(None)) -> str:
-        """Hash of the given rows' images and labels: what a card declares is not proof of what was read."""
-        h = hashlib.sha256(np.ascontiguousarray(self.integers[indices]).tobytes())
-        h.update(self.labels[indices].astype("<i8").tobytes())
+    def sha256(self, indices: Any = None) -> str:
+        """Hash of the given rows' images and labels: what a card declares is not proof of what was read.
+
+        Of given rows it is the pixels' own hash, however they were stored. Of the whole split it is that
+        of the encoded pictures where they are kept so (see ``Pictures.fingerprint``): nothing is decoded.
+        """
+        if indices is None and isinstance(self.images, Pictures):
+            h = hashlib.sha256(self.images.fingerprint())
+        else:
+            h = hashlib.sha256(np.ascontiguousarray(self.integers(indices := _all(indices))).tobytes())
+        h.update(self.labels[_all(indices)].astype("<i8").tobytes())
         return h.hexdigest()
 
     def first(self, count: int) -> Split:
         """The first ``count`` rows, or all of them for 0."""
-        return self if not count else Split(self.name, self.integers[:count], self.labels[:count], self.levels)
+        return self.select(slice(count)) if count else self
+
+    def select(self, indices: Any) -> Split:
+        """Those rows, nothing decoded."""
+        images = self.images.select(indices) if isinstance(self.images, Pictures) else self.images[indices]
+        return replace(self, images=images, labels=self.labels[indices])
+
+
+def _all(indices: Any) -> Any:
+    return slice(None) if indices is None else indices
 
 
 def card_files() -> dict[str, Path]:
@@ -120,25 +188,81 @@ def load_card(name: str) -> Card:
         path = files[name]
     try:
         with path.open("rb") as f:
-            card = TypeAdapter(Card).validate_python(tomllib.load(f))
+            keys = tomllib.load(f)
+        if "home" in keys:
+            raise BenchError(f"{path}: home: not a key of a card")
+        card = TypeAdapter(Card).validate_python(keys | {"home": path.parent})
+    except OSError as e:
+        raise BenchError(f"{path}: {e.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise BenchError(f"{path}: not TOML: {e}") from None
     except ValidationError as e:
         first = e.errors()[0]
-        raise BenchError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if card.preset not in card.presets:
-        raise BenchError(f"{path}: preset = {card.preset!r} has no [presets.{card.preset}] table")
-    return card
+        where = ".".join(map(str, first["loc"]))  # empty where the card's keys do not go together
+        said = first["msg"].removeprefix("Value error, ")
+        raise BenchError(": ".join(filter(None, (str(path), where, said)))) from None
+    return replace(
+        card,
+        classes=card.classes or readers.class_names(card),
+        mean=card.mean or (0.5,) * card.shape[0],
+        std=card.std or (0.25,) * card.shape[0],
+        bases=card.bases or {"vit": _small_vit(card.shape)},
+    )
+
+
+def _small_vit(shape: tuple[int, int, int]) -> Recipe:
+    """A ViT that trains from scratch in minutes: patches that divide the image, about 8 a side."""
+    channels, height, width = shape
+    side = math.gcd(height, width)
+    patch = min((p for p in range(1, side + 1) if side % p == 0), key=lambda p: abs(p - min(height, width) / 8))
+    args = {"img_size": [height, width], "patch_size": patch, "in_chans": channels}
+    return Recipe(
+        model="vit_tiny_patch16_224",
+        args=args | {"embed_dim": 128, "depth": 6, "num_heads": 4},
+        schedule={"epochs": 10, "batch": 128, "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1},
+        summary=f"ViT, patch {patch}, width 128, depth 6, trained here clean",
+    )
 
 
 def load_split(card: Card, split: SplitName) -> Split:
-    """One split of the card's data set. Which image is in which split is fixed by the card alone."""
-    integers, labels = _read(card)
-    order = np.array(sorted(range(len(labels)), key=lambda i: hashlib.sha256(f"{card.name}/{i}".encode()).digest()))
-    test, validation = card.splits["test"], card.splits["validation"]
-    part = {"test": order[:test], "validation": order[test : test + validation], "train": order[test + validation :]}
-    rows = part[split]
-    return Split(split, integers[rows], labels[rows], card.levels)
+    """One split of the card's data set."""
+    return load_splits(card, split)[0]
+
+
+def load_splits(card: Card, *names: SplitName) -> list[Split]:
+    """Splits of the card's data set, each of its files read once. Which image is in which split is fixed by the card.
+
+    A part that the source has is taken whole, in its own order. Others are cut from one fixed shuffle of its train
+    part: test, then validation, then train is the rest. Raises BenchError where the data are absent or not as the
+    card says.
+    """
+    parts: dict[SplitName, readers.Part] = {}
+    cut: dict[str, NDArray[np.int64]] = {}
+    splits = []
+    for name in names:
+        own = name if readers.has(card.source, name) else "train"
+        if own not in parts:
+            parts[own] = readers.read(card, own)
+        part = parts[own]
+        whole = Split(name, part.images, part.labels, card.levels, part.origin)
+        if own == "train":
+            cut = cut or _cut(card, len(whole))
+            whole = whole.select(cut[name])
+        splits.append(whole)
+    return splits
+
+
+def _cut(card: Card, rows: int) -> dict[str, NDArray[np.int64]]:
+    """The rows of the train part that go to train and to each split the source has not."""
+    sizes: dict[str, int] = {}
+    for name in SPLIT_OFF:
+        if not readers.has(card.source, name):
+            sizes[name] = card.splits.get(name, max(1, min(rows // 10, CUT)))
+    if sum(sizes.values()) >= rows:
+        asked = " and ".join(f"{size} for {name}" for name, size in sizes.items())
+        raise BenchError(f"card {card.name}: {rows} images in its train part are too few to cut off {asked}")
+    order = np.array(sorted(range(rows), key=lambda i: hashlib.sha256(f"{card.name}/{i}".encode()).digest()))
+    return dict(zip([*sizes, "train"], np.split(order, np.cumsum([*sizes.values()])), strict=True))
 
 
 def choose(split: Split, examples: str) -> list[int]:
@@ -161,12 +285,3 @@ def choose(split: Split, examples: str) -> list[int]:
         seen[label] = seen.get(label, 0) + 1
         rank.append((seen[label], label, i))
     return sorted(i for _, _, i in sorted(rank)[: int(examples)])
-
-
-def _read(card: Card) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    if card.source != "sklearn:digits":
-        raise BenchError(f"card {card.name}: unknown source {card.source!r}; known: sklearn:digits")
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return data.images[:, None].astype(np.uint8), data.target.astype(np.int64)

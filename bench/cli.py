@@ -52,7 +52,16 @@ def run(
         str, typer.Option(help="Noise of the certificate, in pixels of [0, 1]; several with commas.")
     ] = ".25",
     train_sigma: Annotated[float | None, typer.Option(help="Noise while training; default: sigma.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base classifier; default: the card's for the preset.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file or a timm folder; "
+            "default: the card's for the preset."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Certify these weights of the defense (of the base, for none); train nothing.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="quick, standard or paper; default: the card's.")] = None,
     examples: Annotated[str | None, typer.Option(help="N images, class-balanced, or every:K.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Votes that bound the probability, per image.")] = None,
@@ -77,6 +86,7 @@ def run(
         sigma=sigma,
         train_sigma=train_sigma,
         base=base,
+        weights=weights,
         preset=preset,
         examples=examples,
         n0=n0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ class ConsoleReporter:
     @contextmanager
     def training(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
         with self._bar(f"train {what}", 0) as update:
-            yield lambda done, total, loss: update(done, total, f"loss {loss:.3f}")
+            # Features that a probe is trained on are computed without a loss.
+            yield lambda done, total, loss: update(done, total, "" if math.isnan(loss) else f"loss {loss:.3f}")
 
     @contextmanager
     def certifying(self, what: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:

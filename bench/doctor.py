@@ -11,15 +11,14 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from bench import fitting, run
-from bench.base import BaseModel, make_model
-from bench.cards import choose, load_split
+from bench.bases import untrained_base
+from bench.cards import choose, load_splits
 from bench.certify import Certificate, Task, certify, check_rows
 from bench.errors import BenchError
 from bench.interface import Schedule
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan
 from bench.procedures import Fixed
-from bench.training import fixed_rng
 
 STEPS = 3
 
@@ -38,18 +37,13 @@ def examine(plan: Plan) -> Iterator[Finding]:
     The caller points ``CERTBENCH_CACHE`` at a scratch folder, so that training really happens.
     """
     device = torch.device("cpu")
-    train, test = load_split(plan.card, "train").first(200), load_split(plan.card, "test")
+    train, test = load_splits(plan.card, "train", "test")
+    train = train.first(200)
     config = plan.config
     if isinstance(config, Schedule) and "epochs" in {f.name for f in fields(config)}:
         config = replace(config, batch=16, epochs=STEPS * 16 / len(train))
     plan = replace(plan, config=config)
-    recipe = plan.card.bases[plan.base]
-
-    def untrained(classes: int) -> torch.nn.Module:
-        return make_model(recipe, plan.card, classes)
-
-    with fixed_rng(0):
-        base = BaseModel(plan.base, untrained(len(plan.card.classes)), untrained, len(plan.card.classes), {})
+    base = untrained_base(plan.card, plan.base, device)
     task = replace(run.make_task(plan, test, device), block=64)
 
     check = ""
@@ -60,7 +54,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
             yield Finding(check)
 
             check = f"it trains for {STEPS} steps"
-            if fitting.trains(plan, defense):
+            if fitting.trains(defense):
                 fitting.train_or_load(plan, base, train, device, lambda *_: None, defense)
             defense.merge()
             defense.eval()

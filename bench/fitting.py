@@ -11,14 +11,15 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import noise, objectives, registry, training
-from bench.base import BaseModel, source_sha256, state_sha256
-from bench.cache import Entry, Trained
+from bench import noise, objectives, registry, tensors, training
+from bench.base import BaseModel
+from bench.cache import Entry, Trained, source_sha256
 from bench.cards import Split
 from bench.errors import BenchError, one_line
 from bench.interface import Context, Defense
@@ -60,11 +61,24 @@ def construct(plan: Plan, base: BaseModel, device: torch.device) -> Defense:
         return plan.cls(context, plan.config).to(device).eval()
 
 
+def trains(defense: Defense) -> bool:
+    """Whether a constructed defense has weights of its own; ``--weights`` are the base's where it has none."""
+    return any(p.requires_grad for p in defense.parameters()) or type(defense).fit is not Defense.fit
+
+
 def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progress: training.Progress) -> Fitted:
-    """Train, or take from the cache, then construct, load and merge. Raises BenchError naming the defense."""
+    """Train, or take from the cache or the user's file, then construct, load and merge.
+
+    Raises BenchError naming the defense.
+    """
     defense = construct(plan, base, device)
     nominal = sum(p.numel() for p in defense.parameters() if p.requires_grad)
-    trained = train_or_load(plan, base, train, device, progress, defense) if trains(plan, defense) else None
+    trained: Trained | None = None
+    if trains(defense):
+        if plan.weights is not None:
+            trained = _given(plan.weights, plan, base, defense)
+        else:
+            trained = train_or_load(plan, base, train, device, progress, defense)
     if trained is not None:
         defense = construct(plan, base, device)
         load(defense, trained, plan.defense)
@@ -72,7 +86,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     with blame(plan.defense):
         defense.merge()
     defense.eval().requires_grad_(False)
-    if state_sha256(base.module, base.name) != base.sha256:
+    if base.current_sha256() != base.sha256:
         raise BenchError(f"defense {plan.defense} changed the base classifier; train a copy: self.context.base.copy()")
     meta = trained.meta if trained else {}
     return Fitted(
@@ -84,11 +98,6 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         meta.get("updated", 0),
         total,
     )
-
-
-def trains(plan: Plan, defense: Defense) -> bool:
-    """Whether the defense has anything to train."""
-    return plan.cls.fit is not Defense.fit or any(p.requires_grad for p in defense.parameters())
 
 
 def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device) -> dict[str, Any]:
@@ -159,12 +168,19 @@ def _same_as_base(key: str, value: Tensor, before: dict[str, Tensor], base: Base
     return any(value.shape == b.shape and torch.equal(value, b) for b in base.module.state_dict().values())
 
 
+def _given(path: Path, plan: Plan, base: BaseModel, defense: Defense) -> Trained:
+    """A user's own trained weights: the whole state of the defense, or that less what it takes from the base."""
+    stored = tensors.read(path)
+    fresh = defense.state_dict()
+    from_base = {k for k, v in fresh.items() if _same_as_base(k, v, fresh, base)}
+    tensors.check(f"--weights {path} does not fit defense {plan.defense}", fresh, stored.tensors, from_base)
+    moved = {k for k, v in stored.tensors.items() if not torch.equal(v.to(fresh[k]), fresh[k])}
+    updated = sum(p.numel() for k, p in defense.named_parameters() if k in moved)
+    return Trained(stored.tensors, {"from_base": sorted(from_base), "updated": updated}, stored.sha256)
+
+
 def load(defense: Defense, trained: Trained, name: str) -> None:
     """Put stored weights into a freshly constructed defense. Raises BenchError where they do not fit."""
-    try:
-        missing, unexpected = defense.load_state_dict(trained.state, strict=False)
-    except RuntimeError as e:
-        raise BenchError(f"defense {name}: stored weights do not fit: {one_line(e)}") from None
-    wrong = sorted(set(missing) - set(trained.meta["from_base"])) + list(unexpected)
-    if wrong:
-        raise BenchError(f"defense {name}: stored weights do not fit: {wrong[0]}")
+    wanted = defense.state_dict()
+    tensors.check(f"defense {name}: stored weights do not fit", wanted, trained.state, trained.meta["from_base"])
+    defense.load_state_dict(trained.state, strict=False)

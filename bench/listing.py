@@ -36,7 +36,7 @@ def _datasets() -> list[dict[str, Any]]:
             "name": c.name,
             "shape": "x".join(map(str, c.shape)),
             "classes": len(c.classes),
-            "source": c.source,
+            "source": getattr(c.source, "hub", "") or c.source.reader,
             "presets": ", ".join(c.presets),
         }
         for c in cards

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from bench import bounds, registry
-from bench.base import recipe_name
+from bench import bounds, registry, tensors
+from bench.bases import choose_base
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
 from bench.interface import Defense, Schedule
@@ -25,6 +26,7 @@ class Plan:
     card: Card
     preset: str
     base: str
+    weights: Path | None  # a user's own: of the defense, or of the base where the defense has none
     defense: str
     cls: type[Defense]
     source: str  # sha256 of the defense's file
@@ -42,16 +44,17 @@ def make_plans(
     *,
     defenses: str,
     dataset: str,
-    sigma: str,
-    train_sigma: float | None,
-    base: str | None,
-    preset: str | None,
-    examples: str | None,
-    n0: int | None,
-    n: int | None,
-    alpha: float,
-    seed: str,
-    settings: Sequence[str],
+    sigma: str = ".25",
+    train_sigma: float | None = None,
+    base: str | None = None,
+    weights: Path | None = None,
+    preset: str | None = None,
+    examples: str | None = None,
+    n0: int | None = None,
+    n: int | None = None,
+    alpha: float = 0.001,
+    seed: str = "0",
+    settings: Sequence[str] = (),
 ) -> list[Plan]:
     """All runs a command asks for, in order. Raises BenchError naming the first value that cannot be."""
     card = load_card(dataset)
@@ -71,6 +74,11 @@ def make_plans(
     chosen = [name for name in registry.names() if defenses == "all"] or _words("--defense", defenses)
     loaded = {name: registry.load(name) for name in chosen}
     configs = _configure(loaded, preset, means.epoch_scale, settings)
+    if weights is not None:
+        if len(loaded) > 1:
+            raise BenchError(f"--weights {weights} are of one defense; --defense names {len(loaded)}")
+        tensors.refuse_pickle(weights)
+    base_name = choose_base(card, preset, base)
     plans = []
     for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
         if s <= 0:
@@ -81,7 +89,8 @@ def make_plans(
             plan = Plan(
                 card=card,
                 preset=preset,
-                base=recipe_name(card, preset, base),
+                base=base_name,
+                weights=weights,
                 defense=name,
                 cls=cls,
                 source=source,

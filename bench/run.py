@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import environment, fitting, metrics, noise, registry
-from bench.base import BaseModel, Classifier, load_base, make_model
-from bench.cards import Split, choose, load_split
+from bench.base import BaseModel, Classifier
+from bench.bases import load_base, untrained_base
+from bench.cards import Split, choose, load_splits
 from bench.certify import Model, Task, block_rows, certify, check_rows
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
@@ -53,18 +54,26 @@ class Session:
 
     def __init__(self, device: torch.device, out: Path, reporter: Reporter) -> None:
         self.device, self.out, self.reporter = device, out, reporter
-        self._materials: dict[tuple[str, str, str], _Materials] = {}
+        self._materials: dict[tuple[str, str, str, Path | None], _Materials] = {}
 
     def materials(self, plan: Plan) -> _Materials:
         """Splits and base of a plan; the base is trained here if it never was."""
-        key = (plan.card.name, plan.preset, plan.base)
+        weights = self._base_weights(plan)
+        key = (plan.card.name, plan.preset, plan.base, weights)
         if key not in self._materials:
-            train = load_split(plan.card, "train").first(plan.card.presets[plan.preset].train_examples)
-            validation, test = load_split(plan.card, "validation"), load_split(plan.card, "test")
+            train, validation, test = load_splits(plan.card, "train", "validation", "test")
+            train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
-                base = load_base(plan.card, plan.base, train, validation, self.device, progress)
+                base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights)
             self._materials[key] = _Materials(train, test, base)
         return self._materials[key]
+
+    def _base_weights(self, plan: Plan) -> Path | None:
+        """The plan's ``--weights`` where they are the base's: where its defense has no weights of its own."""
+        if plan.weights is None:
+            return None
+        rough = fitting.construct(plan, untrained_base(plan.card, plan.base, self.device), self.device)
+        return None if fitting.trains(rough) else plan.weights
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
@@ -81,6 +90,7 @@ class Session:
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
+            "data": {"train": shared.train.origin, "test": shared.test.origin},
             "base": {"clean_correct": right, "images": total, **shared.base.meta},
             "defense": {
                 "family": plan.cls.family,
@@ -89,6 +99,7 @@ class Session:
                 "trainable_nominal": fitted.nominal,
                 "trainable_updated": fitted.updated,
                 "parameters": fitted.total,
+                "weights_file": plan.weights and plan.weights.name,
             },
         }
         record = Run(self.out, f"{plan.card.name}-{name}-s{plan.sigma:g}", identity, extra)
@@ -103,19 +114,16 @@ class Session:
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
-        test, train = load_split(plan.card, "test"), load_split(plan.card, "train")
-        recipe = plan.card.bases[plan.base]
-        module = make_model(recipe, plan.card, len(plan.card.classes)).to(self.device)
-        base = BaseModel(
-            plan.base, module, lambda c: make_model(recipe, plan.card, c).to(self.device), len(plan.card.classes), {}
-        )
+        test, train = load_splits(plan.card, "test", "train")
+        base = untrained_base(plan.card, plan.base, self.device)
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
         with steady(), torch.inference_mode():
             per_vote = check_rows(defense, task, indices[0]) / task.block
         votes = len(indices) * (plan.n0 + plan.n)
         # A training step's backward pass costs about twice its forward pass.
-        images = getattr(plan.config, "epochs", 0.0) * len(train.first(plan.card.presets[plan.preset].train_examples))
+        epochs = 0.0 if plan.weights else getattr(plan.config, "epochs", 0.0)
+        images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
             "run": f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}",
             "seed": plan.seed,
@@ -134,7 +142,7 @@ class Session:
             "split": shared.test.name,
             "indices": indices,
             "images": shared.test.sha256(indices),
-            "base": {"name": plan.base, "sha256": shared.base.sha256},
+            "base": shared.base.identity(),
             "defense": {
                 "name": registry.short_name(plan.defense),
                 "source": plan.source,

@@ -9,19 +9,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cards import Split
 from bench.errors import BenchError, one_line
 from bench.interface import Loss, Objective, Schedule
 from bench.noise import Noise, TrainDraw
 
 CHECKPOINT_SECONDS = 20.0
+
+
+class Rows(Protocol):
+    """What a training reads: a ``Split``, or features computed from one."""
+
+    @property
+    def labels(self) -> np.ndarray[Any, np.dtype[np.int64]]: ...
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, indices: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The given rows, [len(indices), ...]."""
+        ...
+
+
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
 
@@ -37,7 +51,7 @@ def fixed_rng(*key: int) -> Iterator[None]:
 class TrainingJob:
     """One training run on ``data``; satisfies ``interface.Job``."""
 
-    data: Split
+    data: Rows
     augment: tuple[str, ...]
     sigma: float
     objective: Objective
@@ -143,8 +157,9 @@ def _train_mode(module: nn.Module) -> None:
 
 def _augment(x: Tensor, kinds: tuple[str, ...]) -> Tensor:
     """Random crop after padding by an eighth of the side, and horizontal flips; from torch's global random state."""
-    rows, _, height, width = x.shape
+    rows = len(x)
     if "crop" in kinds:
+        height, width = x.shape[-2:]
         pad = height // 8
         padded = F.pad(x, (pad, pad, pad, pad))
         top, left = torch.randint(0, 2 * pad + 1, (2, rows))

@@ -12,21 +12,8 @@ from bench.doctor import Finding, examine
 from bench.plan import Plan, make_plans
 
 
-def plan(name: str, settings: tuple[str, ...] = ()) -> Plan:
-    (found,) = make_plans(
-        defenses=name,
-        dataset=TINY,
-        sigma="0.25",
-        train_sigma=None,
-        base=None,
-        preset=None,
-        examples=None,
-        n0=None,
-        n=None,
-        alpha=0.001,
-        seed="0",
-        settings=settings,
-    )
+def plan(name: str) -> Plan:
+    (found,) = make_plans(defenses=name, dataset=TINY)
     return found
 
 
