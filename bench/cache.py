@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,20 @@ def write_json(path: Path, value: Any) -> None:
 def cache_root() -> Path:
     """``$CERTBENCH_CACHE``, or the user's cache folder."""
     return Path(os.environ.get("CERTBENCH_CACHE") or platformdirs.user_cache_dir("certbench"))
+
+
+@contextmanager
+def scratch_cache() -> Iterator[None]:
+    """A cache that is empty and thrown away afterwards, in place of the user's."""
+    before = os.environ.get("CERTBENCH_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CERTBENCH_CACHE"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["CERTBENCH_CACHE"]
+            if before is not None:
+                os.environ["CERTBENCH_CACHE"] = before
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ def run(
     n: Annotated[int | None, typer.Option("--n", help="Votes that bound the probability, per image.")] = None,
     n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class, per image.")] = None,
     alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")] = 0.001,
+    objective: Annotated[
+        str, typer.Option(help="Training objective: gaussian, stability, consistency or dign.")
+    ] = "gaussian",
     seed: Annotated[str, typer.Option(help="Seed of training and noise; several with commas.")] = "0",
     set_: Annotated[list[str] | None, typer.Option("--set", help="[defense.]key=value; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -92,6 +95,7 @@ def run(
         n0=n0,
         n=n,
         alpha=alpha,
+        objective=objective,
         seed=seed,
         settings=set_ or [],
     )
@@ -177,3 +181,28 @@ def report_(
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    defense: Annotated[str, typer.Argument(help="A defense's name or ./file.py.")],
+    dataset: Annotated[str, typer.Option(help="The card whose images and base it is tried on.")] = "digits",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a defense keeps its side of the interface, and say what to mend. Exit 1 when something is wrong."""
+    from bench.doctor import examine
+    from bench.plan import make_plans
+
+    (plan,) = make_plans(defenses=defense, dataset=dataset, settings=set_ or [])
+    findings = []
+    for finding in examine(plan):
+        findings.append(finding)
+        if not as_json:
+            print(f"wrong: {finding.check}\n       {finding.problem}" if finding.problem else f"ok:    {finding.check}")
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+    if any(f.problem for f in findings):
+        raise typer.Exit(1)
+    if not as_json:
+        print(f"{defense} may be run: bench run --defense {defense} --dataset {dataset}")

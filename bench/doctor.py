@@ -6,12 +6,13 @@ The same checks run over every built-in defense in the tests and over a user's o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench import fitting, run
 from bench.bases import untrained_base
+from bench.cache import scratch_cache
 from bench.cards import choose, load_splits
 from bench.certify import Certificate, Task, certify, check_rows
 from bench.errors import BenchError
@@ -32,15 +33,12 @@ class Finding:
 
 
 def examine(plan: Plan) -> Iterator[Finding]:
-    """Run the checks in order, on the plan's card with an untrained base; stops at the first problem.
-
-    The caller points ``CERTBENCH_CACHE`` at a scratch folder, so that training really happens.
-    """
+    """Run the checks in order, on the plan's card with an untrained base; stops at the first problem."""
     device = torch.device("cpu")
     train, test = load_splits(plan.card, "train", "test")
     train = train.first(200)
     config = plan.config
-    if isinstance(config, Schedule) and "epochs" in {f.name for f in fields(config)}:
+    if isinstance(config, Schedule):
         config = replace(config, batch=16, epochs=STEPS * 16 / len(train))
     plan = replace(plan, config=config)
     base = untrained_base(plan.card, plan.base, device)
@@ -48,7 +46,8 @@ def examine(plan: Plan) -> Iterator[Finding]:
 
     check = ""
     try:
-        with fitting.blame(plan.defense), run.steady():
+        # A cache of its own, so that training really happens.
+        with scratch_cache(), fitting.blame(plan.defense), run.steady():
             check = "it is built, and asks the base for no more than its access"
             defense = fitting.construct(plan, base, device)
             yield Finding(check)

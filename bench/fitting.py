@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench import noise, objectives, registry, tensors, training
 from bench.base import BaseModel
-from bench.cache import Entry, Trained, source_sha256
+from bench.cache import Entry, Trained
 from bench.cards import Split
 from bench.errors import BenchError, one_line
 from bench.interface import Context, Defense
@@ -114,8 +114,9 @@ def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device) ->
         "seed": plan.seed,
         "noise": noise.VERSION,
         "device": device.type,
-        "training": source_sha256(training.__file__),
-        "objectives": source_sha256(objectives.__file__),
+        "objective": plan.objective,
+        "training": training.SOURCE,
+        "objectives": objectives.SOURCE,
     }
 
 
@@ -140,7 +141,7 @@ def train_or_load(
             data=train,
             augment=plan.card.augment,
             sigma=plan.train_sigma,
-            objective=objectives.gaussian,
+            objective=objectives.OBJECTIVES[plan.objective],
             seed=plan.seed,
             device=device,
             checkpoint=entry.checkpoint,

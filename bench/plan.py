@@ -15,6 +15,7 @@ from bench.bases import choose_base
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
 from bench.interface import Defense, Schedule
+from bench.objectives import OBJECTIVES
 
 _Number = TypeVar("_Number", int, float)
 
@@ -33,6 +34,7 @@ class Plan:
     config: Any
     sigma: float
     train_sigma: float
+    objective: str  # gaussian is every trained defense's default
     examples: str
     n0: int
     n: int
@@ -54,6 +56,7 @@ def make_plans(
     n: int | None = None,
     alpha: float = 0.001,
     seed: str = "0",
+    objective: str = "gaussian",
     settings: Sequence[str] = (),
 ) -> list[Plan]:
     """All runs a command asks for, in order. Raises BenchError naming the first value that cannot be."""
@@ -73,6 +76,8 @@ def make_plans(
         raise BenchError(f"--train-sigma {train_sigma:g}: must be above 0")
     chosen = [name for name in registry.names() if defenses == "all"] or _words("--defense", defenses)
     loaded = {name: registry.load(name) for name in chosen}
+    if objective != "gaussian":
+        _check_objective(objective, loaded)
     configs = _configure(loaded, preset, means.epoch_scale, settings)
     if weights is not None:
         if len(loaded) > 1:
@@ -97,6 +102,7 @@ def make_plans(
                 config=configs[name],
                 sigma=s,
                 train_sigma=train_sigma or s,
+                objective=objective,
                 examples=examples or str(means.examples),
                 n0=n0,
                 n=n,
@@ -144,6 +150,14 @@ def _configure(
             first = e.errors()[0]
             raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return configs
+
+
+def _check_objective(objective: str, loaded: dict[str, tuple[type[Defense], str]]) -> None:
+    if objective not in OBJECTIVES:
+        raise unknown("objective", objective, OBJECTIVES)
+    for name, (cls, _) in loaded.items():
+        if cls.loss is not Defense.loss:
+            raise BenchError(f"--objective {objective}: defense {name} has a loss of its own; run it without")
 
 
 def _words(flag: str, text: str) -> list[str]:

@@ -136,7 +136,9 @@ def _label(row: pd.Series, frame: pd.DataFrame) -> str:
 
 
 def _name(record: Record) -> str:
-    return str(record.identity["defense"]["name"])
+    """The defense, and the objective it was trained with where that is not its default."""
+    defense = record.identity["defense"]
+    return str(defense["name"]) + ("" if defense["objective"] in (None, "gaussian") else f" + {defense['objective']}")
 
 
 def _reach(record: Record) -> float:

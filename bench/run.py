@@ -148,6 +148,7 @@ class Session:
                 "source": plan.source,
                 "config": asdict(plan.config),
                 "weights": weights,
+                "objective": plan.objective if weights and plan.weights is None else None,
             },
             "train_sigma": plan.train_sigma,
             "sigma": plan.sigma,

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.cache import file_sha256
 from bench.errors import BenchError, one_line
 from bench.interface import Loss, Objective, Schedule
 from bench.noise import Noise, TrainDraw
 
+SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
 CHECKPOINT_SECONDS = 20.0
 
 

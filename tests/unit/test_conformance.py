@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from conftest import TINY, defense
 
@@ -15,11 +13,6 @@ from bench.plan import Plan, make_plans
 def plan(name: str) -> Plan:
     (found,) = make_plans(defenses=name, dataset=TINY)
     return found
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path))
 
 
 def findings(name: str) -> list[Finding]:
