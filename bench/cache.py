@@ -36,12 +36,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def source_sha256(file: str | None) -> str:
-    """Hash of a source file: an edited one never meets weights of the old."""
-    assert file is not None
-    return file_sha256(Path(file))
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from numpy.typing import NDArray
 from torch import Tensor
 
 VERSION = "aes128ctr-boxmuller-1"  # part of every identity: change it whenever a key's values change
@@ -52,6 +53,19 @@ class Noise:
             if len(self._zeros) < size:
                 self._zeros = bytes(size)
             encryptor.update_into(memoryview(self._zeros)[:size], buffer)
+
+    def words(self, votes: Sequence[Vote], size: int, call: int = 0) -> NDArray[np.uint64]:
+        """Independent uniform 64-bit integers, [len(votes), size].
+
+        ``call`` numbers several draws of one key; ``normals`` of the same key and call uses the same bits.
+        """
+        width = size * 8
+        bits = np.empty(len(votes) * width + 15, np.uint8)
+        into = bits.data
+        for i, vote in enumerate(votes):
+            self._fill(vote, call, [(into[i * width : (i + 1) * width + 15], width)])
+        words = bits[: len(votes) * width].view("<u8").reshape(len(votes), size)
+        return words.astype(np.uint64, copy=False)
 
     def normals(self, votes: Sequence[Vote], size: int, call: int = 0) -> Tensor:
         """Independent standard normals, float32 [len(votes), size]; ``call`` numbers several draws of one key.

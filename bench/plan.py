@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from bench import bounds, registry, tensors
-from bench.bases import choose_base
+from bench.base_sources import choose_base
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
 from bench.interface import Defense, Schedule

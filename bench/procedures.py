@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,11 @@ class Decision:
 Procedure = Generator[Votes, Counts, Decision]
 
 
+# The class whose probability is bounded: selected on votes of its own (what a deployer can do), or
+# the known label (all that a benchmark's certified accuracy needs).
+Target = Literal["selected", "label"]
+
+
 @dataclass(frozen=True)
 class Fixed:
     """Cohen et al. 2019 (arXiv 1902.02918): n0 votes choose the class, n fresh ones bound its probability."""
@@ -55,20 +61,30 @@ class Fixed:
     n0: int
     n: int
     alpha: float
+    target: Target = "selected"
 
-    def certify(self, sigma: float, label: int) -> Procedure:
-        """One image's procedure."""
-        top = int((yield Votes("select", self.n0))[:-1].argmax())
+    def certify(self, sigma: float, label: int, tau: float = 0.0) -> Procedure:
+        """One image's procedure; ``tau`` is the total-variation error of the noise, charged to the bound."""
+        n0, top = 0, label
+        if self.target == "selected":
+            n0, top = self.n0, int((yield Votes("select", self.n0))[:-1].argmax())
         counts = yield Votes("estimate", self.n)
-        p_lower, radius = self.recompute(sigma, self.n, int(counts[top]))
-        return decide(top, counts, self.n0, self.n, self.n0 + self.n, p_lower, radius)
+        p_lower, radius = self.recompute(sigma, self.n, int(counts[top]), tau)
+        return decide(top, counts, n0, self.n, n0 + self.n, p_lower, radius)
 
-    def recompute(self, sigma: float, n: int, top_count: int) -> tuple[float, float]:
-        """``p_lower`` and radius from the recorded counts; ``p_lower`` <= 1/2 means abstained."""
+    def recompute(self, sigma: float, n: int, top_count: int, tau: float = 0.0) -> tuple[float, float]:
+        """``p_lower`` and radius from the recorded counts; ``p_lower`` <= 1/2 means abstained.
+
+        Raises ValueError where the procedure never decides at ``n`` votes.
+        """
         if n != self.n:
             raise ValueError(f"the procedure decides at {self.n} votes, not at {n}")
-        p_lower = bounds.lower_bound(top_count, n, self.alpha)
+        p_lower = max(0.0, bounds.lower_bound(top_count, n, self.alpha) - tau)
         return p_lower, bounds.radius(p_lower, sigma)
+
+    def largest_radius(self, sigma: float, tau: float = 0.0) -> float:
+        """The largest radius that any image can be certified at: that of ``n`` votes which all agree."""
+        return self.recompute(sigma, self.n, self.n, tau)[1]
 
 
 def decide(top: int, counts: Counts, n0: int, n: int, votes: int, p_lower: float, radius: float) -> Decision:

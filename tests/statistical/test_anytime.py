@@ -1,0 +1,234 @@
+"""Statistical tests of the procedures: error probabilities by exact dynamic programming, not by simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import mpmath  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from savings import simulate
+from scipy import stats
+
+from bench import bounds
+from bench.anytime import Anytime, Floats, log_wealth, mixture, tabulate
+from bench.procedures import Counts, Decision, Fixed, Procedure, Votes
+
+RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+CONFIG = Anytime(n0=100, n=100_000, alpha=0.001, radii=RADII)
+
+
+def play(procedure: Procedure, draw: dict[str, list[list[int]]]) -> Decision:
+    """Answer a procedure's requests from lists of counts, checking that each has as many votes as asked."""
+    queue = {purpose: iter(counts) for purpose, counts in draw.items()}
+    try:
+        wanted = next(procedure)
+        while True:
+            counts = np.array(next(queue[wanted.purpose]), np.int64)
+            assert counts.sum() == wanted.count
+            wanted = procedure.send(counts)
+    except StopIteration as stop:
+        decision = stop.value
+        assert isinstance(decision, Decision)
+        return decision
+
+
+def two_class(hits: list[int], looks: list[int]) -> list[list[int]]:
+    """Counts of class 0, class 1 and NaN per request, from the total votes for class 0 at each look."""
+    steps = zip(np.diff(hits, prepend=0).tolist(), np.diff(looks, prepend=0).tolist(), strict=True)
+    return [[h, n - h, 0] for h, n in steps]
+
+
+def crossing(looks: list[int], accept: list[int], p: float) -> float:
+    """Exact probability that the votes for the class ever reach ``accept``, when each has probability p."""
+    alive, crossed, before = np.ones(1), 0.0, 0
+    low = 0  # alive[i] is the probability of low + i votes so far and no crossing
+    for look, bar in zip(looks, accept, strict=True):
+        step = look - before
+        alive = np.convolve(alive, stats.binom.pmf(np.arange(step + 1), step, p))
+        crossed += alive[max(0, bar - low) :].sum()
+        alive, before = alive[: max(0, bar - low)], look
+        # Mass below 1e-18 is dropped from the bottom and counted as crossed: the result is an upper bound.
+        cut = int(np.searchsorted(np.cumsum(alive), 1e-18))
+        crossed += alive[:cut].sum()
+        alive, low = alive[cut:], low + cut
+    return float(crossed)
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.05])
+def test_false_certificates_at_the_boundary_with_a_look_at_every_vote(alpha: float) -> None:
+    config = replace(CONFIG, n=3000, alpha=alpha, step=1, growth=0.0)
+    tables = tabulate(config, 0.5)
+    assert len(tables.looks) == 2999 and tables.p0[0] == pytest.approx(0.5) and len(tables.p0) >= 5
+    for k, p0 in enumerate(tables.p0):
+        errors = crossing(tables.looks, [row[k] for row in tables.accept], p0)
+        assert 0.2 * alpha < errors <= alpha  # at most alpha, and not by wasting most of it
+        below = crossing(tables.looks, [row[k] for row in tables.accept], p0 - 0.01)
+        assert below < errors
+
+
+@pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
+def test_false_certificates_of_the_shipped_looks(sigma: float) -> None:
+    tables = tabulate(CONFIG, sigma)
+    for k, p0 in enumerate(tables.p0):
+        assert crossing(tables.looks, [row[k] for row in tables.accept], p0) <= CONFIG.alpha
+
+
+@pytest.mark.parametrize("n", [50, 1000, 100_000])
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+def test_no_radius_above_clopper_pearson_at_the_decisive_look(n: int, sigma: float) -> None:
+    config = replace(CONFIG, n=n)
+    tables = tabulate(config, sigma)
+    for look, row in zip(tables.looks, tables.accept, strict=True):
+        assert row == sorted(row)
+        for hits, radius, p0 in zip(row, tables.radii, tables.p0, strict=True):
+            if hits <= look:
+                full = bounds.lower_bound(hits, look, config.alpha)
+                assert full >= p0 and bounds.radius(full, sigma) >= radius
+
+
+@given(st.integers(0, 10**9), st.floats(0.3, 1.0), st.sampled_from([0.25, 0.5, 1.0]))
+@settings(max_examples=150, deadline=None)
+def test_generator_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float) -> None:
+    config = replace(CONFIG, target="label", n=20_000)
+    tables = tabulate(config, sigma)
+    steps = np.diff(tables.looks, prepend=0)
+    hits: Counts = np.cumsum(np.random.default_rng(seed).binomial(steps, p))
+    level, votes = simulate(tables, hits[:, None], (1,))
+    decision = play(config.certify(sigma, 0), {"estimate": two_class(hits.tolist(), tables.looks)})
+    assert (decision.p_lower, decision.radius) == tables.result(int(level[0]))
+    assert decision.votes == votes[0] >= decision.n
+    assert config.recompute(sigma, decision.n, decision.top_count) == (decision.p_lower, decision.radius)
+    assert (decision.predicted is None) == (decision.p_lower <= 0.5)
+    assert decision.radius <= bounds.radius(bounds.lower_bound(decision.top_count, decision.n, config.alpha), sigma)
+    assert decision.top_count + decision.runner_up_count == decision.n
+
+
+def test_lowest_first() -> None:
+    """No count certifies a radius without certifying all lower ones at the same look."""
+    fine = replace(CONFIG, radii=tuple(k / 100 for k in range(1, 120)), n=5000)
+    tables = tabulate(fine, 0.5)
+    accept, looks = np.array(tables.accept[:-1]), np.array(tables.looks[:-1])  # at the cap Clopper-Pearson joins in
+    assert (np.diff(accept, axis=1) >= 0).all()
+    for k, p0 in enumerate(tables.p0):
+        for column in (hits for hits in accept[:, k:].T if (hits <= looks).any()):
+            wealth = log_wealth(p0, mixture(fine, p0), column, looks)[column <= looks]
+            assert (wealth >= math.log(1 / (fine.ville_share * fine.alpha))).all()
+
+
+def test_wealth_against_high_precision_and_without_overflow() -> None:
+    mpmath.mp.dps = 60
+    for n, p0 in itertools.product((1_500, 100_000, 10_000_000), (0.5, 0.8413447, 0.99865, 0.9999)):
+        config = replace(CONFIG, n=n)
+        alternatives: Floats = mixture(config, p0)
+        assert 1 <= len(alternatives) <= 16 and (alternatives > p0).all() and (alternatives < 1).all()
+        for hits in (0, n // 2, round(n * p0) + 1, n):
+            terms = [mpmath.mpf(q) ** hits * (1 - mpmath.mpf(q)) ** (n - hits) for q in alternatives.tolist()]
+            null = mpmath.mpf(p0) ** hits * (1 - mpmath.mpf(p0)) ** (n - hits)
+            exact = mpmath.log(mpmath.fsum(terms) / len(terms) / null)
+            computed = float(log_wealth(p0, alternatives, np.array(hits), np.array(n)))
+            assert abs(computed - float(exact)) < 1e-7 * max(1.0, abs(float(exact)) * 1e-5)
+    assert tabulate(replace(CONFIG, n=10_000_000), 0.25).radii == (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def test_thresholds_are_rounded_up() -> None:
+    mpmath.mp.dps = 40
+    for sigma, tau in itertools.product((0.12, 0.25, 0.5, 1.0), (0.0, 1e-9)):
+        tables = tabulate(CONFIG, sigma, tau)
+        for radius, p0 in zip(tables.radii, tables.p0, strict=True):
+            assert 0 < p0 - mpmath.ncdf(mpmath.mpf(radius) / mpmath.mpf(sigma)) < 3e-11
+
+
+@pytest.mark.parametrize("tau", [1e-9, 1e-3])
+def test_noise_error_is_charged_to_the_thresholds(tau: float) -> None:
+    config = replace(CONFIG, n=3000)
+    tables = tabulate(config, 0.5, tau)
+    for k, p0 in enumerate(tables.p0):
+        assert crossing(tables.looks, [row[k] for row in tables.accept], p0 + tau) <= config.alpha
+    plain = Fixed(100, 1000, 0.001).recompute(0.5, 1000, 900)
+    charged = Fixed(100, 1000, 0.001).recompute(0.5, 1000, 900, tau)
+    assert charged[0] == plain[0] - tau and charged[1] < plain[1]
+
+
+def test_fixed_equals_cohen() -> None:
+    fixed = Fixed(n0=10, n=1000, alpha=0.001)
+    for hits in (0, 400, 500, 549, 550, 999, 1000):
+        decision = play(fixed.certify(0.5, 0), {"select": [[6, 4, 0]], "estimate": [[hits, 1000 - hits, 0]]})
+        lower = stats.binomtest(hits, 1000).proportion_ci(1 - 2 * fixed.alpha).low if hits else 0.0
+        radius = 0.5 * stats.norm.ppf(lower) if lower > 0.5 else 0.0
+        assert decision.p_lower == pytest.approx(lower, rel=1e-9) and decision.p_lower <= lower
+        assert decision.radius == pytest.approx(radius, rel=1e-9, abs=1e-10) and decision.radius <= radius
+        assert decision.predicted == (0 if lower > 0.5 else None)
+        assert fixed.recompute(0.5, decision.n, decision.top_count) == (decision.p_lower, decision.radius)
+        assert (decision.n0, decision.n, decision.votes) == (10, 1000, 1010)
+    with pytest.raises(ValueError, match="decides at 1000"):
+        fixed.recompute(0.5, 999, 900)
+
+
+def test_nan_votes_count_against_the_class() -> None:
+    decision = play(Fixed(10, 100, 0.001).certify(0.5, 0), {"select": [[1, 0, 9]], "estimate": [[60, 3, 37]]})
+    assert decision.predicted is None and decision.top_count == 60
+    assert (decision.runner_up, decision.runner_up_count) == (2, 37)
+    config = replace(CONFIG, n=1000, n0=10)
+    looks = tabulate(config, 0.5).looks
+    steps = np.diff(looks, prepend=0).tolist()
+    half = [[step // 2, 0, step - step // 2] for step in steps]
+    decision = play(config.certify(0.5, 0), {"select": [[0, 1, 9]], "estimate": half})
+    assert decision.predicted is None and decision.radius == 0 and decision.top_count == 0  # class 1 was tested
+    decision = play(config.certify(0.5, 0), {"select": [[1, 0, 9]], "estimate": half})
+    assert decision.predicted is None and decision.runner_up == 2
+
+
+def test_selected_and_label_target() -> None:
+    sure = {
+        "select": [[0, 100, 0]],
+        "estimate": [[0, int(n), 0] for n in np.diff(tabulate(CONFIG, 0.5).looks, prepend=0)],
+    }
+    decision = play(CONFIG.certify(0.5, label=0), sure)
+    assert (decision.predicted, decision.radius, decision.n0, decision.runner_up) == (1, 1.5, 100, None)
+    assert decision.votes == decision.n + 100 < 10_000
+    label = replace(CONFIG, target="label")
+    assert next(label.certify(0.5, label=0)) == Votes("estimate", 64)
+    decision = play(label.certify(0.5, label=0), {"estimate": sure["estimate"]})
+    assert (decision.predicted, decision.radius, decision.n0, decision.votes) == (None, 0.0, 0, 64)
+
+
+def test_radius_zero_is_the_first_threshold() -> None:
+    tables = tabulate(replace(CONFIG, radii=(2.0,)), 0.5)
+    assert tables.radii == (0.0,)  # 2.0 at sigma .5 is out of reach: dropped, not chased
+    config = replace(CONFIG, radii=(2.0,), target="label")
+    hits = [round(0.6 * look) for look in tables.looks]
+    decision = play(config.certify(0.5, 0), {"estimate": two_class(hits, tables.looks)})
+    assert (decision.predicted, decision.radius) == (0, 0.0) and decision.p_lower > 0.5
+    assert config.largest_radius(0.5) == 0.0
+
+
+def test_radii_are_the_nominal_ones() -> None:
+    radii = tuple(0.1 * k for k in range(1, 8))  # .30000000000000004: what the report holds, not a recomputed .3
+    tables = tabulate(replace(CONFIG, radii=radii), 0.25)
+    assert tables.radii == (0.0, *radii)
+
+
+@pytest.mark.parametrize("n", [1, 5, 10, 33, 64, 65])
+def test_few_votes(n: int) -> None:
+    config = replace(CONFIG, n=n, target="label")
+    looks = tabulate(config, 0.5).looks
+    decision = play(config.certify(0.5, 0), {"estimate": two_class(looks, looks)})
+    assert (decision.predicted == 0) == (bounds.lower_bound(n, n, 0.0002) > 0.5 or n >= 64)
+    assert decision.n <= decision.votes <= n
+    assert config.recompute(0.5, decision.n, decision.top_count) == (decision.p_lower, decision.radius)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="no look"):
+        CONFIG.recompute(0.5, 65, 60)
+    with pytest.raises(ValueError, match="no look"):
+        CONFIG.recompute(0.5, 64, 65)
+    with pytest.raises(ValueError, match="rising"):
+        replace(CONFIG, radii=(0.5, 0.25))
+    with pytest.raises(ValueError, match="rising"):
+        replace(CONFIG, radii=(0.0, 0.25))
