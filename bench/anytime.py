@@ -11,14 +11,15 @@ import functools
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from bench import bounds
-from bench.procedures import Counts, Procedure, Target, Votes, decide
+from bench.procedures import Counts, Fixed, Procedure, Target, Votes, decide
 
 Floats = NDArray[np.float64]
 
@@ -47,6 +48,12 @@ class Anytime:
     futility: float = 0.18  # give-up level at the cap: the knob of votes against loss, of no effect on soundness
     step: int = 32  # looks lie at multiples of this (of the engine's tile of 16, so that no rows are wasted) ...
     growth: float = 0.02  # ... and no closer than this share of the votes so far
+    kind: ClassVar[str] = "anytime"
+
+    @property
+    def most(self) -> int:
+        """The most votes an image can cost."""
+        return self.n + (self.n0 if self.target == "selected" else 0)
 
     def __post_init__(self) -> None:
         """Refuse a grid whose order would silently change what is tested."""
@@ -192,3 +199,17 @@ def _reach(config: Anytime, p0: float, looks: Counts) -> Counts:
         passes = log_wealth(p0, alternatives, middle, looks) >= enough
         low, high = np.where(passes, low, middle), np.where(passes, middle, high)
     return high
+
+
+def describe(procedure: Fixed | Anytime) -> dict[str, Any]:
+    """A procedure as the record states it: its kind and every constant."""
+    fields = asdict(procedure)
+    return {"kind": procedure.kind, **fields, **({"radii": list(fields["radii"])} if "radii" in fields else {})}
+
+
+def procedure_of(identity: dict[str, Any]) -> Fixed | Anytime:
+    """The procedure a record states; the inverse of ``describe``."""
+    fields = {k: v for k, v in identity["procedure"].items() if k != "kind"}
+    if identity["procedure"]["kind"] == "fixed":
+        return Fixed(**fields)
+    return Anytime(**{**fields, "radii": tuple(fields["radii"])})

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from bench.procedures import Counts, Decision, Procedure, Votes
 TILE = 16
 
 Model = Callable[[Tensor, Draw], Tensor]
+Noisy = Callable[[Tensor, Sequence[Vote]], Tensor]  # images and their votes -> float32 noisy pixels, unclipped
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,20 @@ class _Image:
 class Task:
     """What is certified: images by index, their labels and noise, and the shape of the compute block."""
 
-    pixels: Callable[[list[int]], NDArray[np.float32]]  # indices -> [len, C, H, W] in [0, 1]
+    images: Callable[[list[int]], NDArray[Any]]  # indices -> [len, C, H, W], as ``noisy`` takes them
     labels: Callable[[int], int]
+    noisy: Noisy
     shape: tuple[int, int, int]
     classes: int
     sigma: float
-    noise: Noise
+    noise: Noise  # for what a defense draws itself
     block: int
     device: torch.device
 
-    def inputs(self, pixels: Tensor, votes: list[Vote]) -> Tensor:
-        """Noisy pixels, unclipped: one row a vote."""
-        noise = self.noise.normals(votes, pixels[0].numel()).to(self.device).view_as(pixels)
-        return torch.add(pixels, noise, alpha=self.sigma)
+    def repeated(self, index: int) -> Tensor:
+        """One image in every row of a block."""
+        image = torch.from_numpy(self.images([index])).to(self.device)
+        return image.expand(self.block, *self.shape).contiguous()
 
 
 def block_rows(shape: tuple[int, int, int], device: torch.device) -> int:
@@ -92,7 +95,8 @@ def certify(
         raise ValueError(f"block must be a multiple of {TILE}, not {task.block}")
     slots = task.block // TILE  # an image is opened only when every other has all its votes in this block
     counts = torch.zeros((slots + 1, task.classes + 1), dtype=torch.int64, device=task.device)  # last row: padding
-    stored = torch.zeros((slots + 1, *task.shape), device=task.device)
+    kind = torch.from_numpy(task.images([])).dtype
+    stored = torch.zeros((slots + 1, *task.shape), dtype=kind, device=task.device)
     waiting, free = deque(indices), list(range(slots))
     active: list[_Image] = []
     while waiting or active:
@@ -112,7 +116,7 @@ def certify(
         votes += [votes[0]] * padding
         rows += [slots] * padding
         at = torch.tensor(rows, device=task.device)
-        logits = model(task.inputs(stored[at], votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+        logits = model(task.noisy(stored[at], votes), VoteDraw(task.noise, votes, task.sigma, task.device))
         _count(logits, at, counts)
         done = [a for a in active if a.placed == a.wanted.count]
         tallies: Sequence[Counts] = list(counts[[a.slot for a in done]].cpu().numpy()) if done else []
@@ -129,7 +133,7 @@ def certify(
 
 
 def _open(index: int, slot: int, task: Task, start: Callable[[int], Procedure], stored: Tensor) -> _Image:
-    stored[slot] = torch.from_numpy(task.pixels([index])[0]).to(task.device)
+    stored[slot] = torch.from_numpy(task.images([index])[0]).to(task.device)
     label = task.labels(index)
     procedure = start(label)
     return _Image(index, label, slot, procedure, next(procedure))
@@ -177,10 +181,10 @@ def check_rows(model: Model, task: Task, index: int) -> float:
     Raises BenchError saying which of these changed a row's logits.
     """
     votes = [Vote("check", index, i) for i in range(task.block)]
-    pixels = torch.from_numpy(task.pixels([index])).to(task.device).expand(task.block, *task.shape)
+    images = task.repeated(index)
 
     def run(keys: list[Vote], kept: slice = slice(None)) -> Tensor:
-        x = task.inputs(pixels.contiguous(), keys)
+        x = task.noisy(images, keys)
         others = torch.ones(task.block, dtype=torch.bool, device=task.device)
         others[kept] = False
         x[others] = 1 - 3 * x[others].flip(1, 2, 3)

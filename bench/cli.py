@@ -70,6 +70,16 @@ def run(
     objective: Annotated[
         str, typer.Option(help="Training objective: gaussian, stability, consistency or dign.")
     ] = "gaussian",
+    procedure: Annotated[
+        str,
+        typer.Option(help="fixed: n votes an image (Cohen et al.); anytime: stop as soon as the answer is known."),
+    ] = "fixed",
+    target: Annotated[
+        str, typer.Option(help="selected: the class chosen on n0 votes; label: test the known label directly.")
+    ] = "selected",
+    noise: Annotated[
+        str, typer.Option(help="grid: rounded to the pixel grid, sound in floating point; float: as published numbers.")
+    ] = "grid",
     seed: Annotated[str, typer.Option(help="Seed of training and noise; several with commas.")] = "0",
     set_: Annotated[list[str] | None, typer.Option("--set", help="[defense.]key=value; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -96,6 +106,9 @@ def run(
         n=n,
         alpha=alpha,
         objective=objective,
+        procedure=procedure,
+        target=target,
+        noise=noise,
         seed=seed,
         settings=set_ or [],
     )

@@ -94,8 +94,8 @@ _RELOAD = (
 
 def _same_logits(one: torch.nn.Module, other: torch.nn.Module, task: Task) -> bool:
     votes = [Vote("check", 0, i) for i in range(task.block)]
-    pixels = torch.from_numpy(task.pixels([0])).expand(task.block, *task.shape).contiguous()
+    images = task.repeated(0)
     noise = Noise(0, "check")
     with torch.inference_mode():
-        a, b = (m(task.inputs(pixels, votes), VoteDraw(noise, votes, task.sigma, task.device)) for m in (one, other))
+        a, b = (m(task.noisy(images, votes), VoteDraw(noise, votes, task.sigma, task.device)) for m in (one, other))
     return torch.equal(a, b)

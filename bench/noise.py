@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +89,16 @@ class Noise:
         radius = uniform.add_(1.0).mul_(2.0**-63).log_().mul_(-2.0).sqrt_()
         angle = turn.view(rows, pairs).to(torch.float32).mul_(math.pi / 2**31)
         return torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)[:, :size]
+
+
+def add_float(noise: Noise, sigma: float) -> Callable[[Tensor, Sequence[Vote]], Tensor]:
+    """The usual smoothing: float pixels [rows, C, H, W] plus float noise of ``sigma``, one row a vote."""
+
+    def noisy(pixels: Tensor, votes: Sequence[Vote]) -> Tensor:
+        normals = noise.normals(votes, pixels[0].numel()).to(pixels.device).view_as(pixels)
+        return torch.add(pixels, normals, alpha=sigma)
+
+    return noisy
 
 
 class VoteDraw:

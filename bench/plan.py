@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from bench import bounds, registry, tensors
+from bench.anytime import Anytime
 from bench.base_sources import choose_base
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
 from bench.interface import Defense, Schedule
 from bench.objectives import OBJECTIVES
+from bench.procedures import Fixed
 
 _Number = TypeVar("_Number", int, float)
 
@@ -36,9 +38,8 @@ class Plan:
     train_sigma: float
     objective: str  # gaussian is every trained defense's default
     examples: str
-    n0: int
-    n: int
-    alpha: float
+    procedure: Fixed | Anytime
+    noise: str  # float or grid
     seed: int
 
 
@@ -55,6 +56,9 @@ def make_plans(
     n0: int | None = None,
     n: int | None = None,
     alpha: float = 0.001,
+    procedure: str = "fixed",
+    target: str = "selected",
+    noise: str = "grid",
     seed: str = "0",
     objective: str = "gaussian",
     settings: Sequence[str] = (),
@@ -66,12 +70,9 @@ def make_plans(
         raise unknown(f"preset of {card.name}", preset, card.presets)
     means = card.presets[preset]
     n0, n = means.n0 if n0 is None else n0, means.n if n is None else n
-    if n0 < 1:
-        raise BenchError(f"--n0 {n0}: must be at least 1")
-    if not 0 < alpha < 1:
-        raise BenchError(f"--alpha {alpha:g}: must lie strictly between 0 and 1")
-    if n < (least := bounds.smallest_n(alpha)):
-        raise BenchError(f"--n {n}: too few votes for any certificate at alpha {alpha:g}; the smallest is --n {least}")
+    made = _procedure(procedure, target, n0, n, alpha, card)
+    if noise not in ("float", "grid"):
+        raise unknown("--noise", noise, ("float", "grid"))
     if train_sigma is not None and train_sigma <= 0:
         raise BenchError(f"--train-sigma {train_sigma:g}: must be above 0")
     chosen = [name for name in registry.names() if defenses == "all"] or _words("--defense", defenses)
@@ -104,9 +105,8 @@ def make_plans(
                 train_sigma=train_sigma or s,
                 objective=objective,
                 examples=examples or str(means.examples),
-                n0=n0,
-                n=n,
-                alpha=alpha,
+                procedure=made,
+                noise=noise,
                 seed=number,
             )
             plans.append(plan)
@@ -150,6 +150,26 @@ def _configure(
             first = e.errors()[0]
             raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return configs
+
+
+def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:
+    if kind not in ("fixed", "anytime"):
+        raise unknown("--procedure", kind, ("fixed", "anytime"))
+    if target not in ("selected", "label"):
+        raise unknown("--target", target, ("selected", "label"))
+    if n0 < 1:
+        raise BenchError(f"--n0 {n0}: must be at least 1")
+    if not 0 < alpha < 1:
+        raise BenchError(f"--alpha {alpha:g}: must lie strictly between 0 and 1")
+    made: Fixed | Anytime = Fixed(n0, n, alpha, target)  # type: ignore[arg-type]
+    at_cap = alpha
+    if kind == "anytime":
+        radii = tuple(r for r in card.radii if r > 0)
+        made = Anytime(n0, n, alpha, radii, target)  # type: ignore[arg-type]
+        at_cap *= 1 - made.ville_share
+    if n < (least := bounds.smallest_n(at_cap)):
+        raise BenchError(f"--n {n}: too few votes for any certificate at alpha {alpha:g}; the smallest is --n {least}")
+    return made
 
 
 def _check_objective(objective: str, loaded: dict[str, tuple[type[Defense], str]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,12 @@ class Fixed:
     n: int
     alpha: float
     target: Target = "selected"
+    kind: ClassVar[str] = "fixed"
+
+    @property
+    def most(self) -> int:
+        """The most votes an image can cost."""
+        return self.n + (self.n0 if self.target == "selected" else 0)
 
     def certify(self, sigma: float, label: int, tau: float = 0.0) -> Procedure:
         """One image's procedure; ``tau`` is the total-variation error of the noise, charged to the bound."""

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from bench import metrics
+from bench.anytime import procedure_of
 from bench.cache import digest
 from bench.errors import BenchError
 from bench.store import Record, find_runs, read_run
@@ -75,7 +76,7 @@ def _row(record: Record, result: dict[str, Any]) -> dict[str, Any]:
     row |= {
         "images": result["images"],
         "base_clean_accuracy": info["base"]["clean_correct"] / info["base"]["images"],
-        "abstained": result["abstained"]["value"],
+        "abstained": result["abstained"]["value"] if _selects(record) else None,
         "train_seconds": cost["train_seconds"],
         "certify_seconds": cost["certify_seconds"],
         "votes": cost["votes"],
@@ -89,13 +90,20 @@ def _row(record: Record, result: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _selects(record: Record) -> bool:
+    """Whether the run predicts at all: one that tests the known label neither predicts nor abstains."""
+    return bool(record.identity["procedure"].get("target", "selected") == "selected")
+
+
 def heading(record: Record) -> str:
     """What all runs of a table have in common, in one line."""
     identity = record.identity
     p = identity["procedure"]
+    selection = f"n0 {p['n0']}, " if p.get("target", "selected") == "selected" else "known label, "
+    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"anytime up to {p['n']:,} votes"
     return (
         f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
-        f"n0 {p['n0']}, n {p['n']:,}, alpha {p['alpha']:g}, base {identity['base']['name']} "
+        f"{selection}{votes}, alpha {p['alpha']:g}, base {identity['base']['name']} "
         f"({identity['base']['sha256'][:8]}), noise {identity['noise']['kind']}"
     )
 
@@ -114,7 +122,7 @@ def markdown(group: Sequence[Record]) -> str:
         ]
     columns |= {
         "base, clean": [f"{v:.1%}" for v in frame["base_clean_accuracy"]],
-        "abstained": [f"{v:.1%}" for v in frame["abstained"]],
+        "abstained": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["abstained"]],
         "train (s)": [f"{v:.1f}" for v in frame["train_seconds"]],
         "certify (s)": [f"{v:.1f}" for v in frame["certify_seconds"]],
         "votes": [f"{v:,}" for v in frame["votes"]],
@@ -142,11 +150,9 @@ def _name(record: Record) -> str:
 
 
 def _reach(record: Record) -> float:
-    """The largest radius the group's n and alpha can certify."""
-    from bench.bounds import largest_radius
-
-    p = record.identity["procedure"]
-    return largest_radius(p["n"], p["alpha"], record.identity["sigma"])
+    """The largest radius that any image of the record could be certified at."""
+    identity = record.identity
+    return procedure_of(identity).largest_radius(identity["sigma"], identity["noise"].get("tau", 0.0))
 
 
 def render(records: Sequence[Record], format: str) -> str:
@@ -172,14 +178,17 @@ def figure(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     from matplotlib import pyplot as plt
 
     reach = _reach(group[0])
-    grid = [reach * i / 200 for i in range(201)]
+    anytime = group[0].identity["procedure"]["kind"] == "anytime"
+    # An anytime radius says nothing between the radii of the grid.
+    grid = [r for r in group[0].info["radii"] if r <= reach] if anytime else [reach * i / 200 for i in range(201)]
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     styles = ["-", "--", "-.", ":"]
     order = list(table(group)["run"])
     for i, record in enumerate(sorted(group, key=lambda r: order.index(r.path.name))):
         points = metrics.summarise(record.certificates, grid)["certified_accuracy"]
         label = _name(record) if len({_name(r) for r in group}) == len(group) else record.path.name
-        (line,) = ax.plot(grid, [100 * p["value"] for p in points], styles[i % 4], color=_colour(i), label=label)
+        values, style = [100 * p["value"] for p in points], styles[i % 4]
+        (line,) = ax.plot(grid, values, style, color=_colour(i), label=label, marker="o" if anytime else "")
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import environment, fitting, metrics, noise, registry
+from bench import environment, fitting, gridnoise, metrics, noise, registry
+from bench.anytime import describe
 from bench.base import BaseModel, Classifier
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
@@ -20,7 +23,7 @@ from bench.certify import Model, Task, block_rows, certify, check_rows
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan
-from bench.procedures import Fixed
+from bench.procedures import Procedure
 from bench.store import Record, Run, read_run
 
 
@@ -120,7 +123,7 @@ class Session:
         task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
         with steady(), torch.inference_mode():
             per_vote = check_rows(defense, task, indices[0]) / task.block
-        votes = len(indices) * (plan.n0 + plan.n)
+        votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
         epochs = 0.0 if plan.weights else getattr(plan.config, "epochs", 0.0)
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
@@ -152,9 +155,8 @@ class Session:
             },
             "train_sigma": plan.train_sigma,
             "sigma": plan.sigma,
-            "noise": {"kind": "float", "version": noise.VERSION},
-            "procedure": {"kind": "fixed", "n0": plan.n0, "n": plan.n, "alpha": plan.alpha},
-            "target": "selected",
+            "noise": noise_identity(plan),
+            "procedure": describe(plan.procedure),
             "bound": "clopper-pearson",
             "seed": plan.seed,
             "block": [task.block, *task.shape],
@@ -170,19 +172,25 @@ class Session:
         finished = {c.index for c in record.done}
         left = [i for i in indices if i not in finished]
         environment.reset_peak_memory(self.device)
-        procedure = Fixed(plan.n0, plan.n, plan.alpha)
+        tau = record.info["identity"]["noise"]["tau"]
+
+        def start(label: int) -> Procedure:
+            return plan.procedure.certify(plan.sigma, label, tau)
+
         with steady(), torch.inference_mode():
             seconds = check_rows(model, task, indices[0])
             flops, forwards = cost_per_vote(model, task, indices[0])
-            votes = len(left) * (plan.n0 + plan.n)
+            votes = len(left) * plan.procedure.most
             self.reporter.say(
-                f"{record.path.name}: {len(left)} images x {plan.n0}+{plan.n} votes = {votes:,} votes, "
-                f"about {duration(votes * seconds / task.block)}"
+                f"{record.path.name}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "
+                f"about {duration(votes * seconds / task.block)} at most"
             )
             correct = sum(c.predicted == c.label for c in record.done)
             with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
                 progress(len(finished), correct)
-                for certificate in certify(model, task, lambda label: procedure.certify(plan.sigma, label), left):
+                for certificate in certify(
+                    model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), left
+                ):
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)
@@ -203,16 +211,31 @@ class Session:
 
 def make_task(plan: Plan, test: Split, device: torch.device) -> Task:
     """What the engine is given of a plan."""
+    source = Noise(plan.seed, test.name)
+    images: Callable[[list[int]], NDArray[Any]] = test.pixels
+    noisy = noise.add_float(source, plan.sigma)
+    if plan.noise == "grid":
+        images, noisy = test.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
     return Task(
-        pixels=test.pixels,
+        images=images,
         labels=lambda i: int(test.labels[i]),
+        noisy=noisy,
         shape=plan.card.shape,
         classes=len(plan.card.classes),
         sigma=plan.sigma,
-        noise=Noise(plan.seed, test.name),
+        noise=source,
         block=block_rows(plan.card.shape, device),
         device=device,
     )
+
+
+def noise_identity(plan: Plan) -> dict[str, Any]:
+    """The kind of noise, and for grid noise what its sampling error costs the bound (``tau``)."""
+    found: dict[str, Any] = {"kind": plan.noise, "version": noise.VERSION, "tau": 0.0}
+    if plan.noise == "grid":
+        tau = gridnoise.tau(plan.sigma, plan.card.levels, math.prod(plan.card.shape))
+        found |= {"grid_version": gridnoise.VERSION, "levels": plan.card.levels, "tau": tau}
+    return found
 
 
 @contextmanager
@@ -233,7 +256,6 @@ def steady() -> Iterator[None]:
 def cost_per_vote(model: Model, task: Task, index: int) -> tuple[float, float]:
     """Floating point operations (torch's counter) and passes through a base classifier or a copy of it, of one vote."""
     votes = [Vote("check", index, i) for i in range(task.block)]
-    pixels = torch.from_numpy(task.pixels([index])).to(task.device).expand(task.block, *task.shape)
     passes = 0
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -244,7 +266,7 @@ def cost_per_vote(model: Model, task: Task, index: int) -> tuple[float, float]:
     hook = nn.modules.module.register_module_forward_hook(count)
     try:
         with FlopCounterMode(display=False) as counter:
-            model(task.inputs(pixels.contiguous(), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+            model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
     finally:
         hook.remove()
     return counter.get_total_flops() / task.block, passes / task.block

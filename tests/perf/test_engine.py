@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.certify import Task, block_rows, certify
+from bench.gridnoise import GridNoise
 from bench.interface import Draw
-from bench.noise import Noise
+from bench.noise import Noise, add_float
 from bench.procedures import Fixed
 
 SHAPE = (3, 32, 32)
@@ -52,12 +53,16 @@ def resnet20() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head).eval()
 
 
-def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """At most 10% on top (issue: ResNet-20-size convnet on 3x32x32)."""
+@pytest.mark.parametrize(("kind", "most"), [("float", 1.03), ("grid", 1.08)])
+def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture[str], kind: str, most: float) -> None:
+    """At most 3% on top with float noise and 8% with grid noise (ResNet-20-size convnet, 2 cores)."""
     model, device = resnet20(), torch.device("cpu")
     pixels = np.random.default_rng(0).random((IMAGES, *SHAPE), np.float32)
     rows = block_rows(SHAPE, device)
-    task = Task(lambda i: pixels[i], lambda i: 0, SHAPE, 10, 0.25, Noise(0, "test"), rows, device)
+    noise = Noise(0, "test")
+    noisy = add_float(noise, 0.25) if kind == "float" else GridNoise(noise, 0.25, 256).inputs
+    images = pixels if kind == "float" else (255 * pixels).astype(np.uint8)
+    task = Task(lambda i: images[i], lambda i: 0, noisy, SHAPE, 10, 0.25, noise, rows, device)
     batch = torch.from_numpy(np.resize(pixels, (rows, *SHAPE)))
     fixed = Fixed(N0, N, 0.001)
 
@@ -78,10 +83,12 @@ def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture
     ratios = paired(engine, bare, 9)
     ratio = statistics.median(ratios)
     with capsys.disabled():
-        print(f"\nengine / bare forwards: median {ratio:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+        print(
+            f"\n{kind} noise: engine / bare forwards: median {ratio:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}"
+        )
     benchmark.extra_info["ratio"] = ratio
     benchmark.pedantic(engine, rounds=3)
-    assert ratio <= 1.10
+    assert ratio <= most
 
 
 def paired(one: Callable[[], None], other: Callable[[], None], rounds: int) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.certify import Certificate, Task, certify
 from bench.interface import Draw
-from bench.noise import Noise
+from bench.noise import Noise, add_float
 from bench.procedures import Fixed
 
 SHAPE = (1, 8, 8)
@@ -32,7 +32,9 @@ def half_space(x: Tensor, draw: Draw) -> Tensor:
 def run(radii: np.ndarray, n: int, alpha: float, n0: int = 32, seed: int = 0) -> list[Certificate]:
     """Certify images whose true radii are given."""
     pixels = (THRESHOLD + radii / 8)[:, None, None, None].astype(np.float32) * np.ones(SHAPE, np.float32)
-    task = Task(lambda i: pixels[i], lambda i: 1, SHAPE, 2, SIGMA, Noise(seed, "test"), 256, torch.device("cpu"))
+    noise = Noise(seed, "test")
+    noisy = add_float(noise, SIGMA)
+    task = Task(lambda i: pixels[i], lambda i: 1, noisy, SHAPE, 2, SIGMA, noise, 256, torch.device("cpu"))
     with torch.inference_mode():
         found = list(
             certify(half_space, task, lambda label: Fixed(n0, n, alpha).certify(SIGMA, label), range(len(radii)))

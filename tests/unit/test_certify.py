@@ -17,7 +17,7 @@ from bench import bounds
 from bench.certify import TILE, Certificate, Task, block_rows, certify, check_rows
 from bench.errors import BenchError
 from bench.interface import Draw
-from bench.noise import Noise, Vote
+from bench.noise import Noise, Vote, add_float
 from bench.procedures import Fixed
 
 CPU = torch.device("cpu")
@@ -26,7 +26,9 @@ PIXELS = np.random.default_rng(0).random((30, *SHAPE), np.float32)
 
 
 def task(block: int = 64, sigma: float = 0.5) -> Task:
-    return Task(lambda i: PIXELS[i], lambda i: i % 3, SHAPE, 3, sigma, Noise(0, "test"), block, CPU)
+    noise = Noise(0, "test")
+    noisy = add_float(noise, sigma)
+    return Task(lambda i: PIXELS[i], lambda i: i % 3, noisy, SHAPE, 3, sigma, noise, block, CPU)
 
 
 def network() -> Callable[[Tensor, Draw], Tensor]:
@@ -68,7 +70,7 @@ def test_certificates_follow_cohen_exactly() -> None:
         votes = [Vote(purpose, index, i) for i in range(n)]
         with torch.inference_mode():
             pixels = torch.from_numpy(PIXELS[index]).expand(n, *SHAPE).contiguous()
-            classes = model(t.inputs(pixels, votes), None).argmax(1)  # type: ignore[arg-type]
+            classes = model(t.noisy(pixels, votes), None).argmax(1)  # type: ignore[arg-type]
         return np.bincount(classes.numpy(), minlength=3)
 
     for index, c in found.items():
