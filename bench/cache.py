@@ -75,6 +75,11 @@ class Trained:
     sha256: str
 
 
+def stored(sha256: str) -> bool:
+    """Whether weights of that hash are in the cache."""
+    return any(json.loads(f.read_text()).get("sha256") == sha256 for f in cache_root().glob("*/meta.json"))
+
+
 class Entry:
     """The cache's place for one identity; ``label`` only makes the folder's name readable."""
 

@@ -208,14 +208,39 @@ def doctor(
     from bench.plan import make_plans
 
     (plan,) = make_plans(defenses=defense, dataset=dataset, settings=set_ or [])
-    findings = []
-    for finding in examine(plan):
-        findings.append(finding)
-        if not as_json:
-            print(f"wrong: {finding.check}\n       {finding.problem}" if finding.problem else f"ok:    {finding.check}")
-    if as_json:
-        print(json.dumps([vars(f) for f in findings], indent=1))
-    if any(f.problem for f in findings):
-        raise typer.Exit(1)
+    _print_findings(list(examine(plan)), as_json)
     if not as_json:
         print(f"{defense} may be run: bench run --defense {defense} --dataset {dataset}")
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; train anew where needed.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Audit a record: radii from counts, images, hashes, a sample drawn again. Exit 1 when something is wrong."""
+    from bench.store import read_run
+    from bench.verify import check_record, draw_again
+
+    findings = list(check_record(run))
+    if not any(f.problem for f in findings):
+        from bench.console import ConsoleReporter
+        from bench.environment import pick_device
+        from bench.run import Session
+
+        session = Session(pick_device(device), run.parent, ConsoleReporter())
+        findings.append(draw_again(read_run(run), session, deep))
+    _print_findings(findings, as_json)
+
+
+def _print_findings(findings: list[Any], as_json: bool) -> None:
+    """Each check on its line, what is wrong below it; exit 1 when anything is."""
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+    else:
+        for f in findings:
+            print(f"wrong: {f.check}\n       {f.problem}" if f.problem else f"ok:    {f.check}")
+    if any(f.problem for f in findings):
+        raise typer.Exit(1)

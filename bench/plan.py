@@ -41,6 +41,7 @@ class Plan:
     procedure: Fixed | Anytime
     noise: str  # float or grid
     seed: int
+    arguments: dict[str, Any]  # of make_plans, for this run alone
 
 
 def make_plans(
@@ -50,7 +51,7 @@ def make_plans(
     sigma: str = ".25",
     train_sigma: float | None = None,
     base: str | None = None,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     preset: str | None = None,
     examples: str | None = None,
     n0: int | None = None,
@@ -64,6 +65,7 @@ def make_plans(
     settings: Sequence[str] = (),
 ) -> list[Plan]:
     """All runs a command asks for, in order. Raises BenchError naming the first value that cannot be."""
+    given = dict(locals())
     card = load_card(dataset)
     preset = preset or card.preset
     if preset not in card.presets:
@@ -81,10 +83,13 @@ def make_plans(
         _check_objective(objective, loaded)
     configs = _configure(loaded, preset, means.epoch_scale, settings)
     if weights is not None:
+        weights = Path(weights)
+        given["weights"] = str(weights)
         if len(loaded) > 1:
             raise BenchError(f"--weights {weights} are of one defense; --defense names {len(loaded)}")
         tensors.refuse_pickle(weights)
     base_name = choose_base(card, preset, base)
+    own = {name: [s for s in settings if _meant_for(s, name, cls)] for name, (cls, _) in loaded.items()}
     plans = []
     for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
         if s <= 0:
@@ -108,6 +113,7 @@ def make_plans(
                 procedure=made,
                 noise=noise,
                 seed=number,
+                arguments=given | {"defenses": name, "sigma": repr(s), "seed": str(number), "settings": own[name]},
             )
             plans.append(plan)
     return plans
@@ -150,6 +156,11 @@ def _configure(
             first = e.errors()[0]
             raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return configs
+
+
+def _meant_for(setting: str, name: str, cls: type[Defense]) -> bool:
+    owner, _, bare = setting.partition("=")[0].rpartition(".")
+    return owner in ("", registry.short_name(name)) and bare in {f.name for f in fields(cls.Config)}
 
 
 def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:

@@ -8,52 +8,86 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import metrics
+import mpmath
+import numpy as np
+import torch
+from scipy import stats
+
+from bench import environment, metrics
 from bench.anytime import procedure_of
-from bench.cache import digest
-from bench.certify import Certificate
+from bench.cache import digest, stored
+from bench.certify import Certificate, certify
 from bench.doctor import Finding
+from bench.plan import make_plans
+from bench.run import Session, steady
 from bench.store import Record, read_run
+
+SAMPLE = 5  # images drawn again without --deep
+FALSE_ALARM = 1e-4  # chance that the two-sample test accuses a true record
 
 
 def check_record(path: Path) -> Iterator[Finding]:
     """One finding for each question asked of the record alone. Raises BenchError where it cannot be read."""
     record = read_run(path)
     identity = record.identity
-    yield _finding("the folder's name is the hash of the identity", _name(record))
-    yield _finding("every image of the identity is certified, once, and no other", _images(record))
-    yield _finding("counts are possible, and as many as the procedure draws", _each(record, _counts))
-    yield _finding("every radius follows from its counts at high precision", _each(record, _radius))
+    yield Finding("the folder's name is the hash of the identity", _name(record))
+    yield Finding("every image of the identity is certified, once, and no other", _images(record))
+    yield Finding("counts are possible, and as many as the procedure draws", _each(record, _counts))
+    yield Finding("every radius follows from its counts at high precision", _each(record, _radius))
     if record.complete:
         expected = json.loads(json.dumps(metrics.summarise(record.certificates, record.info["radii"])))
         said = "" if record.info["metrics"] == expected else "metrics in run.json are not those of the certificates"
-        yield _finding("metrics are those of the certificates", said)
+        yield Finding("metrics are those of the certificates", said)
         votes = sum(c.votes for c in record.certificates)
         said = "" if record.info["cost"]["votes"] == votes else f"cost.votes is not {votes}, the sum over images"
-        yield _finding("votes are the sum over the images", said)
+        yield Finding("votes are the sum over the images", said)
     else:
-        yield _finding("the run is complete", f"{len(record.certificates)} of {len(identity['indices'])} images are done")
+        yield Finding(
+            "the run is complete", f"{len(record.certificates)} of {len(identity['indices'])} images are done"
+        )
 
 
-def compare(record: Record, again: list[Certificate]) -> Finding:
-    """Whether images drawn again from the seed gave the recorded counts."""
+def draw_again(record: Record, session: Session, deep: bool) -> Finding:
+    """Certify a sample of the images (all of them when ``deep``) from the seed, and compare counts.
+
+    Exactly where machine and versions are the record's, else by a two-sample test. Without ``deep``
+    nothing is trained: weights that are not in the cache are said to be missing.
+    """
+    check = "images drawn again from the seed give the recorded counts"
+    weights = record.identity["defense"]["weights"]
+    if not deep and weights is not None and not stored(weights):
+        return Finding(f"(not drawn again: its trained weights are not in this cache; --deep trains anew) {check}")
+    (plan,) = make_plans(**record.info["arguments"])
+    identity, task, model = session.prepare(plan)
+    if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
+        return Finding(check, f"cannot be rebuilt here: {', '.join(different)} differ from the record's")
     kept = {c.index: c for c in record.certificates}
+    if wrong := [i for i, c in kept.items() if task.labels(i) != c.label]:
+        return Finding(check, f"image {wrong[0]}: the data set's label is {task.labels(wrong[0])}")
+    chosen = list(kept) if deep else list(kept)[:: max(1, len(kept) // SAMPLE)][:SAMPLE]
+    tau = record.identity["noise"]["tau"]
+    with steady(), torch.inference_mode():
+        again = list(certify(model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
+    here = environment.describe(session.device)
+    exactly = all(here[k] == record.info["environment"][k] for k in ("device", "platform", "packages"))
+    how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
+    check = f"{len(again)} {check}, {how}"
     for new in again:
-        if _comparable(kept[new.index]) != _comparable(new):
-            return Finding(f"{len(again)} images drawn again give the same counts", f"image {new.index} differs")
-    return Finding(f"{len(again)} images drawn again give the same counts")
+        old = kept[new.index]
+        if exactly and replace(old, seconds=0.0) != replace(new, seconds=0.0):
+            return Finding(check, f"image {new.index}: {_votes(new)}, not {_votes(old)}")
+        counts = np.array([[c.top_count, c.n - c.top_count] for c in (old, new)])
+        if not exactly and stats.fisher_exact(counts).pvalue < FALSE_ALARM / len(again):
+            return Finding(check, f"image {new.index}: {_votes(new)}, against {_votes(old)}")
+    return Finding(check)
 
 
-def _comparable(certificate: Certificate) -> dict[str, Any]:
-    return asdict(replace(certificate, seconds=0.0))
-
-
-def _finding(check: str, problem: str) -> Finding:
-    return Finding(check, problem)
+def _votes(c: Certificate) -> str:
+    return f"label {c.label}, predicted {c.predicted}, {c.top_count} of {c.n} votes"
 
 
 def _name(record: Record) -> str:
@@ -92,12 +126,43 @@ def _counts(identity: dict[str, Any], c: Certificate) -> str:
     return ""
 
 
+def _at_high_precision(identity: dict[str, Any], c: Certificate) -> str:
+    """The certificate's two inequalities at 40 digits, whatever the procedure.
+
+    Were the probability p_lower + tau, at least ``top_count`` votes of ``n`` would have a chance of at
+    most alpha (Clopper-Pearson); and the radius is at most sigma Phi^-1(p_lower).
+    """
+    with mpmath.workdps(40):
+        alpha = mpmath.mpf(identity["procedure"]["alpha"])
+        p = mpmath.mpf(c.p_lower) + mpmath.mpf(identity["noise"]["tau"])
+        if not p < 1 or binomial_tail(p, c.top_count, c.n) > alpha:
+            return f"{c.top_count} of {c.n} votes do not support p_lower {c.p_lower} at alpha {float(alpha):g}"
+        if mpmath.ncdf(mpmath.mpf(c.radius) / mpmath.mpf(identity["sigma"])) > mpmath.mpf(c.p_lower):
+            return f"radius {c.radius} is above what p_lower {c.p_lower} supports"
+    return ""
+
+
+def binomial_tail(p: Any, top: int, n: int) -> Any:
+    """P(Bin(n, p) >= top) for an mpmath p, its terms summed (mpmath's betainc loses its way beyond n = 1e4)."""
+    log = mpmath.loggamma
+    term = mpmath.exp(log(n + 1) - log(top + 1) - log(n - top + 1) + top * mpmath.log(p) + (n - top) * mpmath.log1p(-p))
+    total, odds = term, p / (1 - p)
+    for k in range(top, n):
+        term *= odds * (n - k) / (k + 1)
+        total += term
+        if k > n * p and term < total * mpmath.mpf(10) ** -35:
+            break
+    return total
+
+
 def _radius(identity: dict[str, Any], c: Certificate) -> str:
     procedure = procedure_of(identity)
     try:
         p_lower, radius = procedure.recompute(identity["sigma"], c.n, c.top_count, identity["noise"]["tau"])
     except ValueError as e:
         return str(e)
+    if p_lower > 0.5 and (problem := _at_high_precision(identity, c)):
+        return problem
     if (c.p_lower, c.radius) != (p_lower, radius):
         return f"p_lower {c.p_lower} and radius {c.radius}; the counts give {p_lower} and {radius}"
     if (c.predicted is None) != (p_lower <= 0.5):

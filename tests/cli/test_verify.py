@@ -1,0 +1,116 @@
+"""bench verify: a true record passes, any field that matters, changed, does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, Result
+
+Bench = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run with each procedure."""
+    from bench.cli import main
+
+    found = {}
+    for kind in ("fixed", "anytime"):
+        out = tmp_path_factory.mktemp(kind)
+        args = ["--defense", "lora", "--dataset", TINY, "--procedure", kind, "--n", "600", "--set", "rank=4"]
+        with pytest.raises(SystemExit) as stop:
+            main(["run", *args, "--out", str(out)])
+        assert not stop.value.code
+        (found[kind],) = out.iterdir()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fixed", "anytime"])
+def test_a_true_record_passes(bench: Bench, records: dict[str, Path], kind: str) -> None:
+    result = bench("verify", records[kind])
+    assert result.code == 0, result.out + result.err
+    assert "wrong" not in result.out
+    assert "5 images drawn again from the seed give the recorded counts, exactly" in result.out
+    deep = bench("verify", records[kind], "--deep", "--json")
+    assert deep.code == 0
+    assert json.loads(deep.out)[-1]["check"].startswith("8 images")
+
+
+FIELDS = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up_count", "p_lower", "votes")
+
+
+@pytest.mark.parametrize("kind", ["fixed", "anytime"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_changed_certificate_is_caught(
+    bench: Bench, records: dict[str, Path], tmp_path: Path, kind: str, field: str
+) -> None:
+    copy = Path(shutil.copytree(records[kind], tmp_path / records[kind].name))
+    file = copy / "certificates.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    row = max(rows, key=lambda r: r["radius"])
+    row[field] = row[field] + (0.01 if field in ("radius", "p_lower") else 1)
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = bench("verify", copy, "--deep")
+    assert result.code in (1, 2), field
+    assert "wrong:" in result.out or "bench:" in result.err
+
+
+def set_at(info: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        info = info[key]
+    info[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("identity.sigma", 0.5),
+        ("identity.seed", 1),
+        ("identity.indices", [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("identity.procedure.alpha", 0.1),
+        ("identity.procedure.n", 500),
+        ("identity.noise.tau", 0.1),
+        ("identity.base.sha256", "0"),
+        ("identity.defense.weights", "0"),
+        ("identity.images", "0"),
+        ("metrics.acr", 9.0),
+        ("cost.votes", 1),
+        ("arguments.seed", "1"),
+    ],
+)
+def test_a_changed_statement_is_caught(
+    bench: Bench, records: dict[str, Path], tmp_path: Path, path: str, value: Any
+) -> None:
+    copy = Path(shutil.copytree(records["fixed"], tmp_path / records["fixed"].name))
+    info = json.loads((copy / "run.json").read_text())
+    set_at(info, path, value)
+    (copy / "run.json").write_text(json.dumps(info))
+    result = bench("verify", copy)
+    assert result.code == 1, path
+    assert "wrong:" in result.out
+
+
+@pytest.mark.parametrize("change", ["missing", "twice"])
+def test_missing_and_repeated_images_are_caught(
+    bench: Bench, records: dict[str, Path], tmp_path: Path, change: str
+) -> None:
+    copy = Path(shutil.copytree(records["fixed"], tmp_path / records["fixed"].name))
+    lines = (copy / "certificates.jsonl").read_text().splitlines(keepends=True)
+    (copy / "certificates.jsonl").write_text("".join(lines[1:] if change == "missing" else [*lines, lines[0]]))
+    result = bench("verify", copy)
+    assert result.code == (1 if change == "missing" else 2)
+
+
+def test_weights_that_are_not_here_are_said(
+    bench: Bench, records: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path))
+    result = bench("verify", records["fixed"])
+    assert result.code == 0
+    assert "not drawn again" in result.out
