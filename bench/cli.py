@@ -175,7 +175,7 @@ def list_(
 def report_(
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
     format: Annotated[str, typer.Option(help="md, csv or json.")] = "md",
-    out: Annotated[Path | None, typer.Option(help="Write report and figure here; default: print the table.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder, or file ending in the format; default: print.")] = None,
 ) -> None:
     """Make the table, and with --out the figure, of all finished runs. Exit 1 when some had to be left out."""
     from bench import report

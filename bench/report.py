@@ -132,7 +132,22 @@ def markdown(group: Sequence[Record]) -> str:
         "ACR": [f"{v:.3f}" for v in frame["acr"]],
     }
     body = pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
-    return f"### {heading(group[0])}\n\n{body}\n"
+    return f"### {heading(group[0])}\n\n{body}\n\n{_limits(group[0], frame)}\n"
+
+
+def _limits(record: Record, frame: pd.DataFrame) -> str:
+    """What the table cannot show, in a sentence or two."""
+    within = [r for r in record.info["radii"] if r <= _reach(record)]
+    widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
+    wide = max((float(w.max()) for w in widths), default=0.0) / 2
+    text = (
+        f"With {frame['images'].iloc[0]} images an accuracy is known to within {100 * wide:.0f} points at worst "
+        f"(brackets: 95% Clopper-Pearson intervals); rows that differ by less are not told apart. "
+        f"With these votes no image can be certified beyond r = {_reach(record):.3f} (a dash)."
+    )
+    if record.info["preset"] == "quick":
+        text += " Preset quick trains briefly on a small budget: it ranks methods at that budget, not at their papers'."
+    return text
 
 
 def _label(row: pd.Series, frame: pd.DataFrame) -> str:
@@ -207,19 +222,23 @@ def _colour(i: int) -> str:
 
 
 def write(records: Sequence[Record], format: str, out: Path) -> list[Path]:
-    """The report and, for markdown, its figures, below ``out``; the files written."""
+    """The report and, for markdown, its figures: into the folder ``out``, or to the file where it ends in the format.
+
+    Returns the files written. Raises BenchError where they cannot be.
+    """
+    report = out if out.suffix == f".{format}" else out / f"report.{format}"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        report = out / f"report.{format}"
+        report.parent.mkdir(parents=True, exist_ok=True)
         text = render(records, format)
         files = [report]
         if format == "md":
             for number, group in enumerate(groups(records), 1):
                 identity = group[0].identity
                 name = f"{identity['dataset']}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
-                files += figure(group, out, name)
+                name = f"{out.stem}-{name}" if report == out else name
+                files += figure(group, report.parent, name)
                 text += f"\n![{heading(group[0])}]({name}.svg)\n"
         report.write_text(text)
     except OSError as e:
-        raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another folder with --out") from None
+        raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None
     return files
