@@ -52,11 +52,6 @@ def radius(p_lower: float, sigma: float) -> float:
     return max(0.0, r * (1 - SLACK) - SLACK * sigma)
 
 
-def largest_radius(n: int, alpha: float, sigma: float) -> float:
-    """The radius of an image on which every one of ``n`` votes agrees: none larger can be certified."""
-    return radius(lower_bound(n, n, alpha), sigma)
-
-
 def smallest_n(alpha: float) -> int:
     """The fewest votes that can certify any image at level ``alpha``: the first n with alpha**(1/n) > 1/2."""
     n = max(1, math.floor(math.log(alpha) / math.log(0.5)))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.errors import BenchError, Interrupted, NotComparable
+from bench.errors import BenchError, Interrupted
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -28,8 +28,6 @@ def main(args: list[str] | None = None) -> None:
         code = app(args=args, standalone_mode=False)
     except Interrupted as e:
         _fail(str(e), 130)
-    except NotComparable as e:
-        _fail(str(e), 3)
     except BenchError as e:
         _fail(str(e), 2)
     except Exception as e:

@@ -10,10 +10,6 @@ class BenchError(Exception):
     """Wrong usage or a missing prerequisite: the message says what, and how to mend it. Exit code 2."""
 
 
-class NotComparable(BenchError):
-    """The runs do not measure the same thing. Exit code 3."""
-
-
 class Interrupted(BenchError):
     """Ctrl-C, with what to do next. Exit code 130."""
 

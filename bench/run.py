@@ -78,29 +78,19 @@ class Session:
         rough = fitting.construct(plan, untrained_base(plan.card, plan.base, self.device), self.device)
         return None if fitting.trains(rough) else plan.weights
 
-    def prepare(self, plan: Plan) -> tuple[dict[str, Any], Task, Model]:
+    def prepare(self, plan: Plan) -> tuple[dict[str, Any], Task, fitting.Fitted]:
         """The identity of a plan's run, its task, and its defense, trained here if it never was."""
         shared = self.materials(plan)
-        fitted = self._fit(plan, shared)
-        task = make_task(plan, shared.test, self.device)
-        return (
-            self._identity(plan, shared, fitted.sha256, choose(shared.test, plan.examples), task),
-            task,
-            fitted.defense,
-        )
-
-    def _fit(self, plan: Plan, shared: _Materials) -> fitting.Fitted:
         with self.reporter.training(f"{registry.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
-            return fitting.fit(plan, shared.base, shared.train, self.device, progress)
+            fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
+        task = make_task(plan, shared.test, self.device)
+        indices = choose(shared.test, plan.examples)
+        return self._identity(plan, shared, fitted.sha256, indices, task), task, fitted
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
-        shared = self.materials(plan)
-        name = registry.short_name(plan.defense)
-        indices = choose(shared.test, plan.examples)
-        fitted = self._fit(plan, shared)
-        task = make_task(plan, shared.test, self.device)
-        identity = self._identity(plan, shared, fitted.sha256, indices, task)
+        identity, task, fitted = self.prepare(plan)
+        shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
         right, total = shared.base.accuracy(shared.test, indices)
         extra = {
             "environment": environment.describe(self.device),

@@ -62,7 +62,7 @@ def draw_again(record: Record, session: Session, deep: bool) -> Finding:
     if not deep and weights is not None and not stored(weights):
         return Finding(f"(not drawn again: its trained weights are not in this cache; --deep trains anew) {check}")
     (plan,) = make_plans(**record.info["arguments"])
-    identity, task, model = session.prepare(plan)
+    identity, task, fitted = session.prepare(plan)
     if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
         return Finding(check, f"cannot be rebuilt here: {', '.join(different)} differ from the record's")
     kept = {c.index: c for c in record.certificates}
@@ -71,7 +71,9 @@ def draw_again(record: Record, session: Session, deep: bool) -> Finding:
     chosen = list(kept) if deep else list(kept)[:: max(1, len(kept) // SAMPLE)][:SAMPLE]
     tau = record.identity["noise"]["tau"]
     with steady(), torch.inference_mode():
-        again = list(certify(model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
+        again = list(
+            certify(fitted.defense, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen)
+        )
     here = environment.describe(session.device)
     exactly = all(here[k] == record.info["environment"][k] for k in ("device", "platform", "packages"))
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"

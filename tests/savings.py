@@ -23,7 +23,7 @@ from scipy import special
 
 from bench import bounds
 from bench.anytime import Anytime, Floats, Tables, tabulate
-from bench.procedures import Counts
+from bench.procedures import Counts, Fixed
 
 N0, N, ALPHA, STEP = 100, 100_000, 0.001, 0.25
 # The logs peak at 3.91 sigma, beyond what n = 100,000 gives at the stated alpha of .001 (3.81): they fit .01.
@@ -79,7 +79,7 @@ def read(path: Path) -> Images:
 
 def grid(sigma: float) -> tuple[float, ...]:
     """Radii of the report: multiples of the step within reach of fixed n."""
-    return tuple(STEP * k for k in range(1, int(bounds.largest_radius(N, ALPHA, sigma) / STEP) + 1))
+    return tuple(STEP * k for k in range(1, int(Fixed(N0, N, ALPHA).largest_radius(sigma) / STEP) + 1))
 
 
 def simulate(tables: Tables, hits: Iterable[Counts], shape: tuple[int, ...]) -> tuple[Counts, Counts]:

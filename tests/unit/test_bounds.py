@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 from bench import bounds
+from bench.procedures import Fixed
 
 
 def tail(p: float, top: int, n: int) -> mpmath.mpf:
@@ -74,7 +75,7 @@ def test_radius_is_below_the_exact_one_and_close(p: float, sigma: float) -> None
 
 def test_largest_radii_are_the_published_ones() -> None:
     # Largest R/sigma at alpha .001 for n = 1e2 .. 1e5 (three decimals).
-    found = [bounds.largest_radius(10**k, 0.001, 1.0) for k in (2, 3, 4, 5)]
+    found = [Fixed(100, 10**k, 0.001).largest_radius(1.0) for k in (2, 3, 4, 5)]
     assert [round(r, 3) for r in found] == [1.5, 2.463, 3.199, 3.811]
 
 

@@ -145,7 +145,7 @@ def test_all_nan_abstains_and_certifies_no_class() -> None:
 
 def test_all_votes_agreeing_gives_the_largest_radius() -> None:
     c = certificates(lambda x, d: torch.eye(3)[[2] * len(x)], task(sigma=0.25), [0], Fixed(10, 1000, 0.001))[0]
-    assert (c.predicted, c.radius) == (2, bounds.largest_radius(1000, 0.001, 0.25))
+    assert (c.predicted, c.radius) == (2, Fixed(10, 1000, 0.001).largest_radius(0.25))
     assert c.radius <= 0.25 * 2.4634
 
 
