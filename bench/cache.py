@@ -123,7 +123,8 @@ class Entry:
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, partial)
         partial.replace(weights)
         write_json(self.folder / "meta.json", {**meta, "identity": self.identity, "sha256": file_sha256(weights)})
-        self.checkpoint.unlink(missing_ok=True)
+        for checkpoint in self.folder.glob(f"{self.checkpoint.stem}*.pt"):  # those of its stages too
+            checkpoint.unlink()
         trained = self.load()
         assert trained is not None
         return trained

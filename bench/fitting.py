@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bench import noise, objectives, registry, tensors, training
-from bench.base import BaseModel
+from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
 from bench.cards import Split
+from bench.context import BuildContext, Workshop
 from bench.errors import BenchError, one_line
-from bench.interface import Context, Defense
+from bench.interface import Defense
 from bench.plan import Plan
 
 
@@ -34,9 +35,12 @@ class Fitted:
     sha256: str | None  # None: nothing was trained
     train_seconds: float
     queries: int
-    nominal: int
-    updated: int
-    total: int
+    nominal: int  # parameters that require a gradient once built
+    updated: int  # of these, in tensors that training changed
+    here: int  # trained here: nominal, and the parameters of shared parts
+    elsewhere: int  # part of F, neither the base's nor trained here
+    parts: dict[str, str]  # sha256 of each shared part, file and inner defense
+    sources: list[str]  # where files of weights trained elsewhere came from
 
 
 @contextmanager
@@ -51,12 +55,12 @@ def blame(name: str) -> Iterator[None]:
         raise BenchError(f"defense {name}: {one_line(e)} ({frame.filename}:{frame.lineno})") from e
 
 
-def construct(plan: Plan, base: BaseModel, device: torch.device) -> Defense:
-    """The untrained defense, with torch's random state fixed by the seed."""
+def construct(plan: Plan, base: BaseModel, device: torch.device, workshop: Workshop | None = None) -> Defense:
+    """The untrained defense, with torch's random state fixed by the seed; its shared parts are trained."""
     access = plan.cls.needs(plan.config)
     if access > base.view(access).most:
         raise BenchError(f"defense {plan.defense} needs {access.name} access; base {base.name} does not offer it")
-    context = Context(base.view(access), len(plan.card.classes), plan.card.shape, plan.train_sigma)
+    context = BuildContext(plan, base, access, device, workshop)
     with blame(plan.defense), training.fixed_rng(plan.seed):
         return plan.cls(context, plan.config).to(device).eval()
 
@@ -71,8 +75,10 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
 
     Raises BenchError naming the defense.
     """
-    defense = construct(plan, base, device)
-    nominal = sum(p.numel() for p in defense.parameters() if p.requires_grad)
+    workshop = Workshop(train, progress)
+    defense = construct(plan, base, device, workshop)
+    nominal, here, elsewhere = _count(defense)
+    used = context_of(defense)
     trained: Trained | None = None
     if trains(defense):
         if plan.weights is not None:
@@ -80,9 +86,8 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         else:
             trained = train_or_load(plan, base, train, device, progress, defense)
     if trained is not None:
-        defense = construct(plan, base, device)
+        defense = construct(plan, base, device, workshop)
         load(defense, trained, plan.defense)
-    total = sum(p.numel() for p in defense.parameters()) or base.parameters
     with blame(plan.defense):
         defense.merge()
     defense.eval().requires_grad_(False)
@@ -92,15 +97,33 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     return Fitted(
         defense,
         trained.sha256 if trained else None,
-        meta.get("train_seconds", 0.0),
+        meta.get("train_seconds", 0.0) + used.part_seconds,
         meta.get("queries", 0),
         nominal,
         meta.get("updated", 0),
-        total,
+        here,
+        elsewhere,
+        used.used,
+        used.sources,
     )
 
 
-def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device) -> dict[str, Any]:
+def context_of(defense: Defense) -> BuildContext:
+    """The harness's side of a constructed defense's context."""
+    return cast(BuildContext, defense.context)
+
+
+def _count(defense: Defense) -> tuple[int, int, int]:
+    """Parameters of a constructed defense: requiring a gradient, trained here, trained elsewhere."""
+    parts = {id(p): p for module in context_of(defense).parts for p in module.parameters()}
+    of_base = {id(p) for m in defense.modules() if isinstance(m, Classifier) for p in m.parameters()}
+    nominal = {id(p): p for p in defense.parameters() if p.requires_grad}
+    foreign = [p for p in defense.parameters() if id(p) not in parts | nominal and id(p) not in of_base]
+    here = sum(p.numel() for p in (parts | nominal).values())
+    return sum(p.numel() for p in nominal.values()), here, sum(p.numel() for p in foreign)
+
+
+def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device, parts: dict[str, str]) -> dict[str, Any]:
     """Everything that decides a defense's trained weights."""
     return {
         "defense": registry.short_name(plan.defense),
@@ -114,6 +137,7 @@ def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device) ->
         "seed": plan.seed,
         "noise": noise.VERSION,
         "device": device.type,
+        "parts": parts,
         "objective": plan.objective,
         "training": training.SOURCE,
         "objectives": objectives.SOURCE,
@@ -130,7 +154,7 @@ def train_or_load(
 ) -> Trained:
     """The stored training of a plan; where there is none, ``defense`` is trained in place and stored."""
     label = f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.train_sigma:g}"
-    entry = Entry(label, identity(plan, base, train, device))
+    entry = Entry(label, identity(plan, base, train, device, context_of(defense).used))
     with entry.lock():
         found = entry.load()
         if found is not None:
@@ -147,6 +171,7 @@ def train_or_load(
             checkpoint=entry.checkpoint,
             progress=progress,
             spent=spent,
+            base=defense.context.base,
         )
         with blame(plan.defense), training.fixed_rng(plan.seed):
             defense.fit(job)
@@ -155,7 +180,7 @@ def train_or_load(
         changed = {k for k, v in after.items() if k in before and not torch.equal(v, before[k])}
         meta = {
             "train_seconds": sum(spent),
-            "queries": getattr(defense.context.base, "queries", 0),
+            "queries": defense.context.base.queries,
             "updated": sum(p.numel() for k, p in defense.named_parameters() if k in changed),
             "from_base": sorted(set(after) - set(owned)),
         }

@@ -7,9 +7,11 @@ defense can neither bend its certificate nor forget to measure itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -44,6 +46,7 @@ class Base(Protocol):
     classes: int
     sha256: str
     most: Access
+    queries: int  # images asked of it so far
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of x [B, C, H, W]: detached for QUERY access, differentiable in x for GRADIENT."""
@@ -77,6 +80,27 @@ Logits = Callable[[Tensor, Draw], Tensor]
 Objective = Callable[[Logits, Tensor, Tensor, Draw], Tensor]
 
 
+class Step(Protocol):
+    """One step of a training: its number, clean pixels [B, C, H, W], labels [B], and its randomness."""
+
+    number: int
+    x: Tensor
+    y: Tensor
+    draw: Draw
+
+    def report(self, loss: Tensor | float) -> None:
+        """Show the loss. Raises BenchError where it is not finite."""
+        ...
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold: a module, an optimizer, or any object with these two methods."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
 class Job(Protocol):
     """One resumable training run on the card's training split, at noise level ``sigma``."""
 
@@ -92,15 +116,63 @@ class Job(Protocol):
         """Minimise ``loss(clean x, y, draw)`` over the parameters of ``module`` that require a gradient."""
         ...
 
+    def steps(self, count: int, batch: int, *state: Stateful, queries: int = 0) -> Iterator[Step]:
+        """The steps of a training that is no gradient descent; ``state`` is checkpointed and restored.
 
-@dataclass(frozen=True)
-class Context:
-    """Everything needed to rebuild a defense: its base classifier and the shape of its task."""
+        Within a step torch's global randomness is seeded by the step. Ends early, and cleanly, before
+        the step that would take the base's query count above ``queries`` (0: no limit).
+        """
+        ...
+
+    def at(self, name: str, sigma: float | None = None) -> Job:
+        """A stage of this training with a checkpoint, a seed and perhaps a noise level of its own.
+
+        Of two trainings in one ``fit``, one at least must be ``at`` a name.
+        """
+        ...
+
+
+class Part(ABC):
+    """Something trained once and shared by all that ask for it: a denoiser, a diffusion model, an encoder.
+
+    A subclass is a frozen dataclass. Its fields, the source of its file, the training data and the seed
+    are its identity, so everything its training depends on must be a field. It never sees the base.
+    """
+
+    @abstractmethod
+    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+        """The module, untrained; torch's random state is fixed."""
+
+    @abstractmethod
+    def fit(self, module: nn.Module, job: Job) -> None:
+        """Train the module; ``job.sigma`` is 0, ``job.at(name, sigma)`` trains under noise."""
+
+
+class Context(Protocol):
+    """Everything needed to rebuild a defense: its base classifier, the shape of its task, and shared parts."""
 
     base: Base
     classes: int
     shape: tuple[int, int, int]  # channels, height, width
     train_sigma: float
+
+    def once(self, part: Part) -> nn.Module:
+        """The part's module, trained: from the cache, or here and now. Frozen and in eval mode.
+
+        Its parameters count as trained here. Where costs are only estimated it comes untrained.
+        """
+        ...
+
+    def hub(self, source: str, filename: str) -> Path:
+        """One file of ``source``, a folder or a hub id with an optional ``@revision``; its hash is recorded.
+
+        What is loaded from it counts as trained elsewhere. Raises BenchError (MissingFile: no such file).
+        """
+        ...
+
+    def inner(self, name: str, **config: Any) -> Defense:
+        """Another defense as a component, on the same base, with its preset's Config and these changes."""
+        ...
 
 
 class Defense(nn.Module):
@@ -133,10 +205,15 @@ class Defense(nn.Module):
     def build(self) -> None:
         """Make submodules, untrained; requires_grad says what will be trained."""
 
+    def schedule(self) -> Schedule:
+        """The hyperparameters of the default ``fit``: the Config, which then extends Schedule."""
+        config: Schedule = self.config
+        return config
+
     def fit(self, job: Job) -> None:
         """Train. The default minimises ``loss`` over all that requires a gradient; nothing does: nothing happens."""
         if any(p.requires_grad for p in self.parameters()):
-            job.train(self, lambda x, y, draw: self.loss(x, y, draw, job), self.config)
+            job.train(self, lambda x, y, draw: self.loss(x, y, draw, job), self.schedule())
 
     def loss(self, x: Tensor, y: Tensor, draw: Draw, job: Job) -> Tensor:
         """The training loss of clean pixels ``x``; the default is the job's objective on ``logits``."""

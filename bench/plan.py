@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,7 +81,7 @@ def make_plans(
     loaded = {name: registry.load(name) for name in chosen}
     if objective != "gaussian":
         _check_objective(objective, loaded)
-    configs = _configure(loaded, preset, means.epoch_scale, settings)
+    configs = _configure(loaded, preset, card, settings)
     if weights is not None:
         weights = Path(weights)
         given["weights"] = str(weights)
@@ -120,7 +120,7 @@ def make_plans(
 
 
 def _configure(
-    loaded: dict[str, tuple[type[Defense], str]], preset: str, epoch_scale: float, settings: Sequence[str]
+    loaded: dict[str, tuple[type[Defense], str]], preset: str, card: Card, settings: Sequence[str]
 ) -> dict[str, Any]:
     """Each defense's Config: its defaults, its preset, the card's epoch scale, then ``--set [defense.]key=value``.
 
@@ -142,20 +142,24 @@ def _configure(
             raise unknown(f"setting of {', '.join(names)}", bare, keys)
         for name in having:
             given[name][bare] = value
-    configs = {}
-    for name, (cls, _) in loaded.items():
-        adapter = TypeAdapter(cls.Config)
-        try:
-            config = adapter.validate_python(cls.presets.get(preset, {}))
-            # A preset of the defense's own is meant as written; its defaults are for a data set of digits' size.
-            if isinstance(config, Schedule) and preset not in cls.presets:
-                config = replace(config, epochs=config.epochs * epoch_scale)  # type: ignore[call-arg]
-            values = {f.name: getattr(config, f.name) for f in fields(cls.Config)}
-            configs[name] = adapter.validate_python(values | given[name])
-        except ValidationError as e:
-            first = e.errors()[0]
-            raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return configs
+    return {name: configured(name, cls, preset, card, given[name]) for name, (cls, _) in loaded.items()}
+
+
+def configured(name: str, cls: type[Defense], preset: str, card: Card, given: Mapping[str, Any]) -> Any:
+    """A defense's Config: its defaults, its preset, the card's epoch scale, then what is given. Raises BenchError."""
+    adapter = TypeAdapter(cls.Config)
+    try:
+        config = adapter.validate_python(cls.presets.get(preset, {}))
+        # A preset of the defense's own is meant as written; its defaults are for a data set of digits' size.
+        if isinstance(config, Schedule) and preset not in cls.presets:
+            config = replace(config, epochs=config.epochs * card.presets[preset].epoch_scale)  # type: ignore[call-arg]
+        values = {f.name: getattr(config, f.name) for f in fields(cls.Config)}
+        if wrong := sorted(set(given) - set(values)):
+            raise unknown(f"setting of {name}", wrong[0], values)
+        return adapter.validate_python(values | dict(given))
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _meant_for(setting: str, name: str, cls: type[Defense]) -> bool:

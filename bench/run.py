@@ -85,7 +85,7 @@ class Session:
             fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
         task = make_task(plan, shared.test, self.device)
         indices = choose(shared.test, plan.examples)
-        return self._identity(plan, shared, fitted.sha256, indices, task), task, fitted
+        return self._identity(plan, shared, fitted, indices, task), task, fitted
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
@@ -104,9 +104,7 @@ class Session:
                 "family": plan.cls.family,
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
-                "trainable_nominal": fitted.nominal,
-                "trainable_updated": fitted.updated,
-                "parameters": fitted.total,
+                "trained_elsewhere": fitted.sources,
                 "weights_file": plan.weights and plan.weights.name,
             },
         }
@@ -142,7 +140,7 @@ class Session:
         }
 
     def _identity(
-        self, plan: Plan, shared: _Materials, weights: str | None, indices: list[int], task: Task
+        self, plan: Plan, shared: _Materials, fitted: fitting.Fitted, indices: list[int], task: Task
     ) -> dict[str, Any]:
         return {
             "dataset": plan.card.name,
@@ -155,8 +153,9 @@ class Session:
                 "name": registry.short_name(plan.defense),
                 "source": plan.source,
                 "config": asdict(plan.config),
-                "weights": weights,
-                "objective": plan.objective if weights and plan.weights is None else None,
+                "weights": fitted.sha256,
+                "parts": fitted.parts,
+                "objective": plan.objective if fitted.sha256 and plan.weights is None else None,
             },
             "train_sigma": plan.train_sigma,
             "sigma": plan.sigma,
@@ -184,7 +183,7 @@ class Session:
 
         with steady(), torch.inference_mode():
             seconds = check_rows(model, task, indices[0])
-            flops, forwards = cost_per_vote(model, task, indices[0])
+            per_vote = cost_per_vote(model, task, indices[0])
             votes = len(left) * plan.procedure.most
             self.reporter.say(
                 f"{record.path.name}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "
@@ -203,12 +202,14 @@ class Session:
             "train_seconds": fitted.train_seconds,
             "certify_seconds": sum(c.seconds for c in record.done),
             "votes": (total := sum(c.votes for c in record.done)),
-            "base_forwards": round(total * forwards),
+            "base_forwards": round(total * per_vote.base_forwards),
             "queries": fitted.queries,
             "trainable_nominal": fitted.nominal,
             "trainable_updated": fitted.updated,
-            "parameters": fitted.total,
-            "flops_per_vote": flops,
+            "trained_here": fitted.here,
+            "trained_elsewhere": fitted.elsewhere,
+            "parameters": _distinct([fitted.defense, *per_vote.classifiers]),
+            "flops_per_vote": per_vote.flops,
             "peak_memory": environment.peak_memory(self.device),
         }
         record.finish(cost, metrics.summarise(record.done, plan.card.radii))
@@ -258,15 +259,31 @@ def steady() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def cost_per_vote(model: Model, task: Task, index: int) -> tuple[float, float]:
-    """Floating point operations (torch's counter) and passes through a base classifier or a copy of it, of one vote."""
+@dataclass(frozen=True)
+class PerVote:
+    """What one vote costs: floating point operations (torch's counter) and passes through a base or a copy of it."""
+
+    flops: float
+    base_forwards: float
+    classifiers: list[nn.Module]  # those passed through
+
+
+def _distinct(modules: list[nn.Module]) -> int:
+    """Parameters of the modules, those they share counted once."""
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+
+def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
+    """Measure one block of votes for an image."""
     votes = [Vote("check", index, i) for i in range(task.block)]
     passes = 0
+    seen: list[nn.Module] = []
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal passes
         if isinstance(module, Classifier):
             passes += len(inputs[0])
+            seen.append(module)
 
     hook = nn.modules.module.register_module_forward_hook(count)
     try:
@@ -274,7 +291,7 @@ def cost_per_vote(model: Model, task: Task, index: int) -> tuple[float, float]:
             model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
     finally:
         hook.remove()
-    return counter.get_total_flops() / task.block, passes / task.block
+    return PerVote(counter.get_total_flops() / task.block, passes / task.block, seen)
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.cache import file_sha256
 from bench.errors import BenchError, one_line
-from bench.interface import Loss, Objective, Schedule
+from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
 from bench.noise import Noise, TrainDraw
 
 SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
@@ -49,6 +49,28 @@ def fixed_rng(*key: int) -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Step:
+    """One step under way; satisfies ``interface.Step``."""
+
+    number: int
+    count: int
+    x: Tensor
+    y: Tensor
+    draw: Draw
+    progress: Progress
+
+    def report(self, loss: Tensor | float) -> None:
+        """Show the loss every tenth step, so that a device is not waited for at each."""
+        if self.number % 10 == 9 or self.number == self.count - 1:
+            value = float(loss)
+            if not math.isfinite(value):
+                raise BenchError(
+                    f"training diverged: loss {value} at step {self.number} of {self.count}; lower it with --set lr=..."
+                )
+            self.progress(self.number + 1, self.count, value)
+
+
 @dataclass(frozen=True)
 class TrainingJob:
     """One training run on ``data``; satisfies ``interface.Job``."""
@@ -61,7 +83,14 @@ class TrainingJob:
     device: torch.device
     checkpoint: Path
     progress: Progress
-    spent: list[float]  # seconds of training so far, earlier processes included, one entry a ``train`` call
+    spent: list[float]  # seconds of training so far, earlier processes included, one entry a stage
+    base: Base | None = None  # whose queries are counted, and restored with a checkpoint
+
+    def at(self, name: str, sigma: float | None = None) -> TrainingJob:
+        """A stage with a checkpoint, seed and perhaps noise level of its own."""
+        seed = np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1, np.uint64)[0] >> 1
+        checkpoint = self.checkpoint.with_name(f"{self.checkpoint.stem}-{name}.pt")
+        return replace(self, seed=int(seed), checkpoint=checkpoint, sigma=self.sigma if sigma is None else sigma)
 
     def train(self, module: nn.Module, loss: Loss, schedule: Schedule) -> None:
         """Minimise ``loss`` over the parameters that require a gradient; module ends in eval mode.
@@ -72,35 +101,45 @@ class TrainingJob:
         """
         params = [p for p in module.parameters() if p.requires_grad]
         optimizer = _optimizer(params, schedule)
-        steps = max(1, round(schedule.epochs * len(self.data) / schedule.batch))
-        done, before = self._resume(module, optimizer)
+        count = max(1, round(schedule.epochs * len(self.data) / schedule.batch))
+        _train_mode(module)
+        for step in self.steps(count, schedule.batch, module, optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr * _decay(schedule, step.number / count)
+            value = loss(step.x, step.y, step.draw)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step.report(value.detach())
+        module.eval()
+
+    def steps(self, count: int, batch: int, *state: Stateful, queries: int = 0) -> Iterator[Step]:
+        """The steps left to do, each with its randomness; what ``state`` holds between them is checkpointed.
+
+        Ends before the step that would take the base's queries above ``queries`` (0: no limit).
+        """
+        done, before, dearest = self._resume(state)
         started = saved = time.perf_counter()
         noise = Noise(self.seed, "train")
-        _train_mode(module)
-        for step in range(done, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr * _decay(schedule, step / steps)
-            rows = self._rows(step, schedule.batch)
-            with fixed_rng(self.seed, step):
+        for number in range(done, count):
+            asked = self._queries()
+            if queries and asked + dearest > queries:
+                break
+            rows = self._rows(number, batch)
+            with fixed_rng(self.seed, number):
                 x = _augment(torch.from_numpy(self.data.pixels(rows)), self.augment).to(self.device)
                 y = torch.from_numpy(self.data.labels[rows]).to(self.device)
-                value = loss(x, y, TrainDraw(noise, step, len(rows), self.sigma, self.device))
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+                draw = TrainDraw(noise, number, len(rows), self.sigma, self.device)
+                yield _Step(number, count, x, y, draw, self.progress)
+            dearest = max(dearest, self._queries() - asked)
             now = time.perf_counter()
-            if step % 10 == 9 or step == steps - 1:
-                number = float(value.detach())
-                if not math.isfinite(number):
-                    raise BenchError(
-                        f"training diverged: loss {number} at step {step} of {steps}; lower it with --set lr=..."
-                    )
-                self.progress(step + 1, steps, number)
-            if now - saved > CHECKPOINT_SECONDS and step < steps - 1:
-                self._save(module, optimizer, step + 1, before + now - started)
+            if now - saved > CHECKPOINT_SECONDS or number == count - 1:
+                self._save(state, number + 1, before + now - started, dearest)
                 saved = now
-        module.eval()
         self.spent.append(before + time.perf_counter() - started)
+
+    def _queries(self) -> int:
+        return 0 if self.base is None else self.base.queries
 
     def _rows(self, step: int, batch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The step's rows: a stream of epochs, each in its own seeded order, cut into whole batches."""
@@ -115,20 +154,24 @@ class TrainingJob:
             at, wanted = at + len(part), wanted - len(part)
         return np.concatenate(rows)
 
-    def _save(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+    def _save(self, state: tuple[Stateful, ...], step: int, seconds: float, dearest: int) -> None:
         partial = self.checkpoint.with_suffix(f".{os.getpid()}")
-        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-        torch.save(state, partial)
+        parts = [s.state_dict() for s in state]
+        counts = {"step": step, "seconds": seconds, "dearest": dearest, "queries": self._queries()}
+        torch.save({"state": parts, **counts}, partial)
         partial.replace(self.checkpoint)
 
-    def _resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    def _resume(self, state: tuple[Stateful, ...]) -> tuple[int, float, int]:
+        """Steps done, seconds spent, and the queries of the dearest step."""
         if not self.checkpoint.exists():
-            return 0, 0.0
+            return 0, 0.0, 0
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            module.load_state_dict(state["module"])
-            optimizer.load_state_dict(state["optimizer"])
-            return state["step"], state["seconds"]
+            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            for one, part in zip(state, saved["state"], strict=True):
+                one.load_state_dict(part)
+            if self.base is not None:
+                self.base.queries = saved["queries"]
+            return saved["step"], saved["seconds"], saved["dearest"]
         except Exception as e:
             raise BenchError(f"corrupt checkpoint {self.checkpoint}: {one_line(e)}; delete it to train anew") from None
 

@@ -1,0 +1,113 @@
+"""What a defense is built from besides its own code: the base, shared parts, files, other defenses."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import hub, noise, objectives, registry, training
+from bench.base import BaseModel
+from bench.cache import Entry, digest, file_sha256
+from bench.cards import Split
+from bench.errors import BenchError
+from bench.hub import MissingFile
+from bench.interface import Access, Base, Defense, Part
+from bench.plan import Plan, configured
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What training a part takes. Without one (estimates) parts come untrained."""
+
+    train: Split
+    progress: training.Progress
+
+
+class BuildContext:
+    """Satisfies ``interface.Context`` and keeps account of all that was handed out."""
+
+    def __init__(
+        self, plan: Plan, base: BaseModel, access: Access, device: torch.device, workshop: Workshop | None
+    ) -> None:
+        self.base: Base = base.view(access)
+        self.classes, self.shape, self.train_sigma = len(plan.card.classes), plan.card.shape, plan.train_sigma
+        self.used: dict[str, str] = {}  # name -> sha256 of what decides the defense beside its config and base
+        self.sources: list[str] = []  # hub ids and folders that files were taken from
+        self.parts: list[nn.Module] = []
+        self.part_seconds = 0.0
+        self._plan, self._device, self._workshop = plan, device, workshop
+
+    def once(self, part: Part) -> nn.Module:
+        """The part's module, frozen: trained here once, and cached under all that decides it."""
+        with training.fixed_rng(self._plan.seed):
+            module = part.build(self.classes, self.shape).to(self._device)
+        if self._workshop is not None:
+            self._train_or_load(part, module, self._workshop)
+        self.parts.append(module)
+        return module.eval().requires_grad_(False)
+
+    def _train_or_load(self, part: Part, module: nn.Module, workshop: Workshop) -> None:
+        kind, card, seed = type(part), self._plan.card, self._plan.seed
+        identity = {
+            "part": kind.__qualname__,
+            "fields": asdict(part),  # type: ignore[call-overload]
+            "source": file_sha256(Path(inspect.getfile(kind))),
+            "classes": self.classes,
+            "shape": self.shape,
+            "train": workshop.train.sha256(),
+            "augment": card.augment,
+            "seed": seed,
+            "noise": noise.VERSION,
+            "device": self._device.type,
+            "training": training.SOURCE,
+        }
+        entry = Entry(f"{card.name}-{kind.__name__.lower()}", identity)
+        with entry.lock():
+            trained = entry.load()
+            if trained is None:
+                spent: list[float] = []
+                job = training.TrainingJob(
+                    data=workshop.train,
+                    augment=card.augment,
+                    sigma=0.0,
+                    objective=objectives.clean,
+                    seed=seed,
+                    device=self._device,
+                    checkpoint=entry.checkpoint,
+                    progress=workshop.progress,
+                    spent=spent,
+                )
+                with training.fixed_rng(seed):
+                    part.fit(module, job)
+                trained = entry.save(module.state_dict(), {"train_seconds": sum(spent)})
+        module.load_state_dict(trained.state)
+        self.used[f"{kind.__name__} {digest(identity)[:8]}"] = trained.sha256
+        self.part_seconds += trained.meta["train_seconds"]
+
+    def hub(self, source: str, filename: str) -> Path:
+        """One file of a folder or of a hub repository, its hash recorded."""
+        if Path(source).is_dir():
+            path = Path(source) / filename
+            if not path.is_file():
+                raise MissingFile(f"{source} has no file {filename!r}")
+        else:
+            repo, _, revision = source.partition("@")
+            path = hub.fetch(repo, filename, revision or "main", "model", f"or give a local folder in place of {repo}")
+        self.used[filename] = file_sha256(path)
+        if source not in self.sources:
+            self.sources.append(source)
+        return path
+
+    def inner(self, name: str, **config: Any) -> Defense:
+        """Another defense on the same base, with the same parts and seed."""
+        cls, source = registry.load(name)
+        made = configured(name, cls, self._plan.preset, self._plan.card, config)
+        if cls.needs(made) > self.base.most:
+            raise BenchError(f"{name} inside a defense of {self.base.most.name} access needs {cls.needs(made).name}")
+        self.used[f"{name} inside"] = digest({"source": source, "config": asdict(made)})
+        return cls(self, made)
