@@ -68,7 +68,7 @@ class Anytime:
         drawn = level = 0
         counts: Counts | None = None
         for look, accept, give_up in zip(tables.looks, tables.accept, tables.give_up, strict=True):
-            fresh = yield Votes("estimate", look - drawn)
+            fresh = yield Votes("estimate", look - drawn, self.n - look)
             counts, drawn = fresh if counts is None else counts + fresh, look
             hits = int(counts[top])
             reached = bisect_right(accept, hits)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.errors import BenchError
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
-from bench.procedures import Counts, Decision, Procedure, Votes
+from bench.procedures import Decision, Procedure, Votes
 
 # Votes are placed in tiles: a vote's place within its tile is its number modulo TILE. Matrix kernels
 # were measured to give a row other last bits at another alignment, so a freely moving row could
@@ -41,18 +41,56 @@ class Certificate(Decision):
     seconds: float = 0.0
 
 
-@dataclass
 class _Image:
-    """An image under way: its procedure, the votes it waits for, and where their counts gather."""
+    """An image under way: its procedure, the votes it waits for, and those drawn ahead."""
 
-    index: int
-    label: int
-    slot: int
-    procedure: Procedure
-    wanted: Votes
-    placed: int = 0  # votes of ``wanted`` already put into a block
-    drawn: dict[str, int] = field(default_factory=dict)  # votes of each purpose before ``wanted``
-    seconds: float = 0.0
+    def __init__(self, index: int, label: int, slot: int, procedure: Procedure, classes: int) -> None:
+        self.index, self.label, self.slot = index, label, slot
+        self.seconds = 0.0
+        self._procedure, self._width = procedure, classes + 1  # NaN is a class of its own, the last
+        self._given: dict[str, int] = {}  # votes of each purpose that the procedure has seen
+        self._expect(next(procedure), np.empty(0, np.int64))
+
+    def _expect(self, wanted: Votes, drawn: NDArray[np.int64]) -> None:
+        self.wanted, self._left = wanted, wanted.count
+        self._tally = np.zeros(self._width, np.int64)
+        self._ahead = drawn[:0]
+        self.placed = len(drawn)  # votes drawn since the procedure last saw any
+        self.take(drawn)
+
+    @property
+    def next_vote(self) -> int:
+        """Number of the first vote not yet drawn."""
+        return self._given.get(self.wanted.purpose, 0) + self.placed
+
+    @property
+    def missing(self) -> int:
+        """Votes that the procedure waits for and that are in no block yet."""
+        return max(0, self.wanted.count - self.placed)
+
+    @property
+    def later(self) -> int:
+        """Votes in no block yet that the procedure may ask for, those it waits for included."""
+        return self.wanted.count + self.wanted.later - self.placed
+
+    def take(self, voted: NDArray[np.int64]) -> None:
+        """Note what its next votes, in order, were for."""
+        self._tally += np.bincount(voted[: self._left], minlength=self._width)
+        self._ahead = np.concatenate([self._ahead, voted[self._left :]])
+        self._left -= min(self._left, len(voted))
+
+    def advance(self) -> Certificate | None:
+        """Show the procedure what it waits for while that is drawn: its decision, None when it wants more votes."""
+        while not self._left:
+            before = self.wanted
+            self._given[before.purpose] = self._given.get(before.purpose, 0) + before.count
+            try:
+                wanted = self._procedure.send(self._tally)
+            except StopIteration as stop:
+                decision: Decision = stop.value
+                return Certificate(**vars(decision), index=self.index, label=self.label, seconds=self.seconds)
+            self._expect(wanted, self._ahead[: None if wanted.purpose == before.purpose else 0])
+        return None
 
 
 @dataclass(frozen=True)
@@ -94,38 +132,32 @@ def certify(
     if task.block % TILE:
         raise ValueError(f"block must be a multiple of {TILE}, not {task.block}")
     slots = task.block // TILE  # an image is opened only when every other has all its votes in this block
-    counts = torch.zeros((slots + 1, task.classes + 1), dtype=torch.int64, device=task.device)  # last row: padding
     kind = torch.from_numpy(task.images([])).dtype
-    stored = torch.zeros((slots + 1, *task.shape), dtype=kind, device=task.device)
+    stored = torch.zeros((slots, *task.shape), dtype=kind, device=task.device)
     waiting, free = deque(indices), list(range(slots))
     active: list[_Image] = []
     while waiting or active:
         began = time.perf_counter()
-        votes: list[Vote] = []
-        rows: list[int] = []
-        shares: list[tuple[_Image, int]] = []
-        while len(rows) < task.block:
-            image = next((a for a in active if a.placed < a.wanted.count), None)
+        block = _Block(task.block)
+        while block.room:
+            image = next((a for a in active if a.missing), None)
             if image is None:
                 if not waiting:
                     break
                 image = _open(waiting.popleft(), free.pop(), task, start, stored)
                 active.append(image)
-            shares.append((image, _place(image, task.block - len(rows), slots, votes, rows)))
-        padding = task.block - len(rows)
-        votes += [votes[0]] * padding
-        rows += [slots] * padding
-        at = torch.tensor(rows, device=task.device)
-        logits = model(task.noisy(stored[at], votes), VoteDraw(task.noise, votes, task.sigma, task.device))
-        _count(logits, at, counts)
-        done = [a for a in active if a.placed == a.wanted.count]
-        tallies: Sequence[Counts] = list(counts[[a.slot for a in done]].cpu().numpy()) if done else []
-        spent, used = time.perf_counter() - began, sum(share for _, share in shares)
-        for image, share in shares:
-            image.seconds += spent * share / used
-        for image, tally in zip(done, tallies, strict=True):
-            counts[image.slot] = 0
-            certificate = _advance(image, tally)
+            block.place(image, image.missing)
+        _fill_ahead(block, active)
+        block.pad()
+        at = torch.tensor(block.slots, device=task.device)
+        logits = model(task.noisy(stored[at], block.votes), VoteDraw(task.noise, block.votes, task.sigma, task.device))
+        voted = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1)).cpu().numpy()
+        spent, used = time.perf_counter() - began, sum(rows.stop - rows.start for _, rows in block.shares)
+        for image, rows in block.shares:
+            image.take(voted[rows])
+            image.seconds += spent * (rows.stop - rows.start) / used
+        for image in active.copy():
+            certificate = image.advance()
             if certificate is not None:
                 active.remove(image)
                 free.append(image.slot)
@@ -135,42 +167,47 @@ def certify(
 def _open(index: int, slot: int, task: Task, start: Callable[[int], Procedure], stored: Tensor) -> _Image:
     stored[slot] = torch.from_numpy(task.images([index])[0]).to(task.device)
     label = task.labels(index)
-    procedure = start(label)
-    return _Image(index, label, slot, procedure, next(procedure))
+    return _Image(index, label, slot, start(label), task.classes)
 
 
-def _place(image: _Image, room: int, padding: int, votes: list[Vote], rows: list[int]) -> int:
-    """Put as many of the image's wanted votes as fit into the block, whole tiles at a time; how many."""
-    wanted = image.wanted
-    first = image.drawn.get(wanted.purpose, 0) + image.placed
-    lead = first % TILE  # only after a request that ended within a tile
-    count = min(wanted.count - image.placed, room - lead)
-    filler = -(lead + count) % TILE
-    key = Vote(wanted.purpose, image.index, first)
-    votes += [key] * lead
-    votes += [Vote(wanted.purpose, image.index, first + i) for i in range(count)]
-    votes += [key] * filler
-    rows += [padding] * lead + [image.slot] * count + [padding] * filler
-    image.placed += count
-    return count
+class _Block:
+    """One block being packed: the vote and image slot of each row, and which rows are whose."""
+
+    def __init__(self, rows: int) -> None:
+        self.votes: list[Vote] = []
+        self.slots: list[int] = []
+        self.shares: list[tuple[_Image, slice]] = []
+        self._rows = rows
+
+    @property
+    def room(self) -> int:
+        """Rows left."""
+        return self._rows - len(self.votes)
+
+    def place(self, image: _Image, most: int) -> None:
+        """Add as many of the image's next votes as fit, up to ``most``, whole tiles at a time."""
+        purpose, first = image.wanted.purpose, image.next_vote
+        lead = first % TILE  # only after votes that ended within a tile
+        count = min(most, self.room - lead)
+        filler = -(lead + count) % TILE
+        begin = len(self.votes) + lead
+        self.votes += [Vote(purpose, image.index, first + i) for i in range(-lead, count + filler)]
+        self.slots += [image.slot] * (lead + count + filler)
+        self.shares.append((image, slice(begin, begin + count)))
+        image.placed += count
+
+    def pad(self) -> None:
+        """Fill the rows left with copies of the first, whose votes nobody counts."""
+        self.votes += self.votes[:1] * self.room
+        self.slots += self.slots[:1] * (self._rows - len(self.slots))
 
 
-def _count(logits: Tensor, rows: Tensor, counts: Tensor) -> None:
-    """Add each row's vote to its image's counts, on the device; NaN is a class of its own."""
-    classes = counts.shape[1] - 1
-    voted = torch.where(logits.isnan().any(1), classes, logits.argmax(1))
-    counts += torch.bincount(rows * (classes + 1) + voted, minlength=counts.numel()).view_as(counts)
-
-
-def _advance(image: _Image, tally: Counts) -> Certificate | None:
-    """Give the finished request's counts to the procedure: its decision, or None when it wants more votes."""
-    image.drawn[image.wanted.purpose] = image.drawn.get(image.wanted.purpose, 0) + image.wanted.count
-    try:
-        image.wanted, image.placed = image.procedure.send(tally), 0
-    except StopIteration as stop:
-        decision: Decision = stop.value
-        return Certificate(**vars(decision), index=image.index, label=image.label, seconds=image.seconds)
-    return None
+def _fill_ahead(block: _Block, active: list[_Image]) -> None:
+    """Spend rows that would stay empty on votes which images under way may ask for later, shared out evenly."""
+    hopeful = [a for a in active if a.later]
+    for left, image in zip(range(len(hopeful), 0, -1), hopeful, strict=True):
+        if share := block.room // left // TILE * TILE:
+            block.place(image, min(share, image.later))
 
 
 def check_rows(model: Model, task: Task, index: int) -> float:

@@ -21,10 +21,15 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Votes:
-    """A procedure's request: ``count`` more votes of a purpose, numbered on from those before."""
+    """A procedure's request: ``count`` more votes of a purpose, numbered on from those before.
+
+    ``later`` bounds the votes of that purpose it may still ask for afterwards: an engine with room to
+    spare may draw them ahead. What is drawn and never asked for decides nothing.
+    """
 
     purpose: str
     count: int
+    later: int = 0
 
 
 @dataclass(frozen=True)

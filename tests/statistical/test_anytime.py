@@ -192,7 +192,7 @@ def test_selected_and_label_target() -> None:
     assert (decision.predicted, decision.radius, decision.n0, decision.runner_up) == (1, 1.5, 100, None)
     assert decision.votes == decision.n + 100 < 10_000
     label = replace(CONFIG, target="label")
-    assert next(label.certify(0.5, label=0)) == Votes("estimate", 64)
+    assert next(label.certify(0.5, label=0)) == Votes("estimate", 64, CONFIG.n - 64)
     decision = play(label.certify(0.5, label=0), {"estimate": sure["estimate"]})
     assert (decision.predicted, decision.radius, decision.n0, decision.votes) == (None, 0.0, 0, 64)
 

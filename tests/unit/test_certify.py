@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bench import bounds
+from bench.anytime import Anytime
 from bench.certify import TILE, Certificate, Task, block_rows, certify, check_rows
 from bench.errors import BenchError
 from bench.interface import Draw
@@ -184,3 +185,43 @@ def test_blocks_are_whole_tiles(side: int, channels: int) -> None:
     rows = block_rows((channels, side, side), CPU)
     assert rows % TILE == 0
     assert TILE <= rows <= 256
+
+
+ANYTIME = Anytime(20, 3000, 0.01, (0.25, 0.5))
+
+
+@given(order=st.lists(st.integers(0, 29), min_size=1, max_size=12, unique=True), block=st.sampled_from([16, 64, 256]))
+@settings(max_examples=25, deadline=None)
+def test_votes_drawn_ahead_change_no_certificate(order: list[int], block: int) -> None:
+    """A model insensitive to last bits: whatever is packed and drawn ahead, an image's certificate is its own."""
+
+    def model(x: Tensor, draw: Draw) -> Tensor:
+        side = x.double().flatten(1).mean(1) - 0.55
+        return torch.stack([side, -side, side * 0 - 2], 1)
+
+    def found(order: list[int], block: int) -> dict[int, Certificate]:
+        t = task(block)
+        certified = certify(model, t, lambda label: ANYTIME.certify(t.sigma, label), order)
+        return {c.index: replace(c, seconds=0.0) for c in certified}
+
+    together = found(order, block)
+    assert together == found(order[::-1], 64)
+    assert found(order[:1], block)[order[0]] == together[order[0]]
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_stragglers_do_not_leave_blocks_empty(images: int) -> None:
+    """Images that need most of 3,000 votes, in blocks of 256 though each look asks for 32 to 64 more."""
+    rows = 0
+
+    def model(x: Tensor, draw: Draw) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        # p so near to what a radius of the grid needs that neither certificate nor futility comes early.
+        return torch.stack([draw.normal() + 0.55, torch.zeros(len(x)), torch.full((len(x),), -9.0)], 1)
+
+    t = task(256)
+    certified = list(certify(model, t, lambda label: ANYTIME.certify(t.sigma, label), range(images)))
+    votes = sum(c.votes for c in certified)
+    assert votes > 1000 * images
+    assert rows < votes + 4 * 256
