@@ -148,6 +148,8 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
         f"(brackets: 95% Clopper-Pearson intervals); rows that differ by less are not told apart. "
         f"With these votes no image can be certified beyond r = {_reach(record):.3f} (a dash)."
     )
+    if record.identity["noise"]["kind"] == "grid":
+        text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
     if record.info["preset"] == "quick":
         text += " Preset quick trains briefly on a small budget: it ranks methods at that budget, not at their papers'."
     return text

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from bench.cache import digest, write_json
+from bench.cache import digest, file_sha256, write_json
 from bench.certify import Certificate
 from bench.errors import BenchError, one_line
 
@@ -80,8 +80,10 @@ class Run:
         self.done.append(certificate)
 
     def finish(self, cost: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """Mark the run complete."""
-        self.info.update(status="complete", cost=cost, metrics=metrics)
+        """Mark the run complete, with the hash of its certificates."""
+        self.info.update(
+            status="complete", certificates_sha256=file_sha256(self._certificates), cost=cost, metrics=metrics
+        )
         write_json(self.path / "run.json", self.info)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from scipy import stats
 
 from bench import environment, metrics
 from bench.anytime import procedure_of
-from bench.cache import digest, stored
+from bench.cache import digest, file_sha256, stored
 from bench.certify import Certificate, certify
 from bench.doctor import Finding
 from bench.plan import make_plans
@@ -39,6 +39,9 @@ def check_record(path: Path) -> Iterator[Finding]:
     yield Finding("counts are possible, and as many as the procedure draws", _each(record, _counts))
     yield Finding("every radius follows from its counts at high precision", _each(record, _radius))
     if record.complete:
+        same = file_sha256(path / "certificates.jsonl") == record.info["certificates_sha256"]
+        said = "" if same else "certificates.jsonl is not the file that the finished run wrote"
+        yield Finding("the certificates are the file that the finished run wrote", said)
         expected = json.loads(json.dumps(metrics.summarise(record.certificates, record.info["radii"])))
         said = "" if record.info["metrics"] == expected else "metrics in run.json are not those of the certificates"
         yield Finding("metrics are those of the certificates", said)

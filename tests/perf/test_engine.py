@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from turns import paired
 
 from bench.certify import Task, block_rows, certify
 from bench.gridnoise import GridNoise
@@ -89,18 +88,3 @@ def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture
     benchmark.extra_info["ratio"] = ratio
     benchmark.pedantic(engine, rounds=3)
     assert ratio <= most
-
-
-def paired(one: Callable[[], None], other: Callable[[], None], rounds: int) -> list[float]:
-    """Ratios of seconds, the two in turn, after a warm-up of each."""
-    one(), other()
-    ratios = []
-    for _ in range(rounds):
-        ratios.append(seconds(one) / seconds(other))
-    return ratios
-
-
-def seconds(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began

@@ -1,0 +1,89 @@
+"""What a table costs: this engine against the certification loop that papers ship.
+
+That loop (the form of Cohen et al. 2019, arXiv 1902.02918): one image at a time, batches of 1000 fresh
+torch normals, n0 votes then n, each vote counted in Python. Run by ``make perf``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta, norm
+from turns import paired
+
+from bench import metrics, run
+from bench.certify import Certificate, certify
+from bench.console import ConsoleReporter
+from bench.noise import Noise, TrainDraw
+from bench.plan import make_plans
+
+SIGMA, N0, N, ALPHA, IMAGES, BATCH = 0.25, 100, 10_000, 0.001, 5, 1000
+
+
+def shipped_loop(model: Any, pixels: torch.Tensor, classes: int) -> tuple[int, float]:
+    """Class (-1: abstained) and radius of one image."""
+
+    def count(votes: int) -> np.ndarray[Any, Any]:
+        counts = np.zeros(classes, dtype=int)
+        while votes > 0:
+            size = min(BATCH, votes)
+            votes -= size
+            batch = pixels.repeat((size, 1, 1, 1))
+            batch = batch + torch.randn_like(batch) * SIGMA
+            for predicted in model(batch).argmax(1).cpu().numpy():
+                counts[predicted] += 1
+        return counts
+
+    top = int(count(N0).argmax())
+    hits = int(count(N)[top])
+    lower = float(beta.ppf(ALPHA, hits, N - hits + 1))
+    return (top, SIGMA * float(norm.ppf(lower))) if lower > 0.5 else (-1, 0.0)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("fixed", "selected"), ("anytime", "selected"), ("anytime", "label")])
+def test_engine_against_the_shipped_loop(
+    benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str, target: str
+) -> None:
+    """Wall-clock ratio of the same table on the same trained digits classifier, n = 10,000."""
+    (plan,) = make_plans(defenses="full", dataset="digits", sigma=str(SIGMA), n0=N0, n=N, procedure=kind, target=target)
+    device = torch.device("cpu")
+    session = run.Session(device, tmp_path, ConsoleReporter())
+    identity, task, fitted = session.prepare(plan)
+    images = identity["indices"][:IMAGES]
+    tau = identity["noise"]["tau"]
+    test = session.materials(plan).test
+    unused = TrainDraw(Noise(0, "test"), 0, BATCH, SIGMA, device)  # this defense draws nothing
+    tables: dict[str, list[float]] = {}
+
+    def ours() -> None:
+        with run.steady(), torch.inference_mode():
+            found = list(certify(fitted.defense, task, lambda y: plan.procedure.certify(SIGMA, y, tau), images))
+        tables["ours"] = certified(found)
+
+    def theirs() -> None:
+        hits = np.zeros(len(plan.card.radii))
+        with torch.inference_mode():
+            for i in images:
+                x = torch.from_numpy(test.pixels([i])[0])
+                top, radius = shipped_loop(lambda z: fitted.defense(z, unused), x, task.classes)
+                hits += (top == test.labels[i]) & (radius >= np.array(plan.card.radii))
+        tables["theirs"] = (hits / len(images)).tolist()
+
+    def certified(found: list[Certificate]) -> list[float]:
+        return [p["value"] for p in metrics.summarise(found, plan.card.radii)["certified_accuracy"]]
+
+    ratios = paired(theirs, ours, 3)
+    with capsys.disabled():
+        print(
+            f"\n{kind}, {target}: shipped loop / engine: median {statistics.median(ratios):.2f} "
+            f"(from {min(ratios):.2f} to {max(ratios):.2f}); tables {tables}"
+        )
+    benchmark.extra_info["ratio"] = statistics.median(ratios)
+    benchmark.pedantic(ours, rounds=1)
+    # The noise differs, so an image near a radius may fall on either side; one of the few may.
+    assert np.abs(np.subtract(tables["ours"], tables["theirs"])).max() <= 1 / IMAGES
