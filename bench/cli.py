@@ -79,7 +79,16 @@ def run(
         str, typer.Option(help="grid: rounded to the pixel grid, sound in floating point; float: as published numbers.")
     ] = "grid",
     seed: Annotated[str, typer.Option(help="Seed of training and noise; several with commas.")] = "0",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="[defense.]key=value; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="[defense.]key=value; several values: a run for each. Repeatable.")
+    ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[defense.]key=value,value: train with each, keep the most accurate under noise on the "
+            "validation split. Repeatable."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     out: Out = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; do nothing.")] = False,
@@ -109,6 +118,7 @@ def run(
         noise=noise,
         seed=seed,
         settings=set_ or [],
+        search=search or [],
     )
     session = Session(pick_device(device), out, ConsoleReporter())
     if dry_run:

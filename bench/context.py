@@ -17,7 +17,8 @@ from bench.cards import Split
 from bench.errors import BenchError
 from bench.hub import MissingFile
 from bench.interface import Access, Base, Defense, Part
-from bench.plan import Plan, configured
+from bench.plan import Plan
+from bench.settings import configured
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from scipy.stats import t
 
 from bench import bounds
 from bench.certify import Certificate
@@ -24,6 +28,22 @@ def summarise(certificates: Sequence[Certificate], radii: Sequence[float]) -> di
         "abstained": _share(sum(c.predicted is None for c in certificates), total),
         "acr": sum(c.radius for c in correct) / total if total else 0.0,
     }
+
+
+def pool(points: Sequence[dict[str, Any]], total: int) -> dict[str, float]:
+    """Mean and 95% interval of a share measured with several seeds on the same ``total`` images.
+
+    What the images leave open (Clopper-Pearson at the mean) and what the seeds do (Student's t) are
+    independent sources of error, added in squares. One seed: its Clopper-Pearson interval.
+    """
+    values = [float(p["value"]) for p in points]
+    if len(values) == 1:
+        return {k: float(points[0][k]) for k in ("value", "low", "high")}
+    mean = statistics.fmean(values)
+    low, high = bounds.interval(round(mean * total), total)
+    by_seed = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    below, above = math.hypot(max(0.0, mean - low), by_seed), math.hypot(max(0.0, high - mean), by_seed)
+    return {"value": mean, "low": max(0.0, mean - below), "high": min(1.0, mean + above)}
 
 
 def _share(count: int, total: int) -> dict[str, Any]:

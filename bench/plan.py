@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
 
 from bench import bounds, registry, tensors
 from bench.anytime import Anytime
 from bench.base_sources import choose_base
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
-from bench.interface import Defense, Schedule
+from bench.interface import Defense
 from bench.objectives import OBJECTIVES
 from bench.procedures import Fixed
+from bench.settings import Values, variants
 
 _Number = TypeVar("_Number", int, float)
 
@@ -34,6 +33,8 @@ class Plan:
     cls: type[Defense]
     source: str  # sha256 of the defense's file
     config: Any
+    changed: dict[str, Any]  # fields of config that --set gave another value than the preset's
+    candidates: list[tuple[Values, Any]]  # configurations of which the best on the validation split is to be taken
     sigma: float
     train_sigma: float
     objective: str  # gaussian is every trained defense's default
@@ -63,6 +64,7 @@ def make_plans(
     seed: str = "0",
     objective: str = "gaussian",
     settings: Sequence[str] = (),
+    search: Sequence[str] = (),
 ) -> list[Plan]:
     """All runs a command asks for, in order. Raises BenchError naming the first value that cannot be."""
     given = dict(locals())
@@ -81,7 +83,7 @@ def make_plans(
     loaded = {name: registry.load(name) for name in chosen}
     if objective != "gaussian":
         _check_objective(objective, loaded)
-    configs = _configure(loaded, preset, card, settings)
+    wanted = variants(loaded, preset, card, settings, search)
     if weights is not None:
         weights = Path(weights)
         given["weights"] = str(weights)
@@ -89,14 +91,15 @@ def make_plans(
             raise BenchError(f"--weights {weights} are of one defense; --defense names {len(loaded)}")
         tensors.refuse_pickle(weights)
     base_name = choose_base(card, preset, base)
-    own = {name: [s for s in settings if _meant_for(s, name, cls)] for name, (cls, _) in loaded.items()}
     plans = []
     for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
         if s <= 0:
             raise BenchError(f"--sigma {s:g}: must be above 0")
         if not 0 <= number < 2**63:
             raise BenchError(f"--seed {number}: must be a whole number from 0")
-        for name, (cls, source) in loaded.items():
+        for name, variant in ((owner, v) for owner in loaded for v in wanted[owner]):
+            cls, source = loaded[name]
+            own = {"settings": variant.settings, "search": variant.search}
             plan = Plan(
                 card=card,
                 preset=preset,
@@ -105,7 +108,9 @@ def make_plans(
                 defense=name,
                 cls=cls,
                 source=source,
-                config=configs[name],
+                config=variant.config,
+                changed=variant.changed,
+                candidates=variant.candidates,
                 sigma=s,
                 train_sigma=train_sigma or s,
                 objective=objective,
@@ -113,58 +118,10 @@ def make_plans(
                 procedure=made,
                 noise=noise,
                 seed=number,
-                arguments=given | {"defenses": name, "sigma": repr(s), "seed": str(number), "settings": own[name]},
+                arguments=given | own | {"defenses": name, "sigma": repr(s), "seed": str(number)},
             )
             plans.append(plan)
     return plans
-
-
-def _configure(
-    loaded: dict[str, tuple[type[Defense], str]], preset: str, card: Card, settings: Sequence[str]
-) -> dict[str, Any]:
-    """Each defense's Config: its defaults, its preset, the card's epoch scale, then ``--set [defense.]key=value``.
-
-    A bare key goes to every selected defense that has it, and must be known to one at least.
-    """
-    given: dict[str, dict[str, str]] = {name: {} for name in loaded}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise BenchError(f"--set {setting}: write key=value")
-        owner, _, bare = key.rpartition(".")
-        short = {registry.short_name(name): name for name in loaded}
-        if owner and owner not in short:
-            raise unknown("defense in --set", owner, short)
-        names = [short[owner]] if owner else list(loaded)
-        having = [name for name in names if bare in {f.name for f in fields(loaded[name][0].Config)}]
-        if not having:
-            keys = {f.name for name in names for f in fields(loaded[name][0].Config)}
-            raise unknown(f"setting of {', '.join(names)}", bare, keys)
-        for name in having:
-            given[name][bare] = value
-    return {name: configured(name, cls, preset, card, given[name]) for name, (cls, _) in loaded.items()}
-
-
-def configured(name: str, cls: type[Defense], preset: str, card: Card, given: Mapping[str, Any]) -> Any:
-    """A defense's Config: its defaults, its preset, the card's epoch scale, then what is given. Raises BenchError."""
-    adapter = TypeAdapter(cls.Config)
-    try:
-        config = adapter.validate_python(cls.presets.get(preset, {}))
-        # A preset of the defense's own is meant as written; its defaults are for a data set of digits' size.
-        if isinstance(config, Schedule) and preset not in cls.presets:
-            config = replace(config, epochs=config.epochs * card.presets[preset].epoch_scale)  # type: ignore[call-arg]
-        values = {f.name: getattr(config, f.name) for f in fields(cls.Config)}
-        if wrong := sorted(set(given) - set(values)):
-            raise unknown(f"setting of {name}", wrong[0], values)
-        return adapter.validate_python(values | dict(given))
-    except ValidationError as e:
-        first = e.errors()[0]
-        raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _meant_for(setting: str, name: str, cls: type[Defense]) -> bool:
-    owner, _, bare = setting.partition("=")[0].rpartition(".")
-    return owner in ("", registry.short_name(name)) and bare in {f.name for f in fields(cls.Config)}
 
 
 def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:

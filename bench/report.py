@@ -56,24 +56,61 @@ def groups(records: Sequence[Record]) -> list[list[Record]]:
 
 def table(group: Sequence[Record]) -> pd.DataFrame:
     """One row a run, ordered by certified accuracy at the grid's radii; every number from the record."""
+    frame = pd.DataFrame([_row(r) for r in group])
+    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
+
+
+def pooled(group: Sequence[Record]) -> pd.DataFrame:
+    """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean."""
     rows = []
-    for record in group:
-        result = metrics.summarise(record.certificates, record.info["radii"])
-        rows.append(
-            {"run": record.path.name, "defense": _name(record), "seed": record.identity["seed"], **_row(record, result)}
-        )
+    for records in methods(group):
+        row = pd.DataFrame([_row(r) for r in records])
+        first = row.iloc[0].to_dict()
+        for column in row.select_dtypes("number").columns:
+            first[column] = row[column].mean()
+        for r in group[0].info["radii"]:
+            key = f"certified_{r:g}"
+            points = [{"value": x[key], "low": x[f"{key}_low"], "high": x[f"{key}_high"]} for _, x in row.iterrows()]
+            found = metrics.pool(points, int(first["images"]))
+            first |= {key: found["value"], f"{key}_low": found["low"], f"{key}_high": found["high"]}
+        first["seeds"] = len(records)
+        rows.append(first)
     frame = pd.DataFrame(rows)
     order = [f"certified_{r:g}" for r in group[0].info["radii"]]
     return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
 
 
-def _row(record: Record, result: dict[str, Any]) -> dict[str, Any]:
+def methods(group: Sequence[Record]) -> list[list[Record]]:
+    """The runs of each method of a table: those that differ in nothing but their seed and what it brings about."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in group:
+        defense = record.identity["defense"]
+        config = {k: v for k, v in defense["config"].items() if k not in _searched(record)}
+        given = record.info["defense"]["weights_file"] and defense["weights"]
+        key = [defense["name"], defense["source"], config, defense["objective"], given, record.identity["train_sigma"]]
+        found[digest({"method": key})].append(record)
+    apart: list[list[Record]] = []
+    for records in found.values():
+        same = len({r.identity["seed"] for r in records}) == len(records)
+        apart += [records] if same else [[r] for r in records]
+    return apart
+
+
+def _searched(record: Record) -> set[str]:
+    return {key for tried in record.info["defense"]["search"] for key in tried["values"]}
+
+
+def _row(record: Record) -> dict[str, Any]:
     info, cost = record.info, record.info["cost"]
-    row: dict[str, Any] = {}
+    result = metrics.summarise(record.certificates, info["radii"])
+    row: dict[str, Any] = {"run": record.path.name, "defense": _name(record), "seed": record.identity["seed"]}
     for point in result["certified_accuracy"]:
         key = f"certified_{point['radius']:g}"
         row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
     row |= {
+        "family": info["defense"]["family"],
+        "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
         "images": result["images"],
         "base_clean_accuracy": info["base"]["clean_correct"] / info["base"]["images"],
         "abstained": result["abstained"]["value"] if _selects(record) else None,
@@ -112,7 +149,7 @@ def heading(record: Record) -> str:
 
 def markdown(group: Sequence[Record]) -> str:
     """The table of one group in GitHub markdown: percent with 95% intervals, a dash where no radius can reach."""
-    frame, radii = table(group), group[0].info["radii"]
+    frame, radii = pooled(group), group[0].info["radii"]
     reach = _reach(group[0])
     columns: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
     for r in radii:
@@ -123,14 +160,17 @@ def markdown(group: Sequence[Record]) -> str:
             for _, row in frame.iterrows()
         ]
     columns |= {
+        "kind": list(frame["family"]),
         "base, clean": [f"{v:.1%}" for v in frame["base_clean_accuracy"]],
         "abstained": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["abstained"]],
         "train (s)": [f"{v:.1f}" for v in frame["train_seconds"]],
         "certify (s)": [f"{v:.1f}" for v in frame["certify_seconds"]],
-        "votes": [f"{v:,}" for v in frame["votes"]],
-        "trained here": [f"{v:,}" for v in frame["trained_here"]],
-        "trained elsewhere": [f"{v:,}" for v in frame["trained_elsewhere"]],
-        "parameters": [f"{v:,}" for v in frame["parameters"]],
+        "votes": [f"{v:,.0f}" for v in frame["votes"]],
+        "GFLOPs / vote": [f"{v / 1e9:.4g}" for v in frame["flops_per_vote"]],
+        "trained here": [f"{v:,.0f}" for v in frame["trained_here"]],
+        "trained elsewhere": [f"{v:,.0f}" for v in frame["trained_elsewhere"]],
+        "parameters": [f"{v:,.0f}" for v in frame["parameters"]],
+        "extra data": [v or "no" for v in frame["extra_data"]],
         "peak memory (MB)": [f"{v / 1e6:,.0f}" for v in frame["peak_memory"]],
         "ACR": [f"{v:.3f}" for v in frame["acr"]],
     }
@@ -156,17 +196,21 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
 
 
 def _label(row: pd.Series, frame: pd.DataFrame) -> str:
-    """The defense's name, with its seed or its run's hash where the name alone says too little."""
+    """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
     name = str(row["defense"]).replace("|", "\\|")
     if (frame["defense"] == row["defense"]).sum() == 1:
-        return name
-    return f"{name} seed {row['seed']} ({str(row['run']).rpartition('-')[2]})"
+        return name + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
+    return f"{name} seed {row['seed']:.0f} ({str(row['run']).rpartition('-')[2]})"
 
 
 def _name(record: Record) -> str:
-    """The defense, and the objective it was trained with where that is not its default."""
-    defense = record.identity["defense"]
-    return str(defense["name"]) + ("" if defense["objective"] in (None, "gaussian") else f" + {defense['objective']}")
+    """The defense, the settings and objective that are not its defaults, and what was searched."""
+    defense, objective = record.info["defense"], record.identity["defense"]["objective"]
+    words = [record.identity["defense"]["name"]]
+    words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
+    words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
+    searched = sorted(_searched(record))
+    return " ".join(words) + (f", {', '.join(searched)} searched" if searched else "")
 
 
 def _reach(record: Record) -> float:
@@ -203,10 +247,13 @@ def figure(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     grid = [r for r in group[0].info["radii"] if r <= reach] if anytime else [reach * i / 200 for i in range(201)]
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     styles = ["-", "--", "-.", ":"]
-    order = list(table(group)["run"])
-    for i, record in enumerate(sorted(group, key=lambda r: order.index(r.path.name))):
-        points = metrics.summarise(record.certificates, grid)["certified_accuracy"]
-        label = _name(record) if len({_name(r) for r in group}) == len(group) else record.path.name
+    order = list(pooled(group)["run"])
+    curves = sorted(methods(group), key=lambda m: order.index(m[0].path.name))
+    for i, records in enumerate(curves):
+        shares = [metrics.summarise(r.certificates, grid)["certified_accuracy"] for r in records]
+        points = [metrics.pool(p, len(records[0].certificates)) for p in zip(*shares, strict=True)]
+        alone = sum(_name(m[0]) == _name(records[0]) for m in curves) == 1
+        label = _name(records[0]) if alone else records[0].path.name
         values, style = [100 * p["value"] for p in points], styles[i % 4]
         (line,) = ax.plot(grid, values, style, color=_colour(i), label=label, marker="o" if anytime else "")
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]

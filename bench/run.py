@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import environment, fitting, gridnoise, metrics, noise, registry
+from bench import environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
 from bench.base import BaseModel, Classifier
 from bench.bases import load_base, untrained_base
@@ -48,6 +48,7 @@ class _Materials:
     """What several runs of one command share."""
 
     train: Split
+    validation: Split
     test: Split
     base: BaseModel
 
@@ -68,7 +69,7 @@ class Session:
             train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
                 base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights)
-            self._materials[key] = _Materials(train, test, base)
+            self._materials[key] = _Materials(train, validation, test, base)
         return self._materials[key]
 
     def _base_weights(self, plan: Plan) -> Path | None:
@@ -77,6 +78,16 @@ class Session:
             return None
         rough = fitting.construct(plan, untrained_base(plan.card, plan.base, self.device), self.device)
         return None if fitting.trains(rough) else plan.weights
+
+    def searched(self, plan: Plan) -> tuple[Plan, list[dict[str, Any]]]:
+        """The plan with its searched settings chosen, and how each candidate did; unchanged without a search."""
+        if not plan.candidates:
+            return plan, []
+        shared = self.materials(plan)
+        name = f"{len(plan.candidates)} candidates of {registry.short_name(plan.defense)}"
+        task = make_task(plan, shared.validation, self.device)
+        with self.reporter.training(name) as progress, steady():
+            return search.best(plan, shared.base, shared.train, task, len(shared.validation), progress)
 
     def prepare(self, plan: Plan) -> tuple[dict[str, Any], Task, fitting.Fitted]:
         """The identity of a plan's run, its task, and its defense, trained here if it never was."""
@@ -89,6 +100,7 @@ class Session:
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
+        plan, tried = self.searched(plan)
         identity, task, fitted = self.prepare(plan)
         shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
         right, total = shared.base.accuracy(shared.test, indices)
@@ -105,6 +117,8 @@ class Session:
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
                 "trained_elsewhere": fitted.sources,
+                "settings": plan.changed,
+                "search": tried,
                 "weights_file": plan.weights and plan.weights.name,
             },
         }
@@ -128,7 +142,7 @@ class Session:
             per_vote = check_rows(defense, task, indices[0]) / task.block
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
-        epochs = 0.0 if plan.weights else getattr(plan.config, "epochs", 0.0)
+        epochs = 0.0 if plan.weights else max(1, len(plan.candidates)) * getattr(plan.config, "epochs", 0.0)
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
             "run": f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}",

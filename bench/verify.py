@@ -65,6 +65,7 @@ def draw_again(record: Record, session: Session, deep: bool) -> Finding:
     if not deep and weights is not None and not stored(weights):
         return Finding(f"(not drawn again: its trained weights are not in this cache; --deep trains anew) {check}")
     (plan,) = make_plans(**record.info["arguments"])
+    plan, _ = session.searched(plan)
     identity, task, fitted = session.prepare(plan)
     if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
         return Finding(check, f"cannot be rebuilt here: {', '.join(different)} differ from the record's")

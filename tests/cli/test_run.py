@@ -27,7 +27,7 @@ def test_run_report_and_list(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "runs"
     ran = bench("run", "--defense", "none,retrain,full,lora", "--dataset", TINY, "--out", out)
     assert ran.code == 0, ran.err
-    assert ran.out.count("| none") == 1
+    assert ran.out.count("\n| none") == 1
     folders = sorted(p.name for p in out.iterdir())
     assert len(folders) == 4
     for folder in folders:

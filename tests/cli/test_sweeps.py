@@ -1,0 +1,104 @@
+"""Several values of a setting, a search on the validation split, several seeds: one command, readable rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import bounds, metrics
+
+Bench = Callable[..., Result]
+
+
+def infos(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(f.read_text()) for f in sorted(out.glob("*/run.json"))]
+
+
+def test_a_list_of_values_is_a_run_for_each(bench: Bench, tmp_path: Path) -> None:
+    ran = bench(
+        *("run", "--defense", "none,lora", "--dataset", TINY, "--out", tmp_path),
+        *("--set", "rank=2,4", "--set", "lora.lora_alpha=16"),
+    )
+    assert ran.code == 0, ran.err
+    assert sorted(i["identity"]["defense"]["config"].get("rank", 0) for i in infos(tmp_path)) == [0, 2, 4]
+    # A value that is the default anyway is no part of the name.
+    assert "| lora rank=2 " in ran.out and "| lora rank=4 " in ran.out and "lora_alpha" not in ran.out
+    for info in infos(tmp_path):
+        assert len(info["arguments"]["settings"]) == (0 if info["identity"]["defense"]["name"] == "none" else 2)
+    runs = sorted(p.name for p in tmp_path.iterdir())
+    again = bench(*("run", "--defense", "lora", "--dataset", TINY, "--out", tmp_path, "--set", "rank=4"))
+    assert "already complete" in again.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == runs
+
+
+def test_a_search_keeps_the_best_on_validation_and_says_what_was_tried(bench: Bench, tmp_path: Path) -> None:
+    args = ("run", "--defense", "lora", "--dataset", TINY, "--out", tmp_path, "--search", "lr=1e-9,4e-3")
+    ran = bench(*args, "--set", "rank=4")
+    assert ran.code == 0, ran.err
+    (info,) = infos(tmp_path)
+    tried = info["defense"]["search"]
+    assert [t["values"] for t in tried] == [{"lr": "1e-9"}, {"lr": "4e-3"}]
+    best = max(tried, key=lambda t: t["accuracy_under_noise"])
+    assert info["identity"]["defense"]["config"] == best["config"]
+    assert all(0 <= t["accuracy_under_noise"] <= 1 for t in tried)
+    assert "| lora rank=4, lr searched " in ran.out
+    (run,) = tmp_path.iterdir()
+    verified = bench("verify", run)
+    assert verified.code == 0, verified.out
+    assert "exactly" in verified.out
+
+
+def test_seeds_are_pooled_with_their_number(bench: Bench, tmp_path: Path) -> None:
+    ran = bench("run", "--defense", "none,lora", "--dataset", TINY, "--out", tmp_path, "--seed", "0,1,2")
+    assert ran.code == 0, ran.err
+    assert "| lora (3 seeds) " in ran.out
+    (table,) = json.loads(bench("report", tmp_path, "--format", "json").out)["tables"]
+    assert len(table["rows"]) == 6
+    values = [r["certified_0"] for r in table["rows"] if r["defense"] == "lora"]
+    row = next(line for line in ran.out.splitlines() if line.startswith("| lora"))
+    assert row.split("|")[2].strip().startswith(f"{sum(values) / 3:.1%}")
+
+
+@given(counts=st.lists(st.integers(0, 100), min_size=1, max_size=5))
+def test_a_pooled_interval_holds_the_mean_and_is_never_narrower_than_one_seeds(counts: list[int]) -> None:
+    points = []
+    for count in counts:
+        low, high = bounds.interval(count, 100)
+        points.append({"value": count / 100, "low": low, "high": high})
+    found = metrics.pool(points, 100)
+    mean = sum(counts) / len(counts) / 100
+    assert found["value"] == pytest.approx(mean)
+    assert 0 <= found["low"] <= mean + 1e-12 and mean - 1e-12 <= found["high"] <= 1
+    low, high = bounds.interval(round(mean * 100), 100)
+    assert found["low"] <= low + 1e-12 and found["high"] >= high - 1e-12
+
+
+def test_pooling_adds_the_spread_of_the_seeds() -> None:
+    """Three seeds at 40, 50 and 60 of 100: t(2) = 4.303 times 10 / sqrt(3), and Clopper-Pearson at 50, in squares."""
+    points = [{"value": v, "low": 0.0, "high": 1.0} for v in (0.4, 0.5, 0.6)]
+    low, _ = bounds.interval(50, 100)
+    expected = ((0.5 - low) ** 2 + (4.302653 * 0.1 / 3**0.5) ** 2) ** 0.5
+    assert metrics.pool(points, 100)["low"] == pytest.approx(0.5 - expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--search", "lr"), "--search lr: write key=value"),
+        (("--search", "speed=1,2"), "setting of lora"),
+        (("--set", "lr=.1", "--search", "lr=.1,.2"), "leave one out"),
+        (("--set", "rank=2,x"), "rank"),
+        (("--search", "none.lr=1"), "defense in --search"),
+    ],
+)
+def test_what_cannot_be_is_one_line(bench: Bench, flags: tuple[str, ...], words: str) -> None:
+    result = bench("run", "--defense", "lora", "--dataset", TINY, *flags)
+    assert result.code == 2
+    assert words in result.err and result.err.count("\n") == 1
