@@ -149,7 +149,10 @@ def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
             f"train about {duration(row['train_seconds'])}"
         )
     total = sum(r["seconds"] + r["train_seconds"] for r in rows)
-    print(f"in all {sum(r['votes'] for r in rows):,} votes, about {duration(total)}, the training of bases and shared parts not counted")
+    print(
+        f"in all {sum(r['votes'] for r in rows):,} votes, about {duration(total)}, "
+        "the training of bases and shared parts not counted"
+    )
 
 
 @app.command("list")
