@@ -189,12 +189,12 @@ def report_(
     out: Annotated[Path | None, typer.Option(help="Folder, or file ending in the format; default: print.")] = None,
 ) -> None:
     """Make the table, and with --out the figure, of all finished runs. Exit 1 when some had to be left out."""
-    from bench import report
+    from bench import report, tables
     from bench.errors import unknown
 
     if format not in ("md", "csv", "json"):
         raise unknown("format", format, ("md", "csv", "json"))
-    records, left_out = report.load_records(runs)
+    records, left_out = tables.load_records(runs)
     for line in left_out:
         print(f"bench: left out: {line}", file=sys.stderr)
     if not records:
