@@ -1,4 +1,4 @@
-"""Tables and figures of run folders, written as markdown, csv or json."""
+"""Tables and figures of run folders, written as markdown, LaTeX, csv or json."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 import pandas as pd
 
 from bench.errors import BenchError
-from bench.figures import figure
+from bench.figures import TRADEOFF, curves, tradeoff
+from bench.published import beside
+from bench.published import heading as published_heading
 from bench.store import Record
 from bench.tables import groups, heading, pooled, reach, table
 
 DASH = "—"
 
 
-def markdown(group: Sequence[Record]) -> str:
-    """The table of one group in GitHub markdown: percent with 95% intervals, a dash where no radius can reach."""
+def _cells(group: Sequence[Record]) -> pd.DataFrame:
+    """The table of one group as text: percent with 95% intervals, a dash where no radius can reach."""
     frame, radii = pooled(group), group[0].info["radii"]
     within = reach(group[0])
     columns: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
@@ -43,8 +45,27 @@ def markdown(group: Sequence[Record]) -> str:
         "peak memory (MB)": [f"{v / 1e6:,.0f}" for v in frame["peak_memory"]],
         "ACR": [f"{v:.3f}" for v in frame["acr"]],
     }
-    body = pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
-    return f"### {heading(group[0])}\n\n{body}\n\n{_limits(group[0], frame)}\n"
+    return pd.DataFrame(columns)
+
+
+def _markdown(group: Sequence[Record], published: bool) -> str:
+    cells = _cells(group).map(lambda text: str(text).replace("|", "\\|"))
+    body = cells.to_markdown(index=False, disable_numparse=True)
+    text = f"### {heading(group[0])}\n\n{body}\n\n{_limits(group[0], pooled(group))}\n"
+    if published and len(others := beside(group[0])):
+        italic = others.assign(published=[f"*{p}*" for p in others["published"]])
+        text += f"\n{published_heading(group)}\n\n{italic.to_markdown(index=False, disable_numparse=True)}\n"
+    return text
+
+
+def _latex(group: Sequence[Record], published: bool) -> str:
+    """The columns that a paper has room for, with booktabs; everything from a record escaped."""
+    cells = _cells(group)
+    kept = ["defense", *(c for c in map(str, cells) if "r = " in c), "train (s)", "GFLOPs / vote", "trained here"]
+    parts = [cells[kept].to_latex(index=False, escape=True)]
+    if published and len(others := beside(group[0])):
+        parts.append(f"% {published_heading(group)}\n" + others.to_latex(index=False, escape=True))
+    return f"% {heading(group[0])}\n% {_limits(group[0], pooled(group))}\n" + "\n".join(parts)
 
 
 def _limits(record: Record, frame: pd.DataFrame) -> str:
@@ -53,7 +74,7 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
     widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
     text = (
-        f"With {frame['images'].iloc[0]} images an accuracy is known to within {100 * wide:.0f} points at worst "
+        f"With {frame['images'].iloc[0]:.0f} images an accuracy is known to within {100 * wide:.0f} points at worst "
         f"(brackets: 95% Clopper-Pearson intervals); rows that differ by less are not told apart. "
         f"With these votes no image can be certified beyond r = {reach(record):.3f} (a dash)."
     )
@@ -66,14 +87,14 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
 
 def _label(row: pd.Series, frame: pd.DataFrame) -> str:
     """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
-    name = str(row["defense"]).replace("|", "\\|")
+    name = str(row["defense"])
     if (frame["defense"] == row["defense"]).sum() == 1:
         return name + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
     return f"{name} seed {row['seed']:.0f} ({str(row['run']).rpartition('-')[2]})"
 
 
-def render(records: Sequence[Record], format: str) -> str:
-    """All groups as md, csv or json text."""
+def render(records: Sequence[Record], format: str, published: bool = False) -> str:
+    """All groups as md, latex, csv or json text; ``published`` adds others' numbers below md and latex tables."""
     tables = groups(records)
     if format == "csv":
         frames = [table(g).assign(table=i) for i, g in enumerate(tables)]
@@ -81,29 +102,34 @@ def render(records: Sequence[Record], format: str) -> str:
     if format == "json":
         out = [{"heading": heading(g[0]), "rows": json.loads(table(g).to_json(orient="records"))} for g in tables]
         return json.dumps({"tables": out}, indent=1) + "\n"
-    parts = [markdown(g) for g in tables]
+    if format == "latex":
+        return "\n".join(["% needs \\usepackage{booktabs}\n", *(_latex(g, published) for g in tables)])
+    parts = [_markdown(g, published) for g in tables]
     if len(parts) > 1:
         parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
     return "\n".join(parts)
 
 
-def write(records: Sequence[Record], format: str, out: Path) -> list[Path]:
-    """The report and, for markdown, its figures: into the folder ``out``, or to the file where it ends in the format.
+def write(records: Sequence[Record], format: str, out: Path, published: bool = False) -> list[Path]:
+    """The report and, for markdown and LaTeX, its figures: into the folder ``out``, or to the file it names.
 
     Returns the files written. Raises BenchError where they cannot be.
     """
-    report = out if out.suffix == f".{format}" else out / f"report.{format}"
+    suffix = {"latex": ".tex"}.get(format, f".{format}")
+    report = out if out.suffix == suffix else out / f"report{suffix}"
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
-        text = render(records, format)
+        text = render(records, format, published)
         files = [report]
-        if format == "md":
+        if format in ("md", "latex"):
             for number, group in enumerate(groups(records), 1):
                 identity = group[0].identity
                 name = f"{identity['dataset']}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
                 name = f"{out.stem}-{name}" if report == out else name
-                files += figure(group, report.parent, name)
-                text += f"\n![{heading(group[0])}]({name}.svg)\n"
+                made = {draw: draw(group, report.parent, name) for draw in (curves, tradeoff)}
+                files += [file for figures in made.values() for file in figures]
+                if format == "md":
+                    text += f"\n![{heading(group[0])}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
         report.write_text(text)
     except OSError as e:
         raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None

@@ -19,7 +19,7 @@ from bench.cache import digest, file_sha256, write_json
 from bench.certify import Certificate
 from bench.errors import BenchError, one_line
 
-SCHEMA = 1
+SCHEMA = 2
 _FIELDS = {f.name for f in fields(Certificate)}
 _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
 
@@ -114,10 +114,21 @@ def read_run(path: Path) -> Record:
         raise BenchError(f"{file}: no schema version: not written by bench")
     if schema > SCHEMA:
         raise BenchError(f"{file}: schema {schema} is newer than this bench reads ({SCHEMA}); upgrade certbench")
+    info = _migrated(info, schema)
     missing = [k for k in ("status", "identity") if k not in info]
     if missing:
         raise BenchError(f"{file}: no {missing[0]!r} in it")
     return Record(path, info, list(_certificates(path / "certificates.jsonl")))
+
+
+def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
+    """What an older bench wrote, in today's form; what it did not record is None."""
+    if schema < 2:  # before shared parts, settings in names, and the hash of the certificates
+        info.setdefault("defense", {}).update({"settings": {}, "search": [], "trained_elsewhere": []})
+        info["certificates_sha256"] = None
+        if "cost" in info:
+            info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
+    return info
 
 
 def _certificates(file: Path) -> Iterator[Certificate]:
