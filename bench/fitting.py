@@ -188,10 +188,17 @@ def train_or_load(
 
 
 def _same_as_base(key: str, value: Tensor, before: dict[str, Tensor], base: BaseModel) -> bool:
-    """Whether a fresh construction restores this tensor: untouched by training, and equal to one of the base's."""
+    """Whether a fresh construction restores this tensor: untouched by training, and equal to one of the base's.
+
+    Or to rows of one: a defense may split a fused layer.
+    """
     if key not in before or not torch.equal(value, before[key]):
         return False
-    return any(value.shape == b.shape and torch.equal(value, b) for b in base.module.state_dict().values())
+    for b in base.module.state_dict().values():
+        parts = b.split(len(value)) if value.ndim == b.ndim > 0 and value.numel() else (b,)
+        if any(value.shape == part.shape and torch.equal(value, part) for part in parts):
+            return True
+    return False
 
 
 def _given(path: Path, plan: Plan, base: BaseModel, defense: Defense) -> Trained:
