@@ -280,6 +280,22 @@ def test_merged_it_is_the_same_function_at_the_price_of_the_base(targets: str, d
     }
 
 
+def test_qv_leaves_the_key_as_it_is() -> None:
+    base = vit()
+    defense = build(base, "lora", targets="qv")
+    with torch.no_grad(), training.fixed_rng(2):
+        for p in trainable(defense).values():
+            p.add_(0.1 * torch.randn_like(p))
+    defense.merge()
+    before, after = base.module.state_dict(), dict(defense.state_dict())
+    fused = [key for key in before if ".qkv." in key]
+    assert len(fused) == 4
+    for key in fused:
+        (now,) = (value for name, value in after.items() if name.endswith(key))
+        same = [torch.equal(a, b) for a, b in zip(now.chunk(3), before[key].chunk(3), strict=True)]
+        assert same == ([False, True, False] if key.endswith("weight") else [True] * 3), key
+
+
 # Bases they do not fit -------------------------------------------------------------------------------
 
 
@@ -288,7 +304,9 @@ def convnet(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny card with a ResNet as its base."""
     text = Path(TINY).read_text().partition("[bases.vit]")[0]
     path = tmp_path_factory.mktemp("card") / "convnet.toml"
-    path.write_text(text + '[bases.resnet]\nmodel = "test_resnet"\nargs = { in_chans = 1 }\nschedule = { epochs = 1 }\n')
+    path.write_text(
+        text + '[bases.resnet]\nmodel = "test_resnet"\nargs = { in_chans = 1 }\nschedule = { epochs = 1 }\n'
+    )
     return str(path)
 
 
