@@ -53,10 +53,9 @@ class Averaged(nn.Module):
 
 @dataclass(frozen=True)
 class Diffusion(Part):
-    """A small UNet that predicts the noise of a cosine schedule (Nichol and Dhariwal 2021, arXiv 2102.09672).
-
-    Trained as Ho et al. 2020 (arXiv 2006.11239): images in [-1, 1], a random step for each image, squared
-    error of the noise, and the average of the weights is what is used.
+    """A UNet of few channels and no attention, trained as Ho et al. 2020 (arXiv 2006.11239): squared error of
+    the noise at a random step for each image, the average of the weights used. The schedule is the cosine
+    of Nichol and Dhariwal 2021 (arXiv 2102.09672).
     """
 
     width: int
@@ -109,14 +108,15 @@ class DiffusionDenoised(Defense):
     """One-shot diffusion denoising (Carlini et al. 2022, arXiv 2206.10550).
 
     The certified input's noise is the diffusion's: its level gives the step, one prediction gives the clean
-    image, and the classifier sees that. The released code draws fresh noise on top; nothing is added here.
-    ``unet`` is a diffusers UNet, a hub id or a folder; without one a small one is trained here.
-    ``paper`` takes the public CIFAR-10 weights that diffusers can load (Ho et al., linear schedule of 1,000 steps);
-    the paper's own are Nichol and Dhariwal's (cosine, 4,000 steps). Of a learned variance only the mean is used.
+    image, and the classifier sees that. The released code noises the clean image itself, at the step's level;
+    here the noise has exactly sigma, a little less. Of a learned variance only the mean's half is used.
+    ``unet`` is a diffusers UNet, a hub id or a folder; without one a small one is trained here. ``paper`` takes
+    the public CIFAR-10 weights in diffusers' format (Ho et al., linear, 1,000 steps); the paper's own are
+    Nichol and Dhariwal's (cosine, 4,000 steps).
 
     ``steps`` above 1 goes back in so many evenly spaced steps of ancestral sampling (Ho et al. 2020), whose
-    randomness belongs to the vote. ``classifier`` names a defense, trained behind the denoiser in place of the base;
-    the other fields of the schedule are those of the diffusion model trained here.
+    randomness belongs to the vote. ``classifier`` names a defense trained behind the denoiser, in place of the
+    base and with its own schedule; the schedule set here is that of the diffusion model.
     """
 
     access = Access.QUERY
@@ -145,26 +145,23 @@ class DiffusionDenoised(Defense):
 
     def build(self) -> None:
         config = self.config
-        if config.unet:
-            self.unet, scheduler = load(self.context, config.unet)
-        else:
-            if config.width < 8 or config.width % 8:
-                raise BenchError(f"diffusion: width={config.width} must be a multiple of 8")
-            schedule = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
-            part = Diffusion(config.width, schedule)
-            self.unet, scheduler = cast(Averaged, self.context.once(part)).net, part.scheduler()
+        schedule = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
+        part = Diffusion(config.width, schedule)
+        unet, scheduler = load(self.context, config.unet) if config.unet else (None, part.scheduler())
         self.prediction: str = scheduler.config.prediction_type
         self.alphas: list[float] = scheduler.alphas_cumprod.double().tolist()
+        self.times(self.context.train_sigma)  # refuses what cannot be, before anything is trained
+        if config.width < 8 or config.width % 8:
+            raise BenchError(f"diffusion: width={config.width} must be a multiple of 8")
+        self.unet = cast(Averaged, self.context.once(part)).net if unet is None else unet
         self.classifier = self.context.inner(config.classifier) if config.classifier else None
         inner = type(self.classifier or self)
         if inner.fit is not Defense.fit or inner.loss is not Defense.loss:
             raise BenchError(f"diffusion: classifier={config.classifier} trains in a way of its own; try full or lora")
-        self.times(self.context.train_sigma)  # refuses what the schedule does not reach, before anything is trained
 
     def times(self, sigma: float) -> list[int]:
-        """The steps at which the UNet is asked, the noise level's own first, counted from 0 as diffusers does.
-
-        That is the first whose noise, relative to the image, is at least 2 sigma: [0, 1] became [-1, 1].
+        """The steps at which the UNet is asked, counted from 0. The first is the lowest that has at least the
+        noise 2 sigma relative to its image (2, since [0, 1] became [-1, 1]).
         """
         first = next((t for t, kept in enumerate(self.alphas) if kept <= 1 / (1 + 4 * sigma**2)), None)
         if first is None:
@@ -245,16 +242,12 @@ def load(context: Context, source: str) -> tuple[nn.Module, Any]:
             f"diffusion: unet={source} has no {weights}; a pickled .bin is refused, since opening it can run "
             "code: load it where you trust it, and save_pretrained(..., safe_serialization=True)"
         ) from None
-    state = {_renamed(k): v for k, v in tensors.read(file).tensors.items()}
+    state = tensors.read(file).tensors
+    for old, new in RENAMED.items():
+        state = {k.replace(old, new): v for k, v in state.items()}
     tensors.check(f"diffusion: {file} does not fit its config.json", unet.state_dict(), state)
     unet.load_state_dict(state)
     return unet.eval().requires_grad_(False), scheduler
-
-
-def _renamed(key: str) -> str:
-    for old, new in RENAMED.items():
-        key = key.replace(old, new)
-    return key
 
 
 def _first_json(context: Context, source: str, *names: str) -> tuple[dict[str, Any], str]:
