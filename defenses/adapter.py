@@ -49,7 +49,7 @@ class Adapter(Defense):
         width: int = 16
         epochs: float = 20
         batch: int = 64
-        lr: float = 4e-3
+        lr: float = 1e-2
         weight_decay: float = 0.0
         warmup: float = 0.1
 

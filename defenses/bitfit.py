@@ -28,7 +28,7 @@ class BitFit(Defense):
 
         epochs: float = 20
         batch: int = 64
-        lr: float = 1e-2
+        lr: float = 1e-1
         weight_decay: float = 0.0
         warmup: float = 0.1
 

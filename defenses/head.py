@@ -27,7 +27,7 @@ class LinearHead(Defense):
 
         epochs: float = 20
         batch: int = 64
-        lr: float = 1e-2
+        lr: float = 3e-2
         weight_decay: float = 0.0
         warmup: float = 0.1
 
