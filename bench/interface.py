@@ -202,6 +202,11 @@ class Defense(nn.Module):
         """The access this configuration needs; checked against what the base offers before anything loads."""
         return cls.access
 
+    @classmethod
+    def kind(cls, config: Any) -> str:
+        """What this configuration trains, for the report; the default is ``family``."""
+        return cls.family
+
     def build(self) -> None:
         """Make submodules, untrained; requires_grad says what will be trained."""
 

@@ -113,7 +113,7 @@ class Session:
             "data": {"train": shared.train.origin, "test": shared.test.origin},
             "base": {"clean_correct": right, "images": total, **shared.base.meta},
             "defense": {
-                "family": plan.cls.family,
+                "family": plan.cls.kind(plan.config),
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
                 "trained_elsewhere": fitted.sources,

@@ -140,6 +140,10 @@ class DiffusionDenoised(Defense):
     presets: ClassVar = {"paper": {"unet": "google/ddpm-cifar10-32"}}
 
     @classmethod
+    def kind(cls, config: Any) -> str:
+        return "classifier-tuned" if config.classifier else cls.family if config.unet else "denoiser-trained"
+
+    @classmethod
     def needs(cls, config: Any) -> Access:
         return Access.WEIGHTS if config.classifier else Access.QUERY
 
