@@ -71,7 +71,7 @@ class Schedule:
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 0.01
-    decay: Literal["cosine", "step"] = "cosine"  # step: x0.1 after each third of the epochs
+    decay: Literal["cosine", "step", "constant"] = "cosine"  # step: x0.1 after each third of the epochs
     warmup: float = 0.0  # the part of the run in which lr rises linearly from 0
 
 
