@@ -20,7 +20,7 @@ from bench.base import BaseModel, Classifier
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
 from bench.certify import Model, Task, block_rows, certify, check_rows
-from bench.interface import Draw
+from bench.interface import Defense, Draw
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan
 from bench.procedures import Procedure
@@ -156,6 +156,7 @@ class Session:
     def _identity(
         self, plan: Plan, shared: _Materials, fitted: fitting.Fitted, indices: list[int], task: Task
     ) -> dict[str, Any]:
+        uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
         return {
             "dataset": plan.card.name,
             "card": plan.card.sha256(),
@@ -169,7 +170,7 @@ class Session:
                 "config": asdict(plan.config),
                 "weights": fitted.sha256,
                 "parts": fitted.parts,
-                "objective": plan.objective if fitted.sha256 and plan.weights is None else None,
+                "objective": plan.objective if uses_objective else None,
             },
             "train_sigma": plan.train_sigma,
             "sigma": plan.sigma,
