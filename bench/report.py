@@ -1,7 +1,8 @@
 """Tables and figures made of run folders; reads records only, never touches a model.
 
 Runs are put in one table only when they differ in nothing but the defense (and its seed): same
-images, base, sigma, n0, n, alpha, procedure. Others get a table of their own.
+images, base, sigma, n0, n, alpha, procedure. Others get a table of their own. A base of other classes is
+the same whether a linear probe was put on it or the defense brought a head.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
 
 def comparable(record: Record) -> dict[str, Any]:
     """The part of an identity that must agree for two runs to stand in one table."""
-    return {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
+    kept = {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
+    return kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
+
+
+def _base_sha256(record: Record) -> str:
+    """The base's hash, that before the probe where it was given one."""
+    return str(record.info["base"].get("before_probe", record.identity["base"]["sha256"]))
 
 
 def groups(records: Sequence[Record]) -> list[list[Record]]:
@@ -102,7 +109,7 @@ def _searched(record: Record) -> set[str]:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    info, cost = record.info, record.info["cost"]
+    info, cost, right = record.info, record.info["cost"], record.info["base"]["clean_correct"]
     result = metrics.summarise(record.certificates, info["radii"])
     row: dict[str, Any] = {"run": record.path.name, "defense": _name(record), "seed": record.identity["seed"]}
     for point in result["certified_accuracy"]:
@@ -112,7 +119,7 @@ def _row(record: Record) -> dict[str, Any]:
         "family": info["defense"]["family"],
         "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
         "images": result["images"],
-        "base_clean_accuracy": info["base"]["clean_correct"] / info["base"]["images"],
+        "base_clean_accuracy": None if right is None else right / info["base"]["images"],
         "abstained": result["abstained"]["value"] if _selects(record) else None,
         "train_seconds": cost["train_seconds"],
         "certify_seconds": cost["certify_seconds"],
@@ -143,7 +150,7 @@ def heading(record: Record) -> str:
     return (
         f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
         f"{selection}{votes}, alpha {p['alpha']:g}, base {identity['base']['name']} "
-        f"({identity['base']['sha256'][:8]}), noise {identity['noise']['kind']}"
+        f"({_base_sha256(record)[:8]}), noise {identity['noise']['kind']}"
     )
 
 
@@ -161,7 +168,7 @@ def markdown(group: Sequence[Record]) -> str:
         ]
     columns |= {
         "kind": list(frame["family"]),
-        "base, clean": [f"{v:.1%}" for v in frame["base_clean_accuracy"]],
+        "base, clean": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["base_clean_accuracy"]],
         "abstained": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["abstained"]],
         "train (s)": [f"{v:.1f}" for v in frame["train_seconds"]],
         "certify (s)": [f"{v:.1f}" for v in frame["certify_seconds"]],
@@ -190,6 +197,11 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
     )
     if record.identity["noise"]["kind"] == "grid":
         text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
+    if (headless := frame["base_clean_accuracy"].isna()).any():
+        text += (
+            " The base was trained on other classes: with a dash under 'base, clean' the defense brought its own head"
+        )
+        text += "." if headless.all() else ", else a linear probe on clean images gave it one."
     if record.info["preset"] == "quick":
         text += " Preset quick trains briefly on a small budget: it ranks methods at that budget, not at their papers'."
     return text
