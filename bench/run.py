@@ -144,7 +144,8 @@ class Session:
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
         test, train = load_splits(plan.card, "test", "train")
-        defense = fitting.construct(plan, self._untrained_base(plan), self.device)
+        base = self._untrained_base(plan)
+        defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
         with steady(), torch.inference_mode():
             per_vote = check_rows(defense, task, indices[0]) / task.block
