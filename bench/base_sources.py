@@ -30,13 +30,20 @@ _WEIGHTS_FILE = "model.safetensors"
 _KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file or a timm folder"
 
 
-def choose_base(card: Card, preset: str, base: str | None) -> str:
+def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False) -> str:
     """The name of the base to use: ``base`` if given, else the preset's, else the card's first recipe.
 
-    Raises BenchError for a name nobody knows, a missing file and a pickled one. Reads no weights and no
+    ``adapts``: a base of another task is wanted: ``base``, or the preset's ``transfer_base``. Raises
+    BenchError for a name nobody knows, a missing file and a pickled one. Reads no weights and no
     network, so a hub id is not looked up.
     """
-    name = base or card.presets[preset].base or next(iter(card.bases), "")
+    means = card.presets[preset]
+    name = base or (means.transfer_base if adapts else means.base or next(iter(card.bases), ""))
+    if adapts and not name:
+        raise BenchError(
+            f"card {card.name} names no base of another task for preset {preset}: "
+            f"set transfer_base in its [presets.{preset}], or give --base {_KINDS}"
+        )
     if not name:
         raise BenchError(f"card {card.name} has no [bases.NAME] recipe; give --base {_KINDS}")
     if name in card.bases or _hub_id(name):
@@ -95,11 +102,16 @@ def _recipe(card: Card, name: str) -> Blueprint:
         schedule = TypeAdapter(Schedule).validate_python(recipe.schedule)
     except ValidationError as e:
         raise BenchError(f"card {card.name}: bases.{name}.schedule: {e.errors()[0]['msg']}") from None
+    for label in recipe.classes:
+        if label not in card.classes:
+            raise unknown(f"class in bases.{name}.classes of card {card.name}", label, card.classes)
+    only = tuple(card.classes.index(label) for label in recipe.classes)
     if recipe.pretrained:
-        return replace(_published(card, name, recipe.model, recipe.args), schedule=schedule)
+        return replace(_published(card, name, recipe.model, recipe.args), schedule=schedule, only=only)
     size = input_size(card, recipe.args, architecture_config(recipe.model, f"card {card.name}: bases.{name}"))
-    classes = len(card.classes)
-    return Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, size, classes, schedule=schedule)
+    classes = len(only) or len(card.classes)
+    made = Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, size, classes)
+    return replace(made, schedule=schedule, only=only)
 
 
 def _published(card: Card, name: str, model: str, args: dict[str, Any]) -> Blueprint:

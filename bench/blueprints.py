@@ -46,6 +46,12 @@ class Blueprint:
     config: dict[str, Any] | None = None  # timm's pretrained_cfg where it is not the architecture's own
     weights: Weights | None = None  # None: fresh ones
     schedule: Schedule | None = None  # clean training on the card's data, if any
+    only: tuple[int, ...] = ()  # the card's labels that this training is on, in the order of its head; empty: all
+
+    @property
+    def made_for(self) -> int:
+        """How many classes the base tells apart once its training, if any, is done; 0: it has no head."""
+        return self.classes if self.schedule is None else len(self.only) or len(self.card.classes)
 
     def describe(self) -> dict[str, Any]:
         """What the tensors do not tell, JSON-able."""
@@ -88,7 +94,8 @@ class Blueprint:
             return self.fresh(classes).to(device)
 
         normalisation = {"mean": module.mean.flatten().tolist(), "std": module.std.flatten().tolist()}
-        return BaseModel(self.name, module, untrained, len(self.card.classes), meta, self.describe() | normalisation)
+        classes: int = module.model.num_classes  # type: ignore[assignment]
+        return BaseModel(self.name, module, untrained, classes, meta, self.describe() | normalisation)
 
     def accuracy(self, module: Classifier, split: Split, device: torch.device) -> float:
         """The part of a split's clean images, 0 to 1, that ``module`` gets right; freezes it."""

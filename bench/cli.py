@@ -44,7 +44,9 @@ def _fail(message: str, code: int) -> None:
 
 @app.command()
 def run(
-    defense: Annotated[str, typer.Option(help="Names or ./file.py, with commas between, or all.")],
+    defense: Annotated[
+        str, typer.Option(help="Names or ./file.py, with commas between, or all that the card has a base for.")
+    ],
     dataset: Annotated[str, typer.Option(help="A card's name or ./card.toml.")],
     sigma: Annotated[
         str, typer.Option(help="Noise of the certificate, in pixels of [0, 1]; several with commas.")

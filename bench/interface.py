@@ -185,6 +185,8 @@ class Defense(nn.Module):
     access: ClassVar[Access] = Access.WEIGHTS
     family: ClassVar[str] = "other"
     paper: ClassVar[str] = ""  # arXiv id
+    # The base was trained on another task, and the defense brings a head of its own: the harness trains no probe.
+    adapts: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # named values of Config: quick, standard, paper
 
     @dataclass(frozen=True)

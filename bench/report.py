@@ -32,7 +32,7 @@ def _cells(group: Sequence[Record]) -> pd.DataFrame:
         ]
     columns |= {
         "kind": list(frame["family"]),
-        "base, clean": [f"{v:.1%}" for v in frame["base_clean_accuracy"]],
+        "base, clean": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["base_clean_accuracy"]],
         "abstained": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["abstained"]],
         "train (s)": [f"{v:.1f}" for v in frame["train_seconds"]],
         "certify (s)": [f"{v:.1f}" for v in frame["certify_seconds"]],
@@ -80,6 +80,11 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
     )
     if record.identity["noise"]["kind"] == "grid":
         text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
+    if (headless := frame["base_clean_accuracy"].isna()).any():
+        text += (
+            " The base was trained on other classes: with a dash under 'base, clean' the defense brought its own head"
+        )
+        text += "." if headless.all() else ", else a linear probe on clean images gave it one."
     if record.info["preset"] == "quick":
         text += " Preset quick trains briefly on a small budget: it ranks methods at that budget, not at their papers'."
     return text

@@ -58,17 +58,21 @@ class Session:
 
     def __init__(self, device: torch.device, out: Path, reporter: Reporter) -> None:
         self.device, self.out, self.reporter = device, out, reporter
-        self._materials: dict[tuple[str, str, str, Path | None], _Materials] = {}
+        self._materials: dict[tuple[str, str, str, Path | None, bool], _Materials] = {}
+        self._splits: dict[str, list[Split]] = {}
 
     def materials(self, plan: Plan) -> _Materials:
         """Splits and base of a plan; the base is trained here if it never was."""
         weights = self._base_weights(plan)
-        key = (plan.card.name, plan.preset, plan.base, weights)
+        probe = not plan.cls.adapts
+        key = (plan.card.name, plan.preset, plan.base, weights, probe)
         if key not in self._materials:
-            train, validation, test = load_splits(plan.card, "train", "validation", "test")
+            if plan.card.name not in self._splits:
+                self._splits[plan.card.name] = load_splits(plan.card, "train", "validation", "test")
+            train, validation, test = self._splits[plan.card.name]
             train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
-                base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights)
+                base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights, probe)
             self._materials[key] = _Materials(train, validation, test, base)
         return self._materials[key]
 
@@ -76,8 +80,11 @@ class Session:
         """The plan's ``--weights`` where they are the base's: where its defense has no weights of its own."""
         if plan.weights is None:
             return None
-        rough = fitting.construct(plan, untrained_base(plan.card, plan.base, self.device), self.device)
+        rough = fitting.construct(plan, self._untrained_base(plan), self.device)
         return None if fitting.trains(rough) else plan.weights
+
+    def _untrained_base(self, plan: Plan) -> BaseModel:
+        return untrained_base(plan.card, plan.base, self.device, probe=not plan.cls.adapts)
 
     def searched(self, plan: Plan) -> tuple[Plan, list[dict[str, Any]]]:
         """The plan with its searched settings chosen, and how each candidate did; unchanged without a search."""
@@ -103,7 +110,9 @@ class Session:
         plan, tried = self.searched(plan)
         identity, task, fitted = self.prepare(plan)
         shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
-        right, total = shared.base.accuracy(shared.test, indices)
+        right = None  # a base of other classes is neither right nor wrong
+        if shared.base.classes == len(plan.card.classes):
+            right, _ = shared.base.accuracy(shared.test, indices)
         extra = {
             "environment": environment.describe(self.device),
             "arguments": plan.arguments,
@@ -111,7 +120,7 @@ class Session:
             "preset": plan.preset,
             "classes": list(plan.card.classes),
             "data": {"train": shared.train.origin, "test": shared.test.origin},
-            "base": {"clean_correct": right, "images": total, **shared.base.meta},
+            "base": {"clean_correct": right, "images": len(indices), **shared.base.meta},
             "defense": {
                 "family": plan.cls.kind(plan.config),
                 "paper": plan.cls.paper,
@@ -135,14 +144,14 @@ class Session:
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
         test, train = load_splits(plan.card, "test", "train")
-        base = untrained_base(plan.card, plan.base, self.device)
+        base = self._untrained_base(plan)
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
         with steady(), torch.inference_mode():
             per_vote = check_rows(defense, task, indices[0]) / task.block
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
-        epochs = 0.0 if plan.weights else max(1, len(plan.candidates)) * getattr(plan.config, "epochs", 0.0)
+        epochs = 0.0 if plan.weights else max(1, len(plan.candidates)) * getattr(defense.schedule(), "epochs", 0.0)
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
             "run": f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}",

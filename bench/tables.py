@@ -1,7 +1,8 @@
 """What run folders say, as tables: reads records only, never touches a model.
 
 Runs are put in one table only when they differ in nothing but the defense (and its seed): same
-images, base, sigma, n0, n, alpha, procedure. Others get a table of their own.
+images, base, sigma, n0, n, alpha, procedure. Others get a table of their own. A base of other classes is
+the same whether a linear probe was put on it or the defense brought a head.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
 
 def comparable(record: Record) -> dict[str, Any]:
     """The part of an identity that must agree for two runs to stand in one table."""
-    return {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
+    kept = {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
+    return kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
+
+
+def _base_sha256(record: Record) -> str:
+    """The base's hash, that before the probe where it was given one."""
+    return str(record.info["base"].get("before_probe", record.identity["base"]["sha256"]))
 
 
 def groups(records: Sequence[Record]) -> list[list[Record]]:
@@ -99,7 +106,7 @@ def _searched(record: Record) -> set[str]:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    info, cost = record.info, record.info["cost"]
+    info, cost, right = record.info, record.info["cost"], record.info["base"]["clean_correct"]
     result = metrics.summarise(record.certificates, info["radii"])
     row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity["seed"]}
     for point in result["certified_accuracy"]:
@@ -109,7 +116,7 @@ def _row(record: Record) -> dict[str, Any]:
         "family": info["defense"]["family"],
         "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
         "images": result["images"],
-        "base_clean_accuracy": info["base"]["clean_correct"] / info["base"]["images"],
+        "base_clean_accuracy": None if right is None else right / info["base"]["images"],
         "abstained": result["abstained"]["value"] if _selects(record) else None,
         "train_seconds": cost["train_seconds"],
         "certify_seconds": cost["certify_seconds"],
@@ -140,7 +147,7 @@ def heading(record: Record) -> str:
     return (
         f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
         f"{selection}{votes}, alpha {p['alpha']:g}, base {identity['base']['name']} "
-        f"({identity['base']['sha256'][:8]}), noise {identity['noise']['kind']}"
+        f"({_base_sha256(record)[:8]}), noise {identity['noise']['kind']}"
     )
 
 
