@@ -7,6 +7,7 @@ images, base, sigma, n0, n, alpha, procedure. Others get a table of their own.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def groups(records: Sequence[Record]) -> list[list[Record]]:
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_key[digest(comparable(record))].append(record)
-    tables = [sorted(g, key=lambda r: (_name(r), r.identity["seed"])) for g in by_key.values()]
+    tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"] or 0)) for g in by_key.values()]
     return sorted(tables, key=lambda g: (g[0].identity["dataset"], g[0].identity["sigma"], digest(comparable(g[0]))))
 
 
@@ -104,7 +105,7 @@ def _searched(record: Record) -> set[str]:
 def _row(record: Record) -> dict[str, Any]:
     info, cost = record.info, record.info["cost"]
     result = metrics.summarise(record.certificates, info["radii"])
-    row: dict[str, Any] = {"run": record.path.name, "defense": _name(record), "seed": record.identity["seed"]}
+    row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity["seed"]}
     for point in result["certified_accuracy"]:
         key = f"certified_{point['radius']:g}"
         row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
@@ -112,7 +113,7 @@ def _row(record: Record) -> dict[str, Any]:
         "family": info["defense"]["family"],
         "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
         "images": result["images"],
-        "base_clean_accuracy": info["base"]["clean_correct"] / info["base"]["images"],
+        "base_clean_accuracy": None if record.imported else info["base"]["clean_correct"] / info["base"]["images"],
         "abstained": result["abstained"]["value"] if _selects(record) else None,
         "train_seconds": cost["train_seconds"],
         "certify_seconds": cost["certify_seconds"],
@@ -125,6 +126,7 @@ def _row(record: Record) -> dict[str, Any]:
         "parameters": cost["parameters"],
         "peak_memory": cost["peak_memory"],
         "acr": result["acr"],
+        "flags": "; ".join(record.flags),
     }
     return row
 
@@ -134,62 +136,85 @@ def _selects(record: Record) -> bool:
     return bool(record.identity["procedure"].get("target", "selected") == "selected")
 
 
-def heading(record: Record) -> str:
-    """What all runs of a table have in common, in one line."""
+def setting(record: Record) -> str:
+    """What any two runs that are compared have in common, in one line."""
     identity = record.identity
     p = identity["procedure"]
-    selection = f"n0 {p['n0']}, " if p.get("target", "selected") == "selected" else "known label, "
-    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"anytime up to {p['n']:,} votes"
+    selection = f"n0 {p['n0'] or 'not stated'}, " if _selects(record) else "known label, "
+    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"{p['kind']} up to {p['n']:,} votes"
     return (
         f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
-        f"{selection}{votes}, alpha {p['alpha']:g}, base {identity['base']['name']} "
-        f"({identity['base']['sha256'][:8]}), noise {identity['noise']['kind']}"
+        f"{selection}{votes}, alpha {p['alpha']:g}, noise {identity['noise']['kind']}"
     )
+
+
+def heading(record: Record) -> str:
+    """What all runs of a table have in common, in one line."""
+    base = record.identity["base"]
+    known = "not stated" if record.imported else f"{base['name']} ({base['sha256'][:8]})"
+    return f"{setting(record)}, base {known}"
+
+
+def escape(text: str) -> str:
+    """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def markdown(group: Sequence[Record]) -> str:
     """The table of one group in GitHub markdown: percent with 95% intervals, a dash where no radius can reach."""
     frame, radii = pooled(group), group[0].info["radii"]
-    reach = _reach(group[0])
+    within = reach(group[0])
     columns: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
     for r in radii:
         key = f"certified_{r:g}"
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
         columns[title] = [
-            f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]" if r <= reach else DASH
+            f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]" if r <= within else DASH
             for _, row in frame.iterrows()
         ]
     columns |= {
         "kind": list(frame["family"]),
-        "base, clean": [f"{v:.1%}" for v in frame["base_clean_accuracy"]],
-        "abstained": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["abstained"]],
-        "train (s)": [f"{v:.1f}" for v in frame["train_seconds"]],
-        "certify (s)": [f"{v:.1f}" for v in frame["certify_seconds"]],
-        "votes": [f"{v:,.0f}" for v in frame["votes"]],
-        "GFLOPs / vote": [f"{v / 1e9:.4g}" for v in frame["flops_per_vote"]],
-        "trained here": [f"{v:,.0f}" for v in frame["trained_here"]],
-        "trained elsewhere": [f"{v:,.0f}" for v in frame["trained_elsewhere"]],
-        "parameters": [f"{v:,.0f}" for v in frame["parameters"]],
-        "extra data": [v or "no" for v in frame["extra_data"]],
-        "peak memory (MB)": [f"{v / 1e6:,.0f}" for v in frame["peak_memory"]],
-        "ACR": [f"{v:.3f}" for v in frame["acr"]],
+        "base, clean": _cells(frame["base_clean_accuracy"], ".1%"),
+        "abstained": _cells(frame["abstained"], ".1%"),
+        "train (s)": _cells(frame["train_seconds"], ".1f"),
+        "certify (s)": _cells(frame["certify_seconds"], ".1f"),
+        "votes": _cells(frame["votes"], ",.0f"),
+        "GFLOPs / vote": _cells(frame["flops_per_vote"], ".4g", 1e9),
+        "trained here": _cells(frame["trained_here"], ",.0f"),
+        "trained elsewhere": _cells(frame["trained_elsewhere"], ",.0f"),
+        "parameters": _cells(frame["parameters"], ",.0f"),
+        "extra data": [DASH if group[0].imported else v or "no" for v in frame["extra_data"]],
+        "peak memory (MB)": _cells(frame["peak_memory"], ",.0f", 1e6),
+        "ACR": _cells(frame["acr"], ".3f"),
     }
     body = pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
-    return f"### {heading(group[0])}\n\n{body}\n\n{_limits(group[0], frame)}\n"
+    flagged = [f"{_label(row, frame)}: {escape(row['flags'])}" for _, row in frame.iterrows() if row["flags"]]
+    notes = "\n\n".join([_limits(group[0], frame), *flagged])
+    return f"### {escape(heading(group[0]))}\n\n{body}\n\n{notes}\n"
+
+
+def _cells(values: pd.Series, form: str, unit: float = 1) -> list[str]:
+    """Numbers of a column, a dash for what is not known."""
+    return [DASH if pd.isna(v) else format(v / unit, form) for v in values]
 
 
 def _limits(record: Record, frame: pd.DataFrame) -> str:
     """What the table cannot show, in a sentence or two."""
-    within = [r for r in record.info["radii"] if r <= _reach(record)]
+    within = [r for r in record.info["radii"] if r <= reach(record)]
     widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
     text = (
-        f"With {frame['images'].iloc[0]} images an accuracy is known to within {100 * wide:.0f} points at worst "
+        f"With {frame['images'].iloc[0]:.0f} images an accuracy is known to within {100 * wide:.0f} points at worst "
         f"(brackets: 95% Clopper-Pearson intervals); rows that differ by less are not told apart. "
-        f"With these votes no image can be certified beyond r = {_reach(record):.3f} (a dash)."
+        f"With these votes no image can be certified beyond r = {reach(record):.3f} (a dash)."
     )
     if record.identity["noise"]["kind"] == "grid":
         text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
+    if record.imported:
+        text += (
+            " Imported from released logs: sigma, votes and alpha are as whoever imported them states, counts are not "
+            "known, images by index alone, a dash is also what a log does not say. †: it has defects, below."
+        )
     if record.info["preset"] == "quick":
         text += " Preset quick trains briefly on a small budget: it ranks methods at that budget, not at their papers'."
     return text
@@ -197,13 +222,14 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
 
 def _label(row: pd.Series, frame: pd.DataFrame) -> str:
     """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
-    name = str(row["defense"]).replace("|", "\\|")
+    text = escape(str(row["defense"])) + (" †" if row["flags"] else "")
     if (frame["defense"] == row["defense"]).sum() == 1:
-        return name + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
-    return f"{name} seed {row['seed']:.0f} ({str(row['run']).rpartition('-')[2]})"
+        return text + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
+    seed = "" if pd.isna(row["seed"]) else f" seed {row['seed']:.0f}"
+    return f"{text}{seed} ({escape(str(row['run']).rpartition('-')[2])})"
 
 
-def _name(record: Record) -> str:
+def method_name(record: Record) -> str:
     """The defense, the settings and objective that are not its defaults, and what was searched."""
     defense, objective = record.info["defense"], record.identity["defense"]["objective"]
     words = [record.identity["defense"]["name"]]
@@ -213,7 +239,7 @@ def _name(record: Record) -> str:
     return " ".join(words) + (f", {', '.join(searched)} searched" if searched else "")
 
 
-def _reach(record: Record) -> float:
+def reach(record: Record) -> float:
     """The largest radius that any image of the record could be certified at."""
     identity = record.identity
     return procedure_of(identity).largest_radius(identity["sigma"], identity["noise"].get("tau", 0.0))
@@ -241,10 +267,10 @@ def figure(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    reach = _reach(group[0])
-    anytime = group[0].identity["procedure"]["kind"] == "anytime"
+    most = reach(group[0])
+    anytime = "radii" in group[0].identity["procedure"]
     # An anytime radius says nothing between the radii of the grid.
-    grid = [r for r in group[0].info["radii"] if r <= reach] if anytime else [reach * i / 200 for i in range(201)]
+    grid = [r for r in group[0].info["radii"] if r <= most] if anytime else [most * i / 200 for i in range(201)]
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     styles = ["-", "--", "-.", ":"]
     order = list(pooled(group)["run"])
@@ -252,8 +278,8 @@ def figure(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     for i, records in enumerate(curves):
         shares = [metrics.summarise(r.certificates, grid)["certified_accuracy"] for r in records]
         points = [metrics.pool(p, len(records[0].certificates)) for p in zip(*shares, strict=True)]
-        alone = sum(_name(m[0]) == _name(records[0]) for m in curves) == 1
-        label = _name(records[0]) if alone else records[0].path.name
+        alone = sum(method_name(m[0]) == method_name(records[0]) for m in curves) == 1
+        label = method_name(records[0]) if alone else records[0].path.name
         values, style = [100 * p["value"] for p in points], styles[i % 4]
         (line,) = ax.plot(grid, values, style, color=_colour(i), label=label, marker="o" if anytime else "")
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
@@ -286,10 +312,11 @@ def write(records: Sequence[Record], format: str, out: Path) -> list[Path]:
         if format == "md":
             for number, group in enumerate(groups(records), 1):
                 identity = group[0].identity
-                name = f"{identity['dataset']}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
+                dataset = re.sub(r"[^\w.-]", "-", identity["dataset"])  # a part of a file's name, whoever wrote it
+                name = f"{dataset}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
                 name = f"{out.stem}-{name}" if report == out else name
                 files += figure(group, report.parent, name)
-                text += f"\n![{heading(group[0])}]({name}.svg)\n"
+                text += f"\n![{escape(heading(group[0]))}]({name}.svg)\n"
         report.write_text(text)
     except OSError as e:
         raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None
