@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.errors import BenchError, Interrupted
+from bench.errors import BenchError, Interrupted, NotComparable
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -28,6 +28,8 @@ def main(args: list[str] | None = None) -> None:
         code = app(args=args, standalone_mode=False)
     except Interrupted as e:
         _fail(str(e), 130)
+    except NotComparable as e:
+        _fail(str(e), 3)
     except BenchError as e:
         _fail(str(e), 2)
     except Exception as e:
@@ -202,6 +204,18 @@ def report_(
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    as_json: AsJson = False,
+) -> None:
+    """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
+    from bench import compare
+
+    found = compare.compare(runs)
+    print(json.dumps(found, indent=1) if as_json else compare.markdown(found), end="\n" if as_json else "")
 
 
 @app.command("import")
