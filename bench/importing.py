@@ -22,13 +22,7 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # the table's, where no card says which
 
 def import_log(log: Path, stated: Stated, out: Path) -> Record:
     """The log's run folder below ``out``, made now unless it is there. Raises BenchError where it cannot be read."""
-    try:
-        size = log.stat().st_size
-        if size > LARGEST:
-            raise BenchError(f"{log}: {size:,} bytes are more than a log of a million images; import a part of it")
-        data = log.read_bytes()
-    except OSError as e:
-        raise BenchError(f"cannot read {log}: {e.strerror}") from None
+    data = _read(log)
     card = _card(stated.dataset)
     dataset = card.name if card else stated.dataset
     radii = [stated.radius] if stated.radius else list(card.radii if card else RADII)
@@ -95,11 +89,17 @@ def read_again(record: Record) -> tuple[list[Claim], list[str]]:
     (radius,) = procedure.get("radii", [None])
     numbers = (record.identity["sigma"], procedure["alpha"], procedure["n"], procedure["n0"], radius)
     stated = Stated(record.identity["imported"]["format"], record.identity["dataset"], *numbers)
+    return read_log(_read(record.path / SOURCE), stated, record.info["radii"], len(record.info["classes"]))
+
+
+def _read(log: Path) -> bytes:
     try:
-        data = (record.path / SOURCE).read_bytes()
+        size = log.stat().st_size
+        if size > LARGEST:
+            raise BenchError(f"{log}: {size:,} bytes are more than a log of a million images; import a part of it")
+        return log.read_bytes()
     except OSError as e:
-        raise BenchError(f"cannot read {record.path / SOURCE}: {e.strerror}") from None
-    return read_log(data, stated, record.info["radii"], len(record.info["classes"]))
+        raise BenchError(f"cannot read {log}: {e.strerror}") from None
 
 
 def _card(dataset: str) -> Card | None:

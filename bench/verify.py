@@ -103,9 +103,9 @@ def _votes(c: Certificate) -> str:
 
 def _log(record: Record) -> Iterator[Finding]:
     """What can be asked of an imported log: whether the record says what it says, and what is wrong with it."""
+    claims, flags = importing.read_again(record)
     same = file_sha256(record.path / importing.SOURCE) == record.identity["imported"]["sha256"]
     yield Finding("the log in the folder is the one that was imported", "" if same else "its hash is another")
-    claims, flags = importing.read_again(record)
     other = next((c.index for c, now in zip(record.certificates, claims, strict=False) if c != now), None)
     said = f"image {other} is not as in the log" if other is not None else ""
     yield Finding("(counts are not known of an imported log) every image is as the log says", said)

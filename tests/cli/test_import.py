@@ -160,6 +160,8 @@ def test_what_a_log_gets_wrong_is_found_kept_and_shown(bench: Bench, tmp_path: P
         report = bench("report", tmp_path / "runs")
         assert report.code == 0 and "| log † " in report.out
         assert words.split(":")[0] in report.out.replace("\\", "")
+        (table,) = json.loads(bench("report", tmp_path / "runs", "--format", "json").out)["tables"]
+        assert table["rows"][0]["flags"] == "; ".join(info["flags"])
         verified = bench("verify", info["path"])
         assert verified.code == 1 and verified.out.count("wrong:") == len(info["flags"])
 
@@ -438,6 +440,13 @@ def test_verify_catches_a_changed_import(bench: Bench, tmp_path: Path, what: str
     before, after = bench("verify", info["path"]), bench("verify", copy)
     assert (before.code, after.code) == (1, 1)
     assert after.out.count("wrong:") > before.out.count("wrong:") == 1
+
+
+def test_an_import_without_its_log_cannot_be_verified(bench: Bench, tmp_path: Path) -> None:
+    _, info = imported(bench, tmp_path, text(ROWS))
+    (Path(info["path"]) / "source.tsv").unlink()
+    result = bench("verify", info["path"])
+    assert result.code == 2 and "source.tsv" in result.err and result.err.count("\n") == 1
 
 
 @pytest.fixture(params=["cifar10-resnet110-sigma0.25", "imagenet-resnet50-sigma0.50"])
