@@ -33,7 +33,7 @@ def test_mcnemar_is_the_binomial_tail_counted_exactly(first: int, second: int) -
 
 
 @given(first=COUNTS, second=COUNTS, both=COUNTS, neither=COUNTS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_mcnemar_agrees_with_statsmodels(first: int, second: int, both: int, neither: int) -> None:
     tables = pytest.importorskip("statsmodels.stats.contingency_tables")
     expected = tables.mcnemar([[both, first], [second, neither]], exact=True).pvalue
@@ -41,7 +41,7 @@ def test_mcnemar_agrees_with_statsmodels(first: int, second: int, both: int, nei
 
 
 @given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_holm_agrees_with_statsmodels(p: list[float]) -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     assert paired.holm(p) == pytest.approx(list(multitest.multipletests(p, method="holm")[1]))

@@ -270,7 +270,7 @@ FIELD = st.one_of(
     rows=st.lists(st.lists(FIELD, min_size=5, max_size=7), max_size=12), format=st.sampled_from(["cohen", "adaptive"])
 )
 @example(rows=[[str(i), "1", "1", "0.1", "1", "1"] for i in (*range(20), 2**53)], format="cohen")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_whatever_a_file_holds_gives_sound_claims_or_one_line(rows: list[list[str]], format: str) -> None:
     stated, refused = Stated(format, "d", 0.25, 0.001, 1000), ""
     try:
