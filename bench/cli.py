@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.errors import BenchError, Interrupted
+from bench.errors import BenchError, Interrupted, NotComparable
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -28,6 +28,8 @@ def main(args: list[str] | None = None) -> None:
         code = app(args=args, standalone_mode=False)
     except Interrupted as e:
         _fail(str(e), 130)
+    except NotComparable as e:
+        _fail(str(e), 3)
     except BenchError as e:
         _fail(str(e), 2)
     except Exception as e:
@@ -212,6 +214,68 @@ def report_(
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    as_json: AsJson = False,
+) -> None:
+    """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
+    from bench import compare
+
+    found = compare.compare(runs)
+    print(json.dumps(found, indent=1) if as_json else compare.markdown(found), end="\n" if as_json else "")
+
+
+@app.command("import")
+def import_(
+    log: Annotated[Path, typer.Argument(help="A released log: one line an image, tab-separated, with a header.")],
+    dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
+    sigma: Annotated[float, typer.Option(help="Noise of the certificates, in pixels of [0, 1].")],
+    alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")],
+    n: Annotated[int, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")],
+    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; default: not stated.")] = None,
+    format: Annotated[str, typer.Option(help="cohen: n votes an image; adaptive: their number varies.")] = "cohen",
+    radius: Annotated[
+        float | None, typer.Option(help="The radius tested, where an adaptive log says only whether it was proved.")
+    ] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
+    from bench import importing, report
+    from bench.flaws import Stated
+
+    stated = Stated(format, dataset, sigma, alpha, n, n0, radius)
+    record = importing.import_log(log, stated, out)
+    if as_json:
+        print(json.dumps({"path": str(record.path), **record.info}, indent=1))
+    else:
+        print(report.render([record], "md"))
+        print(f"imported as {record.path}")
+    if record.flags:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
+) -> None:
+    """Write a run as the common tab-separated log: idx, label, predict, radius, correct, time."""
+    from bench.logs import export_log
+    from bench.store import read_run
+
+    text = export_log(read_run(run))
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        out.write_text(text)
+    except OSError as e:
+        raise BenchError(f"cannot write {out}: {e.strerror}; choose another file with --out") from None
+    print(f"wrote {out}", file=sys.stderr)
 
 
 @app.command()

@@ -19,7 +19,7 @@ TRADEOFF = "certified accuracy against the cost of a vote"
 def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     """Certified accuracy against radius with 95% interval bands; the files written."""
     within = reach(group[0])
-    anytime = group[0].identity["procedure"]["kind"] == "anytime"
+    anytime = "radii" in group[0].identity["procedure"]
     # An anytime radius says nothing between the radii of the grid.
     grid = [r for r in group[0].info["radii"] if r <= within] if anytime else [within * i / 200 for i in range(201)]
     fig, ax = _axes(group[0])
@@ -39,11 +39,11 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     """Certified accuracy, at the grid's lowest radius above 0, against floating point operations of a vote."""
     radius = next((r for r in group[0].info["radii"] if 0 < r <= reach(group[0])), 0.0)
     fig, ax = _axes(group[0])
-    free = any(r.info["cost"]["flops_per_vote"] <= 0 for r in group)  # no place for it on a logarithmic axis
+    free = any(not r.info["cost"]["flops_per_vote"] for r in group)  # no place for it on a logarithmic axis
     for i, records in enumerate(_ordered(group)):
         shares = [metrics.summarise(r.certificates, [radius])["certified_accuracy"][0] for r in records]
         p = metrics.pool(shares, len(records[0].certificates))
-        cost = records[0].info["cost"]["flops_per_vote"] / 1e6
+        cost = (records[0].info["cost"]["flops_per_vote"] or 0.0) / 1e6
         bars = [[100 * (p["value"] - p["low"])], [100 * (p["high"] - p["value"])]]
         marker, label = MARKERS[i % len(MARKERS)], _label(records, group)
         ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=_colour(i), capsize=2, label=label)

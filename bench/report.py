@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,45 +14,52 @@ from bench.figures import TRADEOFF, curves, tradeoff
 from bench.published import beside
 from bench.published import heading as published_heading
 from bench.store import Record
-from bench.tables import groups, heading, pooled, reach, table
-
-DASH = "—"
+from bench.tables import DASH, escape, groups, heading, level_with_best, pooled, reach, table
 
 
 def _cells(group: Sequence[Record]) -> pd.DataFrame:
-    """The table of one group as text: percent with 95% intervals, a dash where no radius can reach."""
+    """The table of one group as text: percent with 95% intervals, a dash for what cannot be or is not known."""
     frame, radii = pooled(group), group[0].info["radii"]
     within = reach(group[0])
     columns: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
     for r in radii:
         key = f"certified_{r:g}"
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
+        tied = level_with_best(group, frame, r)
         columns[title] = [
-            f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]" if r <= within else DASH
+            f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]{' =' if row['run'] in tied else ''}"
+            if r <= within
+            else DASH
             for _, row in frame.iterrows()
         ]
     columns |= {
         "kind": list(frame["family"]),
-        "base, clean": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["base_clean_accuracy"]],
-        "abstained": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["abstained"]],
-        "train (s)": [f"{v:.1f}" for v in frame["train_seconds"]],
-        "certify (s)": [f"{v:.1f}" for v in frame["certify_seconds"]],
-        "votes": [f"{v:,.0f}" for v in frame["votes"]],
-        "GFLOPs / vote": [f"{v / 1e9:.4g}" for v in frame["flops_per_vote"]],
-        "trained here": [f"{v:,.0f}" for v in frame["trained_here"]],
-        "trained elsewhere": [f"{v:,.0f}" for v in frame["trained_elsewhere"]],
-        "parameters": [f"{v:,.0f}" for v in frame["parameters"]],
-        "extra data": [v or "no" for v in frame["extra_data"]],
-        "peak memory (MB)": [f"{v / 1e6:,.0f}" for v in frame["peak_memory"]],
-        "ACR": [f"{v:.3f}" for v in frame["acr"]],
+        "base, clean": _numbers(frame["base_clean_accuracy"], ".1%"),
+        "abstained": _numbers(frame["abstained"], ".1%"),
+        "train (s)": _numbers(frame["train_seconds"], ".1f"),
+        "certify (s)": _numbers(frame["certify_seconds"], ".1f"),
+        "votes": _numbers(frame["votes"], ",.0f"),
+        "GFLOPs / vote": _numbers(frame["flops_per_vote"], ".4g", 1e9),
+        "trained here": _numbers(frame["trained_here"], ",.0f"),
+        "trained elsewhere": _numbers(frame["trained_elsewhere"], ",.0f"),
+        "parameters": _numbers(frame["parameters"], ",.0f"),
+        "extra data": [DASH if group[0].imported else v or "no" for v in frame["extra_data"]],
+        "peak memory (MB)": _numbers(frame["peak_memory"], ",.0f", 1e6),
+        "ACR": _numbers(frame["acr"], ".3f"),
     }
     return pd.DataFrame(columns)
 
 
+def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
+    """Numbers of a column, a dash for what is not known."""
+    return [DASH if pd.isna(v) else format(v / unit, form) for v in values]
+
+
 def _markdown(group: Sequence[Record], published: bool) -> str:
-    cells = _cells(group).map(lambda text: str(text).replace("|", "\\|"))
-    body = cells.to_markdown(index=False, disable_numparse=True)
-    text = f"### {heading(group[0])}\n\n{body}\n\n{_limits(group[0], pooled(group))}\n"
+    frame = pooled(group)
+    body = _cells(group).map(escape).to_markdown(index=False, disable_numparse=True)
+    flagged = [escape(f"{_label(row, frame)}: {row['flags']}") for _, row in frame.iterrows() if row["flags"]]
+    text = "\n\n".join([f"### {escape(heading(group[0]))}", body, _limits(group[0], frame), *flagged]) + "\n"
     if published and len(others := beside(group[0])):
         italic = others.assign(published=[f"*{p}*" for p in others["published"]])
         text += f"\n{published_heading(group)}\n\n{italic.to_markdown(index=False, disable_numparse=True)}\n"
@@ -65,7 +73,7 @@ def _latex(group: Sequence[Record], published: bool) -> str:
     parts = [cells[kept].to_latex(index=False, escape=True)]
     if published and len(others := beside(group[0])):
         parts.append(f"% {published_heading(group)}\n" + others.to_latex(index=False, escape=True))
-    return f"% {heading(group[0])}\n% {_limits(group[0], pooled(group))}\n" + "\n".join(parts)
+    return f"% {' '.join(heading(group[0]).split())}\n% {_limits(group[0], pooled(group))}\n" + "\n".join(parts)
 
 
 def _limits(record: Record, frame: pd.DataFrame) -> str:
@@ -75,12 +83,17 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
     text = (
         f"With {frame['images'].iloc[0]:.0f} images an accuracy is known to within {100 * wide:.0f} points at worst "
-        f"(brackets: 95% Clopper-Pearson intervals); rows that differ by less are not told apart. "
+        f"(brackets: 95% Clopper-Pearson intervals); in each column, rows marked = cannot be told apart from its best. "
         f"With these votes no image can be certified beyond r = {reach(record):.3f} (a dash)."
     )
     if record.identity["noise"]["kind"] == "grid":
         text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
-    if (headless := frame["base_clean_accuracy"].isna()).any():
+    if record.imported:
+        text += (
+            " Imported from released logs: sigma, votes and alpha are as whoever imported them states, counts are not "
+            "known, images by index alone, a dash is also what a log does not say. †: it has defects, below."
+        )
+    elif (headless := frame["base_clean_accuracy"].isna()).any():
         text += (
             " The base was trained on other classes: with a dash under 'base, clean' the defense brought its own head"
         )
@@ -92,10 +105,11 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
 
 def _label(row: pd.Series, frame: pd.DataFrame) -> str:
     """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
-    name = str(row["defense"])
+    text = str(row["defense"]) + (" †" if row["flags"] else "")
     if (frame["defense"] == row["defense"]).sum() == 1:
-        return name + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
-    return f"{name} seed {row['seed']:.0f} ({str(row['run']).rpartition('-')[2]})"
+        return text + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
+    seed = "" if pd.isna(row["seed"]) else f" seed {row['seed']:.0f}"
+    return f"{text}{seed} ({str(row['run']).rpartition('-')[2]})"
 
 
 def render(records: Sequence[Record], format: str, published: bool = False) -> str:
@@ -129,12 +143,13 @@ def write(records: Sequence[Record], format: str, out: Path, published: bool = F
         if format in ("md", "latex"):
             for number, group in enumerate(groups(records), 1):
                 identity = group[0].identity
-                name = f"{identity['dataset']}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
+                dataset = re.sub(r"[^\w.-]", "-", identity["dataset"])  # a part of a file's name, whoever wrote it
+                name = f"{dataset}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
                 name = f"{out.stem}-{name}" if report == out else name
                 made = {draw: draw(group, report.parent, name) for draw in (curves, tradeoff)}
                 files += [file for figures in made.values() for file in figures]
                 if format == "md":
-                    text += f"\n![{heading(group[0])}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
+                    text += f"\n![{escape(heading(group[0]))}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
         report.write_text(text)
     except OSError as e:
         raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None

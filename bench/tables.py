@@ -7,6 +7,7 @@ the same whether a linear probe was put on it or the defense brought a head.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,10 @@ from bench import metrics
 from bench.anytime import procedure_of
 from bench.cache import digest
 from bench.errors import BenchError
+from bench.paired import holm, mcnemar
 from bench.store import Record, find_runs, read_run
+
+DASH = "—"  # what cannot be, or is not known
 
 
 def load_records(root: Path) -> tuple[list[Record], list[str]]:
@@ -41,7 +45,7 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
 def comparable(record: Record) -> dict[str, Any]:
     """The part of an identity that must agree for two runs to stand in one table."""
     kept = {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
-    return kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
+    return kept if record.imported else kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
 
 
 def _base_sha256(record: Record) -> str:
@@ -54,7 +58,7 @@ def groups(records: Sequence[Record]) -> list[list[Record]]:
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_key[digest(comparable(record))].append(record)
-    tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"])) for g in by_key.values()]
+    tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"] or 0)) for g in by_key.values()]
     return sorted(tables, key=lambda g: (g[0].identity["dataset"], g[0].identity["sigma"], digest(comparable(g[0]))))
 
 
@@ -101,12 +105,34 @@ def methods(group: Sequence[Record]) -> list[list[Record]]:
     return apart
 
 
+def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
+    """Runs whose certified accuracy at a radius cannot be told apart from the best's, the best among them.
+
+    ``frame`` is the group's ``pooled``. One run against one: exact McNemar tests on the same images at 5%,
+    Holm's correction over the rows. Pooled seeds: their 95% intervals overlap. Empty where one row is alone.
+    """
+    key = f"certified_{radius:g}"
+    best = frame.iloc[int(frame[key].argmax())]
+    by_run = {m[0].path.name: m for m in methods(group)}
+    others = [row for _, row in frame.iterrows() if row["run"] != best["run"]]
+    single = [row["run"] for row in others if len(by_run[row["run"]]) == len(by_run[best["run"]]) == 1]
+    tests = holm([_mcnemar(by_run[best["run"]][0], by_run[run][0], radius) for run in single])
+    level = {run for run, p in zip(single, tests, strict=True) if p >= 0.05}
+    level |= {r["run"] for r in others if r["run"] not in single and r[f"{key}_high"] >= best[f"{key}_low"]}
+    return level | {str(best["run"])} if level else set()
+
+
+def _mcnemar(one: Record, other: Record, radius: float) -> float:
+    first, second = ({c.index for c in r.certificates if metrics.holds(c, radius)} for r in (one, other))
+    return mcnemar(len(first - second), len(second - first))
+
+
 def _searched(record: Record) -> set[str]:
     return {key for tried in record.info["defense"]["search"] for key in tried["values"]}
 
 
 def _row(record: Record) -> dict[str, Any]:
-    info, cost, right = record.info, record.info["cost"], record.info["base"]["clean_correct"]
+    info, cost, right = record.info, record.info["cost"], (record.info["base"] or {}).get("clean_correct")
     result = metrics.summarise(record.certificates, info["radii"])
     row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity["seed"]}
     for point in result["certified_accuracy"]:
@@ -129,6 +155,7 @@ def _row(record: Record) -> dict[str, Any]:
         "parameters": cost["parameters"],
         "peak_memory": cost["peak_memory"],
         "acr": result["acr"],
+        "flags": "; ".join(record.flags),
     }
     return row
 
@@ -138,17 +165,28 @@ def _selects(record: Record) -> bool:
     return bool(record.identity["procedure"].get("target", "selected") == "selected")
 
 
-def heading(record: Record) -> str:
-    """What all runs of a table have in common, in one line."""
+def setting(record: Record) -> str:
+    """What any two runs that are compared have in common, in one line."""
     identity = record.identity
     p = identity["procedure"]
-    selection = f"n0 {p['n0']}, " if p.get("target", "selected") == "selected" else "known label, "
-    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"anytime up to {p['n']:,} votes"
+    selection = f"n0 {p['n0'] or 'not stated'}, " if _selects(record) else "known label, "
+    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"{p['kind']} up to {p['n']:,} votes"
     return (
         f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
-        f"{selection}{votes}, alpha {p['alpha']:g}, base {identity['base']['name']} "
-        f"({_base_sha256(record)[:8]}), noise {identity['noise']['kind']}"
+        f"{selection}{votes}, alpha {p['alpha']:g}, noise {identity['noise']['kind']}"
     )
+
+
+def heading(record: Record) -> str:
+    """What all runs of a table have in common, in one line."""
+    base = record.identity["base"]
+    known = "not stated" if record.imported else f"{base['name']} ({_base_sha256(record)[:8]})"
+    return f"{setting(record)}, base {known}"
+
+
+def escape(text: str) -> str:
+    """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def method_name(record: Record) -> str:
