@@ -146,7 +146,8 @@ class Served(BlackBox):
         logits, version = self._client.ask(f"{self.url}/infer", lambda a: self._read(a, shape), body, headers)
         if self._answered and version != self.version:
             raise BenchError(
-                f"base {self.url} now answers with model version {version}, not {self.version}: type again"
+                f"base {self.url} now answers with model version {version}, not {self.version}, so it is another base: "
+                f"type the command again, or add /versions/VERSION to the address"
             )
         self.version, self._answered = version, True
         return torch.from_numpy(logits).to(x.device)
@@ -248,7 +249,9 @@ class HTTPBase(BaseModel):
 
     def untrained(self, classes: int) -> nn.Module:
         """Raises BenchError: the architecture is not known."""
-        raise BenchError(f"base {self.name} answers queries only: no architecture to train afresh; give a base here")
+        raise BenchError(
+            f"base {self.name} answers queries only, so there is no architecture to train afresh; use a local base"
+        )
 
     def view(self, access: Access) -> View:
         """The base with no more than ``access``; a wrong address is said now, before anything is trained."""

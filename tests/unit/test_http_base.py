@@ -113,6 +113,22 @@ def test_counts_are_those_of_the_model_here(
     assert all((b'"data"' in body) == (not binary) for body in server.bodies)
 
 
+def test_what_queries_alone_can_train_is_trained_the_same(
+    bench: Bench, tmp_path: Path, server: InferenceServer
+) -> None:
+    found = []
+    for base in ("vit", server.url):
+        ran = bench(*command(base, tmp_path / str(len(found)), defense("scaled"), "--json"))
+        assert ran.code == 0, ran.err
+        found += json.loads(ran.out)
+    here, there = found
+    assert there["cost"]["queries"] == here["cost"]["queries"] > 0
+    assert there["identity"]["defense"]["weights"] == here["identity"]["defense"]["weights"] is not None
+    assert there["cost"]["trained_here"] == there["cost"]["trainable_updated"] == CLASSES
+    assert there["cost"]["trained_elsewhere"] == 0
+    assert lines(tmp_path / "1") == lines(tmp_path / "0")
+
+
 def test_a_record_of_a_served_base_is_reported_reused_and_verified(
     bench: Bench, tmp_path: Path, server: InferenceServer
 ) -> None:
