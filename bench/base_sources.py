@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from bench import hub, tensors
+from bench import http_base, hub, tensors
 from bench.blueprints import (
     Blueprint,
     Weights,
@@ -24,10 +24,10 @@ from bench.blueprints import (
 )
 from bench.cards import Card
 from bench.errors import BenchError, one_line, unknown
-from bench.interface import Schedule
+from bench.interface import Access, Schedule
 
 _WEIGHTS_FILE = "model.safetensors"
-_KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file or a timm folder"
+_KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or http://HOST/v2/models/NAME"
 
 
 def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False) -> str:
@@ -48,6 +48,8 @@ def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False)
         raise BenchError(f"card {card.name} has no [bases.NAME] recipe; give --base {_KINDS}")
     if name in card.bases or _hub_id(name):
         return name
+    if http_base.is_url(name):
+        return http_base.checked_url(name)
     if name.startswith("timm:"):
         _timm_config(name.removeprefix("timm:"), name)
     elif Path(name).is_dir():
@@ -59,6 +61,11 @@ def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False)
     else:
         raise BenchError(f"{unknown('base', name, card.bases)}; or {_KINDS}")
     return name
+
+
+def most_access(name: str) -> Access:
+    """What the base of that name, one ``choose_base`` returned, can offer."""
+    return Access.QUERY if http_base.is_url(name) else Access.WEIGHTS
 
 
 def blueprint(card: Card, name: str) -> Blueprint:

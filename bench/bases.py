@@ -19,6 +19,7 @@ from bench.blueprints import Blueprint
 from bench.cache import Entry
 from bench.cards import Card, Split
 from bench.errors import BenchError
+from bench.http_base import HTTPBase, is_url
 from bench.interface import Schedule
 from bench.probe import linear_probe, new_head
 
@@ -26,8 +27,12 @@ from bench.probe import linear_probe, new_head
 def untrained_base(card: Card, name: str, device: torch.device, probe: bool = True) -> BaseModel:
     """The base of that name with fresh weights: what estimates are made on; ``probe`` as in ``load_base``.
 
+    A served base is itself, and not asked yet.
+
     Raises BenchError where the name stands for no base or timm cannot make it.
     """
+    if is_url(name):
+        return HTTPBase(card, name)
     plan = blueprint(card, name)
     return plan.base(plan.fresh(len(card.classes) if probe else plan.made_for).to(device), {}, device)
 
@@ -49,6 +54,10 @@ def load_base(
     defenses that bring a head of their own. ``meta`` says where the weights come from, and what
     the training cost, in seconds. Raises BenchError with one line saying what to mend.
     """
+    if is_url(name):
+        if weights is not None:
+            raise BenchError(f"--weights {weights}: base {name} is served elsewhere and takes none; leave one out")
+        return HTTPBase(card, name)
     plan, classes = blueprint(card, name), len(card.classes)
     if weights is not None:
         plan = replace(plan, weights=file_weights(weights, adapt=False), schedule=None, classes=classes)

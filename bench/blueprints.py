@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import tensors
-from bench.base import BaseModel, Classifier
+from bench.base import Classifier, LocalBase
 from bench.cards import Card, Split
 from bench.errors import BenchError, one_line
 from bench.interface import Schedule
@@ -87,7 +87,7 @@ class Blueprint:
             raise BenchError(f"base {self.name} gives {list(out.shape)} for an image, not [1, {self.classes}] logits")
         return module, record
 
-    def base(self, module: Classifier, meta: dict[str, Any], device: torch.device) -> BaseModel:
+    def base(self, module: Classifier, meta: dict[str, Any], device: torch.device) -> LocalBase:
         """The base made of this blueprint: ``module``, which it freezes; ``meta`` is what to record of it."""
 
         def untrained(classes: int) -> nn.Module:
@@ -95,7 +95,7 @@ class Blueprint:
 
         normalisation = {"mean": module.mean.flatten().tolist(), "std": module.std.flatten().tolist()}
         classes: int = module.model.num_classes  # type: ignore[assignment]
-        return BaseModel(self.name, module, untrained, classes, meta, self.describe() | normalisation)
+        return LocalBase(self.name, module, untrained, classes, meta, self.describe() | normalisation)
 
     def accuracy(self, module: Classifier, split: Split, device: torch.device) -> float:
         """The part of a split's clean images, 0 to 1, that ``module`` gets right; freezes it."""

@@ -57,8 +57,8 @@ def run(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file or a timm folder; "
-            "default: the card's for the preset."
+            help="The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or "
+            "http://HOST/v2/models/NAME; default: the card's for the preset."
         ),
     ] = None,
     weights: Annotated[

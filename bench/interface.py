@@ -44,9 +44,13 @@ class Base(Protocol):
     """
 
     classes: int
-    sha256: str
     most: Access
     queries: int  # images asked of it so far
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that decides its logits, as far as that is known."""
+        ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of x [B, C, H, W]: detached for QUERY access, differentiable in x for GRADIENT."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from bench import bounds, registry, tensors
 from bench.anytime import Anytime
-from bench.base_sources import choose_base
+from bench.base_sources import choose_base, most_access
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
 from bench.interface import Defense
@@ -93,6 +93,11 @@ def make_plans(
             raise BenchError(f"--weights {weights} are of one defense; --defense names {len(loaded)}")
         tensors.refuse_pickle(weights)
     bases = {name: choose_base(card, preset, base, cls.adapts) for name, (cls, _) in loaded.items()}
+    for name, variant in ((owner, v) for owner in loaded for v in wanted[owner]):
+        for config in [variant.config, *(c for _, c in variant.candidates)]:
+            access = loaded[name][0].needs(config)
+            if access > most_access(bases[name]):
+                raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} answers queries only")
     plans = []
     for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
         if s <= 0:

@@ -57,7 +57,10 @@ def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
 
 def _markdown(group: Sequence[Record], published: bool) -> str:
     frame = pooled(group)
-    body = _cells(group).map(escape).to_markdown(index=False, disable_numparse=True)
+    written_by_others = ["defense", "kind", "extra data"]
+    cells = _cells(group)
+    cells[written_by_others] = cells[written_by_others].map(escape)
+    body = cells.to_markdown(index=False, disable_numparse=True)
     flagged = [escape(f"{_label(row, frame)}: {row['flags']}") for _, row in frame.iterrows() if row["flags"]]
     text = "\n\n".join([f"### {escape(heading(group[0]))}", body, _limits(group[0], frame), *flagged]) + "\n"
     if published and len(others := beside(group[0])):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
-from bench.base import BaseModel, Classifier
+from bench.base import BaseModel, BlackBox, Classifier
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
 from bench.certify import Model, Task, block_rows, certify, check_rows
@@ -222,6 +222,7 @@ class Session:
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)
+        self.materials(plan).base.check_unchanged(plan.defense)
         cost = {
             "train_seconds": fitted.train_seconds,
             "certify_seconds": sum(c.seconds for c in record.done),
@@ -232,7 +233,7 @@ class Session:
             "trainable_updated": fitted.updated,
             "trained_here": fitted.here,
             "trained_elsewhere": fitted.elsewhere,
-            "parameters": _distinct([fitted.defense, *per_vote.classifiers]),
+            "parameters": None if per_vote.flops is None else _distinct([fitted.defense, *per_vote.classifiers]),
             "flops_per_vote": per_vote.flops,
             "peak_memory": environment.peak_memory(self.device),
         }
@@ -287,7 +288,7 @@ def steady() -> Iterator[None]:
 class PerVote:
     """What one vote costs: floating point operations (torch's counter) and passes through a base or a copy of it."""
 
-    flops: float
+    flops: float | None  # None: part of them is a black box's
     base_forwards: float
     classifiers: list[nn.Module]  # those passed through
 
@@ -305,7 +306,7 @@ def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal passes
-        if isinstance(module, Classifier):
+        if isinstance(module, Classifier | BlackBox):
             passes += len(inputs[0])
             seen.append(module)
 
@@ -315,7 +316,9 @@ def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
             model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
     finally:
         hook.remove()
-    return PerVote(counter.get_total_flops() / task.block, passes / task.block, seen)
+    opaque = any(isinstance(m, BlackBox) for m in seen)
+    flops = None if opaque else counter.get_total_flops() / task.block
+    return PerVote(flops, passes / task.block, seen)
 
 
 def duration(seconds: float) -> str:
