@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import doctor, fitting, objectives, registry, training
-from bench.base import BaseModel, Classifier
+from bench.base import LocalBase, Classifier
 from bench.cache import scratch_cache
 from bench.cards import Split, load_card, load_split
 from bench.interface import Defense, Draw
 from bench.noise import Noise, TrainDraw
-from bench.plan import configured, make_plans
+from bench.plan import make_plans
+from bench.settings import configured
 
 CPU = torch.device("cpu")
 Bench = Callable[..., Result]
@@ -37,7 +38,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def classifier(arch: str, **args: Any) -> BaseModel:
+def classifier(arch: str, **args: Any) -> LocalBase:
     """A base of random weights in every layer: timm's biases are zero and its matrices small, which hides mistakes."""
     with training.fixed_rng(1):
         model = timm.create_model(arch, num_classes=10, in_chans=1, **args)
@@ -48,18 +49,18 @@ def classifier(arch: str, **args: Any) -> BaseModel:
                 p.detach().mul_(4)
     size = (32, 32) if arch == "test_resnet" else None
     module = Classifier(model, (0.3,), (0.4,), size)
-    return BaseModel(arch, module, lambda classes: model, 10, {}, {})
+    return LocalBase(arch, module, lambda classes: model, 10, {}, {})
 
 
-def vit(**args: Any) -> BaseModel:
+def vit(**args: Any) -> LocalBase:
     return classifier("vit_tiny_patch16_224", **VIT | args)
 
 
-def resnet() -> BaseModel:
+def resnet() -> LocalBase:
     return classifier("test_resnet")
 
 
-def build(base: BaseModel, name: str, **settings: Any) -> Defense:
+def build(base: LocalBase, name: str, **settings: Any) -> Defense:
     (plan,) = make_plans(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()])
     return fitting.construct(plan, base, CPU)
 
@@ -154,7 +155,7 @@ def test_a_convnets_statistics_stay_the_bases(name: str, part: str) -> None:
     assert all(part in key for key in changed)
 
 
-def fit(base: BaseModel, name: str, settings: dict[str, Any]) -> tuple[Defense, set[str]]:
+def fit(base: LocalBase, name: str, settings: dict[str, Any]) -> tuple[Defense, set[str]]:
     """A defense after three steps, and the names of the tensors that its training stored."""
     (plan,) = make_plans(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()])
     train = load_split(load_card(TINY), "train").first(48)
