@@ -31,7 +31,7 @@ def figure(group: Sequence[Record], out: Path, name: str) -> list[Path]:
         alone = sum(method_name(m[0]) == method_name(records[0]) for m in curves) == 1
         label = method_name(records[0]) if alone else records[0].path.name
         values, style = [100 * p["value"] for p in points], styles[i % 4]
-        (line,) = ax.plot(grid, values, style, color=_colour(i), label=label, marker="o" if anytime else "")
+        (line,) = ax.plot(grid, values, style, color=colour(i), label=label, marker="o" if anytime else "")
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
@@ -44,6 +44,6 @@ def figure(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     return files
 
 
-def _colour(i: int) -> str:
-    # Okabe and Ito's palette: told apart by colour-blind readers; line styles tell apart without colour.
+def colour(i: int) -> str:
+    """Okabe and Ito's palette: told apart by colour-blind readers; line styles tell apart without colour."""
     return ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")[i % 7]

@@ -1,4 +1,4 @@
-"""Tables and figures of run folders, written as markdown, csv or json."""
+"""Tables and figures of run folders, written as markdown, csv, json or a page."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from bench.tables import groups, heading, pooled, reach, table
 DASH = "—"
 
 
-def markdown(group: Sequence[Record]) -> str:
-    """The table of one group in GitHub markdown: percent with 95% intervals, a dash where no radius can reach."""
+def columns(group: Sequence[Record]) -> dict[str, list[str]]:
+    """The table of one group as shown, a row for each of ``pooled``: percent with 95% intervals, a dash out of reach."""
     frame, radii = pooled(group), group[0].info["radii"]
     within = reach(group[0])
-    columns: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
+    shown: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
     for r in radii:
         key = f"certified_{r:g}"
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
-        columns[title] = [
+        shown[title] = [
             f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]" if r <= within else DASH
             for _, row in frame.iterrows()
         ]
-    columns |= {
+    shown |= {
         "kind": list(frame["family"]),
         "base, clean": [f"{v:.1%}" for v in frame["base_clean_accuracy"]],
         "abstained": [DASH if pd.isna(v) else f"{v:.1%}" for v in frame["abstained"]],
@@ -43,17 +43,24 @@ def markdown(group: Sequence[Record]) -> str:
         "peak memory (MB)": [f"{v / 1e6:,.0f}" for v in frame["peak_memory"]],
         "ACR": [f"{v:.3f}" for v in frame["acr"]],
     }
-    body = pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
-    return f"### {heading(group[0])}\n\n{body}\n\n{_limits(group[0], frame)}\n"
+    return shown
 
 
-def _limits(record: Record, frame: pd.DataFrame) -> str:
+def markdown(group: Sequence[Record]) -> str:
+    """The table of one group in GitHub markdown."""
+    shown = pd.DataFrame(columns(group)).map(lambda cell: cell.replace("|", "\\|"))
+    body = shown.to_markdown(index=False, disable_numparse=True)
+    return f"### {heading(group[0])}\n\n{body}\n\n{limits(group)}\n"
+
+
+def limits(group: Sequence[Record]) -> str:
     """What the table cannot show, in a sentence or two."""
+    record, frame = group[0], pooled(group)
     within = [r for r in record.info["radii"] if r <= reach(record)]
     widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
     text = (
-        f"With {frame['images'].iloc[0]} images an accuracy is known to within {100 * wide:.0f} points at worst "
+        f"With {frame['images'].iloc[0]:.0f} images an accuracy is known to within {100 * wide:.0f} points at worst "
         f"(brackets: 95% Clopper-Pearson intervals); rows that differ by less are not told apart. "
         f"With these votes no image can be certified beyond r = {reach(record):.3f} (a dash)."
     )
@@ -66,7 +73,7 @@ def _limits(record: Record, frame: pd.DataFrame) -> str:
 
 def _label(row: pd.Series, frame: pd.DataFrame) -> str:
     """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
-    name = str(row["defense"]).replace("|", "\\|")
+    name = str(row["defense"])
     if (frame["defense"] == row["defense"]).sum() == 1:
         return name + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
     return f"{name} seed {row['seed']:.0f} ({str(row['run']).rpartition('-')[2]})"
@@ -87,15 +94,17 @@ def render(records: Sequence[Record], format: str) -> str:
     return "\n".join(parts)
 
 
-def write(records: Sequence[Record], format: str, out: Path) -> list[Path]:
+def write(records: Sequence[Record], format: str, out: Path, left_out: Sequence[str] = ()) -> list[Path]:
     """The report and, for markdown, its figures: into the folder ``out``, or to the file where it ends in the format.
 
-    Returns the files written. Raises BenchError where they cannot be.
+    A page (html) also names what was ``left_out``. Returns the files written. Raises BenchError where they cannot be.
     """
+    from bench import html  # it builds on this module
+
     report = out if out.suffix == f".{format}" else out / f"report.{format}"
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
-        text = render(records, format)
+        text = html.page(records, left_out) if format == "html" else render(records, format)
         files = [report]
         if format == "md":
             for number, group in enumerate(groups(records), 1):
@@ -104,7 +113,8 @@ def write(records: Sequence[Record], format: str, out: Path) -> list[Path]:
                 name = f"{out.stem}-{name}" if report == out else name
                 files += figure(group, report.parent, name)
                 text += f"\n![{heading(group[0])}]({name}.svg)\n"
-        report.write_text(text)
+        # A name in a record may be no text at all (half of a surrogate pair); it is shown by its number.
+        report.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as e:
         raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None
     return files
