@@ -29,7 +29,9 @@ from bench.report import columns, limits
 from bench.store import Record
 from bench.tables import comparable, groups, heading, methods, pooled, reach
 
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'"
+)
 PICTURES = 12  # images in a gallery, of at most 64x64 pixels; a third as many of larger ones
 NOISY = (0, 1)  # the votes whose noise is shown
 
@@ -133,9 +135,6 @@ def _part(group: list[Record], found: list[Method], figures: _Figures) -> str:
     sigma, within = group[0].identity["sigma"], [r for r in group[0].info["radii"] if r <= reach(group[0])]
     radii = {"certified at radius": {f"{r:g}": f"{r:g}" for r in within}}
     costs = {f"{r:g}|{cost}": plots.cost(found, r, cost) for r in within for cost in COSTS}
-    abstained = "<p>These runs test the known label, so they neither predict nor abstain.</p>"
-    if not any(pd.isna(m.row["abstained"]) for m in found):
-        abstained = figures.add("Abstained, of all images, with 95% intervals", {"": plots.abstention(found)}, {})
     named = "".join(_identity(m.label, r) for m in found for r in m.records)
     return (
         f'<div data-sigma="{sigma:g}"><h3>sigma {sigma:g}</h3>{_table(group)}'
@@ -143,13 +142,19 @@ def _part(group: list[Record], found: list[Method], figures: _Figures) -> str:
         + figures.add("Certified accuracy against cost", costs, radii | {"cost": COSTS})
         + '<p class="note">The line is the Pareto front of the measured values: no method on it is beaten in both. '
         "Bars are 95% intervals; methods whose intervals overlap are not told apart.</p>"
-        + abstained
+        + _abstention(found, figures)
         + figures.add("Certified accuracy of each class", plots.by_class(found, within), radii)
         + '<p class="note">Percent; in brackets the number of images of the class. Few images, wide intervals: '
         "see them by pointing at a cell.</p>"
         + f"<h4>Images</h4>{_gallery(found)}"
         + f"<h4>Identity and environment of every run</h4>{named}</div>"
     )
+
+
+def _abstention(found: list[Method], figures: _Figures) -> str:
+    if any(pd.isna(m.row["abstained"]) for m in found):
+        return "<p>These runs test the known label, so they neither predict nor abstain.</p>"
+    return figures.add("Abstained, of all images, with 95% intervals", {"": plots.abstention(found)}, {})
 
 
 def _table(group: list[Record]) -> str:
@@ -174,9 +179,8 @@ def _gallery(found: list[Method]) -> str:
         chosen = _spread(first, PICTURES if small else PICTURES // 3)
         shown = "".join(_picture(c, found, gallery.pictures(first, split, c.index, NOISY)) for c in chosen)
     except BenchError as e:
-        return (
-            f"<p>No pictures, which are shown where the data are at hand (nothing is downloaded): {escape(str(e))}</p>"
-        )
+        why = "they are shown where the data are at hand; a report sets HF_HUB_OFFLINE and downloads nothing"
+        return f"<p>No pictures: {why}. Here: {escape(str(e))}.</p>"
     about = (
         f"{len(chosen)} of {len(first.certificates)} images, from the largest radius to errors by {found[0].label}: "
         f"each clean and with the noise of {len(NOISY)} votes of seed {first.identity['seed']}, clipped to be shown. "
@@ -204,10 +208,11 @@ def _picture(certificate: Certificate, found: list[Method], uris: list[str]) -> 
 
 def _outcomes(method: Method, index: int) -> str:
     said = []
+    nothing = "not certified" if pd.isna(method.row["abstained"]) else "abstained"
     for record in method.records:
         (c,) = (c for c in record.certificates if c.index == index)
         wrong = "" if c.predicted in (None, c.label) else f"wrong ({record.info['classes'][c.predicted]}), "
-        said.append("abstained" if c.predicted is None else f"{wrong}radius {c.radius:.3f}")
+        said.append(nothing if c.predicted is None else f"{wrong}radius {c.radius:.3f}")
     return "; ".join(said)
 
 

@@ -2,7 +2,9 @@
 "use strict";
 
 const views = JSON.parse(document.getElementById("views").textContent);
-const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+// Plotly can upload a chart to its makers' servers: neither the button nor the address is left.
+const removed = ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"];
+const config = { displaylogo: false, responsive: true, plotlyServerURL: "", modeBarButtonsToRemove: removed };
 
 for (const figure of document.querySelectorAll("figure[data-plot]")) {
   const selects = [...figure.querySelectorAll("select")];

@@ -42,25 +42,20 @@ class Method:
     look: int
 
     @property
-    def name(self) -> str:
-        """The label as Plotly takes it, which reads a few tags."""
-        return escape(self.label, quote=False)
-
-    @property
     def marker(self) -> dict[str, Any]:
         """Colour and symbol."""
         return {"color": colour(self.look), "symbol": SYMBOLS[self.look % len(SYMBOLS)], "size": 9}
-
-    @property
-    def wrapped(self) -> str:
-        """The name on lines of about 18 characters, to leave a narrow screen room for the plot."""
-        return "<br>".join(escape(line, quote=False) for line in wrap(self.label, 18))
 
     def shares(self, radii: Sequence[float], label: int | None = None) -> pd.DataFrame:
         """Certified accuracy at each radius in percent, with its interval: over all images, or those of a label."""
         kept = [[c for c in r.certificates if label in (None, c.label)] for r in self.records]
         seeds = [metrics.summarise(c, radii)["certified_accuracy"] for c in kept]
         return 100 * pd.DataFrame([metrics.pool(points, len(kept[0])) for points in zip(*seeds, strict=True)])
+
+
+def _text(words: str, width: int) -> str:
+    """Words as Plotly shows them, on lines of ``width``: it reads tags, entities and %{templates} in every text."""
+    return "<br>".join(escape(line, quote=False).replace("%", "&#37;") for line in wrap(words, width))
 
 
 def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend: int = 0) -> go.Figure:
@@ -73,7 +68,7 @@ def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend
         margin={"l": 60, "r": 10, "t": 30, "b": 45},
         xaxis={"automargin": True, **xaxis},
         yaxis={"automargin": True, **yaxis},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top", "itemwidth": 40},
         uirevision="kept",  # what was switched off stays off in another view
     )
     return fig
@@ -93,7 +88,7 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
             grid = grid if anytime else [within * i / 200 for i in range(201)]
             points = m.shares(grid)
             low, high = points["low"].tolist(), points["high"].tolist()
-            key, dash = f"{m.name}, sigma {sigma:g}", place if len(parts) > 1 else m.look
+            key, dash = f"{m.label}, sigma {sigma:g}", place if len(parts) > 1 else m.look
             fig.add_scatter(
                 x=grid + grid[::-1],
                 y=high + low[::-1],
@@ -114,7 +109,7 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
                 marker={**m.marker, "maxdisplayed": 8},
                 customdata=list(zip(low, high, strict=True)),
                 hovertemplate="%{y:.1f}% [%{customdata[0]:.1f}, %{customdata[1]:.1f}]",
-                name=key if len(parts) > 1 else m.name,
+                name=_text(key if len(parts) > 1 else m.label, 40),
                 legendgroup=key,
                 meta=f"{sigma:g}",
             )
@@ -153,7 +148,7 @@ def cost(found: list[Method], radius: float, measure: str) -> go.Figure:
             marker={**m.marker, "size": 12},
             customdata=[[spent, low[i], high[i]]],
             hovertemplate="%{customdata[0]}<br>%{y:.1f}% [%{customdata[1]:.1f}, %{customdata[2]:.1f}]",
-            name=m.name,
+            name=_text(m.label, 40),
         )
     return fig
 
@@ -171,7 +166,8 @@ def _cost_axis(values: list[float]) -> tuple[list[float], dict[str, Any]]:
     """Places on the axis, and the axis: of powers of ten where costs differ much, with 0 at its left end."""
     positive = [v for v in values if v > 0]
     if not positive or max(positive) < 30 * min(positive):
-        return values, {"rangemode": "tozero"}
+        most = max(values) or 1.0
+        return values, {"range": [-0.04 * most, 1.06 * most], "zeroline": False}
     lowest, highest = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     ticks = {10.0**k: f"10<sup>{k}</sup>" for k in range(lowest, highest + 1)}
     if len(positive) < len(values):
@@ -191,7 +187,7 @@ def abstention(found: list[Method]) -> go.Figure:
     fig.add_bar(
         orientation="h",
         x=value,
-        y=[m.wrapped for m in found],
+        y=[_text(m.label, 18) for m in found],
         error_x={
             "array": [h - v for h, v in zip(high, value, strict=True)],
             "arrayminus": [v - b for v, b in zip(value, low, strict=True)],
@@ -209,7 +205,7 @@ def by_class(found: list[Method], radii: list[float]) -> dict[str, go.Figure]:
     first = found[0].records[0]
     images = Counter(c.label for c in first.certificates)
     labels = sorted(images)
-    names = [f"{escape(str(first.info['classes'][k]), quote=False)} ({images[k]})" for k in labels]
+    names = [_text(f"{first.info['classes'][k]} ({images[k]})", 18) for k in labels]
     shares = [[m.shares(radii, k) for m in found] for k in labels]
     views = {}
     for i, r in enumerate(radii):
@@ -220,7 +216,7 @@ def by_class(found: list[Method], radii: list[float]) -> dict[str, go.Figure]:
         )
         fig.update_layout(margin={"t": 50, "b": 10})
         fig.add_heatmap(
-            x=[m.wrapped for m in found],
+            x=[_text(m.label, 18) for m in found],
             y=names,
             z=[[float(s["value"][i]) for s in row] for row in shares],
             zmin=0,

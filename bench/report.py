@@ -17,7 +17,7 @@ DASH = "—"
 
 
 def columns(group: Sequence[Record]) -> dict[str, list[str]]:
-    """The table of one group as shown, a row for each of ``pooled``: percent with 95% intervals, a dash out of reach."""
+    """The table of one group as shown, rows as in ``pooled``: percent with 95% intervals, a dash out of reach."""
     frame, radii = pooled(group), group[0].info["radii"]
     within = reach(group[0])
     shown: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
