@@ -58,13 +58,17 @@ def _text(words: str, width: int) -> str:
     return "<br>".join(escape(line, quote=False).replace("%", "&#37;") for line in wrap(words, width))
 
 
-def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend: int = 0) -> go.Figure:
-    """An empty figure; a ``legend`` goes below, with room for each entry on a line of its own (a narrow screen)."""
+def _lines(texts: Sequence[str]) -> list[int]:
+    return [text.count("<br>") + 1 for text in texts]
+
+
+def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend: Sequence[str] = ()) -> go.Figure:
+    """An empty figure; its ``legend`` goes below, with room for one entry above the other (a narrow screen)."""
     fig = go.Figure()
     fig.update_layout(
         template="none",
         font={"family": "system-ui, sans-serif"},
-        height=height + 20 * legend,
+        height=height + 10 * len(legend) + 15 * sum(_lines(legend)),
         margin={"l": 60, "r": 10, "t": 30, "b": 45},
         xaxis={"automargin": True, **xaxis},
         yaxis={"automargin": True, **yaxis},
@@ -77,7 +81,11 @@ def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend
 def curves(parts: dict[float, list[Method]]) -> go.Figure:
     """Certified accuracy against radius: a line and an interval band for each method of each sigma."""
     radius = {"title": "l2 radius", "rangemode": "tozero", "hoverformat": ".3f"}
-    fig = _figure(420, xaxis=radius, yaxis=PERCENT, legend=sum(map(len, parts.values())))
+    several = len(parts) > 1
+    names = {
+        (s, m.label): _text(f"{m.label}, sigma {s:g}" if several else m.label, 40) for s, f in parts.items() for m in f
+    }
+    fig = _figure(420, xaxis=radius, yaxis=PERCENT, legend=list(names.values()))
     fig.update_layout(hovermode="x unified")
     for place, (sigma, found) in enumerate(parts.items()):
         for m in found:
@@ -88,7 +96,8 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
             grid = grid if anytime else [within * i / 200 for i in range(201)]
             points = m.shares(grid)
             low, high = points["low"].tolist(), points["high"].tolist()
-            key, dash = f"{m.label}, sigma {sigma:g}", place if len(parts) > 1 else m.look
+            dash = DASHES[(place if several else m.look) % len(DASHES)]
+            fixed = {"legendgroup": f"{m.label}, sigma {sigma:g}", "meta": f"{sigma:g}"}
             fig.add_scatter(
                 x=grid + grid[::-1],
                 y=high + low[::-1],
@@ -98,20 +107,18 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
                 opacity=0.15,
                 hoverinfo="skip",
                 showlegend=False,
-                legendgroup=key,
-                meta=f"{sigma:g}",
+                **fixed,
             )
             fig.add_scatter(
                 x=grid,
                 y=points["value"].tolist(),
                 mode="lines+markers",
-                line={"color": colour(m.look), "dash": DASHES[dash % len(DASHES)]},
+                line={"color": colour(m.look), "dash": dash},
                 marker={**m.marker, "maxdisplayed": 8},
                 customdata=list(zip(low, high, strict=True)),
                 hovertemplate="%{y:.1f}% [%{customdata[0]:.1f}, %{customdata[1]:.1f}]",
-                name=_text(key if len(parts) > 1 else m.label, 40),
-                legendgroup=key,
-                meta=f"{sigma:g}",
+                name=names[sigma, m.label],
+                **fixed,
             )
     return fig
 
@@ -120,10 +127,11 @@ def cost(found: list[Method], radius: float, measure: str) -> go.Figure:
     """Certified accuracy at a radius against one of ``COSTS``, with the Pareto front."""
     values = [float(m.row[measure]) for m in found]
     places, axis = _cost_axis(values)
+    names = [_text(m.label, 40) for m in found]
     value, low, high = (
         [100 * float(m.row[f"certified_{radius:g}{end}"]) for m in found] for end in ("", "_low", "_high")
     )
-    fig = _figure(420, xaxis={"title": COSTS[measure], **axis}, yaxis=PERCENT, legend=len(found) + 1)
+    fig = _figure(420, xaxis={"title": COSTS[measure], **axis}, yaxis=PERCENT, legend=["", *names])
     front = _front(values, value)
     fig.add_scatter(
         x=[places[i] for i in front],
@@ -148,7 +156,7 @@ def cost(found: list[Method], radius: float, measure: str) -> go.Figure:
             marker={**m.marker, "size": 12},
             customdata=[[spent, low[i], high[i]]],
             hovertemplate="%{customdata[0]}<br>%{y:.1f}% [%{customdata[1]:.1f}, %{customdata[2]:.1f}]",
-            name=_text(m.label, 40),
+            name=names[i],
         )
     return fig
 
@@ -183,11 +191,13 @@ def abstention(found: list[Method]) -> go.Figure:
         seeds = [metrics.summarise(r.certificates, [])["abstained"] for r in m.records]
         points.append(metrics.pool(seeds, len(m.records[0].certificates)))
     value, low, high = ([100 * p[key] for p in points] for key in ("value", "low", "high"))
-    fig = _figure(120 + 32 * len(found), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})
+    names = [_text(m.label, 18) for m in found]
+    tall = max(32, 15 * max(_lines(names)) + 5)
+    fig = _figure(120 + tall * len(found), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})
     fig.add_bar(
         orientation="h",
         x=value,
-        y=[_text(m.label, 18) for m in found],
+        y=names,
         error_x={
             "array": [h - v for h, v in zip(high, value, strict=True)],
             "arrayminus": [v - b for v, b in zip(value, low, strict=True)],
@@ -205,19 +215,21 @@ def by_class(found: list[Method], radii: list[float]) -> dict[str, go.Figure]:
     first = found[0].records[0]
     images = Counter(c.label for c in first.certificates)
     labels = sorted(images)
-    names = [_text(f"{first.info['classes'][k]} ({images[k]})", 18) for k in labels]
+    rows = [_text(f"{first.info['classes'][k]} ({images[k]})", 18) for k in labels]
+    columns = [_text(m.label, 18) for m in found]
+    above = max(15 * max(_lines(columns)), 7 * max(len(m.label[:18]) for m in found))  # level, or turned where narrow
     shares = [[m.shares(radii, k) for m in found] for k in labels]
     views = {}
     for i, r in enumerate(radii):
         fig = _figure(
-            90 + 28 * len(labels),
+            60 + above + 28 * len(labels),
             xaxis={"side": "top", "type": "category"},
             yaxis={"autorange": "reversed", "type": "category"},
         )
         fig.update_layout(margin={"t": 50, "b": 10})
         fig.add_heatmap(
-            x=[_text(m.label, 18) for m in found],
-            y=names,
+            x=columns,
+            y=rows,
             z=[[float(s["value"][i]) for s in row] for row in shares],
             zmin=0,
             zmax=100,

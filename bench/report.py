@@ -99,12 +99,15 @@ def write(records: Sequence[Record], format: str, out: Path, left_out: Sequence[
 
     A page (html) also names what was ``left_out``. Returns the files written. Raises BenchError where they cannot be.
     """
-    from bench import html  # it builds on this module
-
     report = out if out.suffix == f".{format}" else out / f"report.{format}"
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
-        text = html.page(records, left_out) if format == "html" else render(records, format)
+        if format == "html":
+            from bench.html import page  # it builds on this module, and on Plotly, which takes a while to import
+
+            text = page(records, left_out)
+        else:
+            text = render(records, format)
         files = [report]
         if format == "md":
             for number, group in enumerate(groups(records), 1):

@@ -361,6 +361,8 @@ def test_lines_and_sigmas_are_switched_off_and_on(opened: Callable[..., Any], pa
     tab = opened(page)
     figure = tab.locator("figure").first
     assert len(figure.evaluate(SHOWN)) == 12  # a line and its band for three methods of two sigmas
+    buttons = [b.get_attribute("data-title") for b in figure.locator(".modebar-btn").all()]
+    assert "Zoom" in buttons and not any("hare" in str(b) or "loud" in str(b) for b in buttons)  # uploads nothing
     entry = figure.locator(".legend .traces", has_text=re.compile("^good, sigma 0.25$")).locator(".legendtoggle")
     entry.click()
     tab.wait_for_function("() => document.querySelector('.plot').data.some(t => t.visible === 'legendonly')")
