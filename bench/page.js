@@ -33,7 +33,7 @@ for (const box of document.querySelectorAll(".sigmas input")) {
   if (!box.checked) apply(); // a browser may restore what was chosen before a reload
 }
 
-// A cell sorts by what it shows: by its first number where all of its column's do, else as text. Dashes come last.
+// A cell sorts by what it shows: by its first number where all of its column have one, else as text.
 const NUMBER = /^-?[\d,]+(\.\d+)?(e[+-]?\d+)?(?=%|\s|$)/;
 const number = (text) => Number(text.match(NUMBER)[0].replaceAll(",", ""));
 
@@ -43,16 +43,15 @@ for (const table of document.querySelectorAll("table.sortable")) {
   headings.forEach((heading, column) =>
     heading.querySelector("button").addEventListener("click", () => {
       const shown = (row) => row.cells[column].textContent.trim();
-      const [known, dashes] = [[], []];
-      for (const row of body.rows) (shown(row) === "—" ? dashes : known).push(row);
-      const numeric = known.every((row) => NUMBER.test(shown(row)));
+      const rows = [...body.rows];
+      const numeric = rows.every((row) => NUMBER.test(shown(row)));
       const before = heading.getAttribute("aria-sort");
       const descending = before === "none" ? numeric : before === "ascending"; // the largest number first
-      known.sort((a, b) => {
+      rows.sort((a, b) => {
         const order = numeric ? number(shown(a)) - number(shown(b)) : shown(a).localeCompare(shown(b));
         return descending ? -order : order;
       });
-      body.append(...known, ...dashes);
+      body.append(...rows);
       headings.forEach((h) => h.setAttribute("aria-sort", "none"));
       heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
     }),
