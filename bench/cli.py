@@ -189,28 +189,35 @@ def list_(
 @app.command("report")
 def report_(
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
-    format: Annotated[str, typer.Option(help="md, latex, csv or json.")] = "md",
-    out: Annotated[Path | None, typer.Option(help="Folder, or file ending in the format; default: print.")] = None,
+    format: Annotated[str, typer.Option(help="md, latex, csv, json or html.")] = "md",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, or file ending in the format; default: print (html has none).")
+    ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Show what others published, below each table, and what differs.")
     ] = False,
 ) -> None:
-    """Make the table, and with --out the figure, of all finished runs. Exit 1 when some had to be left out."""
+    """Make the table, and with --out the figures or the page, of all finished runs. Exit 1 when some were left out."""
     from bench import report, tables
     from bench.errors import unknown
 
-    if format not in (known := ("md", "latex", "csv", "json")):
+    if format not in (known := ("md", "latex", "csv", "json", "html")):
         raise unknown("format", format, known)
     if published and format not in ("md", "latex"):
         raise BenchError(f"--published: goes with --format md or latex, not {format}")
+    if format == "html" and out is None:
+        raise BenchError(
+            "a page is 5 MB and not for a terminal; say where to write it: --format html --out report.html"
+        )
     records, left_out = tables.load_records(runs)
     for line in left_out:
         print(f"bench: left out: {line}", file=sys.stderr)
     if not records:
         raise BenchError(f"no finished run in {runs}; bench run makes one")
-    print(report.render(records, format, published), end="")
+    if format != "html":
+        print(report.render(records, format, published), end="")
     if out is not None:
-        for file in report.write(records, format, out, published):
+        for file in report.write(records, format, out, published, left_out):
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)

@@ -27,7 +27,7 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
         shares = [metrics.summarise(r.certificates, grid)["certified_accuracy"] for r in records]
         points = [metrics.pool(p, len(records[0].certificates)) for p in zip(*shares, strict=True)]
         values, marker = [100 * p["value"] for p in points], MARKERS[i % len(MARKERS)] if anytime else ""
-        (line,) = ax.plot(grid, values, STYLES[i % 4], color=_colour(i), label=_label(records, group), marker=marker)
+        (line,) = ax.plot(grid, values, STYLES[i % 4], color=colour(i), label=_label(records, group), marker=marker)
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
@@ -46,7 +46,7 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
         cost = (records[0].info["cost"]["flops_per_vote"] or 0.0) / 1e6
         bars = [[100 * (p["value"] - p["low"])], [100 * (p["high"] - p["value"])]]
         marker, label = MARKERS[i % len(MARKERS)], _label(records, group)
-        ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=_colour(i), capsize=2, label=label)
+        ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=colour(i), capsize=2, label=label)
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
     ax.legend(frameon=False, title="bars: 95% interval", title_fontsize=7, fontsize=7, loc="best")
@@ -88,5 +88,6 @@ def _label(records: Sequence[Record], group: Sequence[Record]) -> str:
     return name if alone else records[0].path.name
 
 
-def _colour(i: int) -> str:
+def colour(i: int) -> str:
+    """The i-th method's, in a figure or on a page."""
     return COLOURS[i % len(COLOURS)]

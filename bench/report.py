@@ -1,4 +1,4 @@
-"""Tables and figures of run folders, written as markdown, LaTeX, csv or json."""
+"""Tables and figures of run folders, written as markdown, LaTeX, csv, json or a page."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from bench.store import Record
 from bench.tables import DASH, escape, groups, heading, level_with_best, pooled, reach, table
 
 
-def _cells(group: Sequence[Record]) -> pd.DataFrame:
+def columns(group: Sequence[Record]) -> pd.DataFrame:
     """The table of one group as text: percent with 95% intervals, a dash for what cannot be or is not known."""
     frame, radii = pooled(group), group[0].info["radii"]
     within = reach(group[0])
-    columns: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
+    shown: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
     for r in radii:
         key = f"certified_{r:g}"
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
         tied = level_with_best(group, frame, r)
-        columns[title] = [
+        shown[title] = [
             f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]{' =' if row['run'] in tied else ''}"
             if r <= within
             else DASH
             for _, row in frame.iterrows()
         ]
-    columns |= {
+    shown |= {
         "kind": list(frame["family"]),
         "base, clean": _numbers(frame["base_clean_accuracy"], ".1%"),
         "abstained": _numbers(frame["abstained"], ".1%"),
@@ -47,7 +47,7 @@ def _cells(group: Sequence[Record]) -> pd.DataFrame:
         "peak memory (MB)": _numbers(frame["peak_memory"], ",.0f", 1e6),
         "ACR": _numbers(frame["acr"], ".3f"),
     }
-    return pd.DataFrame(columns)
+    return pd.DataFrame(shown)
 
 
 def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
@@ -58,11 +58,11 @@ def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
 def _markdown(group: Sequence[Record], published: bool) -> str:
     frame = pooled(group)
     written_by_others = ["defense", "kind", "extra data"]
-    cells = _cells(group)
+    cells = columns(group)
     cells[written_by_others] = cells[written_by_others].map(escape)
     body = cells.to_markdown(index=False, disable_numparse=True)
     flagged = [escape(f"{_label(row, frame)}: {row['flags']}") for _, row in frame.iterrows() if row["flags"]]
-    text = "\n\n".join([f"### {escape(heading(group[0]))}", body, _limits(group[0], frame), *flagged]) + "\n"
+    text = "\n\n".join([f"### {escape(heading(group[0]))}", body, limits(group), *flagged]) + "\n"
     if published and len(others := beside(group[0])):
         italic = others.assign(published=[f"*{p}*" for p in others["published"]])
         text += f"\n{published_heading(group)}\n\n{italic.to_markdown(index=False, disable_numparse=True)}\n"
@@ -71,16 +71,17 @@ def _markdown(group: Sequence[Record], published: bool) -> str:
 
 def _latex(group: Sequence[Record], published: bool) -> str:
     """The columns that a paper has room for, with booktabs; everything from a record escaped."""
-    cells = _cells(group)
+    cells = columns(group)
     kept = ["defense", *(c for c in map(str, cells) if "r = " in c), "train (s)", "GFLOPs / vote", "trained here"]
     parts = [cells[kept].to_latex(index=False, escape=True)]
     if published and len(others := beside(group[0])):
         parts.append(f"% {published_heading(group)}\n" + others.to_latex(index=False, escape=True))
-    return f"% {' '.join(heading(group[0]).split())}\n% {_limits(group[0], pooled(group))}\n" + "\n".join(parts)
+    return f"% {' '.join(heading(group[0]).split())}\n% {limits(group)}\n" + "\n".join(parts)
 
 
-def _limits(record: Record, frame: pd.DataFrame) -> str:
+def limits(group: Sequence[Record]) -> str:
     """What the table cannot show, in a sentence or two."""
+    record, frame = group[0], pooled(group)
     within = [r for r in record.info["radii"] if r <= reach(record)]
     widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
@@ -132,16 +133,23 @@ def render(records: Sequence[Record], format: str, published: bool = False) -> s
     return "\n".join(parts)
 
 
-def write(records: Sequence[Record], format: str, out: Path, published: bool = False) -> list[Path]:
+def write(
+    records: Sequence[Record], format: str, out: Path, published: bool = False, left_out: Sequence[str] = ()
+) -> list[Path]:
     """The report and, for markdown and LaTeX, its figures: into the folder ``out``, or to the file it names.
 
-    Returns the files written. Raises BenchError where they cannot be.
+    A page (html) also names what was ``left_out``. Returns the files written. Raises BenchError where they cannot be.
     """
     suffix = {"latex": ".tex"}.get(format, f".{format}")
     report = out if out.suffix == suffix else out / f"report{suffix}"
     try:
         report.parent.mkdir(parents=True, exist_ok=True)
-        text = render(records, format, published)
+        if format == "html":
+            from bench.html import page  # it builds on this module, and on Plotly, which takes a while to import
+
+            text = page(records, left_out)
+        else:
+            text = render(records, format, published)
         files = [report]
         if format in ("md", "latex"):
             for number, group in enumerate(groups(records), 1):
@@ -153,7 +161,8 @@ def write(records: Sequence[Record], format: str, out: Path, published: bool = F
                 files += [file for figures in made.values() for file in figures]
                 if format == "md":
                     text += f"\n![{escape(heading(group[0]))}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
-        report.write_text(text)
+        # A name in a record may be no text at all (half of a surrogate pair); it is shown by its number.
+        report.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as e:
         raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None
     return files
