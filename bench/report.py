@@ -85,7 +85,16 @@ def limits(group: Sequence[Record]) -> str:
     within = [r for r in record.info["radii"] if r <= reach(record)]
     widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
-    text = (
+    text = ""
+    if len(frame) > 1 and (above := [r for r in within if r > 0]):
+        best = frame.iloc[int(frame[f"certified_{above[0]:g}"].argmax())]
+        tied = level_with_best(group, frame, above[0])
+        others = [_label(row, frame) for _, row in frame.iterrows() if row["run"] in tied - {best["run"]}]
+        text = (
+            f"At r = {above[0]:g} the most images are certified by {_label(best, frame)} "
+            f"({best[f'certified_{above[0]:g}']:.1%}); not told apart from it: {', '.join(others) or 'none'}. "
+        )
+    text += (
         f"With {frame['images'].iloc[0]:.0f} images an accuracy is known to within {100 * wide:.0f} points at worst "
         f"(brackets: 95% Clopper-Pearson intervals); in each column, rows marked = cannot be told apart from its best. "
         f"With these votes no image can be certified beyond r = {reach(record):.3f} (a dash)."

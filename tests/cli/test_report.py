@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import TINY, Result
+from records import made_up
 
 from bench import published
 
@@ -94,3 +95,29 @@ def test_published_rows_stand_beside_a_table_and_say_what_differs(bench: Bench, 
     assert "Cohen" not in bench("report", runs, "--published").out  # nothing published for this data set
     refused = bench("report", runs, "--published", "--format", "csv")
     assert refused.code == 2 and refused.err.count("\n") == 1
+
+
+def test_rows_that_cannot_be_told_apart_from_the_best_are_marked(bench: Bench, tmp_path: Path) -> None:
+    """Of 40 images: the best holds on 30 at .25; one 4 fewer (McNemar p = .125), one 10 fewer (p = .002)."""
+    made_up(tmp_path, [0.3] * 30 + [0.1] * 10, name="best")
+    made_up(tmp_path, [0.3] * 26 + [0.1] * 14, name="close")
+    made_up(tmp_path, [0.3] * 20 + [0.1] * 20, name="far")
+    result = bench("report", tmp_path)
+    assert result.code == 0
+    column = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in result.out.splitlines() if "|" in line}
+    assert column["best"].startswith("75.0%") and column["best"].endswith("] =")
+    assert column["close"].startswith("65.0%") and column["close"].endswith("] =")
+    assert column["far"].startswith("50.0%") and not column["far"].endswith("=")
+    assert "certified by best (75.0%); not told apart from it: close." in result.out
+
+
+def test_holms_correction_counts_the_rows(bench: Bench, tmp_path: Path) -> None:
+    """7 fewer is p = .016: significant alone, not as the smallest of four tests."""
+    made_up(tmp_path, [0.3] * 30 + [0.1] * 10, name="best")
+    made_up(tmp_path, [0.3] * 23 + [0.1] * 17, name="one")
+    row = next(line for line in bench("report", tmp_path).out.splitlines() if line.startswith("| one"))
+    assert not row.split("|")[3].strip().endswith("=")
+    for name in ("two", "three", "four"):
+        made_up(tmp_path, [0.3] * 29 + [0.1] * 11, name=name)
+    row = next(line for line in bench("report", tmp_path).out.splitlines() if line.startswith("| one"))
+    assert row.split("|")[3].strip().endswith("=")
