@@ -129,6 +129,21 @@ def test_what_queries_alone_can_train_is_trained_the_same(
     assert lines(tmp_path / "1") == lines(tmp_path / "0")
 
 
+CAST = {
+    "denoiser": ("access=query", "objective=stab", "epochs=1", "depth=3", "width=8"),
+    "diffusion": ("epochs=1", "width=8"),
+}
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_the_query_cast_runs_on_a_served_base(bench: Bench, tmp_path: Path, server: InferenceServer, name: str) -> None:
+    settings = [word for setting in CAST[name] for word in ("--set", setting)]
+    for base in ("vit", server.url):
+        ran = bench(*command(base, tmp_path / base[:3], name, *settings))
+        assert ran.code == 0, ran.err
+    assert lines(tmp_path / "htt") == lines(tmp_path / "vit")
+
+
 def test_a_record_of_a_served_base_is_reported_reused_and_verified(
     bench: Bench, tmp_path: Path, server: InferenceServer
 ) -> None:
