@@ -15,6 +15,7 @@ from bench.bases import untrained_base
 from bench.cache import scratch_cache
 from bench.cards import choose, load_splits
 from bench.certify import Certificate, Task, certify, check_rows
+from bench.context import Workshop
 from bench.errors import BenchError
 from bench.interface import Schedule
 from bench.noise import Noise, Vote, VoteDraw
@@ -49,12 +50,12 @@ def examine(plan: Plan) -> Iterator[Finding]:
         # A cache of its own, so that training really happens.
         with scratch_cache(), fitting.blame(plan.defense), run.steady():
             check = "it is built, and asks the base for no more than its access"
-            defense = fitting.construct(plan, base, device)
+            defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))
             yield Finding(check)
 
             check = f"it trains for {STEPS} steps"
             if fitting.trains(defense):
-                fitting.train_or_load(plan, base, train, device, lambda *_: None, defense)
+                fitting.train_or_load(plan, base, train, device, lambda *_: None, defense, STEPS)
             defense.merge()
             defense.eval()
             yield Finding(check)
