@@ -27,6 +27,7 @@ class Workshop:
 
     train: Split
     progress: training.Progress
+    most: int | None = None  # steps of each training, at most
 
 
 class BuildContext:
@@ -82,6 +83,7 @@ class BuildContext:
                     checkpoint=entry.checkpoint,
                     progress=workshop.progress,
                     spent=spent,
+                    most=workshop.most,
                 )
                 with training.fixed_rng(seed):
                     part.fit(module, job)

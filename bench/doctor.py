@@ -52,12 +52,12 @@ def examine(plan: Plan) -> Iterator[Finding]:
         with scratch_cache(), fitting.blame(plan.defense), run.steady():
             check = "it is built, and asks the base for no more than its access"
             # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
-            defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None))
+            defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))
             yield Finding(check)
 
             check = f"it trains{steps}"
             if fitting.trains(defense):
-                fitting.train_or_load(plan, base, train, device, lambda *_: None, defense)
+                fitting.train_or_load(plan, base, train, device, lambda *_: None, defense, STEPS)
             defense.merge()
             defense.eval()
             yield Finding(check)

@@ -147,8 +147,12 @@ def train_or_load(
     device: torch.device,
     progress: training.Progress,
     defense: Defense,
+    most: int | None = None,
 ) -> Trained:
-    """The stored training of a plan; where there is none, ``defense`` is trained in place and stored."""
+    """The stored training of a plan; where there is none, ``defense`` is trained in place and stored.
+
+    ``most``: end each of its trainings after so many steps.
+    """
     label = f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.train_sigma:g}"
     entry = Entry(label, identity(plan, base, train, device, context_of(defense).used))
     with entry.lock():
@@ -168,6 +172,7 @@ def train_or_load(
             progress=progress,
             spent=spent,
             base=defense.context.base,
+            most=most,
         )
         with blame(plan.defense), training.fixed_rng(plan.seed):
             defense.fit(job)

@@ -151,7 +151,9 @@ class Session:
             per_vote = check_rows(defense, task, indices[0]) / task.block
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
-        epochs = 0.0 if plan.weights else max(1, len(plan.candidates)) * getattr(defense.schedule(), "epochs", 0.0)
+        trainings = 0 if plan.weights else max(1, len(plan.candidates))
+        epochs = trainings * getattr(defense.schedule(), "epochs", 0.0)
+        queries = trainings * getattr(plan.config, "queries", 0)
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
             "run": f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}",
@@ -159,7 +161,7 @@ class Session:
             "images": len(indices),
             "votes": votes,
             "seconds": votes * per_vote,
-            "train_seconds": 3 * images * per_vote,
+            "train_seconds": (3 * images + queries) * per_vote,
         }
 
     def _identity(

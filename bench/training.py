@@ -85,6 +85,7 @@ class TrainingJob:
     progress: Progress
     spent: list[float]  # seconds of training so far, earlier processes included, one entry a stage
     base: Base | None = None  # whose queries are counted, and restored with a checkpoint
+    most: int | None = None  # steps a stage does at most: the conformance test's
 
     def at(self, name: str, sigma: float | None = None) -> TrainingJob:
         """A stage with a checkpoint, seed and perhaps noise level of its own."""
@@ -121,7 +122,7 @@ class TrainingJob:
         done, before, dearest = self._resume(state)
         started = saved = time.perf_counter()
         noise = Noise(self.seed, "train")
-        for number in range(done, count):
+        for number in range(done, count if self.most is None else min(count, self.most)):
             asked = self._queries()
             if queries and asked + dearest > queries:
                 break

@@ -1,0 +1,343 @@
+"""A visual prompt for each image, learned from the base's answers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from bench import tensors
+from bench.errors import BenchError, one_line
+from bench.interface import Access, Defense, Draw, Job, Part, Schedule, Step
+from bench.spsa import SPSA, Diverged, Gains, Replay
+
+
+class Coordinator(Defense):
+    """BlackVIP (Oh et al. 2023, arXiv 2303.14773): a frozen encoder, and a small decoder trained by SPSA-GC.
+
+    The base sees clip(x + p_eps * prompt(x)) and only answers: no gradient, no weights. ``paper`` has the
+    released encoder (ViT-MAE-B, class token), decoder (9,920 parameters with its trigger, for images of three
+    channels) and constants, with a query budget of ours. It differs from the released code where that would
+    bend a certificate or blur a probe: the encoder sees the whole image, clipped (there a random three
+    quarters of its patches are hidden); batch norms take their statistics from the first batch, once; all
+    probes of a step see the same noise; the 224x224 prompt is resized to the image, not the image to it.
+
+    Otherwise the encoder is a small masked autoencoder trained here on clean images, and the decoder one
+    transposed convolution of its patch tokens' principal components, so that a prompt follows the image
+    patch by patch, and a random direction moves all weights' effects alike.
+    ``method=gradient`` trains the same decoder through the base: what SPSA could reach at most.
+    """
+
+    access = Access.QUERY
+    family = "classifier-tuned"
+    paper = "2303.14773"
+
+    @dataclass(frozen=True)
+    class Config:
+        """Encoder, weight of the prompt, budget, and SPSA's gains (see ``bench.spsa.Gains``)."""
+
+        encoder: str = ""  # hub id or folder of a timm ViT; empty: a small one is trained here
+        p_eps: float = 0.5
+        method: Literal["spsa-gc", "spsa", "one-sided", "gradient"] = "spsa-gc"
+        queries: int = 320_000  # images the base is asked in training, at most
+        batch: int = 32
+        probes: int = 5  # directions a step
+        a: float = 5e-4
+        c: float = 0.02
+        o: float = 10.0
+        alpha: float = 0.4
+        gamma: float = 0.1
+        b: float = 0.9  # momentum of spsa-gc
+        lr: float = 0.01  # of gradient: Adam, decaying to 0 linearly
+
+    presets: ClassVar = {
+        "paper": {
+            "encoder": "timm/vit_base_patch16_224.mae",
+            "p_eps": 1.0,
+            "queries": 6_400_000,  # 5,000 steps
+            "batch": 128,
+            "a": 0.01,
+            "c": 0.01,
+            "o": 1.0,
+        }
+    }
+
+    @classmethod
+    def needs(cls, config: Any) -> Access:
+        return Access.GRADIENT if config.method == "gradient" else Access.QUERY
+
+    def build(self) -> None:
+        for name in ("batch", "probes", "p_eps", "a", "c"):
+            if getattr(self.config, name) <= 0:
+                raise BenchError(f"coordinator: {name} must be above 0")
+        self._check_budget(self.config.batch * self._evaluations())
+        self.encoder: nn.Module
+        if self.config.encoder:
+            self.encoder = self._stored_encoder(self.config.encoder)
+            self.decoder = blackvip_decoder(cast(int, self.encoder.width), self.context.shape[0])
+        else:
+            self.encoder = self.context.once(MaskedAutoencoder())
+            self.decoder = patch_decoder(cast(PatchEncoder, self.encoder), self.context.shape[0])
+
+    def _stored_encoder(self, source: str) -> nn.Module:
+        try:
+            config = json.loads(self.context.hub(source, "config.json").read_text())
+            stated = config.get("pretrained_cfg") or config
+            model = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
+            encoder = StoredEncoder(model, stated["mean"], stated["std"], stated["input_size"])
+        except BenchError:
+            raise
+        except Exception as e:  # a config is somebody else's: timm raises whatever it likes
+            raise BenchError(
+                f"coordinator: encoder {source} is no timm ViT with a config.json: {one_line(e)}"
+            ) from None
+        stored = tensors.read(self.context.hub(source, "model.safetensors")).tensors
+        tensors.check(f"coordinator: encoder {source}", model.state_dict(), stored)
+        model.load_state_dict(stored)
+        return encoder.eval().requires_grad_(False)
+
+    def _evaluations(self) -> int:
+        probes: int = self.config.probes
+        return {"one-sided": 1 + probes, "gradient": 1}.get(self.config.method, 2 * probes)
+
+    def _check_budget(self, step: int) -> None:
+        if self.config.queries < step:
+            raise BenchError(f"coordinator: one step takes {step} queries; use --set queries={step} or more")
+
+    def fit(self, job: Job) -> None:
+        """Train the decoder and its trigger until the queries are spent."""
+        config = self.config
+        parameters = list(self.decoder.parameters())
+        gains = Gains(
+            config.a, config.c, config.o, config.alpha, config.gamma, config.b if config.method == "spsa-gc" else 0.0
+        )
+        spsa = SPSA(parameters, gains, config.probes, one_sided=config.method == "one-sided")
+        adam = torch.optim.Adam(parameters)
+        # An objective that shows the base several copies of an image meets the budget in fewer steps than that.
+        count = config.queries // (config.batch * self._evaluations())
+        for step in job.steps(count, config.batch, self.decoder, spsa, adam, queries=config.queries):
+            if step.number == 0:
+                self._set_statistics(step)
+            asked = self.context.base.queries
+            loss = self._loss_of(step, job)
+            if config.method == "gradient":
+                adam.param_groups[0]["lr"] = config.lr * (1 - step.number / count)
+                value = loss()
+                adam.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+                adam.step()
+                step.report(value.detach())
+            else:
+                try:
+                    step.report(spsa.step(loss))
+                except Diverged as e:
+                    mend = "tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"
+                    raise BenchError(f"coordinator: {e}; {mend}") from None
+            if step.number == 0:
+                self._check_budget(self.context.base.queries - asked)
+
+    def _set_statistics(self, step: Step) -> None:
+        """Batch norms and whitening take those of a noisy batch, and keep them: probes must not move them."""
+        norms = [m for m in self.decoder.modules() if isinstance(m, nn.BatchNorm2d | Whitening)]
+        for norm in norms:
+            norm.train()
+        with torch.no_grad():
+            self.decoder(self.encode(step.x + step.draw.sigma * step.draw.normal(*step.x.shape[1:])))
+        for norm in norms:
+            norm.eval()
+
+    def _loss_of(self, step: Step, job: Job) -> Callable[[], Tensor]:
+        """The step's loss as a function of the decoder alone: the same noise at every call."""
+        replay = Replay(step.draw)
+        known: list[tuple[Tensor, Tensor]] = []  # the encoder is frozen: it sees each noisy batch once
+
+        def logits(x: Tensor, draw: Draw) -> Tensor:
+            z = next((z for seen, z in known if torch.equal(seen, x)), None)
+            if z is None:
+                z = self.encode(x)
+                known.append((x.detach(), z))
+            return self.answer(x, z)
+
+        def loss() -> Tensor:
+            replay.rewind()
+            return job.objective(logits, step.x, step.y, replay)
+
+        return loss
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The encoder's features of the image, clipped: it never saw a pixel outside [0, 1]."""
+        with torch.no_grad():
+            return cast(Tensor, self.encoder(x.clamp(0, 1)))
+
+    def answer(self, x: Tensor, features: Tensor) -> Tensor:
+        """The base's logits, in single precision, of the image with its prompt."""
+        prompt = _resized(self.decoder(features), x.shape[-2:])
+        return self.context.base((x + self.config.p_eps * prompt).clamp(0, 1)).float()
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        return self.answer(x, self.encode(x))
+
+
+class Decoder(nn.Module):
+    """Features [B, ...], normalised, joined along the first dimension with the trainable trigger, to a prompt."""
+
+    def __init__(self, normalise: nn.Module, trigger: Tensor, body: nn.Module) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.trigger = nn.Parameter(trigger)
+        self.body = body
+
+    def forward(self, features: Tensor) -> Tensor:
+        trigger = self.trigger.expand(len(features), *self.trigger.shape)
+        return cast(Tensor, self.body(torch.cat([self.normalise(features), trigger], dim=1)))
+
+
+def blackvip_decoder(width: int, channels: int) -> Decoder:
+    """BlackVIP's: features and trigger as 32 planes of 7x7, doubled five times to ``channels`` of 224x224."""
+    planes, side = 32, 7
+    if width >= planes * side**2:
+        raise BenchError(f"coordinator: an encoder of width {width} leaves no room for a trigger; take a smaller one")
+    body: list[nn.Module] = [nn.Unflatten(1, (planes, side, side))]
+    for spread, out in ((64, 64), (64, 32), (32, 32), (32, 16)):
+        body += [
+            nn.ConvTranspose2d(planes, spread, 2, 2, groups=planes),
+            nn.ConvTranspose2d(spread, out, 1, bias=False),
+            nn.BatchNorm2d(out, momentum=None),  # the statistics of all batches seen in training mode: of one
+            nn.GELU(),
+        ]
+        planes = out
+    body.append(nn.ConvTranspose2d(planes, channels, 2, 2, bias=False))
+    return Decoder(nn.Identity(), torch.rand(32 * side**2 - width) / 10, nn.Sequential(*body))
+
+
+def patch_decoder(encoder: PatchEncoder, channels: int) -> Decoder:
+    """One transposed convolution from tokens to patches; it begins at zero, that is at clipping alone."""
+    components = encoder.width // 2
+    body = nn.ConvTranspose2d(components + 1, channels, encoder.patch, encoder.patch)
+    for p in body.parameters():
+        nn.init.zeros_(p)
+    trigger = torch.rand(1, encoder.grid, encoder.grid) / 10
+    return Decoder(Whitening(encoder.width, components), trigger, body)
+
+
+class Whitening(nn.Module):
+    """The leading principal components of a feature map, each of variance 1; in training mode its batch sets them.
+
+    SPSA perturbs all weights equally. Of raw features the mean alone carries a third of the energy, and
+    the step that it allows is far too short for all the rest.
+    """
+
+    mean: Tensor
+    map: Tensor
+
+    def __init__(self, width: int, components: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("map", torch.eye(width)[:, :components].contiguous())
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.training:
+            rows = z.movedim(1, -1).flatten(0, -2)
+            variance, axes = torch.linalg.eigh(torch.cov(rows.T))
+            leading = slice(-self.map.shape[1], None)
+            self.mean.copy_(rows.mean(0))
+            self.map.copy_(axes[:, leading] / variance[leading].clamp(min=1e-6).sqrt())
+        return torch.einsum("bwij,wc->bcij", z - self.mean[:, None, None], self.map)
+
+
+class StoredEncoder(nn.Module):
+    """A timm ViT with its resizing and normalisation inside: pixels to the class token."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float], size: list[int]) -> None:
+        super().__init__()
+        self.model, self.size, self.width = model, size[-2:], int(model.num_features)  # type: ignore[arg-type]
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A grey image broadcasts over the model's channels.
+        x = (_resized(x, self.size) - self.mean) / self.std
+        return cast(Tensor, self.model.forward_features(x)[:, 0])  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class MaskedAutoencoder(Part):
+    """A small masked autoencoder (He et al. 2021, arXiv 2111.06377) of the training images, without labels or noise."""
+
+    width: int = 32
+    depth: int = 2
+    heads: int = 4
+    patch: int = 2
+    side: int = 16  # larger images are shrunk to it
+    hidden: float = 0.5  # share of patches to be guessed from the rest; the paper's 75% would leave 4 of digits' 16
+    epochs: float = 60
+
+    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+        return PatchEncoder(self, shape)
+
+    def fit(self, module: nn.Module, job: Job) -> None:
+        schedule = Schedule(epochs=self.epochs, batch=64, lr=2e-3, weight_decay=0.05, warmup=0.1)
+        job.train(module, lambda x, y, draw: cast(PatchEncoder, module).reconstruction(x), schedule)
+
+
+class PatchEncoder(nn.Module):
+    """A small ViT: pixels to one feature vector a patch, [B, width, grid, grid]."""
+
+    def __init__(self, part: MaskedAutoencoder, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.width, self.patch, self.hidden = part.width, part.patch, part.hidden
+        self.grid = min(part.side, *shape[1:]) // part.patch
+        self.embed = nn.Conv2d(shape[0], part.width, part.patch, part.patch)
+        self.position, self.guess_position = (
+            nn.Parameter(0.02 * torch.randn(1, self.grid**2, part.width)) for _ in range(2)
+        )
+        self.blocks = nn.Sequential(*[Block(part.width, part.heads, qkv_bias=True) for _ in range(part.depth)])
+        self.norm = nn.LayerNorm(part.width)
+        # What only guessing takes.
+        self.unknown = nn.Parameter(torch.zeros(1, 1, part.width))
+        self.guess = nn.Sequential(
+            Block(part.width, part.heads, qkv_bias=True),
+            nn.LayerNorm(part.width),
+            nn.Linear(part.width, shape[0] * part.patch**2),
+        )
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.embed(x)).flatten(2).mT + self.position
+
+    def _fit(self, x: Tensor) -> Tensor:
+        return _resized(x, [self.grid * self.patch] * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.norm(self.blocks(self._tokens(self._fit(x))))
+        return features.mT.reshape(len(x), self.width, self.grid, self.grid)
+
+    def reconstruction(self, x: Tensor) -> Tensor:
+        """Mean squared error of hidden patches, guessed from those shown."""
+        x = self._fit(x)
+        tokens = self._tokens(x)
+        rows, patches, width = tokens.shape
+        shown = max(1, round(patches * (1 - self.hidden)))
+        order = torch.rand(rows, patches).argsort(1).to(x.device)
+        index = order[:, :shown, None].expand(-1, -1, width)
+        features = self.norm(self.blocks(tokens.gather(1, index)))
+        whole = self.unknown.to(features.dtype).expand(rows, patches, width).scatter(1, index, features)
+        wrong = self.guess(whole + self.guess_position) - F.unfold(x, self.patch, stride=self.patch).mT
+        return cast(Tensor, wrong).square().mean(2).gather(1, order[:, shown:]).mean()
+
+
+def _resized(x: Tensor, size: list[int] | torch.Size) -> Tensor:
+    """Bilinear, and smoothed where that shrinks; the image itself where it has that size."""
+    if list(x.shape[-2:]) == list(size):
+        return x
+    shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
+    return F.interpolate(x, list(size), mode="bilinear", align_corners=False, antialias=shrinks)
