@@ -168,7 +168,10 @@ def test_the_budget_ends_training_and_the_record_says_what_was_asked(
     ("setting", "message"),
     [
         (f"queries={STEP - 1}", f"one step takes {STEP} queries; use --set queries={STEP} or more"),
-        ("a=1e4", "; tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"),
+        (
+            "a=1e38",
+            "SPSA diverged: loss nan at step 2; tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)",
+        ),
         ("probes=0", "probes must be above 0"),
     ],
 )
