@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.interface import Draw
 
-START, RECENT = 10, 50  # steps whose mean loss is "the start"; memory, in steps, of the loss it is compared to
+RECENT = 50  # memory, in steps, of the mean loss that is compared to the first
 
 
 class Diverged(Exception):
@@ -66,7 +66,7 @@ class SPSA:
         self.gains, self.probes, self.one_sided = gains, probes, one_sided
         self.k = 0  # steps done
         self.momentum = torch.zeros_like(nn.utils.parameters_to_vector(self.parameters).detach())
-        self.start = self.recent = 0.0  # mean loss of the first START steps, and of late
+        self.start = self.recent = 0.0  # loss of the first step, and mean of late
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: without k the gains begin anew."""
@@ -117,12 +117,10 @@ class SPSA:
     def _watch(self, value: float, k: int) -> None:
         if not math.isfinite(value):
             raise Diverged(f"SPSA diverged: loss {value} at step {k}")
-        if k <= START:
-            self.start += (value - self.start) / k
-            self.recent = self.start
-            return
+        if k == 1:
+            self.start = self.recent = value
         self.recent += (value - self.recent) / RECENT
-        # Twice the start alone would be reached by chance where the start is near 0.
+        # A multiple of the start alone would be reached by chance where the start is near 0.
         if self.recent > 2 * self.start + 1:
             raise Diverged(f"SPSA diverged: by step {k} its loss rose from {self.start:.3g} to {self.recent:.3g}")
 

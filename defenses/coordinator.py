@@ -30,7 +30,8 @@ class Coordinator(Defense):
     probes of a step see the same noise; the 224x224 prompt is resized to the image, not the image to it.
 
     Otherwise the encoder is a small masked autoencoder trained here on clean images, and the decoder one
-    transposed convolution of its patch tokens, so that a prompt follows the image patch by patch.
+    transposed convolution of its patch tokens' principal components, so that a prompt follows the image
+    patch by patch, and a random direction moves all weights' effects alike.
     ``method=gradient`` trains the same decoder through the base: what SPSA could reach at most.
     """
 
@@ -143,8 +144,8 @@ class Coordinator(Defense):
                 self._check_budget(self.context.base.queries - asked)
 
     def _set_statistics(self, step: Step) -> None:
-        """Batch norms take the statistics of a noisy batch, and keep them: probes must not move them."""
-        norms = [m for m in self.decoder.modules() if isinstance(m, nn.BatchNorm2d)]
+        """Batch norms and whitening take those of a noisy batch, and keep them: probes must not move them."""
+        norms = [m for m in self.decoder.modules() if isinstance(m, nn.BatchNorm2d | Whitening)]
         for norm in norms:
             norm.train()
         with torch.no_grad():
@@ -185,16 +186,17 @@ class Coordinator(Defense):
 
 
 class Decoder(nn.Module):
-    """Features [B, ...], joined along the first dimension with the trainable trigger, to a prompt."""
+    """Features [B, ...], normalised, joined along the first dimension with the trainable trigger, to a prompt."""
 
-    def __init__(self, trigger: Tensor, body: nn.Module) -> None:
+    def __init__(self, normalise: nn.Module, trigger: Tensor, body: nn.Module) -> None:
         super().__init__()
+        self.normalise = normalise
         self.trigger = nn.Parameter(trigger)
         self.body = body
 
     def forward(self, features: Tensor) -> Tensor:
         trigger = self.trigger.expand(len(features), *self.trigger.shape)
-        return cast(Tensor, self.body(torch.cat([features, trigger], dim=1)))
+        return cast(Tensor, self.body(torch.cat([self.normalise(features), trigger], dim=1)))
 
 
 def blackvip_decoder(width: int, channels: int) -> Decoder:
@@ -212,15 +214,42 @@ def blackvip_decoder(width: int, channels: int) -> Decoder:
         ]
         planes = out
     body.append(nn.ConvTranspose2d(planes, channels, 2, 2, bias=False))
-    return Decoder(torch.rand(32 * side**2 - width) / 10, nn.Sequential(*body))
+    return Decoder(nn.Identity(), torch.rand(32 * side**2 - width) / 10, nn.Sequential(*body))
 
 
 def patch_decoder(encoder: PatchEncoder, channels: int) -> Decoder:
     """One transposed convolution from tokens to patches; it begins at zero, that is at clipping alone."""
-    body = nn.ConvTranspose2d(encoder.width + 1, channels, encoder.patch, encoder.patch)
+    components = encoder.width // 2
+    body = nn.ConvTranspose2d(components + 1, channels, encoder.patch, encoder.patch)
     for p in body.parameters():
         nn.init.zeros_(p)
-    return Decoder(torch.rand(1, encoder.grid, encoder.grid) / 10, body)
+    trigger = torch.rand(1, encoder.grid, encoder.grid) / 10
+    return Decoder(Whitening(encoder.width, components), trigger, body)
+
+
+class Whitening(nn.Module):
+    """The leading principal components of a feature map, each of variance 1; in training mode its batch sets them.
+
+    SPSA perturbs all weights equally. Of raw features the mean alone carries a third of the energy, and
+    the step that it allows is far too short for all the rest.
+    """
+
+    mean: Tensor
+    map: Tensor
+
+    def __init__(self, width: int, components: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("map", torch.eye(width)[:, :components].contiguous())
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.training:
+            rows = z.movedim(1, -1).flatten(0, -2)
+            variance, axes = torch.linalg.eigh(torch.cov(rows.T))
+            leading = slice(-self.map.shape[1], None)
+            self.mean.copy_(rows.mean(0))
+            self.map.copy_(axes[:, leading] / variance[leading].clamp(min=1e-6).sqrt())
+        return torch.einsum("bwij,wc->bcij", z - self.mean[:, None, None], self.map)
 
 
 class StoredEncoder(nn.Module):
