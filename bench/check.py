@@ -131,15 +131,7 @@ def _judged(old: dict[str, Any], new: dict[str, Any], factor: float) -> dict[str
     warnings: list[str] = []
     equal = _reproduced(old, new, wrong, notes)
     _costs(old, new, equal, wrong, notes)
-    before, now = old["cost"]["vote_in_calibrations"], new["cost"]["vote_in_calibrations"]
-    if before is None or now is None:
-        notes.append("seconds not compared: one of the runs has no calibration (it was resumed, or is older)")
-    elif now > factor * before:
-        warnings.append(
-            f"a vote takes {now / before:.2f} times as long as it did, in units of a calibration timed with it"
-        )
-    elif before > factor * now:
-        notes.append(f"a vote takes {now / before:.2f} of the time it did, in units of a calibration timed with it")
+    _seconds(old, new, factor, warnings, notes)
     first, second = ({image[0]: image[1] for image in one["images"]} for one in (old, new))
     rows = []
     for radius in old["radii"]:
@@ -199,6 +191,20 @@ def _costs(old: dict[str, Any], new: dict[str, Any], equal: bool, wrong: list[st
             wrong.append(f"costs more: {said}")
         else:
             notes.append(f"costs less: {said}")
+
+
+def _seconds(old: dict[str, Any], new: dict[str, Any], factor: float, warnings: list[str], notes: list[str]) -> None:
+    """A calibration makes up for the load of a machine, not for another one's instructions."""
+    before, now = old["cost"]["vote_in_calibrations"], new["cost"]["vote_in_calibrations"]
+    unit = "in units of a calibration timed with it"
+    if any(old["environment"][k] != new["environment"][k] for k in ("device", "threads")):
+        notes.append("seconds not compared: another processor or number of threads")
+    elif before is None or now is None:
+        notes.append("seconds not compared: one of the runs has no calibration (it was resumed, or is older)")
+    elif now > factor * before:
+        warnings.append(f"a vote takes {now / before:.2f} times as long as it did, {unit}")
+    elif before > factor * now:
+        notes.append(f"a vote takes {now / before:.2f} of the time it did, {unit}")
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,7 @@ from records import made_up
 
 from bench import check, paired
 from bench.baseline import read
+from bench.cli import main
 
 Bench = Callable[..., Result]
 ROOT = Path(__file__).parent.parent.parent
@@ -42,12 +44,21 @@ def edit(run: Path, **change: Any) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run that certifies 80 of 100 images at .25, and its baseline."""
+    folder = tmp_path_factory.mktemp("made")
+    made_up(folder / "old", votes(80), counted=True)
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(folder / "old"), "--baseline", str(folder / "b.json"), "--update"])
+    assert not stop.value.code
+    return folder
+
+
 @pytest.fixture
-def baseline(bench: Bench, tmp_path: Path) -> Path:
-    """Of one run that certifies 80 of 100 images at .25."""
-    made_up(tmp_path / "old", votes(80), counted=True)
-    result = bench("check", tmp_path / "old", "--baseline", tmp_path / "b.json", "--update")
-    assert result.code == 0, result.err
+def baseline(made: Path, tmp_path: Path) -> Path:
+    """Copies of both for one test."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "b.json"
 
 
@@ -95,16 +106,20 @@ def test_images_that_fall_both_ways_are_chance(bench: Bench, baseline: Path, tmp
 
 
 def test_holm_is_over_all_entries(bench: Bench, tmp_path: Path) -> None:
-    """Nine lost are p = 1/512 each: enough against two tests' worth, not against three radii of two runs."""
+    """Nine lost are p = 1/512 each: too many for three radii of one run, not for those of two."""
     for name in ("a", "b"):
-        made_up(tmp_path / "old", votes(80), name=name, counted=True)
+        run = made_up(tmp_path / "old", votes(80), name=name, counted=True)
         change = EDITED | {"name": name}
         made_up(tmp_path / "one", votes(71), name=name, counted=True, defense=change)
     bench("check", tmp_path / "old", "--baseline", tmp_path / "b.json", "--update")
-    found = json.loads(bench("check", tmp_path / "one", "--baseline", tmp_path / "b.json", "--json").out)
+    result = bench("check", tmp_path / "one", "--baseline", tmp_path / "b.json", "--json")
+    assert result.code == 0
+    found = json.loads(result.out)
     rows = [r for e in found["entries"] for r in e["radii"]]
     assert [r["p_holm"] for r in rows] == pytest.approx(paired.holm([r["p"] for r in rows]))
     assert found["gate"]["tests"] == len(rows) == 6
+    bench("check", run, "--baseline", tmp_path / "b.json", "--update")
+    assert bench("check", tmp_path / "one", "--baseline", tmp_path / "b.json").code == 1
 
 
 @pytest.mark.parametrize("key", ["base_forwards", "parameters", "trained_here", "flops_per_vote"])
@@ -144,6 +159,10 @@ def test_seconds_only_warn_and_only_beside_a_calibration(bench: Bench, tmp_path:
     assert "a vote takes" not in said["machine"].out
     assert "a vote takes 0.50 of the time" in said["faster"].out
     assert "seconds not compared" in said["resumed"].out
+    edit(next((tmp_path / "slower").glob("*")), environment={"device": "other"})
+    other = bench("check", tmp_path / "slower", "--baseline", tmp_path / "b.json")
+    assert "seconds not compared: another processor" in other.out and "warning" not in other.out
+    edit(next((tmp_path / "slower").glob("*")), environment={"device": None})
     tolerant = bench("check", tmp_path / "slower", "--baseline", tmp_path / "b.json", "--factor", 2.5)
     assert "warning" not in tolerant.out
 
