@@ -235,6 +235,44 @@ def compare(
     print(json.dumps(found, indent=1) if as_json else compare.markdown(found), end="\n" if as_json else "")
 
 
+@app.command()
+def check(
+    baseline: Annotated[Path, typer.Option(help="The file to hold the runs against; --update makes it.")],
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    update: Annotated[bool, typer.Option("--update", help="Make these runs the baseline; say what changed.")] = False,
+    any_base: Annotated[
+        bool | None,
+        typer.Option(
+            "--any-base/--same-base",
+            help="With --update: whether the base may have other weights, as one trained anew on another machine has. "
+            "Default: as the file says, at first not.",
+        ),
+    ] = None,
+    points: Annotated[float, typer.Option(help="The least loss of certified accuracy that fails, in points.")] = 2.0,
+    factor: Annotated[float, typer.Option(help="Warn of votes that take this many times as long.")] = 1.5,
+    as_json: AsJson = False,
+) -> None:
+    """Hold runs against a baseline. Exit 1: one regresses or is not reproduced; 3: one is missing or not comparable."""
+    from bench import check, github
+    from bench.baseline import update as written
+
+    if update:
+        lines = check.changes(*written(baseline, runs, any_base))
+        print(json.dumps(lines, indent=1) if as_json else "\n".join([*lines, f"wrote {baseline}"]))
+        return
+    if any_base is not None:
+        raise BenchError("--any-base and --same-base are a baseline's own statement; give them with --update")
+    found = check.check(baseline, runs, points, factor)
+    text = check.markdown(found)
+    print(json.dumps(found, indent=1) if as_json else text, end="\n" if as_json else "")
+    github.publish(text, check.findings(found))
+    verdicts = {one["verdict"] for one in found["entries"]}
+    if check.REGRESSES in verdicts:
+        raise typer.Exit(1)
+    if check.NOT_COMPARABLE in verdicts:
+        raise NotComparable(check.headline(found))
+
+
 @app.command("import")
 def import_(
     log: Annotated[Path, typer.Argument(help="A released log: one line an image, tab-separated, with a header.")],

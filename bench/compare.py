@@ -61,20 +61,21 @@ def _terms(identity: dict[str, Any]) -> dict[str, Any]:
     """What must agree: all that decides a certified accuracy but base and defense. None where not known."""
     terms = {k: identity[k] for k in ("dataset", "split", "indices", "images", "sigma", "bound")}
     # The rest of the noise follows from its kind and the images' levels.
-    return terms | {"noise": identity["noise"]["kind"]} | _flat(identity["procedure"], "procedure.")
+    return terms | {"noise": identity["noise"]["kind"]} | flat(identity["procedure"], "procedure.")
 
 
 def _settings(identity: dict[str, Any]) -> dict[str, Any]:
     """The rest, which may differ and is then said."""
     settled = {"dataset", "card", "split", "indices", "images", "sigma", "noise", "procedure", "bound"}
-    return _flat({k: v for k, v in identity.items() if k not in settled})
+    return flat({k: v for k, v in identity.items() if k not in settled})
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of inner dictionaries under dotted names."""
+    found: dict[str, Any] = {}
     for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat
+        found |= flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return found
 
 
 def _same(values: Sequence[Any]) -> bool:
@@ -104,10 +105,11 @@ def _reason(key: str, values: Sequence[Any]) -> str:
     if key == "indices":
         common = set.intersection(*map(set, values))
         return f"images differ ({', '.join(str(len(v)) for v in values)}, of which {len(common)} are common to all)"
-    return f"{key} is {' and '.join(map(_short, values))}"
+    return f"{key} is {' and '.join(map(short, values))}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A setting's value for people."""
     if isinstance(value, str) and len(value) == 64:  # a hash
         return value[:8]
     text = "not stated" if value is None else str(value)
@@ -193,7 +195,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"Not known of an imported run, so not compared: {', '.join(found['unknown'])}. "
             "Images are matched by index and label."
         )
-    short = {k: [escape(_short(v)) for v in values] for k, values in found["differs"].items()}
+    short = {k: [escape(short(v)) for v in values] for k, values in found["differs"].items()}
     parts.append("What differs beside the certificates:\n\n" + _table({"setting": list(short)} | _columns(short, runs)))
     parts += [_pair_markdown(pair, labels, runs) for pair in found["pairs"]]
     costs = {title: [_number(run["cost"][key]) for run in runs] for key, title in COSTS.items()}

@@ -42,3 +42,33 @@ def bootstrap(first: int, second: int, n: int) -> tuple[float, float]:
     drawn = np.random.default_rng(SEED).multinomial(n, shares, RESAMPLES)
     low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [0.025, 0.975])
     return float(low), float(high)
+
+
+def loss(lost: int, won: int) -> float:
+    """One-sided exact McNemar: the chance of at least ``lost`` losses among these changes, each a fair coin."""
+    return float(stats.binom.sf(lost - 1, lost + won, 0.5))
+
+
+def regresses(lost: int, won: int, images: int, adjusted: float, level: float, points: float) -> bool:
+    """Whether more is lost than chance explains (``adjusted``, a p-value of ``loss``) and than anyone would mind."""
+    return adjusted <= level and 100 * (lost - won) >= points * images
+
+
+def power(images: int, lost: float, won: float, level: float, points: float) -> float:
+    """The exact chance that ``regresses``, where each image is lost or won with these chances on its own.
+
+    Summed over the number of changes; given that, losses are binomial.
+    """
+    if lost + won == 0:
+        return 0.0
+    changes = np.arange(images + 1)
+    significant = stats.binom.isf(level, changes, 0.5) + 1
+    needed = np.maximum(significant, np.ceil((changes + points * images / 100) / 2 - 1e-9))
+    caught = stats.binom.sf(needed - 1, changes, lost / (lost + won))
+    return float(np.sum(stats.binom.pmf(changes, images, lost + won) * caught))
+
+
+def largest_size(images: int, level: float) -> float:
+    """The largest chance that ``loss`` falls to ``level`` by chance alone, over every number of changes."""
+    changes = np.arange(images + 1)
+    return float(np.max(stats.binom.sf(stats.binom.isf(level, changes, 0.5), changes, 0.5)))

@@ -215,6 +215,8 @@ class Session:
                 f"{record.path.name}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "
                 f"about {duration(votes * seconds / task.block)} at most"
             )
+            # Seconds of a resumed run are of several processes, which one calibration says nothing of.
+            calibration = None if finished else environment.calibration_seconds(self.device)
             correct = sum(c.predicted == c.label for c in record.done)
             with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
                 progress(len(finished), correct)
@@ -228,6 +230,7 @@ class Session:
         cost = {
             "train_seconds": fitted.train_seconds,
             "certify_seconds": sum(c.seconds for c in record.done),
+            "calibration_seconds": calibration,
             "votes": (total := sum(c.votes for c in record.done)),
             "base_forwards": round(total * per_vote.base_forwards),
             "queries": fitted.queries,

@@ -94,7 +94,7 @@ def methods(group: Sequence[Record]) -> list[list[Record]]:
     found: dict[str, list[Record]] = defaultdict(list)
     for record in group:
         defense = record.identity["defense"]
-        config = {k: v for k, v in defense["config"].items() if k not in _searched(record)}
+        config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
         given = record.info["defense"]["weights_file"] and defense["weights"]
         key = [defense["name"], defense["source"], config, defense["objective"], given, record.identity["train_sigma"]]
         found[digest({"method": key})].append(record)
@@ -127,7 +127,8 @@ def _mcnemar(one: Record, other: Record, radius: float) -> float:
     return mcnemar(len(first - second), len(second - first))
 
 
-def _searched(record: Record) -> set[str]:
+def searched(record: Record) -> set[str]:
+    """The settings whose value was searched for."""
     return {key for tried in record.info["defense"]["search"] for key in tried["values"]}
 
 
@@ -195,8 +196,8 @@ def method_name(record: Record) -> str:
     words = [record.identity["defense"]["name"]]
     words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
     words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
-    searched = sorted(_searched(record))
-    return " ".join(words) + (f", {', '.join(searched)} searched" if searched else "")
+    keys = sorted(searched(record))
+    return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
 
 
 def reach(record: Record) -> float:
