@@ -31,7 +31,7 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
-    ax.legend(frameon=False, title="bands: 95% interval", title_fontsize=7, fontsize=7)
+    _legend(ax, "bands: 95% interval")
     return _save(fig, out, name)
 
 
@@ -49,7 +49,7 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
         ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=colour(i), capsize=2, label=label)
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
-    ax.legend(frameon=False, title="bars: 95% interval", title_fontsize=7, fontsize=7, loc="best")
+    _legend(ax, "bars: 95% interval")
     return _save(fig, out, f"{name}-cost")
 
 
@@ -63,6 +63,13 @@ def _axes(record: Record) -> Any:
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.set_title(heading(record), fontsize=6, wrap=True)
     return fig, ax
+
+
+def _legend(ax: Any, title: str) -> None:
+    """Inside the axes where it finds room, beside them where there are many rows."""
+    many = len(ax.get_legend_handles_labels()[1]) > 6
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {"loc": "best"}
+    ax.legend(frameon=False, title=title, title_fontsize=7, fontsize=7, **place)
 
 
 def _save(fig: Any, out: Path, name: str) -> list[Path]:

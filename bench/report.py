@@ -92,7 +92,12 @@ def limits(group: Sequence[Record]) -> str:
         others = [_label(row, frame) for _, row in frame.iterrows() if row["run"] in tied - {best["run"]}]
         text = (
             f"At r = {above[0]:g} the most images are certified by {_label(best, frame)} "
-            f"({best[f'certified_{above[0]:g}']:.1%}); not told apart from it: {', '.join(others) or 'none'}. "
+            f"({best[f'certified_{above[0]:g}']:.1%}); "
+            + (
+                f"not told apart from it: {', '.join(others)}. "
+                if others
+                else "every other row is told apart from it. "
+            )
         )
     text += (
         f"With {frame['images'].iloc[0]:.0f} images an accuracy is known to within {100 * wide:.0f} points at worst "
