@@ -286,7 +286,9 @@ def changes(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
         if was is None:
             lines.append(f"added: {one['name']}: {_summary(one)}")
         elif was["sha256"] != one["sha256"]:
-            lines.append(f"changed: {one['name']}: {_summary(one)}; was {_summary(was)}")
+            fields = [{k: v for k, v in e.items() if k not in ("images", "sha256")} for e in (was, one)]
+            said = [f"{_summary(one)}; was {_summary(was)}"] if was["images"] != one["images"] else []
+            lines.append("; ".join([f"changed: {one['name']}: ", *said, *_differing(*fields)]).replace(": ; ", ": "))
         else:
             lines.append(f"unchanged: {one['name']}")
     if old and old["base"] != new["base"]:

@@ -195,8 +195,8 @@ def markdown(found: dict[str, Any]) -> str:
             f"Not known of an imported run, so not compared: {', '.join(found['unknown'])}. "
             "Images are matched by index and label."
         )
-    short = {k: [escape(short(v)) for v in values] for k, values in found["differs"].items()}
-    parts.append("What differs beside the certificates:\n\n" + _table({"setting": list(short)} | _columns(short, runs)))
+    rows = {k: [escape(short(v)) for v in values] for k, values in found["differs"].items()}
+    parts.append("What differs beside the certificates:\n\n" + _table({"setting": list(rows)} | _columns(rows, runs)))
     parts += [_pair_markdown(pair, labels, runs) for pair in found["pairs"]]
     costs = {title: [_number(run["cost"][key]) for run in runs] for key, title in COSTS.items()}
     parts.append("### Cost\n\n" + _table({"": list(costs)} | _columns(costs, runs)))
