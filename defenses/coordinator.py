@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal, cast
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from bench import tensors
+from bench.autoencoder import MaskedAutoencoder, PatchEncoder, resized
 from bench.errors import BenchError, one_line
-from bench.interface import Access, Defense, Draw, Job, Part, Schedule, Step
+from bench.interface import Access, Defense, Draw, Job, Step
 from bench.spsa import SPSA, Diverged, Gains, Replay
 
 
@@ -49,7 +48,7 @@ class Coordinator(Defense):
         queries: int = 320_000  # images the base is asked in training, at most
         batch: int = 32
         probes: int = 5  # directions a step
-        a: float = 5e-4
+        a: float = 0.0005
         c: float = 0.02
         o: float = 10.0
         alpha: float = 0.4
@@ -178,7 +177,7 @@ class Coordinator(Defense):
 
     def answer(self, x: Tensor, features: Tensor) -> Tensor:
         """The base's logits, in single precision, of the image with its prompt."""
-        prompt = _resized(self.decoder(features), x.shape[-2:])
+        prompt = resized(self.decoder(features), x.shape[-2:])
         return self.context.base((x + self.config.p_eps * prompt).clamp(0, 1)).float()
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
@@ -266,78 +265,5 @@ class StoredEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A grey image broadcasts over the model's channels.
-        x = (_resized(x, self.size) - self.mean) / self.std
+        x = (resized(x, self.size) - self.mean) / self.std
         return cast(Tensor, self.model.forward_features(x)[:, 0])  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class MaskedAutoencoder(Part):
-    """A small masked autoencoder (He et al. 2021, arXiv 2111.06377) of the training images, without labels or noise."""
-
-    width: int = 32
-    depth: int = 2
-    heads: int = 4
-    patch: int = 2
-    side: int = 16  # larger images are shrunk to it
-    hidden: float = 0.5  # share of patches to be guessed from the rest; the paper's 75% would leave 4 of digits' 16
-    epochs: float = 60
-
-    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-        return PatchEncoder(self, shape)
-
-    def fit(self, module: nn.Module, job: Job) -> None:
-        schedule = Schedule(epochs=self.epochs, batch=64, lr=2e-3, weight_decay=0.05, warmup=0.1)
-        job.train(module, lambda x, y, draw: cast(PatchEncoder, module).reconstruction(x), schedule)
-
-
-class PatchEncoder(nn.Module):
-    """A small ViT: pixels to one feature vector a patch, [B, width, grid, grid]."""
-
-    def __init__(self, part: MaskedAutoencoder, shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.width, self.patch, self.hidden = part.width, part.patch, part.hidden
-        self.grid = min(part.side, *shape[1:]) // part.patch
-        self.embed = nn.Conv2d(shape[0], part.width, part.patch, part.patch)
-        self.position, self.guess_position = (
-            nn.Parameter(0.02 * torch.randn(1, self.grid**2, part.width)) for _ in range(2)
-        )
-        self.blocks = nn.Sequential(*[Block(part.width, part.heads, qkv_bias=True) for _ in range(part.depth)])
-        self.norm = nn.LayerNorm(part.width)
-        # What only guessing takes.
-        self.unknown = nn.Parameter(torch.zeros(1, 1, part.width))
-        self.guess = nn.Sequential(
-            Block(part.width, part.heads, qkv_bias=True),
-            nn.LayerNorm(part.width),
-            nn.Linear(part.width, shape[0] * part.patch**2),
-        )
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.embed(x)).flatten(2).mT + self.position
-
-    def _fit(self, x: Tensor) -> Tensor:
-        return _resized(x, [self.grid * self.patch] * 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.norm(self.blocks(self._tokens(self._fit(x))))
-        return features.mT.reshape(len(x), self.width, self.grid, self.grid)
-
-    def reconstruction(self, x: Tensor) -> Tensor:
-        """Mean squared error of hidden patches, guessed from those shown."""
-        x = self._fit(x)
-        tokens = self._tokens(x)
-        rows, patches, width = tokens.shape
-        shown = max(1, round(patches * (1 - self.hidden)))
-        order = torch.rand(rows, patches).argsort(1).to(x.device)
-        index = order[:, :shown, None].expand(-1, -1, width)
-        features = self.norm(self.blocks(tokens.gather(1, index)))
-        whole = self.unknown.to(features.dtype).expand(rows, patches, width).scatter(1, index, features)
-        wrong = self.guess(whole + self.guess_position) - F.unfold(x, self.patch, stride=self.patch).mT
-        return cast(Tensor, wrong).square().mean(2).gather(1, order[:, shown:]).mean()
-
-
-def _resized(x: Tensor, size: list[int] | torch.Size) -> Tensor:
-    """Bilinear, and smoothed where that shrinks; the image itself where it has that size."""
-    if list(x.shape[-2:]) == list(size):
-        return x
-    shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
-    return F.interpolate(x, list(size), mode="bilinear", align_corners=False, antialias=shrinks)
