@@ -295,7 +295,7 @@ def test_an_encoder_that_cannot_be_is_one_line(
 
 
 def test_the_base_is_shown_pixels_between_0_and_1() -> None:
-    defense = built("p_eps=5")
+    defense = built("p_eps=0.5")
     shown: list[torch.Tensor] = []
     defense.context.base = lambda x: shown.append(x) or torch.zeros(len(x), 10)
     nn.init.normal_(defense.decoder.body.weight)

@@ -62,7 +62,7 @@ def test_the_two_sided_estimate_of_a_quadratic_is_unbiased() -> None:
 
 def test_a_cubic_biases_both_estimates_alike_and_one_side_adds_variance() -> None:
     torch.manual_seed(2)
-    n, c, w = 3000, 0.5, weights(1.0)
+    n, c, w = 4000, 0.5, weights(1.0)
     kinds = {one_sided: SPSA([w], FLAT, one_sided=one_sided) for one_sided in (False, True)}
     drawn = {k: torch.stack([spsa.estimate(lambda: w**3, c)[0] for _ in range(n)]) for k, spsa in kinds.items()}
     # Two sides give 3 + c^2 d^2, one side 3 + 3 c d + c^2 d^2; d's odd moments are 0.
