@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install demo readme test slow perf
+.PHONY: install demo readme test gate baseline slow perf
 
 install: .venv/installed
 
@@ -27,6 +27,20 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+	$(MAKE) gate
+
+# This repository's own gate: a pinned base and one thread, so that other machines differ in last bits alone; no cache.
+GATE := --defense none,head --dataset digits --base reports/baselines/digits-vit.safetensors --examples 200 --n0 10 --n 200
+
+gate: install
+	rm -rf .ci-runs
+	OMP_NUM_THREADS=1 CERTBENCH_CACHE=.ci-runs/cache $(BIN)/bench run $(GATE) --out .ci-runs/runs
+	$(BIN)/bench check .ci-runs/runs --baseline reports/baselines/digits.json
+
+baseline: install
+	rm -rf .ci-runs
+	OMP_NUM_THREADS=1 CERTBENCH_CACHE=.ci-runs/cache $(BIN)/bench run $(GATE) --out .ci-runs/runs
+	$(BIN)/bench check .ci-runs/runs --baseline reports/baselines/digits.json --update
 
 slow: install
 	$(BIN)/pytest -m slow

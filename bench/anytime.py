@@ -212,4 +212,6 @@ def procedure_of(identity: dict[str, Any]) -> Fixed | Anytime:
     fields = {k: v for k, v in identity["procedure"].items() if k != "kind"}
     if identity["procedure"]["kind"] == "fixed":
         return Fixed(**fields)
+    if identity["procedure"]["kind"] == "adaptive":  # of an imported log: no image gets beyond its cap
+        return Fixed(fields["n0"], fields["n"], fields["alpha"])
     return Anytime(**{**fields, "radii": tuple(fields["radii"])})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -18,9 +19,9 @@ from bench.cards import Split
 from bench.errors import BenchError
 from bench.interface import Access
 
-# A view that may only be queried finds its module here by number: nothing reachable from the view
+# A view that may only be queried finds its owner here by number: nothing reachable from the view
 # itself is a module, a parameter or a gradient.
-_modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_owners: WeakValueDictionary[int, BaseModel] = WeakValueDictionary()
 
 
 class Classifier(nn.Module):
@@ -59,14 +60,22 @@ class Classifier(nn.Module):
         return cast(nn.Module, self.model.get_classifier())  # type: ignore[operator]
 
 
+class BlackBox(nn.Module):
+    """A base of which only the answers are known: passes can be counted, its parameters and operations cannot."""
+
+
 class View:
     """The base as a defense of a given access sees it; satisfies ``interface.Base``."""
 
     def __init__(self, owner: BaseModel, most: Access) -> None:
-        self.classes, self.sha256, self.most = owner.classes, owner.sha256, most
+        self.classes, self.most = owner.classes, most
         self.queries = 0
-        self._handle = id(owner.module)
-        self._untrained = owner.untrained
+        self._handle = id(owner)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the base."""
+        return _owners[self._handle].sha256
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.most < Access.QUERY:
@@ -74,29 +83,71 @@ class View:
         self.queries += len(x)
         if self.most == Access.QUERY:
             with torch.no_grad():
-                return cast(Tensor, _modules[self._handle](x))
-        return cast(Tensor, _modules[self._handle](x))
+                return cast(Tensor, _owners[self._handle].module(x))
+        return cast(Tensor, _owners[self._handle].module(x))
 
     def copy(self, classes: int | None = None) -> nn.Module:
         """A private trainable copy, with a new head where ``classes`` differs. Raises BenchError below WEIGHTS."""
         if self.most < Access.WEIGHTS:
             raise BenchError(f"the defense has {self.most.name} access and copies the base; declare Access.WEIGHTS")
-        module = copy.deepcopy(_modules[self._handle]).requires_grad_(True)
+        module = copy.deepcopy(_owners[self._handle].module).requires_grad_(True)
         if classes not in (None, self.classes):
             module.model.reset_classifier(classes)  # type: ignore[union-attr,operator]
         return module
 
     def untrained(self, classes: int) -> nn.Module:
         """The same architecture with fresh weights."""
-        return self._untrained(classes)
+        return _owners[self._handle].untrained(classes)
 
 
-class BaseModel:
-    """A loaded base classifier: the harness's side, which owns the module.
+class BaseModel(ABC):
+    """A base classifier: the harness's side, which owns ``module``, the map from pixels to logits."""
 
-    ``architecture`` is what the tensors do not tell (timm name, arguments, resizing), ``meta`` where
-    the weights come from and what making them cost. ``sha256`` covers the architecture and the
-    tensors, normalisation among them, so the same classifier has one hash whatever it is called.
+    meta: dict[str, Any]  # what to record: where the base comes from, and what making it cost
+    batch = 250  # images a pass when clean accuracy is measured
+
+    def __init__(self, name: str, classes: int, module: nn.Module) -> None:
+        self.name, self.classes = name, classes
+        self.module = module.eval().requires_grad_(False)
+        _owners[id(self)] = self
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """The hash of all that decides its logits, as far as that is known."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a run's identity says of its base, name and sha256 among it."""
+
+    @abstractmethod
+    def check_unchanged(self, defense: str) -> None:
+        """Raise BenchError where the base is not what it was; ``defense`` is who used it meanwhile."""
+
+    @abstractmethod
+    def untrained(self, classes: int) -> nn.Module:
+        """The same architecture with fresh weights. Raises BenchError where it is not known."""
+
+    def view(self, access: Access) -> View:
+        """The base with no more than ``access``."""
+        return View(self, access)
+
+    def accuracy(self, split: Split, indices: list[int]) -> tuple[int, int]:
+        """Correct and all of the given clean images."""
+        device = next((p.device for p in self.module.parameters()), None)
+        right = 0
+        with torch.inference_mode():
+            for part in np.array_split(np.array(indices), max(1, -(-len(indices) // self.batch))):
+                logits = self.module(torch.from_numpy(split.pixels(part)).to(device))
+                right += int((logits.argmax(1).cpu().numpy() == split.labels[part]).sum())
+        return right, len(indices)
+
+
+class LocalBase(BaseModel):
+    """A base whose weights are here.
+
+    ``architecture`` is what the tensors do not tell (timm name, arguments, resizing). ``sha256`` covers
+    it and the tensors, normalisation among them, so the same classifier has one hash whatever it is called.
     """
 
     def __init__(
@@ -108,38 +159,36 @@ class BaseModel:
         meta: dict[str, Any],
         architecture: Mapping[str, Any],
     ) -> None:
-        self.name, self.classes, self.meta, self.architecture = name, classes, meta, dict(architecture)
-        self.module = module.eval().requires_grad_(False)
-        self.untrained = untrained
-        self.sha256 = self.current_sha256()
-        _modules[id(self.module)] = self.module
+        super().__init__(name, classes, module)
+        self.meta, self.architecture = meta, dict(architecture)
+        self._untrained = untrained
+        self._sha256 = self._current_sha256()
 
-    def current_sha256(self) -> str:
-        """The hash as the weights are now; another one than ``sha256`` means somebody changed them."""
+    @property
+    def sha256(self) -> str:
+        """The hash of architecture and tensors, as they were when the base was made."""
+        return self._sha256
+
+    def _current_sha256(self) -> str:
         return state_sha256(self.module, json.dumps(self.architecture, sort_keys=True))
 
     def identity(self) -> dict[str, Any]:
-        """What a run's identity says of its base."""
+        """Name, hash and architecture."""
         return {"name": self.name, "sha256": self.sha256, **self.architecture}
+
+    def check_unchanged(self, defense: str) -> None:
+        """Raise BenchError where somebody changed the weights."""
+        if self._current_sha256() != self.sha256:
+            raise BenchError(f"defense {defense} changed the base classifier; train a copy: self.context.base.copy()")
+
+    def untrained(self, classes: int) -> nn.Module:
+        """The same architecture with fresh weights."""
+        return self._untrained(classes)
 
     @property
     def parameters(self) -> int:
         """How many parameters the base has."""
         return sum(p.numel() for p in self.module.parameters())
-
-    def view(self, access: Access) -> View:
-        """The base with no more than ``access``."""
-        return View(self, access)
-
-    def accuracy(self, split: Split, indices: list[int]) -> tuple[int, int]:
-        """Correct and all of the given clean images."""
-        device = next(self.module.parameters()).device
-        right = 0
-        with torch.inference_mode():
-            for part in np.array_split(np.array(indices), max(1, len(indices) // 250)):
-                logits = self.module(torch.from_numpy(split.pixels(part)).to(device))
-                right += int((logits.argmax(1).cpu().numpy() == split.labels[part]).sum())
-        return right, len(indices)
 
 
 def state_sha256(module: nn.Module, *also: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from bench import hub, tensors
+from bench import http_base, hub, tensors
 from bench.blueprints import (
     Blueprint,
     Weights,
@@ -24,23 +24,32 @@ from bench.blueprints import (
 )
 from bench.cards import Card
 from bench.errors import BenchError, one_line, unknown
-from bench.interface import Schedule
+from bench.interface import Access, Schedule
 
 _WEIGHTS_FILE = "model.safetensors"
-_KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file or a timm folder"
+_KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or http://HOST/v2/models/NAME"
 
 
-def choose_base(card: Card, preset: str, base: str | None) -> str:
+def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False) -> str:
     """The name of the base to use: ``base`` if given, else the preset's, else the card's first recipe.
 
-    Raises BenchError for a name nobody knows, a missing file and a pickled one. Reads no weights and no
+    ``adapts``: a base of another task is wanted: ``base``, or the preset's ``transfer_base``. Raises
+    BenchError for a name nobody knows, a missing file and a pickled one. Reads no weights and no
     network, so a hub id is not looked up.
     """
-    name = base or card.presets[preset].base or next(iter(card.bases), "")
+    means = card.presets[preset]
+    name = base or (means.transfer_base if adapts else means.base or next(iter(card.bases), ""))
+    if adapts and not name:
+        raise BenchError(
+            f"card {card.name} names no base of another task for preset {preset}: "
+            f"set transfer_base in its [presets.{preset}], or give --base {_KINDS}"
+        )
     if not name:
         raise BenchError(f"card {card.name} has no [bases.NAME] recipe; give --base {_KINDS}")
     if name in card.bases or _hub_id(name):
         return name
+    if http_base.is_url(name):
+        return http_base.checked_url(name)
     if name.startswith("timm:"):
         _timm_config(name.removeprefix("timm:"), name)
     elif Path(name).is_dir():
@@ -52,6 +61,11 @@ def choose_base(card: Card, preset: str, base: str | None) -> str:
     else:
         raise BenchError(f"{unknown('base', name, card.bases)}; or {_KINDS}")
     return name
+
+
+def most_access(name: str) -> Access:
+    """What the base of that name, one ``choose_base`` returned, can offer."""
+    return Access.QUERY if http_base.is_url(name) else Access.WEIGHTS
 
 
 def blueprint(card: Card, name: str) -> Blueprint:
@@ -95,11 +109,16 @@ def _recipe(card: Card, name: str) -> Blueprint:
         schedule = TypeAdapter(Schedule).validate_python(recipe.schedule)
     except ValidationError as e:
         raise BenchError(f"card {card.name}: bases.{name}.schedule: {e.errors()[0]['msg']}") from None
+    for label in recipe.classes:
+        if label not in card.classes:
+            raise unknown(f"class in bases.{name}.classes of card {card.name}", label, card.classes)
+    only = tuple(card.classes.index(label) for label in recipe.classes)
     if recipe.pretrained:
-        return replace(_published(card, name, recipe.model, recipe.args), schedule=schedule)
+        return replace(_published(card, name, recipe.model, recipe.args), schedule=schedule, only=only)
     size = input_size(card, recipe.args, architecture_config(recipe.model, f"card {card.name}: bases.{name}"))
-    classes = len(card.classes)
-    return Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, size, classes, schedule=schedule)
+    classes = len(only) or len(card.classes)
+    made = Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, size, classes)
+    return replace(made, schedule=schedule, only=only)
 
 
 def _published(card: Card, name: str, model: str, args: dict[str, Any]) -> Blueprint:

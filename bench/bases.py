@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import objectives, training
@@ -17,17 +18,23 @@ from bench.base_sources import blueprint, file_weights
 from bench.blueprints import Blueprint
 from bench.cache import Entry
 from bench.cards import Card, Split
+from bench.errors import BenchError
+from bench.http_base import HTTPBase, is_url
 from bench.interface import Schedule
 from bench.probe import linear_probe, new_head
 
 
-def untrained_base(card: Card, name: str, device: torch.device) -> BaseModel:
-    """The base of that name with fresh weights, for the card's classes: what estimates are made on.
+def untrained_base(card: Card, name: str, device: torch.device, probe: bool = True) -> BaseModel:
+    """The base of that name with fresh weights: what estimates are made on; ``probe`` as in ``load_base``.
+
+    A served base is itself, and not asked yet.
 
     Raises BenchError where the name stands for no base or timm cannot make it.
     """
+    if is_url(name):
+        return HTTPBase(card, name)
     plan = blueprint(card, name)
-    return plan.base(plan.fresh(len(card.classes)).to(device), {}, device)
+    return plan.base(plan.fresh(len(card.classes) if probe else plan.made_for).to(device), {}, device)
 
 
 def load_base(
@@ -38,28 +45,38 @@ def load_base(
     device: torch.device,
     progress: training.Progress,
     weights: Path | None = None,
+    probe: bool = True,
 ) -> BaseModel:
     """The base of that name, for the card's classes; ``weights`` replaces its own by a user's file.
 
-    What training it takes (a recipe's clean one, or a linear probe where the classes differ) is done
-    once, whatever the defenses' seeds, and cached. ``meta`` says where the weights come from, and what
+    What training it takes (a recipe's clean one, a linear probe where the classes still differ) is done
+    once, whatever the defenses' seeds, and cached. Without ``probe`` it keeps the classes it has, for
+    defenses that bring a head of their own. ``meta`` says where the weights come from, and what
     the training cost, in seconds. Raises BenchError with one line saying what to mend.
     """
+    if is_url(name):
+        if weights is not None:
+            raise BenchError(f"--weights {weights}: base {name} is served elsewhere and takes none; leave one out")
+        return HTTPBase(card, name)
     plan, classes = blueprint(card, name), len(card.classes)
     if weights is not None:
         plan = replace(plan, weights=file_weights(weights, adapt=False), schedule=None, classes=classes)
     if plan.weights is None:
         with training.fixed_rng(0):
-            module, source = plan.fresh(classes), {"kind": "trained here"}
+            module, source = plan.fresh(plan.classes), {"kind": "trained here"}
     else:
         module, source = plan.load()
     module = module.to(device)
     meta: dict[str, Any] = {"source": source}
     if plan.schedule is not None:
         meta |= _train_clean(plan, plan.schedule, module, train, validation, device, progress)
-    elif plan.classes != classes:
-        meta |= linear_probe(plan, module, train, validation, device, progress)
-    return plan.base(module, meta, device)
+        plan = replace(plan, classes=plan.made_for)
+    base = plan.base(module, meta, device)
+    if probe and plan.classes != classes:
+        # One base, with a probe or without: a report puts both in one table.
+        meta |= {"before_probe": base.sha256} | linear_probe(plan, module, train, validation, device, progress)
+        base = plan.base(module, meta, device)
+    return base
 
 
 def _train_clean(
@@ -72,7 +89,11 @@ def _train_clean(
     progress: training.Progress,
 ) -> dict[str, Any]:
     """Train every weight on clean images, or take that from the cache; what to record of it."""
-    card, classes = plan.card, len(plan.card.classes)
+    card, classes = plan.card, plan.made_for
+    taught: dict[str, Any] = {}
+    if plan.only:
+        train, validation = (_only(split, plan) for split in (train, validation))
+        taught = {"trained_on_classes": [card.classes[label] for label in plan.only]}
     start = None if plan.weights is None else state_sha256(module)
     if start is not None and plan.classes != classes:
         new_head(module, classes, device)
@@ -86,7 +107,7 @@ def _train_clean(
         "device": device.type,
         "training": training.SOURCE,
     }
-    entry = Entry(f"{card.name}-base-{plan.name}", identity)
+    entry = Entry(f"{card.name}-base-{plan.name}", identity | taught)
     with entry.lock():
         trained = entry.load()
         if trained is None:
@@ -107,4 +128,17 @@ def _train_clean(
             meta = {"train_seconds": sum(spent), "validation_clean_accuracy": accuracy}
             trained = entry.save(module.state_dict(), meta)
     module.load_state_dict(trained.state)
-    return {k: trained.meta[k] for k in ("train_seconds", "validation_clean_accuracy")}
+    return taught | {k: trained.meta[k] for k in ("train_seconds", "validation_clean_accuracy")}
+
+
+def _only(split: Split, plan: Blueprint) -> Split:
+    """The images of the classes that ``plan.only`` names, labelled by their place in it."""
+    place = np.full(len(plan.card.classes), -1)
+    place[list(plan.only)] = range(len(plan.only))
+    rows = np.flatnonzero(place[split.labels] >= 0)
+    if not len(rows):
+        raise BenchError(
+            f"base {plan.name}: none of the {len(split)} {split.name} images is of its classes; "
+            f"name others in the card, or give the preset more train_examples"
+        )
+    return replace(split.select(rows), labels=place[split.labels[rows]])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import tensors
-from bench.base import BaseModel, Classifier
+from bench.base import Classifier, LocalBase
 from bench.cards import Card, Split
 from bench.errors import BenchError, one_line
 from bench.interface import Schedule
@@ -46,6 +46,12 @@ class Blueprint:
     config: dict[str, Any] | None = None  # timm's pretrained_cfg where it is not the architecture's own
     weights: Weights | None = None  # None: fresh ones
     schedule: Schedule | None = None  # clean training on the card's data, if any
+    only: tuple[int, ...] = ()  # the card's labels that this training is on, in the order of its head; empty: all
+
+    @property
+    def made_for(self) -> int:
+        """How many classes the base tells apart once its training, if any, is done; 0: it has no head."""
+        return self.classes if self.schedule is None else len(self.only) or len(self.card.classes)
 
     def describe(self) -> dict[str, Any]:
         """What the tensors do not tell, JSON-able."""
@@ -81,14 +87,15 @@ class Blueprint:
             raise BenchError(f"base {self.name} gives {list(out.shape)} for an image, not [1, {self.classes}] logits")
         return module, record
 
-    def base(self, module: Classifier, meta: dict[str, Any], device: torch.device) -> BaseModel:
+    def base(self, module: Classifier, meta: dict[str, Any], device: torch.device) -> LocalBase:
         """The base made of this blueprint: ``module``, which it freezes; ``meta`` is what to record of it."""
 
         def untrained(classes: int) -> nn.Module:
             return self.fresh(classes).to(device)
 
         normalisation = {"mean": module.mean.flatten().tolist(), "std": module.std.flatten().tolist()}
-        return BaseModel(self.name, module, untrained, len(self.card.classes), meta, self.describe() | normalisation)
+        classes: int = module.model.num_classes  # type: ignore[assignment]
+        return LocalBase(self.name, module, untrained, classes, meta, self.describe() | normalisation)
 
     def accuracy(self, module: Classifier, split: Split, device: torch.device) -> float:
         """The part of a split's clean images, 0 to 1, that ``module`` gets right; freezes it."""

@@ -36,15 +36,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("w") as f:
-        json.dump(value, f, indent=1)
-        f.write("\n")
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same, of a JSON-able value."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def cache_root() -> Path:

@@ -38,6 +38,7 @@ class Preset:
     n0: PositiveInt
     n: PositiveInt
     base: str = ""  # a recipe of [bases]; default: the card's first
+    transfer_base: str = ""  # the base of defenses that adapt one of another task; as --base takes it; default: none
     train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
     epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of every training of a default schedule
 
@@ -50,7 +51,12 @@ class Recipe:
     schedule: dict[str, Any]
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False  # start from timm's published weights, with their normalisation
+    classes: tuple[str, ...] = ()  # train on the images of these alone: another task; default: all
     summary: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: two at least, all different")
 
 
 def _presets() -> dict[str, Preset]:

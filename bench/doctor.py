@@ -38,11 +38,12 @@ def examine(plan: Plan) -> Iterator[Finding]:
     device = torch.device("cpu")
     train, test = load_splits(plan.card, "train", "test")
     train = train.first(200)
-    config = plan.config
+    config, steps = plan.config, ""
     if isinstance(config, Schedule):
+        steps = f" for {STEPS} steps"
         config = replace(config, batch=16, epochs=STEPS * 16 / len(train))
     plan = replace(plan, config=config)
-    base = untrained_base(plan.card, plan.base, device)
+    base = untrained_base(plan.card, plan.base, device, probe=not plan.cls.adapts)
     task = replace(run.make_task(plan, test, device), block=64)
 
     check = ""
@@ -50,10 +51,11 @@ def examine(plan: Plan) -> Iterator[Finding]:
         # A cache of its own, so that training really happens.
         with scratch_cache(), fitting.blame(plan.defense), run.steady():
             check = "it is built, and asks the base for no more than its access"
+            # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
             defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))
             yield Finding(check)
 
-            check = f"it trains for {STEPS} steps"
+            check = f"it trains{steps}"
             if fitting.trains(defense):
                 fitting.train_or_load(plan, base, train, device, lambda *_: None, defense, STEPS)
             defense.merge()

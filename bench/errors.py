@@ -10,6 +10,10 @@ class BenchError(Exception):
     """Wrong usage or a missing prerequisite: the message says what, and how to mend it. Exit code 2."""
 
 
+class NotComparable(BenchError):
+    """Records that must not be held against each other, with the reason. Exit code 3."""
+
+
 class Interrupted(BenchError):
     """Ctrl-C, with what to do next. Exit code 130."""
 

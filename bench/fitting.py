@@ -57,10 +57,7 @@ def blame(name: str) -> Iterator[None]:
 
 def construct(plan: Plan, base: BaseModel, device: torch.device, workshop: Workshop | None = None) -> Defense:
     """The untrained defense, with torch's random state fixed by the seed; its shared parts are trained."""
-    access = plan.cls.needs(plan.config)
-    if access > base.view(access).most:
-        raise BenchError(f"defense {plan.defense} needs {access.name} access; base {base.name} does not offer it")
-    context = BuildContext(plan, base, access, device, workshop)
+    context = BuildContext(plan, base, plan.cls.needs(plan.config), device, workshop)
     with blame(plan.defense), training.fixed_rng(plan.seed):
         return plan.cls(context, plan.config).to(device).eval()
 
@@ -91,8 +88,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     with blame(plan.defense):
         defense.merge()
     defense.eval().requires_grad_(False)
-    if base.current_sha256() != base.sha256:
-        raise BenchError(f"defense {plan.defense} changed the base classifier; train a copy: self.context.base.copy()")
+    base.check_unchanged(plan.defense)
     meta = trained.meta if trained else {}
     return Fitted(
         defense,
@@ -193,10 +189,17 @@ def train_or_load(
 
 
 def _same_as_base(key: str, value: Tensor, before: dict[str, Tensor], base: BaseModel) -> bool:
-    """Whether a fresh construction restores this tensor: untouched by training, and equal to one of the base's."""
+    """Whether a fresh construction restores this tensor: untouched by training, and equal to one of the base's.
+
+    Or to rows of one: a defense may split a fused layer.
+    """
     if key not in before or not torch.equal(value, before[key]):
         return False
-    return any(value.shape == b.shape and torch.equal(value, b) for b in base.module.state_dict().values())
+    for b in base.module.state_dict().values():
+        parts = b.split(len(value)) if value.ndim == b.ndim > 0 and value.numel() else (b,)
+        if any(value.shape == part.shape and torch.equal(value, part) for part in parts):
+            return True
+    return False
 
 
 def _given(path: Path, plan: Plan, base: BaseModel, defense: Defense) -> Trained:

@@ -44,9 +44,13 @@ class Base(Protocol):
     """
 
     classes: int
-    sha256: str
     most: Access
     queries: int  # images asked of it so far
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that decides its logits, as far as that is known."""
+        ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of x [B, C, H, W]: detached for QUERY access, differentiable in x for GRADIENT."""
@@ -71,7 +75,7 @@ class Schedule:
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 0.01
-    decay: Literal["cosine", "step"] = "cosine"  # step: x0.1 after each third of the epochs
+    decay: Literal["cosine", "step", "constant"] = "cosine"  # step: x0.1 after each third of the epochs
     warmup: float = 0.0  # the part of the run in which lr rises linearly from 0
 
 
@@ -185,6 +189,8 @@ class Defense(nn.Module):
     access: ClassVar[Access] = Access.WEIGHTS
     family: ClassVar[str] = "other"
     paper: ClassVar[str] = ""  # arXiv id
+    # The base was trained on another task, and the defense brings a head of its own: the harness trains no probe.
+    adapts: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # named values of Config: quick, standard, paper
 
     @dataclass(frozen=True)
@@ -201,6 +207,11 @@ class Defense(nn.Module):
     def needs(cls, config: Any) -> Access:
         """The access this configuration needs; checked against what the base offers before anything loads."""
         return cls.access
+
+    @classmethod
+    def kind(cls, config: Any) -> str:
+        """What this configuration trains, for the report; the default is ``family``."""
+        return cls.family
 
     def build(self) -> None:
         """Make submodules, untrained; requires_grad says what will be trained."""

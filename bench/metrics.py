@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scipy.stats import t
 
 from bench import bounds
-from bench.certify import Certificate
+from bench.store import Line
 
 
-def certified(certificates: Sequence[Certificate], radius: float) -> int:
-    """How many images are predicted correctly, without abstaining, with a certified radius of at least ``radius``."""
-    return sum(c.predicted == c.label and c.radius >= radius for c in certificates)
+def holds(line: Line, radius: float) -> bool:
+    """Whether the image is predicted correctly, without abstaining, with a certified radius of at least ``radius``."""
+    return line.predicted == line.label and line.radius >= radius
 
 
-def summarise(certificates: Sequence[Certificate], radii: Sequence[float]) -> dict[str, Any]:
+def certified(certificates: Sequence[Line], radius: float) -> int:
+    """How many images hold at ``radius``."""
+    return sum(holds(c, radius) for c in certificates)
+
+
+def summarise(certificates: Sequence[Line], radii: Sequence[float]) -> dict[str, Any]:
     """Certified accuracy at each radius and abstention rate, each with its 95% Clopper-Pearson interval; ACR last."""
     total = len(certificates)
     correct = [c for c in certificates if c.predicted == c.label]
@@ -28,6 +33,12 @@ def summarise(certificates: Sequence[Certificate], radii: Sequence[float]) -> di
         "abstained": _share(sum(c.predicted is None for c in certificates), total),
         "acr": sum(c.radius for c in correct) / total if total else 0.0,
     }
+
+
+def total(values: Iterable[float | None]) -> float | None:
+    """Their sum, None where any is not known."""
+    known = list(values)
+    return None if None in known else sum(v for v in known if v is not None)
 
 
 def pool(points: Sequence[dict[str, Any]], total: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from bench import bounds, registry, tensors
 from bench.anytime import Anytime
-from bench.base_sources import choose_base
+from bench.base_sources import choose_base, most_access
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
 from bench.interface import Defense
@@ -81,6 +81,8 @@ def make_plans(
         raise BenchError(f"--train-sigma {train_sigma:g}: must be above 0")
     chosen = [name for name in registry.names() if defenses == "all"] or _words("--defense", defenses)
     loaded = {name: registry.load(name) for name in chosen}
+    if defenses == "all" and not (base or means.transfer_base):
+        loaded = {name: (cls, source) for name, (cls, source) in loaded.items() if not cls.adapts}
     if objective != "gaussian":
         _check_objective(objective, loaded)
     wanted = variants(loaded, preset, card, settings, search)
@@ -90,7 +92,12 @@ def make_plans(
         if len(loaded) > 1:
             raise BenchError(f"--weights {weights} are of one defense; --defense names {len(loaded)}")
         tensors.refuse_pickle(weights)
-    base_name = choose_base(card, preset, base)
+    bases = {name: choose_base(card, preset, base, cls.adapts) for name, (cls, _) in loaded.items()}
+    for name, variant in ((owner, v) for owner in loaded for v in wanted[owner]):
+        for config in [variant.config, *(c for _, c in variant.candidates)]:
+            access = loaded[name][0].needs(config)
+            if access > most_access(bases[name]):
+                raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} answers queries only")
     plans = []
     for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
         if s <= 0:
@@ -103,7 +110,7 @@ def make_plans(
             plan = Plan(
                 card=card,
                 preset=preset,
-                base=base_name,
+                base=bases[name],
                 weights=weights,
                 defense=name,
                 cls=cls,

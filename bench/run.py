@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
-from bench.base import BaseModel, Classifier
+from bench.base import BaseModel, BlackBox, Classifier
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
 from bench.certify import Model, Task, block_rows, certify, check_rows
-from bench.interface import Draw
+from bench.interface import Defense, Draw
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan
 from bench.procedures import Procedure
@@ -58,17 +58,21 @@ class Session:
 
     def __init__(self, device: torch.device, out: Path, reporter: Reporter) -> None:
         self.device, self.out, self.reporter = device, out, reporter
-        self._materials: dict[tuple[str, str, str, Path | None], _Materials] = {}
+        self._materials: dict[tuple[str, str, str, Path | None, bool], _Materials] = {}
+        self._splits: dict[str, list[Split]] = {}
 
     def materials(self, plan: Plan) -> _Materials:
         """Splits and base of a plan; the base is trained here if it never was."""
         weights = self._base_weights(plan)
-        key = (plan.card.name, plan.preset, plan.base, weights)
+        probe = not plan.cls.adapts
+        key = (plan.card.name, plan.preset, plan.base, weights, probe)
         if key not in self._materials:
-            train, validation, test = load_splits(plan.card, "train", "validation", "test")
+            if plan.card.name not in self._splits:
+                self._splits[plan.card.name] = load_splits(plan.card, "train", "validation", "test")
+            train, validation, test = self._splits[plan.card.name]
             train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
-                base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights)
+                base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights, probe)
             self._materials[key] = _Materials(train, validation, test, base)
         return self._materials[key]
 
@@ -76,8 +80,11 @@ class Session:
         """The plan's ``--weights`` where they are the base's: where its defense has no weights of its own."""
         if plan.weights is None:
             return None
-        rough = fitting.construct(plan, untrained_base(plan.card, plan.base, self.device), self.device)
+        rough = fitting.construct(plan, self._untrained_base(plan), self.device)
         return None if fitting.trains(rough) else plan.weights
+
+    def _untrained_base(self, plan: Plan) -> BaseModel:
+        return untrained_base(plan.card, plan.base, self.device, probe=not plan.cls.adapts)
 
     def searched(self, plan: Plan) -> tuple[Plan, list[dict[str, Any]]]:
         """The plan with its searched settings chosen, and how each candidate did; unchanged without a search."""
@@ -103,7 +110,9 @@ class Session:
         plan, tried = self.searched(plan)
         identity, task, fitted = self.prepare(plan)
         shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
-        right, total = shared.base.accuracy(shared.test, indices)
+        right = None  # a base of other classes is neither right nor wrong
+        if shared.base.classes == len(plan.card.classes):
+            right, _ = shared.base.accuracy(shared.test, indices)
         extra = {
             "environment": environment.describe(self.device),
             "arguments": plan.arguments,
@@ -111,9 +120,9 @@ class Session:
             "preset": plan.preset,
             "classes": list(plan.card.classes),
             "data": {"train": shared.train.origin, "test": shared.test.origin},
-            "base": {"clean_correct": right, "images": total, **shared.base.meta},
+            "base": {"clean_correct": right, "images": len(indices), **shared.base.meta},
             "defense": {
-                "family": plan.cls.family,
+                "family": plan.cls.kind(plan.config),
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
                 "trained_elsewhere": fitted.sources,
@@ -135,7 +144,7 @@ class Session:
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
         test, train = load_splits(plan.card, "test", "train")
-        base = untrained_base(plan.card, plan.base, self.device)
+        base = self._untrained_base(plan)
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
         with steady(), torch.inference_mode():
@@ -143,7 +152,7 @@ class Session:
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
         trainings = 0 if plan.weights else max(1, len(plan.candidates))
-        epochs = trainings * getattr(plan.config, "epochs", 0.0)
+        epochs = trainings * getattr(defense.schedule(), "epochs", 0.0)
         queries = trainings * getattr(plan.config, "queries", 0)
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
@@ -158,6 +167,7 @@ class Session:
     def _identity(
         self, plan: Plan, shared: _Materials, fitted: fitting.Fitted, indices: list[int], task: Task
     ) -> dict[str, Any]:
+        uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
         return {
             "dataset": plan.card.name,
             "card": plan.card.sha256(),
@@ -171,7 +181,7 @@ class Session:
                 "config": asdict(plan.config),
                 "weights": fitted.sha256,
                 "parts": fitted.parts,
-                "objective": plan.objective if fitted.sha256 and plan.weights is None else None,
+                "objective": plan.objective if uses_objective else None,
             },
             "train_sigma": plan.train_sigma,
             "sigma": plan.sigma,
@@ -205,6 +215,8 @@ class Session:
                 f"{record.path.name}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "
                 f"about {duration(votes * seconds / task.block)} at most"
             )
+            # Seconds of a resumed run are of several processes, which one calibration says nothing of.
+            calibration = None if finished else environment.calibration_seconds(self.device)
             correct = sum(c.predicted == c.label for c in record.done)
             with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
                 progress(len(finished), correct)
@@ -214,9 +226,11 @@ class Session:
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)
+        self.materials(plan).base.check_unchanged(plan.defense)
         cost = {
             "train_seconds": fitted.train_seconds,
             "certify_seconds": sum(c.seconds for c in record.done),
+            "calibration_seconds": calibration,
             "votes": (total := sum(c.votes for c in record.done)),
             "base_forwards": round(total * per_vote.base_forwards),
             "queries": fitted.queries,
@@ -224,7 +238,7 @@ class Session:
             "trainable_updated": fitted.updated,
             "trained_here": fitted.here,
             "trained_elsewhere": fitted.elsewhere,
-            "parameters": _distinct([fitted.defense, *per_vote.classifiers]),
+            "parameters": None if per_vote.flops is None else _distinct([fitted.defense, *per_vote.classifiers]),
             "flops_per_vote": per_vote.flops,
             "peak_memory": environment.peak_memory(self.device),
         }
@@ -279,7 +293,7 @@ def steady() -> Iterator[None]:
 class PerVote:
     """What one vote costs: floating point operations (torch's counter) and passes through a base or a copy of it."""
 
-    flops: float
+    flops: float | None  # None: part of them is a black box's
     base_forwards: float
     classifiers: list[nn.Module]  # those passed through
 
@@ -297,7 +311,7 @@ def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal passes
-        if isinstance(module, Classifier):
+        if isinstance(module, Classifier | BlackBox):
             passes += len(inputs[0])
             seen.append(module)
 
@@ -307,7 +321,9 @@ def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
             model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
     finally:
         hook.remove()
-    return PerVote(counter.get_total_flops() / task.block, passes / task.block, seen)
+    opaque = any(isinstance(m, BlackBox) for m in seen)
+    flops = None if opaque else counter.get_total_flops() / task.block
+    return PerVote(flops, passes / task.block, seen)
 
 
 def duration(seconds: float) -> str:

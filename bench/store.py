@@ -8,8 +8,8 @@ loses at most the line being written, which is dropped and redone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,29 @@ from bench.cache import digest, file_sha256, write_json
 from bench.certify import Certificate
 from bench.errors import BenchError, one_line
 
-SCHEMA = 1
-_FIELDS = {f.name for f in fields(Certificate)}
+SCHEMA = 2
 _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One image of an imported log: what the log says of it. The counts it should follow from are not known (null)."""
+
+    index: int
+    label: int
+    predicted: int | None
+    radius: float
+    votes: int | None = None
+    seconds: float | None = None
+    n0: None = None
+    n: None = None
+    top_count: None = None
+    runner_up: None = None
+    runner_up_count: None = None
+    p_lower: None = None
+
+
+Line = Certificate | Claim
 
 
 @dataclass(frozen=True)
@@ -30,13 +50,28 @@ class Record:
 
     path: Path
     info: dict[str, Any]
-    certificates: list[Certificate]
+    certificates: list[Line]
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that determines the certificates."""
         identity: dict[str, Any] = self.info["identity"]
         return identity
+
+    @property
+    def imported(self) -> bool:
+        """Whether it was made of a released log, so that all its lines are claims."""
+        return "imported" in self.identity
+
+    @property
+    def counted(self) -> list[Certificate]:
+        """The certificates with counts: all, or none of an imported log's."""
+        return [c for c in self.certificates if isinstance(c, Certificate)]
+
+    @property
+    def flags(self) -> list[str]:
+        """What was found wrong with an imported log."""
+        return list(self.info.get("flags", ()))
 
     @property
     def complete(self) -> bool:
@@ -64,7 +99,7 @@ class Run:
             if record.identity != json.loads(json.dumps(identity)):
                 raise BenchError(f"{self.path} holds another identity than its name says; move it away")
             self.info = record.info
-            self.done = record.certificates
+            self.done = record.counted
             self._drop_torn_line()
         else:
             self.info = {"schema": SCHEMA, "status": "started", "identity": identity, **extra}
@@ -73,11 +108,13 @@ class Run:
 
     def append(self, certificate: Certificate) -> None:
         """Add one line and hand it to the operating system."""
-        value = asdict(certificate)
-        line = {k: value[k] for k in (*_ORDER, "votes", "seconds")}
         with self._certificates.open("a") as f:
-            f.write(json.dumps(line) + "\n")
+            f.write(_as_json(certificate))
         self.done.append(certificate)
+
+    def write(self, claims: Iterable[Claim]) -> None:
+        """All lines of an imported log, in place of what an interrupted import left."""
+        self._certificates.write_text("".join(map(_as_json, claims)))
 
     def finish(self, cost: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Mark the run complete, with the hash of its certificates."""
@@ -100,6 +137,11 @@ class Run:
                 f.truncate(whole)
 
 
+def _as_json(line: Line) -> str:
+    value = asdict(line)
+    return json.dumps({k: value[k] for k in (*_ORDER, "votes", "seconds")}) + "\n"
+
+
 def read_run(path: Path) -> Record:
     """The record at ``path``. Raises BenchError when it is not a run folder, of a newer schema, or corrupt."""
     file = path / "run.json"
@@ -114,13 +156,25 @@ def read_run(path: Path) -> Record:
         raise BenchError(f"{file}: no schema version: not written by bench")
     if schema > SCHEMA:
         raise BenchError(f"{file}: schema {schema} is newer than this bench reads ({SCHEMA}); upgrade certbench")
-    missing = [k for k in ("status", "identity") if k not in info]
+    info = _migrated(info, schema)
+    missing = [k for k, kind in (("status", str), ("identity", dict)) if not isinstance(info.get(k), kind)]
     if missing:
         raise BenchError(f"{file}: no {missing[0]!r} in it")
-    return Record(path, info, list(_certificates(path / "certificates.jsonl")))
+    kind = Claim if "imported" in info["identity"] else Certificate
+    return Record(path, info, list(_certificates(path / "certificates.jsonl", kind)))
 
 
-def _certificates(file: Path) -> Iterator[Certificate]:
+def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
+    """What an older bench wrote, in today's form; what it did not record is None."""
+    if schema < 2:  # before shared parts, settings in names, and the hash of the certificates
+        info.setdefault("defense", {}).update({"settings": {}, "search": [], "trained_elsewhere": []})
+        info["certificates_sha256"] = None
+        if "cost" in info:
+            info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
+    return info
+
+
+def _certificates(file: Path, kind: type[Line]) -> Iterator[Line]:
     if not file.exists():
         return
     seen: set[int] = set()
@@ -129,7 +183,7 @@ def _certificates(file: Path) -> Iterator[Certificate]:
             if not line.endswith("\n"):  # torn by a crash: as if never written
                 return
             try:
-                certificate = Certificate(**json.loads(line))
+                certificate = kind(**json.loads(line))
             except (ValueError, TypeError) as e:
                 raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
             if certificate.index in seen:

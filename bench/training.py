@@ -188,6 +188,8 @@ def _decay(s: Schedule, done: float) -> float:
     """The factor on lr when the part ``done`` of the run is over."""
     if done < s.warmup:
         return max(done, 1e-3 * s.warmup) / s.warmup
+    if s.decay == "constant":
+        return 1.0
     if s.decay == "step":
         return 0.1 ** int(3 * done)
     return 0.5 * (1 + math.cos(math.pi * (done - s.warmup) / (1 - s.warmup)))

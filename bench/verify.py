@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from bench import environment, metrics
+from bench import environment, importing, metrics
 from bench.anytime import procedure_of
 from bench.cache import digest, file_sha256, stored
 from bench.certify import Certificate, certify
@@ -36,16 +36,20 @@ def check_record(path: Path) -> Iterator[Finding]:
     identity = record.identity
     yield Finding("the folder's name is the hash of the identity", _name(record))
     yield Finding("every image of the identity is certified, once, and no other", _images(record))
-    yield Finding("counts are possible, and as many as the procedure draws", _each(record, _counts))
-    yield Finding("every radius follows from its counts at high precision", _each(record, _radius))
+    if record.imported:
+        yield from _log(record)
+    else:
+        yield Finding("counts are possible, and as many as the procedure draws", _each(record, _counts))
+        yield Finding("every radius follows from its counts at high precision", _each(record, _radius))
     if record.complete:
         same = file_sha256(path / "certificates.jsonl") == record.info["certificates_sha256"]
+        same = same or record.info["certificates_sha256"] is None  # written before there was one
         said = "" if same else "certificates.jsonl is not the file that the finished run wrote"
         yield Finding("the certificates are the file that the finished run wrote", said)
         expected = json.loads(json.dumps(metrics.summarise(record.certificates, record.info["radii"])))
         said = "" if record.info["metrics"] == expected else "metrics in run.json are not those of the certificates"
         yield Finding("metrics are those of the certificates", said)
-        votes = sum(c.votes for c in record.certificates)
+        votes = metrics.total(c.votes for c in record.certificates)
         said = "" if record.info["cost"]["votes"] == votes else f"cost.votes is not {votes}, the sum over images"
         yield Finding("votes are the sum over the images", said)
     else:
@@ -61,6 +65,8 @@ def draw_again(record: Record, session: Session, deep: bool) -> Finding:
     nothing is trained: weights that are not in the cache are said to be missing.
     """
     check = "images drawn again from the seed give the recorded counts"
+    if record.imported:
+        return Finding(f"(not drawn again: the log's model is not here) {check}")
     weights = record.identity["defense"]["weights"]
     if not deep and weights is not None and not stored(weights):
         return Finding(f"(not drawn again: its trained weights are not in this cache; --deep trains anew) {check}")
@@ -69,7 +75,7 @@ def draw_again(record: Record, session: Session, deep: bool) -> Finding:
     identity, task, fitted = session.prepare(plan)
     if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
         return Finding(check, f"cannot be rebuilt here: {', '.join(different)} differ from the record's")
-    kept = {c.index: c for c in record.certificates}
+    kept = {c.index: c for c in record.counted}
     if wrong := [i for i, c in kept.items() if task.labels(i) != c.label]:
         return Finding(check, f"image {wrong[0]}: the data set's label is {task.labels(wrong[0])}")
     chosen = list(kept) if deep else list(kept)[:: max(1, len(kept) // SAMPLE)][:SAMPLE]
@@ -96,6 +102,20 @@ def _votes(c: Certificate) -> str:
     return f"label {c.label}, predicted {c.predicted}, {c.top_count} of {c.n} votes"
 
 
+def _log(record: Record) -> Iterator[Finding]:
+    """What can be asked of an imported log: whether the record says what it says, and what is wrong with it."""
+    claims, flags = importing.read_again(record)
+    same = file_sha256(record.path / importing.SOURCE) == record.identity["imported"]["sha256"]
+    yield Finding("the log in the folder is the one that was imported", "" if same else "its hash is another")
+    other = next((c.index for c, now in zip(record.certificates, claims, strict=False) if c != now), None)
+    said = f"image {other} is not as in the log" if other is not None else ""
+    yield Finding("(counts are not known of an imported log) every image is as the log says", said)
+    same = record.flags == flags
+    yield Finding("flags are what the log gives", "" if same else "other things are wrong with it than flags say")
+    for flag in flags:
+        yield Finding("the log is without known defects", flag)
+
+
 def _name(record: Record) -> str:
     wanted = digest(record.identity)[:8]
     return "" if record.path.resolve().name.endswith(f"-{wanted}") else f"the identity's hash is {wanted}"
@@ -109,7 +129,7 @@ def _images(record: Record) -> str:
 
 
 def _each(record: Record, ask: Any) -> str:
-    for certificate in record.certificates:
+    for certificate in record.counted:
         problem = ask(record.identity, certificate)
         if problem:
             return f"image {certificate.index}: {problem}"

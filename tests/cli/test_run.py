@@ -57,7 +57,7 @@ def test_run_report_and_list(bench: Bench, tmp_path: Path) -> None:
     written = bench("report", out, "--out", tmp_path / "report")
     assert written.code == 0
     kinds = {p.suffix for p in (tmp_path / "report").iterdir()}
-    assert kinds == {".md", ".svg", ".png"}
+    assert kinds == {".md", ".svg", ".png", ".pdf"}
     assert bench("report", out, "--format", "csv").out.count("\n") == 5
 
     for what in ("defenses", "datasets", "bases", "runs"):

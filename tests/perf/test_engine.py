@@ -52,9 +52,9 @@ def resnet20() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head).eval()
 
 
-@pytest.mark.parametrize(("kind", "most"), [("float", 1.10), ("grid", 1.08)])
+@pytest.mark.parametrize(("kind", "most"), [("float", 1.03), ("grid", 1.08)])
 def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture[str], kind: str, most: float) -> None:
-    """At most 10% on top with float noise, 8% with grid noise (ResNet-20-size convnet, 2 cores)."""
+    """At most 3% on top with float noise, 8% with grid noise (ResNet-20-size convnet, 2 cores)."""
     model, device = resnet20(), torch.device("cpu")
     pixels = np.random.default_rng(0).random((IMAGES, *SHAPE), np.float32)
     rows = block_rows(SHAPE, device)

@@ -107,6 +107,17 @@ def test_every_epoch_sees_each_image_once(tmp_path: Path) -> None:
     assert seen[:50] != seen[50:100]
 
 
+def test_a_constant_rate_does_not_decay(tmp_path: Path) -> None:
+    one = nn.Linear(1, 1, bias=False)
+    before = one.weight.item()
+    job = training.TrainingJob(
+        DATA, (), 0.0, objectives.clean, 0, torch.device("cpu"), tmp_path / "c", lambda *_: None, []
+    )
+    schedule = Schedule(1, batch=10, optimizer="sgd", lr=0.01, momentum=0.0, weight_decay=0.0, decay="constant")
+    job.train(one, lambda x, y, d: one.weight.sum(), schedule)
+    assert one.weight.item() == pytest.approx(before - 10 * 0.01)  # ten steps on a slope of 1
+
+
 def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
     module = network()
     module[1].requires_grad_(False)

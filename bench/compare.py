@@ -1,0 +1,261 @@
+"""Two or more runs on the same images, side by side: which is better, by how much, and is it chance?
+
+Every number is from the records. Base and defense may differ, and the output says which of their
+settings do; whatever else decides a certified accuracy must agree, or nothing is compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench import metrics, paired, tables
+from bench.errors import BenchError, NotComparable
+from bench.store import Line, Record, read_run
+
+TOP = 5  # images shown each way
+COSTS = {
+    "train_seconds": "train (s)",
+    "certify_seconds": "certify (s)",
+    "votes": "votes",
+    "flops_per_vote": "FLOPs / vote",
+    "trained_here": "trained here (parameters)",
+}
+
+
+def compare(paths: Sequence[Path]) -> dict[str, Any]:
+    """All pairs of the runs, tested at every radius of the card's grid within reach.
+
+    Raises NotComparable with the reason, and BenchError where a run cannot be read or is not finished.
+    """
+    if len(paths) < 2 or len({p.resolve() for p in paths}) < len(paths):
+        raise BenchError("compare takes two or more different run folders")
+    records = [read_run(path) for path in paths]
+    for record in records:
+        if not record.complete:
+            raise BenchError(f"{record.path}: unfinished; type its bench run again to finish it, then compare")
+    unknown = _check(records)
+    radii = _radii(records)
+    pairs = [_pair(records, i, j, radii) for i, j in itertools.combinations(range(len(records)), 2)]
+    tests = [row for pair in pairs for row in pair["radii"]]
+    for row, adjusted in zip(tests, paired.holm([row["p"] for row in tests]), strict=True):
+        row["p_holm"] = adjusted
+    settings = [_settings(r.identity) for r in records]
+    keys = sorted({k for s in settings for k in s})
+    return {
+        "setting": tables.setting(records[0]),
+        "runs": [
+            {"run": str(r.path), "defense": tables.method_name(r), "flags": r.flags, "cost": _costs(r)} for r in records
+        ],
+        "unknown": unknown,
+        "differs": {k: values for k in keys if not _same(values := [s.get(k) for s in settings])},
+        "pairs": pairs,
+    }
+
+
+def _terms(identity: dict[str, Any]) -> dict[str, Any]:
+    """What must agree: all that decides a certified accuracy but base and defense. None where not known."""
+    terms = {k: identity[k] for k in ("dataset", "split", "indices", "images", "sigma", "bound")}
+    # The rest of the noise follows from its kind and the images' levels.
+    return terms | {"noise": identity["noise"]["kind"]} | flat(identity["procedure"], "procedure.")
+
+
+def _settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """The rest, which may differ and is then said."""
+    settled = {"dataset", "card", "split", "indices", "images", "sigma", "noise", "procedure", "bound"}
+    return flat({k: v for k, v in identity.items() if k not in settled})
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of inner dictionaries under dotted names."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return found
+
+
+def _same(values: Sequence[Any]) -> bool:
+    return all(v == values[0] for v in values)
+
+
+def _check(records: Sequence[Record]) -> list[str]:
+    """Raise NotComparable unless the terms agree; those that an imported record does not know."""
+    terms = [_terms(r.identity) for r in records]
+    unknown, reasons = [], []
+    for key in dict.fromkeys(k for t in terms for k in t):
+        known = [t.get(key) for r, t in zip(records, terms, strict=True) if not (r.imported and t.get(key, "") is None)]
+        if len(known) < len(records):
+            unknown.append(key)
+        if not _same(known or [None]):
+            reasons.append(_reason(key, [t.get(key) for t in terms]))
+    if reasons:
+        raise NotComparable(f"not comparable: {'; '.join(reasons)}")
+    for lines in zip(*(sorted(r.certificates, key=lambda c: c.index) for r in records), strict=True):
+        if not _same([c.label for c in lines]):
+            said = " and ".join(str(c.label) for c in lines)
+            raise NotComparable(f"not comparable: image {lines[0].index} is labelled {said}: not the same images")
+    return unknown
+
+
+def _reason(key: str, values: Sequence[Any]) -> str:
+    if key == "indices":
+        common = set.intersection(*map(set, values))
+        return f"images differ ({', '.join(str(len(v)) for v in values)}, of which {len(common)} are common to all)"
+    return f"{key} is {' and '.join(map(short, values))}"
+
+
+def short(value: Any) -> str:
+    """A setting's value for people."""
+    if isinstance(value, str) and len(value) == 64:  # a hash
+        return value[:8]
+    text = "not stated" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _radii(records: Sequence[Record]) -> list[float]:
+    common = set.intersection(*(set(r.info["radii"]) for r in records))
+    radii = sorted(r for r in common if r <= min(map(tables.reach, records)))
+    if not radii:
+        raise NotComparable("not comparable: the runs' tables have no radius within reach in common")
+    return radii
+
+
+def _pair(records: Sequence[Record], i: int, j: int, radii: Sequence[float]) -> dict[str, Any]:
+    first, second = ({c.index: c for c in records[k].certificates} for k in (i, j))
+    rows = []
+    for r in radii:
+        held = [(metrics.holds(first[x], r), metrics.holds(second[x], r)) for x in first]
+        only_first, only_second = held.count((True, False)), held.count((False, True))
+        low, high = paired.bootstrap(only_first, only_second, len(held))
+        rows.append(
+            {
+                "radius": r,
+                "certified_first": sum(a for a, _ in held) / len(held),
+                "certified_second": sum(b for _, b in held) / len(held),
+                "only_first": only_first,
+                "only_second": only_second,
+                "difference": (only_second - only_first) / len(held),
+                "low": low,
+                "high": high,
+                "p": paired.mcnemar(only_first, only_second),
+            }
+        )
+    return {
+        "first": i,
+        "second": j,
+        "radii": rows,
+        "first_ahead": _most(first, second),
+        "second_ahead": _most(second, first),
+        "cost_ratios": _ratios(_costs(records[i]), _costs(records[j])),
+    }
+
+
+def _most(ahead: dict[int, Line], behind: dict[int, Line]) -> list[dict[str, Any]]:
+    """The images on which one run's radius exceeds the other's most; a wrong or withheld prediction counts as 0."""
+    lead = {x: _earned(ahead[x]) - _earned(behind[x]) for x in ahead}
+    most = sorted((x for x in lead if lead[x] > 0), key=lambda x: (-lead[x], x))[:TOP]
+    return [
+        {
+            "index": x,
+            "label": ahead[x].label,
+            "lead": lead[x],
+            "ahead": {"predicted": ahead[x].predicted, "radius": ahead[x].radius},
+            "behind": {"predicted": behind[x].predicted, "radius": behind[x].radius},
+        }
+        for x in most
+    ]
+
+
+def _earned(line: Line) -> float:
+    return line.radius if line.predicted == line.label else 0.0
+
+
+def _costs(record: Record) -> dict[str, Any]:
+    return {k: record.info["cost"][k] for k in COSTS}
+
+
+def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float | None]:
+    """Second to first; None where either is unknown or the first cost nothing."""
+    return {k: second[k] / first[k] if first[k] and second[k] is not None else None for k in COSTS}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What ``compare`` found, for people."""
+    runs, escape = found["runs"], tables.escape
+    labels = [f"run {i} ({escape(run['defense'])})" for i, run in enumerate(runs, 1)]
+    parts = [f"## {escape(found['setting'])}"]
+    parts.append("\n".join(f"{i}. {escape(run['defense'])}: {escape(run['run'])}" for i, run in enumerate(runs, 1)))
+    parts += [f"Run {i} is imported with a flag: {escape(f)}" for i, r in enumerate(runs, 1) for f in r["flags"]]
+    if found["unknown"]:
+        parts.append(
+            f"Not known of an imported run, so not compared: {', '.join(found['unknown'])}. "
+            "Images are matched by index and label."
+        )
+    rows = {k: [escape(short(v)) for v in values] for k, values in found["differs"].items()}
+    parts.append("What differs beside the certificates:\n\n" + _table({"setting": list(rows)} | _columns(rows, runs)))
+    parts += [_pair_markdown(pair, labels, runs) for pair in found["pairs"]]
+    costs = {title: [_number(run["cost"][key]) for run in runs] for key, title in COSTS.items()}
+    parts.append("### Cost\n\n" + _table({"": list(costs)} | _columns(costs, runs)))
+    parts.append(
+        "Difference: second run less first, in points, with its 95% paired bootstrap interval "
+        f"({paired.RESAMPLES:,} resamples of the images, seed {paired.SEED}), too narrow where few images differ. "
+        "p: McNemar's exact test on the images that only one run certifies; Holm's correction is over "
+        f"all {sum(len(p['radii']) for p in found['pairs'])} tests shown. The images are those certified: "
+        "seeds of training or noise are not averaged over."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _pair_markdown(pair: dict[str, Any], labels: Sequence[str], runs: Sequence[Any]) -> str:
+    i, j = pair["first"], pair["second"]
+    rows = pair["radii"]
+    body = _table(
+        {
+            "radius": [f"{r['radius']:g}" for r in rows],
+            f"run {i + 1}": [f"{r['certified_first']:.1%}" for r in rows],
+            f"run {j + 1}": [f"{r['certified_second']:.1%}" for r in rows],
+            "difference": [
+                f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]" for r in rows
+            ],
+            f"only run {i + 1}": [str(r["only_first"]) for r in rows],
+            f"only run {j + 1}": [str(r["only_second"]) for r in rows],
+            "p": [f"{r['p']:.2g}" for r in rows],
+            "p, Holm": [f"{r['p_holm']:.2g}" for r in rows],
+        }
+    )
+    text = f"### {labels[i]} against {labels[j]}\n\n{body}"
+    images = [(i, j, row) for row in pair["first_ahead"]] + [(j, i, row) for row in pair["second_ahead"]]
+    if images:
+        columns: dict[str, list[str]] = {
+            "image": [str(row["index"]) for _, _, row in images],
+            "label": [str(row["label"]) for _, _, row in images],
+            "further": [f"run {a + 1} by {row['lead']:.3f}" for a, _, row in images],
+        }
+        for k in (i, j):
+            sides = [row["ahead" if a == k else "behind"] for a, _, row in images]
+            columns[f"run {k + 1}"] = [_side(side) for side in sides]
+        text += f"\n\nImages on which they differ most:\n\n{_table(columns)}"
+    ratios = [f"{COSTS[k]} x{v:.3g}" for k, v in pair["cost_ratios"].items() if v is not None]
+    return text + (f"\n\nCost of run {j + 1} over run {i + 1}: {', '.join(ratios)}." if ratios else "")
+
+
+def _side(side: dict[str, Any]) -> str:
+    if side["predicted"] is None:
+        return "abstains"
+    return f"{side['predicted']} within {side['radius']:.3f}"
+
+
+def _columns(rows: dict[str, list[str]], runs: Sequence[Any]) -> dict[str, list[str]]:
+    return {f"run {k + 1}": [values[k] for values in rows.values()] for k in range(len(runs))}
+
+
+def _number(value: Any) -> str:
+    return tables.DASH if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _table(columns: dict[str, list[str]]) -> str:
+    return str(pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True))

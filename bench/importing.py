@@ -1,0 +1,119 @@
+"""Released per-image logs made into run folders, which keep a copy of the log."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import metrics
+from bench.cards import Card, card_files, load_card
+from bench.errors import BenchError
+from bench.flaws import Stated
+from bench.logs import read_log
+from bench.store import Claim, Record, Run, read_run
+
+SOURCE = "source.tsv"  # the log, in the run folder
+LARGEST = 64 * 2**20  # bytes read: a million images
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # the table's, where no card says which
+
+
+def import_log(log: Path, stated: Stated, out: Path) -> Record:
+    """The log's run folder below ``out``, made now unless it is there. Raises BenchError where it cannot be read."""
+    data = _read(log)
+    card = _card(stated.dataset)
+    dataset = card.name if card else stated.dataset
+    radii = [stated.radius] if stated.radius else list(card.radii if card else RADII)
+    classes = list(card.classes) if card else []
+    try:
+        claims, flags = read_log(data, stated, radii, len(classes))
+    except BenchError as e:
+        raise BenchError(f"{log}: {e}") from None
+    # A stranger's file name becomes the name of a folder and a row of tables.
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", log.stem).strip("-.")[:60] or "log"
+    procedure = {"kind": "fixed" if stated.format == "cohen" else "adaptive", "n0": stated.n0, "n": stated.n}
+    sha256 = hashlib.sha256(data).hexdigest()
+    identity: dict[str, Any] = {
+        "dataset": dataset,
+        "card": None,
+        "split": "test",
+        "indices": [c.index for c in claims],
+        "images": None,
+        "base": None,
+        "defense": {"name": name, "source": sha256, "config": {}, "weights": None, "parts": {}, "objective": None},
+        "train_sigma": None,
+        "sigma": stated.sigma,
+        "noise": {"kind": "float", "version": None, "tau": 0.0},
+        "procedure": procedure
+        | {"alpha": stated.alpha, "target": "selected"}
+        | ({"radii": radii} if stated.radius else {}),
+        "bound": "clopper-pearson",
+        "seed": None,
+        "imported": {"format": stated.format, "sha256": sha256},
+    }
+    extra: dict[str, Any] = {
+        "environment": {},
+        "arguments": {"log": log.name, "dataset": stated.dataset},
+        "radii": radii,
+        "preset": None,
+        "classes": classes,
+        "data": {},
+        "base": None,
+        "defense": {
+            "family": "imported",
+            "paper": "",
+            "access": None,
+            "trained_elsewhere": [],
+            "settings": {},
+            "search": [],
+            "weights_file": None,
+        },
+        "flags": flags,
+    }
+    run = Run(out, f"{dataset}-{name}-s{stated.sigma:g}", identity, extra)
+    try:
+        if run.info["status"] != "complete":
+            (run.path / SOURCE).write_bytes(data)
+            run.write(claims)
+            run.finish(_cost(claims), metrics.summarise(claims, radii))
+    finally:
+        run.close()
+    return read_run(run.path)
+
+
+def read_again(record: Record) -> tuple[list[Claim], list[str]]:
+    """What the log in an imported run's folder gives: claims and flags. Raises BenchError where it cannot be read."""
+    procedure = record.identity["procedure"]
+    (radius,) = procedure.get("radii", [None])
+    numbers = (record.identity["sigma"], procedure["alpha"], procedure["n"], procedure["n0"], radius)
+    stated = Stated(record.identity["imported"]["format"], record.identity["dataset"], *numbers)
+    return read_log(_read(record.path / SOURCE), stated, record.info["radii"], len(record.info["classes"]))
+
+
+def _read(log: Path) -> bytes:
+    try:
+        size = log.stat().st_size
+        if size > LARGEST:
+            raise BenchError(f"{log}: {size:,} bytes are more than a log of a million images; import a part of it")
+        return log.read_bytes()
+    except OSError as e:
+        raise BenchError(f"cannot read {log}: {e.strerror}") from None
+
+
+def _card(dataset: str) -> Card | None:
+    if dataset in card_files() or dataset.endswith(".toml"):
+        return load_card(dataset)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", dataset):
+        raise BenchError(f"--dataset {dataset!r}: letters, digits and _ . - make a name")
+    return None
+
+
+def _cost(claims: Sequence[Claim]) -> dict[str, Any]:
+    unknown = "train_seconds base_forwards queries trainable_nominal trainable_updated trained_here trained_elsewhere "
+    unknown += "parameters flops_per_vote peak_memory"
+    return dict.fromkeys(unknown.split()) | {
+        "certify_seconds": metrics.total(c.seconds for c in claims),
+        "votes": metrics.total(c.votes for c in claims),
+    }

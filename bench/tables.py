@@ -1,0 +1,206 @@
+"""What run folders say, as tables: reads records only, never touches a model.
+
+Runs are put in one table only when they differ in nothing but the defense (and its seed): same
+images, base, sigma, n0, n, alpha, procedure. Others get a table of their own. A base of other classes is
+the same whether a linear probe was put on it or the defense brought a head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench import metrics
+from bench.anytime import procedure_of
+from bench.cache import digest
+from bench.errors import BenchError
+from bench.paired import holm, mcnemar
+from bench.store import Record, find_runs, read_run
+
+DASH = "—"  # what cannot be, or is not known
+
+
+def load_records(root: Path) -> tuple[list[Record], list[str]]:
+    """The readable complete runs below ``root``, and a line for each that was left out."""
+    records, left_out = [], []
+    for path in find_runs(root):
+        try:
+            record = read_run(path)
+        except BenchError as e:
+            left_out.append(str(e))
+            continue
+        if record.complete:
+            records.append(record)
+        else:
+            done, all_ = len(record.certificates), len(record.identity["indices"])
+            left_out.append(f"{path}: unfinished ({done} of {all_} images); run the same command again to finish it")
+    return records, left_out
+
+
+def comparable(record: Record) -> dict[str, Any]:
+    """The part of an identity that must agree for two runs to stand in one table."""
+    kept = {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
+    return kept if record.imported else kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
+
+
+def _base_sha256(record: Record) -> str:
+    """The base's hash, that before the probe where it was given one."""
+    return str(record.info["base"].get("before_probe", record.identity["base"]["sha256"]))
+
+
+def groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Runs that may stand in one table together, best certified accuracy summed over the grid last settled by name."""
+    by_key: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_key[digest(comparable(record))].append(record)
+    tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"] or 0)) for g in by_key.values()]
+    return sorted(tables, key=lambda g: (g[0].identity["dataset"], g[0].identity["sigma"], digest(comparable(g[0]))))
+
+
+def table(group: Sequence[Record]) -> pd.DataFrame:
+    """One row a run, ordered by certified accuracy at the grid's radii; every number from the record."""
+    frame = pd.DataFrame([_row(r) for r in group])
+    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
+
+
+def pooled(group: Sequence[Record]) -> pd.DataFrame:
+    """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean."""
+    rows = []
+    for records in methods(group):
+        row = pd.DataFrame([_row(r) for r in records])
+        first = row.iloc[0].to_dict()
+        for column in row.select_dtypes("number").columns:
+            first[column] = row[column].mean()
+        for r in group[0].info["radii"]:
+            key = f"certified_{r:g}"
+            points = [{"value": x[key], "low": x[f"{key}_low"], "high": x[f"{key}_high"]} for _, x in row.iterrows()]
+            found = metrics.pool(points, int(first["images"]))
+            first |= {key: found["value"], f"{key}_low": found["low"], f"{key}_high": found["high"]}
+        first["seeds"] = len(records)
+        rows.append(first)
+    frame = pd.DataFrame(rows)
+    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
+
+
+def methods(group: Sequence[Record]) -> list[list[Record]]:
+    """The runs of each method of a table: those that differ in nothing but their seed and what it brings about."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in group:
+        defense = record.identity["defense"]
+        config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
+        given = record.info["defense"]["weights_file"] and defense["weights"]
+        key = [defense["name"], defense["source"], config, defense["objective"], given, record.identity["train_sigma"]]
+        found[digest({"method": key})].append(record)
+    apart: list[list[Record]] = []
+    for records in found.values():
+        same = len({r.identity["seed"] for r in records}) == len(records)
+        apart += [records] if same else [[r] for r in records]
+    return apart
+
+
+def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
+    """Runs whose certified accuracy at a radius cannot be told apart from the best's, the best among them.
+
+    ``frame`` is the group's ``pooled``. One run against one: exact McNemar tests on the same images at 5%,
+    Holm's correction over the rows. Pooled seeds: their 95% intervals overlap. Empty where one row is alone.
+    """
+    key = f"certified_{radius:g}"
+    best = frame.iloc[int(frame[key].argmax())]
+    by_run = {m[0].path.name: m for m in methods(group)}
+    others = [row for _, row in frame.iterrows() if row["run"] != best["run"]]
+    single = [row["run"] for row in others if len(by_run[row["run"]]) == len(by_run[best["run"]]) == 1]
+    tests = holm([_mcnemar(by_run[best["run"]][0], by_run[run][0], radius) for run in single])
+    level = {run for run, p in zip(single, tests, strict=True) if p >= 0.05}
+    level |= {r["run"] for r in others if r["run"] not in single and r[f"{key}_high"] >= best[f"{key}_low"]}
+    return level | {str(best["run"])} if level else set()
+
+
+def _mcnemar(one: Record, other: Record, radius: float) -> float:
+    first, second = ({c.index for c in r.certificates if metrics.holds(c, radius)} for r in (one, other))
+    return mcnemar(len(first - second), len(second - first))
+
+
+def searched(record: Record) -> set[str]:
+    """The settings whose value was searched for."""
+    return {key for tried in record.info["defense"]["search"] for key in tried["values"]}
+
+
+def _row(record: Record) -> dict[str, Any]:
+    info, cost, right = record.info, record.info["cost"], (record.info["base"] or {}).get("clean_correct")
+    result = metrics.summarise(record.certificates, info["radii"])
+    row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity["seed"]}
+    for point in result["certified_accuracy"]:
+        key = f"certified_{point['radius']:g}"
+        row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
+    row |= {
+        "family": info["defense"]["family"],
+        "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
+        "images": result["images"],
+        "base_clean_accuracy": None if right is None else right / info["base"]["images"],
+        "abstained": result["abstained"]["value"] if _selects(record) else None,
+        "train_seconds": cost["train_seconds"],
+        "certify_seconds": cost["certify_seconds"],
+        "votes": cost["votes"],
+        "flops_per_vote": cost["flops_per_vote"],
+        "trainable_nominal": cost["trainable_nominal"],
+        "trainable_updated": cost["trainable_updated"],
+        "trained_here": cost["trained_here"],
+        "trained_elsewhere": cost["trained_elsewhere"],
+        "parameters": cost["parameters"],
+        "peak_memory": cost["peak_memory"],
+        "acr": result["acr"],
+        "flags": "; ".join(record.flags),
+    }
+    return row
+
+
+def _selects(record: Record) -> bool:
+    """Whether the run predicts at all: one that tests the known label neither predicts nor abstains."""
+    return bool(record.identity["procedure"].get("target", "selected") == "selected")
+
+
+def setting(record: Record) -> str:
+    """What any two runs that are compared have in common, in one line."""
+    identity = record.identity
+    p = identity["procedure"]
+    selection = f"n0 {p['n0'] or 'not stated'}, " if _selects(record) else "known label, "
+    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"{p['kind']} up to {p['n']:,} votes"
+    return (
+        f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
+        f"{selection}{votes}, alpha {p['alpha']:g}, noise {identity['noise']['kind']}"
+    )
+
+
+def heading(record: Record) -> str:
+    """What all runs of a table have in common, in one line."""
+    base = record.identity["base"]
+    known = "not stated" if record.imported else f"{base['name']} ({_base_sha256(record)[:8]})"
+    return f"{setting(record)}, base {known}"
+
+
+def escape(text: str) -> str:
+    """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def method_name(record: Record) -> str:
+    """The defense, the settings and objective that are not its defaults, and what was searched."""
+    defense, objective = record.info["defense"], record.identity["defense"]["objective"]
+    words = [record.identity["defense"]["name"]]
+    words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
+    words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
+    keys = sorted(searched(record))
+    return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
+
+
+def reach(record: Record) -> float:
+    """The largest radius that any image of the record could be certified at."""
+    identity = record.identity
+    return procedure_of(identity).largest_radius(identity["sigma"], identity["noise"].get("tau", 0.0))

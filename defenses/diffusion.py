@@ -1,0 +1,269 @@
+"""A diffusion model as denoiser in front of the frozen base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, ClassVar, cast
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from bench import tensors
+from bench.errors import BenchError
+from bench.hub import MissingFile
+from bench.interface import Access, Context, Defense, Draw, Job, Part, Schedule
+
+# diffusers' own types stop at its decorators.
+UNET: Any = diffusers.UNet2DModel
+DDPM: Any = diffusers.DDPMScheduler
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# Attention layers as diffusers named them before 0.13, when google/ddpm-cifar10-32 was published.
+RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+class Averaged(nn.Module):
+    """A network with a moving average of its weights, which a checkpoint holds too."""
+
+    ema: Tensor
+    updates: Tensor
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("ema", parameters_to_vector(net.parameters()).detach().clone())
+        self.register_buffer("updates", torch.tensor(0))
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the average towards the weights; early on faster, so that the first weights are forgotten."""
+        done = int(self.updates)
+        self.ema.lerp_(parameters_to_vector(self.net.parameters()), 1 - min(decay, (1 + done) / (10 + done)))
+        self.updates += 1
+
+    def adopt(self) -> None:
+        """Make the average the weights."""
+        vector_to_parameters(self.ema.clone(), self.net.parameters())
+
+
+@dataclass(frozen=True)
+class Diffusion(Part):
+    """A UNet of few channels and no attention, trained as Ho et al. 2020 (arXiv 2006.11239): squared error of
+    the noise at a random step for each image, the average of the weights used. The schedule is the cosine
+    of Nichol and Dhariwal 2021 (arXiv 2102.09672).
+    """
+
+    width: int
+    schedule: Schedule
+    layers: int = 1
+    timesteps: int = 1000
+    ema: float = 0.995
+
+    def scheduler(self) -> Any:
+        return DDPM(num_train_timesteps=self.timesteps, beta_schedule="squaredcos_cap_v2")
+
+    def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+        channels, *size = shape
+        widths = [self.width]
+        while len(widths) < 6 and min(size) > 7 and not any(side % 2 for side in size):
+            size = [side // 2 for side in size]  # down to 4x4 where the sides allow it
+            widths.append(min(2 * widths[-1], 4 * self.width))
+        net = UNET(
+            sample_size=shape[1:],
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=widths,
+            layers_per_block=self.layers,
+            down_block_types=["DownBlock2D"] * len(widths),
+            up_block_types=["UpBlock2D"] * len(widths),
+            norm_num_groups=8,
+            add_attention=False,
+        )
+        return Averaged(net)
+
+    def fit(self, module: nn.Module, job: Job) -> None:
+        averaged = cast(Averaged, module)
+        alphas = self.scheduler().alphas_cumprod
+
+        def loss(x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+            # Before the step that this loss makes, so that a checkpoint holds an average as old as its weights.
+            averaged.follow(self.ema)
+            t = torch.randint(0, self.timesteps, (len(x),))
+            kept = alphas[t].to(x.device).view(-1, 1, 1, 1)
+            noise = draw.normal(*x.shape[1:])
+            noisy = kept.sqrt() * (2 * x - 1) + (1 - kept).sqrt() * noise
+            return F.mse_loss(averaged.net(noisy, t.to(x.device)).sample, noise)
+
+        job.train(module, loss, self.schedule)
+        averaged.follow(self.ema)
+        averaged.adopt()
+
+
+class DiffusionDenoised(Defense):
+    """One-shot diffusion denoising (Carlini et al. 2022, arXiv 2206.10550).
+
+    The certified input's noise is the diffusion's: its level gives the step, one prediction gives the clean
+    image, and the classifier sees that. The released code noises the clean image itself, at the step's level;
+    here the noise has exactly sigma, a little less. Of a learned variance only the mean's half is used.
+    ``unet`` is a diffusers UNet, a hub id or a folder; without one a small one is trained here. ``paper`` takes
+    the public CIFAR-10 weights in diffusers' format (Ho et al., linear, 1,000 steps); the paper's own are
+    Nichol and Dhariwal's (cosine, 4,000 steps).
+
+    ``steps`` above 1 goes back in so many evenly spaced steps of ancestral sampling (Ho et al. 2020), whose
+    randomness belongs to the vote. ``classifier`` names a defense trained behind the denoiser, in place of the
+    base and with its own schedule; the schedule set here is that of the diffusion model.
+    """
+
+    access = Access.QUERY
+    family = "training-free"
+    paper = "2206.10550"
+
+    @dataclass(frozen=True)
+    class Config(Schedule):
+        """The checkpoint, the way back, the classifier; width and schedule of a model trained here."""
+
+        unet: str = ""
+        steps: int = 1
+        classifier: str = ""
+        width: int = 16
+        epochs: float = 80
+        batch: int = 32
+        lr: float = 4e-3
+        weight_decay: float = 0.0
+        warmup: float = 0.1
+
+    presets: ClassVar = {"paper": {"unet": "google/ddpm-cifar10-32"}}
+
+    @classmethod
+    def kind(cls, config: Any) -> str:
+        return "classifier-tuned" if config.classifier else cls.family if config.unet else "denoiser-trained"
+
+    @classmethod
+    def needs(cls, config: Any) -> Access:
+        return Access.WEIGHTS if config.classifier else Access.QUERY
+
+    def build(self) -> None:
+        config = self.config
+        schedule = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
+        part = Diffusion(config.width, schedule)
+        unet, scheduler = load(self.context, config.unet) if config.unet else (None, part.scheduler())
+        self.prediction: str = scheduler.config.prediction_type
+        self.alphas: list[float] = scheduler.alphas_cumprod.double().tolist()
+        self.times(self.context.train_sigma)  # refuses what cannot be, before anything is trained
+        if config.width < 8 or config.width % 8:
+            raise BenchError(f"diffusion: width={config.width} must be a multiple of 8")
+        self.unet = cast(Averaged, self.context.once(part)).net if unet is None else unet
+        self.classifier = self.context.inner(config.classifier) if config.classifier else None
+        inner = type(self.classifier or self)
+        if inner.fit is not Defense.fit or inner.loss is not Defense.loss:
+            raise BenchError(f"diffusion: classifier={config.classifier} trains in a way of its own; try full or lora")
+
+    def times(self, sigma: float) -> list[int]:
+        """The steps at which the UNet is asked, counted from 0. The first is the lowest that has at least the
+        noise 2 sigma relative to its image (2, since [0, 1] became [-1, 1]).
+        """
+        first = next((t for t, kept in enumerate(self.alphas) if kept <= 1 / (1 + 4 * sigma**2)), None)
+        if first is None:
+            most = (1 / self.alphas[-1] - 1) ** 0.5 / 2
+            raise BenchError(
+                f"diffusion: sigma {sigma:g} is beyond the schedule's last step, {most:.3g}; lower --sigma"
+            )
+        steps = self.config.steps
+        if not 1 <= steps <= first + 1:
+            raise BenchError(f"diffusion: steps={steps}: from 1 to {first + 1}, the steps to sigma {sigma:g}")
+        # Step -1 would be the clean image, so that steps = first + 1 visits every step.
+        return [first - i * (first + 1) // steps for i in range(steps)]
+
+    def predict(self, noisy: Tensor, t: int) -> Tensor:
+        """The clean image, within [-1, 1], that the UNet sees in the noisy one of step ``t``."""
+        kept = self.alphas[t]
+        out: Tensor = self.unet(noisy, t).sample[:, : noisy.shape[1]]  # the rest is a learned variance
+        if self.prediction == "epsilon":
+            out = noisy / kept**0.5 - (1 / kept - 1) ** 0.5 * out
+        elif self.prediction == "v_prediction":
+            out = kept**0.5 * noisy - (1 - kept) ** 0.5 * out
+        return out.clamp(-1, 1)
+
+    def denoised(self, x: Tensor, draw: Draw) -> Tensor:
+        """Pixels in [0, 1] of noisy pixels."""
+        times = self.times(draw.sigma)
+        noisy = self.alphas[times[0]] ** 0.5 * (2 * x - 1)
+        clean = self.predict(noisy, times[0])
+        for t, after in pairwise(times):
+            # q(x_after | x_t, x_0) of the chain that has these steps alone.
+            kept, more = self.alphas[t], self.alphas[after]
+            spread = 1 - kept / more
+            mean = (more**0.5 * spread * clean + (kept / more) ** 0.5 * (1 - more) * noisy) / (1 - kept)
+            noisy = mean + (spread * (1 - more) / (1 - kept)) ** 0.5 * draw.normal(*x.shape[1:])
+            clean = self.predict(noisy, after)
+        return (clean + 1) / 2
+
+    def schedule(self) -> Schedule:
+        return super().schedule() if self.classifier is None else self.classifier.schedule()
+
+    def merge(self) -> None:
+        if self.classifier is not None:
+            self.classifier.merge()
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        clean = self.denoised(x, draw)
+        return self.context.base(clean) if self.classifier is None else self.classifier.logits(clean, draw)
+
+
+def load(context: Context, source: str) -> tuple[nn.Module, Any]:
+    """A frozen UNet and its scheduler from a folder or the hub, in diffusers' layout. Raises BenchError."""
+    config, name = _first_json(context, source, "config.json", "unet/config.json")
+    plan, _ = _first_json(context, source, "scheduler_config.json", "scheduler/scheduler_config.json")
+    kind = config.get("_class_name")
+    if kind != "UNet2DModel" or config.get("class_embed_type") or config.get("num_class_embeds"):
+        raise BenchError(f"diffusion: unet={source} is a {kind}: give an unconditional UNet2DModel")
+    unet = UNET.from_config(config, dropout=0.0)  # never trained here, whoever calls train()
+    channels, size = unet.config.in_channels, unet.config.sample_size or context.shape[1:]
+    shape = (channels, *((size, size) if isinstance(size, int) else size))
+    if shape != context.shape or unet.config.out_channels not in (channels, 2 * channels):
+        theirs, ours = ("x".join(map(str, s)) for s in (shape, context.shape))
+        raise BenchError(
+            f"diffusion: unet={source} is for {theirs} images, the data are {ours}; --set unet= trains one"
+        )
+    maker: Any = getattr(diffusers, str(plan.get("_class_name")), None)
+    scheduler = maker.from_config(plan) if str(plan.get("_class_name")).endswith("Scheduler") and maker else None
+    prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+    if not hasattr(scheduler, "alphas_cumprod") or prediction not in PREDICTIONS:
+        raise BenchError(
+            f"diffusion: unet={source}: its scheduler {plan.get('_class_name')} (predicting {prediction}) must have "
+            f"alphas_cumprod and predict {', '.join(PREDICTIONS)}"
+        )
+    weights = name.removesuffix("config.json") + WEIGHTS
+    try:
+        file = context.hub(source, weights)
+    except MissingFile:
+        raise BenchError(
+            f"diffusion: unet={source} has no {weights}; a pickled .bin is refused, since opening it can run "
+            "code: load it where you trust it, and save_pretrained(..., safe_serialization=True)"
+        ) from None
+    state = tensors.read(file).tensors
+    for old, new in RENAMED.items():
+        state = {k.replace(old, new): v for k, v in state.items()}
+    tensors.check(f"diffusion: {file} does not fit its config.json", unet.state_dict(), state)
+    unet.load_state_dict(state)
+    return unet.eval().requires_grad_(False), scheduler
+
+
+def _first_json(context: Context, source: str, *names: str) -> tuple[dict[str, Any], str]:
+    """The first of the files that can be had, and its name. Raises BenchError."""
+    failed: list[BenchError] = []
+    for name in names:
+        try:
+            path = context.hub(source, name)
+            return json.loads(path.read_text()), name
+        except BenchError as e:  # not only MissingFile: without a network a file that is not there cannot be told
+            failed.append(e)
+        except ValueError:
+            raise BenchError(f"diffusion: {path} is not JSON; save the model again") from None
+    missing = BenchError(f"diffusion: unet={source} has neither {' nor '.join(names)}; give a diffusers model")
+    raise next((e for e in failed if not isinstance(e, MissingFile)), missing)

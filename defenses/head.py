@@ -1,0 +1,42 @@
+"""Fine-tune the base's last layer alone under Gaussian noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from bench.interface import Defense, Draw, Schedule
+
+
+class LinearHead(Defense):
+    """Linear probing: the layer that turns features into logits is trained, the features stay the base's.
+
+    The least a white-box defense can change, a comparator of visual prompt tuning (Jia et al. 2022),
+    here on noisy images and from the base's own head instead of a random one. No learning rate is
+    stated for noisy images; ``paper`` has that paper's schedule, and a rate from its search.
+    """
+
+    family = "classifier-tuned"
+    paper = "2203.12119"
+
+    @dataclass(frozen=True)
+    class Config(Schedule):
+        """Training schedule."""
+
+        epochs: float = 20
+        batch: int = 64
+        lr: float = 3e-2
+        weight_decay: float = 0.0
+        warmup: float = 0.1
+
+    presets: ClassVar = {"paper": {"epochs": 100, "batch": 128, "optimizer": "sgd", "lr": 0.5}}
+
+    def build(self) -> None:
+        self.model = self.context.base.copy(self.context.classes).requires_grad_(False)
+        self.model.head().requires_grad_(True)  # type: ignore[operator]
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        out: Tensor = self.model(x)
+        return out

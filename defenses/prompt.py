@@ -1,0 +1,88 @@
+"""Learned tokens in the base transformer's input sequence, trained under Gaussian noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from bench.errors import BenchError
+from bench.interface import Defense, Draw, Schedule
+
+
+class Prompted(nn.Module):
+    """A transformer's blocks with prompts among their input tokens, which leave again after the last block.
+
+    ``prompts`` [layers, tokens, dim] are inserted before the first block, and replace what the block
+    before made of them at each further layer there is a row for; the first ``after`` tokens precede them.
+    """
+
+    def __init__(self, blocks: nn.Sequential, prompts: Tensor, after: int, dropout: float) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.prompts = nn.Parameter(prompts)
+        self.dropout = nn.Dropout(dropout)
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, rest = x[:, : self.after], x[:, self.after :]
+        layers, tokens, _ = self.prompts.shape
+        for i, block in enumerate(self.blocks):
+            if i < layers:
+                prompt = self.dropout(self.prompts[i].expand(len(x), -1, -1))
+            x = block(torch.cat((before, prompt, rest), dim=1))
+            before, prompt, rest = x.tensor_split((self.after, self.after + tokens), dim=1)
+        return torch.cat((before, rest), dim=1)
+
+
+class PromptTuning(Defense):
+    """Visual prompt tuning (Jia et al. 2022, arXiv 2203.12119) as used by Certified PEFTSmoothing.
+
+    Prompts follow the class token: at the first block alone (``deep=false``), or new ones at every
+    block. They are the blocks' business only: position embeddings, an average over tokens and the
+    head see what they see in the base. The base stays frozen, its head included, which prompt tuning
+    itself trains with the prompts; Certified PEFTSmoothing counts its parameters without.
+    It does not state its schedule; ``paper`` has prompt tuning's, with a rate from its search.
+    """
+
+    family = "classifier-tuned"
+    paper = "2404.05350"
+
+    @dataclass(frozen=True)
+    class Config(Schedule):
+        """Number and place of the prompts, and the training schedule."""
+
+        tokens: int = 8
+        deep: bool = True
+        dropout: float = 0.1
+        epochs: float = 20
+        batch: int = 64
+        lr: float = 1e-2
+        weight_decay: float = 0.0
+        warmup: float = 0.1
+
+    presets: ClassVar = {"paper": {"tokens": 50, "epochs": 100, "batch": 128, "optimizer": "sgd", "lr": 1.0}}
+
+    def build(self) -> None:
+        if self.config.tokens < 0 or not 0 <= self.config.dropout < 1:
+            raise BenchError("prompt: tokens must be at least 0, dropout at least 0 and below 1")
+        self.model = self.context.base.copy(self.context.classes).requires_grad_(False)
+        vit = self.model.model
+        if not isinstance(vit, VisionTransformer):
+            raise BenchError(
+                f"prompt: this base ({type(vit).__name__}) is not timm's VisionTransformer, so there is no plain "
+                f"sequence of tokens to put prompts in; give a ViT with --base, or use lora"
+            )
+        patch = vit.in_chans * math.prod(vit.patch_embed.patch_size)
+        bound = math.sqrt(6 / (patch + vit.embed_dim))
+        layers = len(vit.blocks) if self.config.deep else 1
+        prompts = torch.empty(layers, self.config.tokens, vit.embed_dim).uniform_(-bound, bound)
+        vit.blocks = Prompted(vit.blocks, prompts, int(vit.has_class_token), self.config.dropout)  # type: ignore[assignment]
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        out: Tensor = self.model(x)
+        return out

@@ -1,0 +1,223 @@
+"""bench compare: exact tests on the same images, and a refusal of everything else."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from records import made_up
+
+from bench import paired
+
+Bench = Callable[..., Result]
+COUNTS = st.integers(0, 200)
+FIXED = {"kind": "fixed", "n0": 100, "n": 1000, "alpha": 0.001, "target": "selected"}
+
+
+@given(first=COUNTS, second=COUNTS)
+def test_mcnemar_is_the_binomial_tail_counted_exactly(first: int, second: int) -> None:
+    n = first + second
+    tail = Fraction(sum(math.comb(n, k) for k in range(min(first, second) + 1)), 2**n)
+    assert paired.mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-9)
+
+
+@given(first=COUNTS, second=COUNTS, both=COUNTS, neither=COUNTS)
+@settings(max_examples=25, deadline=None)
+def test_mcnemar_agrees_with_statsmodels(first: int, second: int, both: int, neither: int) -> None:
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    expected = tables.mcnemar([[both, first], [second, neither]], exact=True).pvalue
+    assert paired.mcnemar(first, second) == pytest.approx(min(1.0, expected), rel=1e-9)
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_holm_agrees_with_statsmodels(p: list[float]) -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    assert paired.holm(p) == pytest.approx(list(multitest.multipletests(p, method="holm")[1]))
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12), level=st.floats(0.001, 1))
+def test_holm_rejects_what_its_steps_reject(p: list[float], level: float) -> None:
+    """Holm 1979: the smallest p first against level/m, the next against level/(m-1), stopping at the first failure."""
+    rejected = set()
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        if (len(p) - rank) * p[i] > level:
+            break
+        rejected.add(i)
+    assert {i for i, v in enumerate(paired.holm(p)) if v <= level} == rejected | (
+        set(range(len(p))) if level == 1 else set()
+    )
+
+
+def test_holm_by_hand() -> None:
+    assert paired.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert paired.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_the_bootstrap_is_that_of_the_images() -> None:
+    """Against images drawn one by one with another generator: quantiles within what 10,000 resamples leave open."""
+    first, second, n = 12, 30, 200
+    one = np.array([-1.0] * first + [1.0] * second + [0.0] * (n - first - second))
+    drawn = np.random.default_rng(99).choice(one, (10_000, n)).mean(axis=1)
+    assert paired.bootstrap(first, second, n) == pytest.approx(list(np.quantile(drawn, [0.025, 0.975])), abs=0.0051)
+    assert paired.bootstrap(first, second, n) == paired.bootstrap(first, second, n)
+    assert paired.bootstrap(0, 0, n) == (0.0, 0.0)
+
+
+def test_numbers_of_a_made_up_pair(bench: Bench, tmp_path: Path) -> None:
+    """Twenty images; the second run certifies eight more at .25 and loses one: p = 2 (1 + 9) / 2^9."""
+    weak = made_up(tmp_path, [0.3] + [0.1] * 8 + [0.6] * 10 + [0.7], wrong=[19], name="none")
+    strong = made_up(
+        tmp_path,
+        [0.2] + [0.3] * 8 + [0.6] * 10 + [None],
+        cost={"train_seconds": 25.0, "certify_seconds": 10.0, "trained_here": 50, "flops_per_vote": 3e6},
+    )
+    result = bench("compare", weak, strong, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    (pair,) = found["pairs"]
+    # .75 is out of reach: 1000 votes at alpha .001 give at most 2.463 * .25 = .616.
+    assert [r["radius"] for r in pair["radii"]] == [0.0, 0.25, 0.5]
+    at = {r["radius"]: r for r in pair["radii"]}
+    assert (at[0.25]["only_first"], at[0.25]["only_second"]) == (1, 8)
+    assert at[0.25]["certified_first"] == 11 / 20 and at[0.25]["certified_second"] == 18 / 20
+    assert at[0.25]["difference"] == pytest.approx(7 / 20)
+    assert at[0.25]["p"] == pytest.approx(20 / 512)
+    assert at[0.25]["p_holm"] == pytest.approx(60 / 512)
+    assert at[0.0]["p"] == at[0.5]["p"] == at[0.5]["p_holm"] == 1
+    assert 0 < at[0.25]["low"] < 0.35 < at[0.25]["high"] < 1
+    assert [(i["index"], i["label"]) for i in pair["second_ahead"]] == [(i, i % 10) for i in range(1, 6)]
+    (ahead,) = pair["first_ahead"]
+    assert ahead["index"] == 0 and ahead["lead"] == pytest.approx(0.1)
+    assert ahead["ahead"] == {"predicted": 0, "radius": 0.3}
+    assert pair["cost_ratios"] == pytest.approx(
+        {"train_seconds": 2.5, "certify_seconds": 0.5, "votes": 1.0, "flops_per_vote": 3.0, "trained_here": 0.5}
+    )
+    assert found["differs"] == {"defense.name": ["none", "lora"]}
+    text = bench("compare", weak, strong).out
+    assert "| 0.25     | 55.0%   | 90.0%   | +35.0 [" in text
+    assert "| 1            | 8            | 0.039 | 0.12" in text
+    assert "train (s) x2.5" in text
+
+
+@given(counts=st.lists(st.tuples(st.floats(0, 0.6), st.floats(0, 0.6), st.booleans()), min_size=2, max_size=40))
+@settings(max_examples=15, deadline=None)
+def test_every_count_is_what_a_loop_over_the_images_finds(counts: list[tuple[float, float, bool]]) -> None:
+    import tempfile
+
+    from bench.compare import compare
+
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = [i for i, c in enumerate(counts) if c[2]]
+        a = made_up(Path(folder), [c[0] for c in counts], wrong=wrong, name="none")
+        b = made_up(Path(folder), [c[1] for c in counts])
+        (pair,) = compare([a, b])["pairs"]
+    for row in pair["radii"]:
+        only_a = only_b = 0
+        for first, second, bad in counts:
+            held_a, held_b = first >= row["radius"] and not bad, second >= row["radius"]
+            only_a += held_a and not held_b
+            only_b += held_b and not held_a
+        assert (row["only_first"], row["only_second"]) == (only_a, only_b)
+        assert row["low"] - 1e-9 <= row["difference"] <= row["high"] + 1e-9
+
+
+def test_three_runs_are_all_pairs_and_corrected_over_all(bench: Bench, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    runs = [made_up(tmp_path, [rng.uniform(0, 0.6) for _ in range(60)], name=n) for n in ("a", "b", "c")]
+    found = json.loads(bench("compare", *runs, "--json").out)
+    assert [(p["first"], p["second"]) for p in found["pairs"]] == [(0, 1), (0, 2), (1, 2)]
+    rows = [r for p in found["pairs"] for r in p["radii"]]
+    assert len(rows) == 9
+    assert [r["p_holm"] for r in rows] == pytest.approx(paired.holm([r["p"] for r in rows]))
+    assert "all 9 tests" in bench("compare", *runs).out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sigma": 0.5}, "sigma is 0.25 and 0.5"),
+        ({"dataset": "other"}, "dataset is digits and other"),
+        ({"split": "validation"}, "split is test and validation"),
+        ({"images": "2" * 64}, "images is 11111111 and 22222222"),
+        ({"noise": {"kind": "float", "version": 1, "tau": 0.0}}, "noise is grid and float"),
+        ({"bound": "hoeffding"}, "bound is clopper-pearson and hoeffding"),
+        ({"procedure": FIXED | {"n": 2000}}, "procedure.n is 1000 and 2000"),
+        ({"procedure": FIXED | {"n0": 10}}, "procedure.n0 is 100 and 10"),
+        ({"procedure": FIXED | {"alpha": 0.01}}, "procedure.alpha is 0.001 and 0.01"),
+        ({"procedure": FIXED | {"target": "label"}}, "procedure.target is selected and label"),
+        ({"procedure": FIXED | {"futility": 0.1}}, "procedure.futility is not stated and 0.1"),
+        ({"indices": [0, 1, 2, 4]}, "images differ (4, 4, of which 3 are common to all)"),
+    ],
+)
+def test_what_must_agree_does_or_nothing_is_compared(
+    bench: Bench, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    same = made_up(tmp_path / "a", [0.1, 0.2, 0.3, 0.4])
+    other = made_up(tmp_path / "b", [0.1, 0.2, 0.3, 0.4], **changes)
+    result = bench("compare", same, other)
+    assert (result.code, result.out) == (3, "")
+    assert words in result.err and result.err.count("\n") == 1
+
+
+def test_base_and_defense_may_differ_and_it_is_said(bench: Bench, tmp_path: Path) -> None:
+    one = made_up(tmp_path, [0.1, 0.2])
+    base = {"name": "other|base", "sha256": "a" * 64}
+    two = made_up(tmp_path, [0.1, 0.2], name="evil|<b>`x`", base=base, seed=3, train_sigma=0.5)
+    result = bench("compare", one, two)
+    assert result.code == 0, result.err
+    assert r"| base.name    | vit      | other\|base      |" in result.out
+    for said in ("| base.sha256  | bbbbbbbb |", "| seed         | 0        |", "| train_sigma  | 0.25     |"):
+        assert said in result.out
+    assert "<b>" not in result.out and r"evil\|\<b\>\`x\`" in result.out
+
+
+def test_labels_that_disagree_are_other_images(bench: Bench, tmp_path: Path) -> None:
+    one = made_up(tmp_path / "a", [0.1, 0.2])
+    two = Path(shutil.copytree(one, tmp_path / "b" / one.name))
+    lines = (two / "certificates.jsonl").read_text().replace('"label": 1', '"label": 7')
+    (two / "certificates.jsonl").write_text(lines)
+    result = bench("compare", one, two)
+    assert result.code == 3 and "image 1 is labelled 1 and 7" in result.err
+
+
+@pytest.mark.parametrize("case", ["one", "twice", "unfinished", "absent"])
+def test_wrong_usage_is_one_line(bench: Bench, tmp_path: Path, case: str) -> None:
+    one = made_up(tmp_path, [0.1, 0.2])
+    two = made_up(tmp_path, [0.1, 0.2], name="none")
+    if case == "unfinished":
+        info = json.loads((two / "run.json").read_text())
+        (two / "run.json").write_text(json.dumps(info | {"status": "started"}))
+    runs = {"one": [one], "twice": [one, one], "unfinished": [one, two], "absent": [one, tmp_path / "no"]}[case]
+    result = bench("compare", *runs)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("bench: ") and result.err.count("\n") == 1
+
+
+def test_real_runs_compare(bench: Bench, tmp_path: Path) -> None:
+    ran = bench("run", "--defense", "none,lora", "--dataset", TINY, "--set", "lora.rank=2", "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    result = bench("compare", *sorted(tmp_path.iterdir()), "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    (pair,) = found["pairs"]
+    table = {}
+    for row in json.loads(bench("report", tmp_path, "--format", "json").out)["tables"][0]["rows"]:
+        table[row["run"]] = row
+    for side in ("first", "second"):
+        row = table[Path(found["runs"][pair[side]]["run"]).name]
+        for r in pair["radii"]:
+            assert r[f"certified_{side}"] == pytest.approx(row[f"certified_{r['radius']:g}"])
+    assert "defense.name" in found["differs"]
+    assert pair["cost_ratios"]["trained_here"] is None or pair["cost_ratios"]["trained_here"] < 1

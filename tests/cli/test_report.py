@@ -1,0 +1,123 @@
+"""bench report: LaTeX, figures, published rows; every number from a record, everything from a file escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import TINY, Result
+from records import made_up
+
+from bench import published
+
+Bench = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs on the tiny card."""
+    from bench.cli import main
+
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--defense", "none,full", "--dataset", TINY, "--out", str(out)])
+    assert not stop.value.code
+    return out
+
+
+def test_latex_has_booktabs_and_the_numbers_of_the_json(bench: Bench, runs: Path, tmp_path: Path) -> None:
+    result = bench("report", runs, "--format", "latex")
+    assert result.code == 0
+    for word in (r"\toprule", r"\midrule", r"\bottomrule", r"\usepackage{booktabs}"):
+        assert word in result.out
+    (table,) = json.loads(bench("report", runs, "--format", "json").out)["tables"]
+    for row in table["rows"]:
+        line = next(line for line in result.out.splitlines() if line.startswith(f"{row['defense']} &"))
+        assert f"{100 * row['certified_0']:.1f}\\% [{100 * row['certified_0_low']:.1f}\\%" in line
+    # Every % of a table is escaped: LaTeX would drop the rest of the line.
+    body = result.out[result.out.index(r"\toprule") : result.out.index(r"\bottomrule")]
+    assert not re.search(r"(?<!\\)%", body)
+    written = bench("report", runs, "--format", "latex", "--out", tmp_path / "paper.tex")
+    assert written.code == 0
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"paper.tex"} | {
+        f"paper-tiny-s0.25{kind}.{suffix}" for kind in ("", "-cost") for suffix in ("svg", "png", "pdf")
+    }
+
+
+def test_the_same_runs_make_the_same_figures(bench: Bench, runs: Path, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        assert bench("report", runs, "--out", tmp_path / folder).code == 0
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize(("format", "escaped"), [("md", r"a\|b_c%d&e"), ("latex", r"a|b\_c\%d\&e")])
+def test_names_from_a_file_are_escaped(bench: Bench, runs: Path, tmp_path: Path, format: str, escaped: str) -> None:
+    run = next(runs.glob("tiny-none*"))
+    info = json.loads((run / "run.json").read_text())
+    info["identity"]["defense"]["name"] = "a|b_c%d&e"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "run.json").write_text(json.dumps(info))
+    (copy / "certificates.jsonl").write_text((run / "certificates.jsonl").read_text())
+    assert escaped in bench("report", tmp_path, "--format", format).out
+
+
+def test_published_rows_come_from_the_file_with_their_source() -> None:
+    rows = published.rows()
+    assert len(rows) > 100
+    assert (rows[["paper", "arxiv", "dataset", "method", "radius", "value", "source"]] != "").all().all()
+    assert pd.to_numeric(rows["value"]).between(0, 100).all()
+
+
+def test_published_rows_stand_beside_a_table_and_say_what_differs(bench: Bench, runs: Path, tmp_path: Path) -> None:
+    for run in runs.iterdir():
+        info = json.loads((run / "run.json").read_text())
+        info["identity"]["dataset"] = "cifar10"
+        (tmp_path / run.name).mkdir()
+        (tmp_path / run.name / "run.json").write_text(json.dumps(info))
+        (tmp_path / run.name / "certificates.jsonl").write_text((run / "certificates.jsonl").read_text())
+    result = bench("report", tmp_path, "--published")
+    assert result.code == 0
+    row = next(line for line in result.out.splitlines() if "Cohen 2019" in line)
+    facts = published.rows()
+    facts = facts[(facts["arxiv"] == "1902.02918") & (facts["dataset"] == "cifar10") & (facts["sigma"] == "0.25")]
+    assert f"{facts[facts['radius'] == '0.25']['value'].item()}%" in row
+    assert "its own base; 500 images; n 100000" in row
+    assert row.startswith("| *")
+    # Ours come first, and nothing published is in a machine-readable table.
+    assert result.out.index("| none") < result.out.index("Cohen 2019")
+    assert "Cohen" not in bench("report", runs, "--published").out  # nothing published for this data set
+    refused = bench("report", runs, "--published", "--format", "csv")
+    assert refused.code == 2 and refused.err.count("\n") == 1
+
+
+def test_rows_that_cannot_be_told_apart_from_the_best_are_marked(bench: Bench, tmp_path: Path) -> None:
+    """Of 40 images: the best holds on 30 at .25; one 4 fewer (McNemar p = .125), one 10 fewer (p = .002)."""
+    made_up(tmp_path, [0.3] * 30 + [0.1] * 10, name="best")
+    made_up(tmp_path, [0.3] * 26 + [0.1] * 14, name="close")
+    made_up(tmp_path, [0.3] * 20 + [0.1] * 20, name="far")
+    result = bench("report", tmp_path)
+    assert result.code == 0
+    column = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in result.out.splitlines() if "|" in line}
+    assert column["best"].startswith("75.0%") and column["best"].endswith("] =")
+    assert column["close"].startswith("65.0%") and column["close"].endswith("] =")
+    assert column["far"].startswith("50.0%") and not column["far"].endswith("=")
+    assert "certified by best (75.0%); not told apart from it: close." in result.out
+
+
+def test_holms_correction_counts_the_rows(bench: Bench, tmp_path: Path) -> None:
+    """7 fewer is p = .016: significant alone, not as the smallest of four tests."""
+    made_up(tmp_path, [0.3] * 30 + [0.1] * 10, name="best")
+    made_up(tmp_path, [0.3] * 23 + [0.1] * 17, name="one")
+    row = next(line for line in bench("report", tmp_path).out.splitlines() if line.startswith("| one"))
+    assert not row.split("|")[3].strip().endswith("=")
+    for name in ("two", "three", "four"):
+        made_up(tmp_path, [0.3] * 29 + [0.1] * 11, name=name)
+    row = next(line for line in bench("report", tmp_path).out.splitlines() if line.startswith("| one"))
+    assert row.split("|")[3].strip().endswith("=")

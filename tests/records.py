@@ -1,0 +1,86 @@
+"""Run folders made up for tests: radii and predictions as given, all else as a finished run has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import metrics
+from bench.certify import Certificate
+from bench.procedures import Fixed
+from bench.store import Run
+
+RADII = [0.0, 0.25, 0.5, 0.75]
+
+
+def made_up(
+    out: Path,
+    radii: Sequence[float | None],
+    wrong: Sequence[int] = (),
+    name: str = "lora",
+    cost: dict[str, Any] | None = None,
+    counted: bool = False,
+    **changes: Any,
+) -> Path:
+    """A finished run; image i is certified at ``radii[i]`` (None: abstained), predicted right but those ``wrong``.
+
+    ``counted``: ``radii`` are how many of the procedure's votes were for the class instead, and the radius follows
+    from them, so that the record bears an audit. ``changes`` are of the identity. Every other one is as a run of
+    ``name`` on 8x8 images would have it.
+    """
+    identity: dict[str, Any] = {
+        "dataset": "digits",
+        "card": "c" * 64,
+        "split": "test",
+        "indices": list(range(len(radii))),
+        "images": "1" * 64,
+        "base": {"name": "vit", "sha256": "b" * 64},
+        "defense": {
+            **{"name": name, "source": "d" * 64, "config": {"rank": 4}, "weights": "e" * 64, "parts": {}},
+            "objective": "gaussian",
+        },
+        "train_sigma": 0.25,
+        "sigma": 0.25,
+        "noise": {"kind": "grid", "version": 1, "tau": 0.0},
+        "procedure": {"kind": "fixed", "n0": 100, "n": 1000, "alpha": 0.001, "target": "selected"},
+        "bound": "clopper-pearson",
+        "seed": 0,
+        "block": [256, 1, 8, 8],
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    extra = {
+        **{"environment": {}, "arguments": {}, "radii": RADII, "preset": "quick", "classes": list("0123456789")},
+        **{"data": {}, "base": {"clean_correct": 9, "images": 10}},
+        "defense": {
+            **{"family": "classifier-tuned", "paper": "", "access": "WEIGHTS", "trained_elsewhere": []},
+            **{"settings": {}, "search": [], "weights_file": None},
+        },
+    }
+    run = Run(out, f"digits-{name}-s0.25", identity | changes, extra)
+    for i, radius in enumerate(radii):
+        label = i % 10
+        if counted:
+            run.append(_counted(run.info["identity"], i, label, int(radius or 0), i in wrong))
+            continue
+        predicted = None if radius is None else (label + 1) % 10 if i in wrong else label
+        run.append(Certificate(predicted, radius or 0.0, 100, 1000, 900, 0, 100, 0.8, 1100, i, label, 0.5))
+    keys = ("base_forwards", "queries", "trainable_nominal", "trainable_updated", "trained_elsewhere", "parameters")
+    known = {
+        **dict.fromkeys(keys, 1),
+        **{"train_seconds": 10.0, "certify_seconds": 20.0, "votes": sum(c.votes for c in run.done)},
+        **{"trained_here": 100, "flops_per_vote": 1e6, "peak_memory": 10**8},
+    }
+    run.finish(known | (cost or {}), metrics.summarise(run.done, RADII))
+    run.close()
+    return run.path
+
+
+def _counted(identity: dict[str, Any], index: int, label: int, top: int, wrong: bool) -> Certificate:
+    procedure = Fixed(**{k: v for k, v in identity["procedure"].items() if k != "kind"})
+    n0, n = procedure.n0, procedure.n
+    p_lower, radius = procedure.recompute(identity["sigma"], n, top, identity["noise"]["tau"])
+    predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
+    second = None if top == n else 9
+    return Certificate(predicted, radius, n0, n, top, second, n - top, p_lower, n0 + n, index, label, 0.5)
