@@ -19,7 +19,11 @@ ARGS = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n"
 def command(out: Path, cache: Path, *extra: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "CERTBENCH_CACHE": str(cache)}
     run = [sys.executable, "-m", "bench", *ARGS, *extra, "--out", str(out)]
-    return subprocess.Popen(run, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def heed_ctrl_c() -> None:  # a suite started in the background has it ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(run, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
 
 
 def certificates(out: Path) -> list[dict[str, object]]:
