@@ -101,7 +101,8 @@ class BuildContext:
         else:
             repo, _, revision = source.partition("@")
             path = hub.fetch(repo, filename, revision or "main", "model", f"or give a local folder in place of {repo}")
-        self.used[filename] = file_sha256(path)
+        sha256 = file_sha256(path)
+        self.used[f"{filename} {sha256[:8]}"] = sha256  # two sources may have files of one name
         if source not in self.sources:
             self.sources.append(source)
         return path

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench import noise, objectives, registry, tensors, training
+from bench import noise, objectives, registry, spsa, tensors, training
 from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
 from bench.cards import Split
@@ -137,6 +137,7 @@ def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device, pa
         "objective": plan.objective,
         "training": training.SOURCE,
         "objectives": objectives.SOURCE,
+        "spsa": spsa.SOURCE,
     }
 
 

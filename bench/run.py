@@ -220,9 +220,7 @@ class Session:
             correct = sum(c.predicted == c.label for c in record.done)
             with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
                 progress(len(finished), correct)
-                for certificate in certify(
-                    model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), left
-                ):
+                for certificate in certify(model, task, start, left):
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)

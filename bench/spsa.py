@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.cache import file_sha256
 from bench.interface import Draw
 
+SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
 RECENT = 50  # memory, in steps, of the mean loss that is compared to the first
 
 

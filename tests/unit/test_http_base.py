@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Result, defense
+from inferenceserver import InferenceServer
 from torch import Tensor
 
 from bench import bases, http_client
 from bench.cards import load_card, load_splits
 from bench.http_base import HTTPBase
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers beside the test folders
-from inferenceserver import InferenceServer
 
 Bench = Callable[..., Result]
 Model = Callable[[Tensor], Tensor]
