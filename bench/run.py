@@ -11,17 +11,17 @@ from typing import Any, Protocol, cast
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from bench import environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
-from bench.base import BaseModel, BlackBox, Classifier
+from bench.base import BaseModel
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
-from bench.certify import Model, Task, block_rows, certify, check_rows
+from bench.certify import Task, block_rows, certify, check_rows
+from bench.costs import cost_per_vote, distinct, duration
 from bench.interface import Defense, Draw
-from bench.noise import Noise, Vote, VoteDraw
+from bench.noise import Noise
 from bench.plan import Plan
 from bench.procedures import Procedure
 from bench.store import Record, Run, read_run
@@ -236,7 +236,7 @@ class Session:
             "trainable_updated": fitted.updated,
             "trained_here": fitted.here,
             "trained_elsewhere": fitted.elsewhere,
-            "parameters": None if per_vote.flops is None else _distinct([fitted.defense, *per_vote.classifiers]),
+            "parameters": None if per_vote.flops is None else distinct([fitted.defense, *per_vote.classifiers]),
             "flops_per_vote": per_vote.flops,
             "peak_memory": environment.peak_memory(self.device),
         }
@@ -285,47 +285,3 @@ def steady() -> Iterator[None]:
     finally:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
         torch.set_float32_matmul_precision(precision)
-
-
-@dataclass(frozen=True)
-class PerVote:
-    """What one vote costs: floating point operations (torch's counter) and passes through a base or a copy of it."""
-
-    flops: float | None  # None: part of them is a black box's
-    base_forwards: float
-    classifiers: list[nn.Module]  # those passed through
-
-
-def _distinct(modules: list[nn.Module]) -> int:
-    """Parameters of the modules, those they share counted once."""
-    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
-
-
-def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
-    """Measure one block of votes for an image."""
-    votes = [Vote("check", index, i) for i in range(task.block)]
-    passes = 0
-    seen: list[nn.Module] = []
-
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        nonlocal passes
-        if isinstance(module, Classifier | BlackBox):
-            passes += len(inputs[0])
-            seen.append(module)
-
-    hook = nn.modules.module.register_module_forward_hook(count)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
-    finally:
-        hook.remove()
-    opaque = any(isinstance(m, BlackBox) for m in seen)
-    flops = None if opaque else counter.get_total_flops() / task.block
-    return PerVote(flops, passes / task.block, seen)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 8 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

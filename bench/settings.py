@@ -35,7 +35,8 @@ def variants(
     """Each defense's variants: one for every combination of the values that ``--set`` lists.
 
     A setting is ``[defense.]key=value[,value...]``. A bare key goes to every selected defense that has it, and
-    must be known to one at least. Raises BenchError naming the first that cannot be.
+    must be known to one at least. Combinations that a Config holds to be the same are one variant.
+    Raises BenchError naming the first that cannot be.
     """
     given, sought = _sort(loaded, "--set", settings), _sort(loaded, "--search", search)
     found: dict[str, list[Variant]] = {}
@@ -53,7 +54,8 @@ def variants(
             changed = {k: getattr(config, k) for k in values if getattr(config, k) != getattr(default, k)}
             typed = [f"{owner}.{k}={v}" for k, v in values.items()]
             asked = [f"{owner}.{k}={','.join(v)}" for k, v in sought[name].items()]
-            found[name].append(Variant(config, typed, asked, changed, candidates))
+            if all((config, candidates) != (v.config, v.candidates) for v in found[name]):
+                found[name].append(Variant(config, typed, asked, changed, candidates))
     return found
 
 

@@ -123,7 +123,7 @@ class Denoiser(Defense):
     denoised image what it says of the clean one (its hard label), ``clf`` the true label; ``stab+mse`` fine-tunes
     the ``mse`` denoiser with ``stab``. With ``access`` full, gradients flow through F. With ``query`` they flow
     through ``surrogates`` trained here, and F only says its labels (the released code takes the surrogate's own).
-    ``mse`` asks F nothing either way.
+    ``mse`` asks F nothing, so its ``access`` is full whatever is set.
 
     ``paper`` is the released DnCNN and its schedule. Differences: the weights are the last of that schedule, where
     the paper chooses a checkpoint on a validation split; a step's surrogate is drawn at random, where the paper
@@ -150,6 +150,10 @@ class Denoiser(Defense):
         tune: float = 0.25  # epochs of fine-tuning (stab+mse), as a part of epochs
         tune_lr: float = 2e-4  # constant
         surrogates: Literal["small", "paper"] = "small"  # 4 small networks, or 14 of ImageNet's size
+
+        def __post_init__(self) -> None:
+            if self.objective == "mse":  # asks F nothing either way: one configuration, not two
+                object.__setattr__(self, "access", "full")
 
     presets: ClassVar = {
         "paper": {
