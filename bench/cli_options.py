@@ -1,0 +1,23 @@
+"""What the commands share: options, and how findings are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of run folders.")]
+
+
+def print_findings(findings: list[Any], as_json: bool) -> None:
+    """Each check on its line, what is wrong below it; exit 1 when anything is."""
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+    else:
+        for f in findings:
+            print(f"wrong: {f.check}\n       {f.problem}" if f.problem else f"ok:    {f.check}")
+    if any(f.problem for f in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,174 @@
+"""The commands that work on run folders: report, compare, check, import, export, verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli_options import AsJson, Out, print_findings
+from bench.errors import BenchError, NotComparable
+
+app = typer.Typer()
+
+
+@app.command("report")
+def report_(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    format: Annotated[str, typer.Option(help="md, latex, csv, json or html.")] = "md",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, or file ending in the format; default: print (html has none).")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show what others published, below each table, and what differs.")
+    ] = False,
+) -> None:
+    """Make the table, and with --out the figures or the page, of all finished runs. Exit 1 when some were left out."""
+    from bench import report, tables
+    from bench.errors import unknown
+
+    if format not in (known := ("md", "latex", "csv", "json", "html")):
+        raise unknown("format", format, known)
+    if published and format not in ("md", "latex"):
+        raise BenchError(f"--published: goes with --format md or latex, not {format}")
+    if format == "html" and out is None:
+        raise BenchError(
+            "a page is 5 MB and not for a terminal; say where to write it: --format html --out report.html"
+        )
+    records, left_out = tables.load_records(runs)
+    for line in left_out:
+        print(f"bench: left out: {line}", file=sys.stderr)
+    if not records:
+        raise BenchError(f"no finished run in {runs}; bench run makes one")
+    if format != "html":
+        print(report.render(records, format, published), end="")
+    if out is not None:
+        for file in report.write(records, format, out, published, left_out):
+            print(f"wrote {file}", file=sys.stderr)
+    if left_out:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    as_json: AsJson = False,
+) -> None:
+    """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
+    from bench import compare
+
+    found = compare.compare(runs)
+    print(json.dumps(found, indent=1) if as_json else compare.markdown(found), end="\n" if as_json else "")
+
+
+@app.command()
+def check(
+    baseline: Annotated[Path, typer.Option(help="The file to hold the runs against; --update makes it.")],
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    update: Annotated[bool, typer.Option("--update", help="Make these runs the baseline; say what changed.")] = False,
+    any_base: Annotated[
+        bool | None,
+        typer.Option(
+            "--any-base/--same-base",
+            help="With --update: whether the base may have other weights, as one trained anew on another machine has. "
+            "Default: as the file says, at first not.",
+        ),
+    ] = None,
+    points: Annotated[float, typer.Option(help="The least loss of certified accuracy that fails, in points.")] = 2.0,
+    factor: Annotated[float, typer.Option(help="Warn of votes that take this many times as long.")] = 1.5,
+    as_json: AsJson = False,
+) -> None:
+    """Hold runs against a baseline. Exit 1: one regresses or is not reproduced; 3: one is missing or not comparable."""
+    from bench import check, github
+    from bench.baseline import update as written
+
+    if update:
+        lines = check.changes(*written(baseline, runs, any_base))
+        print(json.dumps(lines, indent=1) if as_json else "\n".join([*lines, f"wrote {baseline}"]))
+        return
+    if any_base is not None:
+        raise BenchError("--any-base and --same-base are a baseline's own statement; give them with --update")
+    found = check.check(baseline, runs, points, factor)
+    text = check.markdown(found)
+    print(json.dumps(found, indent=1) if as_json else text, end="\n" if as_json else "")
+    github.publish(text, check.findings(found))
+    verdicts = {one["verdict"] for one in found["entries"]}
+    if check.REGRESSES in verdicts:
+        raise typer.Exit(1)
+    if check.NOT_COMPARABLE in verdicts:
+        raise NotComparable(check.headline(found))
+
+
+@app.command("import")
+def import_(
+    log: Annotated[Path, typer.Argument(help="A released log: one line an image, tab-separated, with a header.")],
+    dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
+    sigma: Annotated[float, typer.Option(help="Noise of the certificates, in pixels of [0, 1].")],
+    alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")],
+    n: Annotated[int, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")],
+    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; default: not stated.")] = None,
+    format: Annotated[str, typer.Option(help="cohen: n votes an image; adaptive: their number varies.")] = "cohen",
+    radius: Annotated[
+        float | None, typer.Option(help="The radius tested, where an adaptive log says only whether it was proved.")
+    ] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
+    from bench import importing, report
+    from bench.flaws import Stated
+
+    stated = Stated(format, dataset, sigma, alpha, n, n0, radius)
+    record = importing.import_log(log, stated, out)
+    if as_json:
+        print(json.dumps({"path": str(record.path), **record.info}, indent=1))
+    else:
+        print(report.render([record], "md"))
+        print(f"imported as {record.path}")
+    if record.flags:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
+) -> None:
+    """Write a run as the common tab-separated log: idx, label, predict, radius, correct, time."""
+    from bench.logs import export_log
+    from bench.store import read_run
+
+    text = export_log(read_run(run))
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        out.write_text(text)
+    except OSError as e:
+        raise BenchError(f"cannot write {out}: {e.strerror}; choose another file with --out") from None
+    print(f"wrote {out}", file=sys.stderr)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; train anew where needed.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Audit a record: radii from counts, images, hashes, a sample drawn again. Exit 1 when something is wrong."""
+    from bench.store import read_run
+    from bench.verify import check_record, draw_again
+
+    findings = list(check_record(run))
+    if not any(f.problem for f in findings):
+        from bench.console import ConsoleReporter
+        from bench.environment import pick_device
+        from bench.run import Session
+
+        session = Session(pick_device(device), run.parent, ConsoleReporter())
+        findings.append(draw_again(read_run(run), session, deep))
+    print_findings(findings, as_json)
