@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bench import metrics
 from bench.anytime import procedure_of
 from bench.cache import digest
-from bench.errors import BenchError
+from bench.errors import BenchError, one_line
 from bench.paired import holm, mcnemar
 from bench.store import Record, find_runs, read_run
 
@@ -34,12 +35,26 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
         except BenchError as e:
             left_out.append(str(e))
             continue
-        if record.complete:
-            records.append(record)
-        else:
-            done, all_ = len(record.certificates), len(record.identity["indices"])
+        done, all_ = len(record.certificates), len(record.identity.get("indices", ()))
+        if not record.complete:
             left_out.append(f"{path}: unfinished ({done} of {all_} images); run the same command again to finish it")
+        elif not record.whole:
+            left_out.append(f"{path}: corrupt: finished with {all_} images, but certificates.jsonl holds other ones")
+        elif problem := _unusable(record):
+            left_out.append(problem)
+        else:
+            records.append(record)
     return records, left_out
+
+
+def _unusable(record: Record) -> str:
+    """What keeps a finished run from any table: something of run.json that is missing or of another type."""
+    try:
+        _row(record), heading(record), reach(record), comparable(record), method_key(record)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        what = f"{type(e).__name__}: {one_line(e)}"
+        return f"{record.path}: corrupt: run.json lacks something that a table needs, or misstates it ({what})"
+    return ""
 
 
 def comparable(record: Record) -> dict[str, Any]:
@@ -48,18 +63,29 @@ def comparable(record: Record) -> dict[str, Any]:
     return kept if record.imported else kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
 
 
+def beside_sigma(record: Record) -> dict[str, Any]:
+    """The part of an identity that must agree for two runs to be shown together at different sigmas."""
+    same = {k: v for k, v in comparable(record).items() if k != "sigma"}
+    return same | {"noise": {k: v for k, v in same["noise"].items() if k != "tau"}}  # tau follows from sigma
+
+
 def _base_sha256(record: Record) -> str:
     """The base's hash, that before the probe where it was given one."""
     return str(record.info["base"].get("before_probe", record.identity["base"]["sha256"]))
 
 
 def groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Runs that may stand in one table together, best certified accuracy summed over the grid last settled by name."""
+    """Runs that may stand in one table together, by data set, split (test first) and sigma."""
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_key[digest(comparable(record))].append(record)
     tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"] or 0)) for g in by_key.values()]
-    return sorted(tables, key=lambda g: (g[0].identity["dataset"], g[0].identity["sigma"], digest(comparable(g[0]))))
+    return sorted(tables, key=_order)
+
+
+def _order(group: Sequence[Record]) -> tuple[Any, ...]:
+    identity = group[0].identity
+    return identity["dataset"], identity["split"] != "test", identity["sigma"], digest(comparable(group[0]))
 
 
 def table(group: Sequence[Record]) -> pd.DataFrame:
@@ -93,16 +119,20 @@ def methods(group: Sequence[Record]) -> list[list[Record]]:
     """The runs of each method of a table: those that differ in nothing but their seed and what it brings about."""
     found: dict[str, list[Record]] = defaultdict(list)
     for record in group:
-        defense = record.identity["defense"]
-        config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
-        given = record.info["defense"]["weights_file"] and defense["weights"]
-        key = [defense["name"], defense["source"], config, defense["objective"], given, record.identity["train_sigma"]]
-        found[digest({"method": key})].append(record)
+        found[digest({"method": [*method_key(record), record.identity["train_sigma"]]})].append(record)
     apart: list[list[Record]] = []
     for records in found.values():
         same = len({r.identity["seed"] for r in records}) == len(records)
         apart += [records] if same else [[r] for r in records]
     return apart
+
+
+def method_key(record: Record) -> list[Any]:
+    """What two runs of one method have in common, beside the sigma they were trained at."""
+    defense = record.identity["defense"]
+    config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
+    given = record.info["defense"]["weights_file"] and defense["weights"]
+    return [defense["name"], defense["source"], config, defense["objective"], given]
 
 
 def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
@@ -123,8 +153,8 @@ def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float)
 
 
 def _mcnemar(one: Record, other: Record, radius: float) -> float:
-    first, second = ({c.index for c in r.certificates if metrics.holds(c, radius)} for r in (one, other))
-    return mcnemar(len(first - second), len(second - first))
+    first, second = (metrics.by_index(r.certificates)[1] >= radius for r in (one, other))
+    return mcnemar(int(np.sum(first & ~second)), int(np.sum(second & ~first)))
 
 
 def searched(record: Record) -> set[str]:
@@ -183,6 +213,11 @@ def heading(record: Record) -> str:
     base = record.identity["base"]
     known = "not stated" if record.imported else f"{base['name']} ({_base_sha256(record)[:8]})"
     return f"{setting(record)}, base {known}"
+
+
+def common(record: Record) -> str:
+    """The same without data set and sigma."""
+    return heading(record).partition(": ")[2]
 
 
 def escape(text: str) -> str:
