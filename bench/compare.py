@@ -40,8 +40,6 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     for record in records:
         if not record.complete:
             raise BenchError(f"{record.path}: unfinished; type its bench run again to finish it, then compare")
-        if not record.whole:
-            raise BenchError(f"{record.path}: corrupt: certificates.jsonl does not hold its images; run it anew")
     unknown = _check(records)
     radii = _radii(records)
     pairs = [_pair(records, i, j, radii) for i, j in itertools.combinations(range(len(records)), 2)]
@@ -98,6 +96,8 @@ def _check(records: Sequence[Record]) -> list[str]:
             reasons.append(_reason(key, [t.get(key) for t in terms]))
     if reasons:
         raise NotComparable(f"not comparable: {'; '.join(reasons)}")
+    if broken := next((r.path for r in records if not r.whole), None):
+        raise BenchError(f"{broken}: corrupt: certificates.jsonl holds other images than run.json says; run it anew")
     indices, labels = zip(*map(_labels, records), strict=True)
     if len(other := np.flatnonzero(np.any([row != labels[0] for row in labels], axis=0))):
         said = " and ".join(str(row[other[0]]) for row in labels)

@@ -34,6 +34,7 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'"
 )
 PICTURES = 12  # images in a gallery, of at most 64x64 pixels; a third as many of larger ones
+LISTED = 10_000  # images whose numbers the page lists
 NOISY = (0, 1)  # the votes whose noise is shown
 
 
@@ -228,7 +229,11 @@ def _outcomes(method: Method, index: int) -> str:
 
 
 def _identity(label: str, record: Record) -> str:
-    """All that run.json says, lists of numbers on one line."""
-    text = json.dumps(record.info, indent=1, ensure_ascii=False)
+    """All that run.json says, lists of numbers on one line, of very many images the first and last."""
+    indices, shown = record.identity["indices"], record.info
+    if len(indices) > LISTED:
+        few = [*indices[:3], f"... all {len(indices)} are in run.json ...", indices[-1]]
+        shown = shown | {"identity": record.identity | {"indices": few}}
+    text = json.dumps(shown, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
     return f"<details><summary>{escape(label)}: {escape(record.path.name)}</summary><pre>{escape(text)}</pre></details>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def summarise(certificates: Sequence[Line], radii: Sequence[float], label: int |
     radius = earned(certificates)[kept]
     total, ordered = len(radius), np.sort(radius)
     # One after the other: numpy's sum, and from Python 3.12 sum's, would have other last bits, and verify compares all.
-    acr = float(radius[radius >= 0].cumsum()[-1]) / total if ordered[-1:] >= 0 else 0.0
+    acr = float(radius[radius >= 0].cumsum()[-1]) / total if total and ordered[-1] >= 0 else 0.0
     return {
         "images": total,
         "certified_accuracy": [{"radius": r, **_share(total - int(np.searchsorted(ordered, r)), total)} for r in radii],
@@ -65,9 +66,15 @@ def pool(points: Sequence[dict[str, Any]], total: int) -> dict[str, float]:
         return {k: float(points[0][k]) for k in ("value", "low", "high")}
     mean = statistics.fmean(values)
     low, high = bounds.interval(round(mean * total), total)
-    by_seed = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    by_seed = _quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     below, above = math.hypot(max(0.0, mean - low), by_seed), math.hypot(max(0.0, high - mean), by_seed)
     return {"value": mean, "low": max(0.0, mean - below), "high": min(1.0, mean + above)}
+
+
+@cache
+def _quantile(freedom: int) -> float:
+    """Student's t at 97.5%."""
+    return float(t.ppf(0.975, freedom))
 
 
 def _share(count: int, total: int) -> dict[str, Any]:

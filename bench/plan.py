@@ -125,7 +125,7 @@ def make_plans(
                 sigma=s,
                 train_sigma=train_sigma or s,
                 objective=objective,
-                split=split,
+                split=split,  # type: ignore[arg-type]
                 examples=examples or str(means.examples),
                 procedure=made,
                 noise=noise,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from bench.tables import DASH, escape, groups, heading, level_with_best, pooled,
 def columns(group: Sequence[Record]) -> pd.DataFrame:
     """The table of one group as text: percent with 95% intervals, a dash for what cannot be or is not known."""
     frame, radii = pooled(group), group[0].info["radii"]
-    within = reach(group[0])
-    shown: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
+    within, rows = reach(group[0]), frame.to_dict("records")
+    shown: dict[str, list[str]] = {"defense": [_label(row, frame) for row in rows]}
     for r in radii:
         key = f"certified_{r:g}"
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
@@ -34,7 +34,7 @@ def columns(group: Sequence[Record]) -> pd.DataFrame:
             f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]{' =' if row['run'] in tied else ''}"
             if r <= within
             else DASH
-            for _, row in frame.iterrows()
+            for row in rows
         ]
     shown |= {
         "kind": list(frame["family"]),
@@ -65,7 +65,7 @@ def _markdown(group: Sequence[Record], published: bool) -> str:
     cells = columns(group)
     cells[written_by_others] = cells[written_by_others].map(escape)
     body = cells.to_markdown(index=False, disable_numparse=True)
-    flagged = [escape(f"{_label(row, frame)}: {row['flags']}") for _, row in frame.iterrows() if row["flags"]]
+    flagged = [escape(f"{_label(row, frame)}: {row['flags']}") for row in frame.to_dict("records") if row["flags"]]
     text = "\n\n".join([f"### {escape(heading(group[0]))}", body, limits(group), *flagged]) + "\n"
     if published and len(others := beside(group[0])):
         italic = others.assign(published=[f"*{p}*" for p in others["published"]])
@@ -117,7 +117,7 @@ def limits(group: Sequence[Record]) -> str:
     if len(frame) > 1 and (above := [r for r in within if r > 0]):
         best = frame.iloc[int(frame[f"certified_{above[0]:g}"].argmax())]
         tied = level_with_best(group, frame, above[0])
-        others = [_label(row, frame) for _, row in frame.iterrows() if row["run"] in tied - {best["run"]}]
+        others = [_label(row, frame) for row in frame.to_dict("records") if row["run"] in tied - {best["run"]}]
         text = (
             f"At r = {above[0]:g} the most images are certified by {_label(best, frame)} "
             f"({best[f'certified_{above[0]:g}']:.1%}); "
@@ -149,7 +149,7 @@ def limits(group: Sequence[Record]) -> str:
     return text
 
 
-def _label(row: pd.Series, frame: pd.DataFrame) -> str:
+def _label(row: Mapping[Any, Any] | pd.Series, frame: pd.DataFrame) -> str:
     """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
     text = str(row["defense"]) + (" †" if row["flags"] else "")
     if (frame["defense"] == row["defense"]).sum() == 1:

@@ -8,6 +8,7 @@ the same whether a linear probe was put on it or the defense brought a head.
 from __future__ import annotations
 
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,13 +100,14 @@ def pooled(group: Sequence[Record]) -> pd.DataFrame:
     """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean."""
     rows = []
     for records in methods(group):
-        row = pd.DataFrame([_row(r) for r in records])
-        first = row.iloc[0].to_dict()
-        for column in row.select_dtypes("number").columns:
-            first[column] = row[column].mean()
+        seeds = [_row(r) for r in records]
+        first = dict(seeds[0])
+        for column in first:
+            if known := [float(x[column]) for x in seeds if isinstance(x[column], int | float)]:
+                first[column] = statistics.fmean(known)
         for r in group[0].info["radii"]:
             key = f"certified_{r:g}"
-            points = [{"value": x[key], "low": x[f"{key}_low"], "high": x[f"{key}_high"]} for _, x in row.iterrows()]
+            points = [{"value": x[key], "low": x[f"{key}_low"], "high": x[f"{key}_high"]} for x in seeds]
             found = metrics.pool(points, int(first["images"]))
             first |= {key: found["value"], f"{key}_low": found["low"], f"{key}_high": found["high"]}
         first["seeds"] = len(records)
@@ -144,7 +146,7 @@ def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float)
     key = f"certified_{radius:g}"
     best = frame.iloc[int(frame[key].argmax())]
     by_run = {m[0].path.name: m for m in methods(group)}
-    others = [row for _, row in frame.iterrows() if row["run"] != best["run"]]
+    others = [row for row in frame.to_dict("records") if row["run"] != best["run"]]
     single = [row["run"] for row in others if len(by_run[row["run"]]) == len(by_run[best["run"]]) == 1]
     tests = holm([_mcnemar(by_run[best["run"]][0], by_run[run][0], radius) for run in single])
     level = {run for run, p in zip(single, tests, strict=True) if p >= 0.05}
