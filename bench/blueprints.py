@@ -20,9 +20,6 @@ from bench.cards import Card, Split
 from bench.errors import BenchError, one_line
 from bench.interface import Schedule
 
-# Attention over so few tokens is faster spelled out than fused, on a CPU (tests/perf/test_attention.py).
-FEW_PATCHES = 32
-
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value a channel
 
 
@@ -125,11 +122,6 @@ class Blueprint:
             why = " ".join(lines)[:300] or type(e).__name__
             raise BenchError(f"base {self.name}: timm cannot make {self.architecture}: {why}") from None
         model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr,operator]
-        patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
-        if patches is not None and patches <= FEW_PATCHES:
-            for layer in model.modules():
-                if hasattr(layer, "fused_attn"):
-                    layer.fused_attn = False
         return model
 
 
