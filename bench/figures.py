@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.tables import heading, method_name, methods, pooled, reach
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
 MOST = 12  # rows in one figure: of more neither the lines nor the legend can be read
+WIDTH, HEIGHT = 3.4, 2.7  # inches, the legend not counted: a column of a two-column paper
 TRADEOFF = "certified accuracy against the cost of a vote"
 
 
@@ -62,18 +64,17 @@ def _axes(group: Sequence[Record]) -> Any:
     matplotlib.rcParams["svg.hashsalt"] = "certbench"  # the same runs make the same file
     from matplotlib import pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    plt.rcParams.update({"font.size": 7, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6})
     rows = len(methods(group))
+    fig, ax = plt.subplots(figsize=(WIDTH, HEIGHT + 0.12 * -(-min(rows, MOST) // 2)), layout="constrained")
     shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
-    ax.set_title(heading(group[0]) + shown, fontsize=6, wrap=True)
+    ax.set_title("\n".join(textwrap.wrap(heading(group[0]) + shown, 80)), fontsize=5)
     return fig, ax
 
 
 def _legend(ax: Any, title: str) -> None:
-    """Inside the axes where it finds room, beside them where there are many rows."""
-    many = len(ax.get_legend_handles_labels()[1]) > 6
-    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {"loc": "best"}
-    ax.legend(frameon=False, title=title, title_fontsize=7, fontsize=7, **place)
+    """Below the axes, where it never hides a line."""
+    ax.figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, title_fontsize=6, fontsize=6)
 
 
 def _save(fig: Any, out: Path, name: str) -> list[Path]:
@@ -83,7 +84,7 @@ def _save(fig: Any, out: Path, name: str) -> list[Path]:
     for file in files:
         # No dates, so that the same runs make the same files.
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
-        fig.savefig(file, dpi=150, metadata=metadata)
+        fig.savefig(file, dpi=300, metadata=metadata)
     plt.close(fig)
     return files
 

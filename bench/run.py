@@ -126,7 +126,8 @@ class Session:
             "data": {"train": shared.train.origin, plan.split: shared.certified(plan).origin},
             "base": {"clean_correct": right, "images": len(indices), **shared.base.meta},
             "defense": {
-                "family": plan.cls.kind(plan.config),
+                "family": plan.cls.family,
+                "trains": plan.cls.kind(plan.config),
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
                 "trained_elsewhere": fitted.sources,
