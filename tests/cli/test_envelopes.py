@@ -113,7 +113,7 @@ def test_every_format_shows_it_and_labels_validation(bench: Bench, tmp_path: Pat
     lacking = bench("report", tmp_path / "runs")
     assert "### Envelope" not in lacking.out and "--split validation, same sigmas and seeds" in lacking.out
     runs_of(tmp_path / "runs", "validation", {0.25: [*good[:8], 0.1, 0.1], 0.5: poor})
-    shown = bench("report", tmp_path / "runs", "--out", tmp_path / "out")
+    shown = bench("report", tmp_path / "runs")
     assert shown.code == 0, shown.err
     at = shown.out.index("envelope over sigma: 10 test images")
     (row,) = (line for line in shown.out[at:].splitlines() if line.startswith("| lora"))
@@ -122,8 +122,9 @@ def test_every_format_shows_it_and_labels_validation(bench: Bench, tmp_path: Pat
     assert cells[3].startswith("40.0% [") and cells[3].endswith("] at 0.25")
     assert shown.out.count("These are validation images, to choose by") == 2
     assert shown.out.index("10 test images") < shown.out.index("10 validation images")
-    names = {f.name for f in (tmp_path / "out").glob("*.svg")}
-    assert any("validation" in n for n in names) and any("validation" not in n for n in names)
+    one = next(r for r in (tmp_path / "runs").iterdir() if read_run(r).identity["split"] == "validation")
+    assert bench("report", one, "--out", tmp_path / "out").code == 0
+    assert {f.name.partition("-s0")[0] for f in (tmp_path / "out").glob("*.svg")} == {"digits-validation"}
 
     (found,) = json.loads(bench("report", tmp_path / "runs", "--format", "json").out)["envelopes"]
     (method,) = found["rows"]
