@@ -36,7 +36,7 @@ def entry(record: Record) -> dict[str, Any]:
     del comparable["indices"]  # those of the images below
     return {
         "name": f"{tables.method_name(record)}, {identity['dataset']}, sigma {identity['sigma']:g}, "
-        f"seed {identity['seed']}",
+        f"seed {identity['seed']}" + ("" if identity["split"] == "test" else f", {identity['split']} images"),
         "command": command(info["arguments"]),
         "method": {
             "name": defense["name"],

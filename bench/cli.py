@@ -64,6 +64,9 @@ def run(
         Path | None, typer.Option(help="Certify these weights of the defense (of the base, for none); train nothing.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick, standard or paper; default: the card's.")] = None,
+    split: Annotated[
+        str, typer.Option(help="test; or validation, to choose sigma by: never in one table with test.")
+    ] = "test",
     examples: Annotated[str | None, typer.Option(help="N images, class-balanced, or every:K.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Votes that bound the probability, per image.")] = None,
     n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class, per image.")] = None,
@@ -111,6 +114,7 @@ def run(
         base=base,
         weights=weights,
         preset=preset,
+        split=split,
         examples=examples,
         n0=n0,
         n=n,

@@ -52,6 +52,10 @@ class _Materials:
     test: Split
     base: BaseModel
 
+    def certified(self, plan: Plan) -> Split:
+        """The split of which the plan certifies images."""
+        return self.test if plan.split == "test" else self.validation
+
 
 class Session:
     """The runs of one command: data and base classifiers are loaded once and shared."""
@@ -101,8 +105,8 @@ class Session:
         shared = self.materials(plan)
         with self.reporter.training(f"{registry.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
             fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
-        task = make_task(plan, shared.test, self.device)
-        indices = choose(shared.test, plan.examples)
+        split = shared.certified(plan)
+        task, indices = make_task(plan, split, self.device), examples(plan, split)
         return self._identity(plan, shared, fitted, indices, task), task, fitted
 
     def run(self, plan: Plan) -> Record:
@@ -112,14 +116,14 @@ class Session:
         shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
         right = None  # a base of other classes is neither right nor wrong
         if shared.base.classes == len(plan.card.classes):
-            right, _ = shared.base.accuracy(shared.test, indices)
+            right, _ = shared.base.accuracy(shared.certified(plan), indices)
         extra = {
             "environment": environment.describe(self.device),
             "arguments": plan.arguments,
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
-            "data": {"train": shared.train.origin, "test": shared.test.origin},
+            "data": {"train": shared.train.origin, plan.split: shared.certified(plan).origin},
             "base": {"clean_correct": right, "images": len(indices), **shared.base.meta},
             "defense": {
                 "family": plan.cls.family,
@@ -144,10 +148,10 @@ class Session:
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
-        test, train = load_splits(plan.card, "test", "train")
+        split, train = load_splits(plan.card, plan.split, "train")
         base = self._untrained_base(plan)
         defense = fitting.construct(plan, base, self.device)
-        task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
+        task, indices = make_task(plan, split, self.device), examples(plan, split)
         with steady(), torch.inference_mode():
             per_vote = check_rows(defense, task, indices[0]) / task.block
         votes = len(indices) * plan.procedure.most
@@ -172,9 +176,9 @@ class Session:
         return {
             "dataset": plan.card.name,
             "card": plan.card.sha256(),
-            "split": shared.test.name,
+            "split": plan.split,
             "indices": indices,
-            "images": shared.test.sha256(indices),
+            "images": shared.certified(plan).sha256(indices),
             "base": shared.base.identity(),
             "defense": {
                 "name": registry.short_name(plan.defense),
@@ -244,16 +248,24 @@ class Session:
         record.finish(cost, metrics.summarise(record.done, plan.card.radii))
 
 
-def make_task(plan: Plan, test: Split, device: torch.device) -> Task:
+def examples(plan: Plan, split: Split) -> list[int]:
+    """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
+    asked = plan.examples
+    if plan.split == "validation" and plan.arguments["examples"] is None and asked.isdigit():
+        asked = str(min(int(asked), len(split)))
+    return choose(split, asked)
+
+
+def make_task(plan: Plan, split: Split, device: torch.device) -> Task:
     """What the engine is given of a plan."""
-    source = Noise(plan.seed, test.name)
-    images: Callable[[list[int]], NDArray[Any]] = test.pixels
+    source = Noise(plan.seed, split.name)
+    images: Callable[[list[int]], NDArray[Any]] = split.pixels
     noisy = noise.add_float(source, plan.sigma)
     if plan.noise == "grid":
-        images, noisy = test.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
+        images, noisy = split.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
     return Task(
         images=images,
-        labels=lambda i: int(test.labels[i]),
+        labels=lambda i: int(split.labels[i]),
         noisy=noisy,
         shape=plan.card.shape,
         classes=len(plan.card.classes),

@@ -8,15 +8,17 @@ loses at most the line being written, which is dropped and redone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from bench.cache import digest, file_sha256, write_json
 from bench.certify import Certificate
+from bench.columns import Columns
 from bench.errors import BenchError, one_line
 
 SCHEMA = 3
@@ -46,11 +48,11 @@ Line = Certificate | Claim
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder as read: its run.json and certificates by index."""
+    """A run folder as read: its run.json and its certificates, in the order in which they were written."""
 
     path: Path
     info: dict[str, Any]
-    certificates: list[Line]
+    certificates: Columns[Line]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,14 +66,20 @@ class Record:
         return "imported" in self.identity
 
     @property
-    def counted(self) -> list[Certificate]:
+    def counted(self) -> Columns[Certificate]:
         """The certificates with counts: all, or none of an imported log's."""
-        return [c for c in self.certificates if isinstance(c, Certificate)]
+        return Columns(Certificate) if self.imported else cast(Columns[Certificate], self.certificates)
 
     @property
     def flags(self) -> list[str]:
         """What was found wrong with an imported log."""
         return list(self.info.get("flags", ()))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the images certified are those of the identity, no more and no fewer."""
+        wanted = np.array(self.identity.get("indices", []), np.int64)
+        return np.array_equal(np.sort(self.certificates.column("index")), np.sort(wanted))
 
     @property
     def complete(self) -> bool:
@@ -103,7 +111,7 @@ class Run:
             self._drop_torn_line()
         else:
             self.info = {"schema": SCHEMA, "status": "started", "identity": identity, **extra}
-            self.done = []
+            self.done = Columns(Certificate)
             write_json(self.path / "run.json", self.info)
 
     def append(self, certificate: Certificate) -> None:
@@ -161,7 +169,7 @@ def read_run(path: Path) -> Record:
     if missing:
         raise BenchError(f"{file}: no {missing[0]!r} in it")
     kind = Claim if "imported" in info["identity"] else Certificate
-    return Record(path, info, list(_certificates(path / "certificates.jsonl", kind)))
+    return Record(path, info, _certificates(path / "certificates.jsonl", kind))
 
 
 def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
@@ -177,22 +185,24 @@ def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
     return info
 
 
-def _certificates(file: Path, kind: type[Line]) -> Iterator[Line]:
+def _certificates(file: Path, kind: type[Line]) -> Columns[Line]:
+    found = Columns(kind)
     if not file.exists():
-        return
-    seen: set[int] = set()
-    with file.open() as f:
+        return found
+    with file.open("rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.endswith("\n"):  # torn by a crash: as if never written
-                return
+            if not line.endswith(b"\n"):  # torn by a crash: as if never written
+                break
             try:
-                certificate = kind(**json.loads(line))
-            except (ValueError, TypeError) as e:
+                found.add(json.loads(line))
+            except (ValueError, AttributeError, RecursionError) as e:
                 raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
-            if certificate.index in seen:
-                raise BenchError(f"{file}:{number}: image {certificate.index} is certified twice")
-            seen.add(certificate.index)
-            yield certificate
+    indices = found.column("index")
+    order = indices.argsort(kind="stable")
+    again = order[1:][np.diff(indices[order]) == 0]
+    if len(again):
+        raise BenchError(f"{file}:{again.min() + 1}: image {indices[again.min()]} is certified twice")
+    return found
 
 
 def find_runs(root: Path) -> list[Path]:
