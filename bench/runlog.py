@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TextIO
 
 from bench.errors import BenchError, one_line
 
@@ -144,10 +144,17 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
     handler, aloud = RunLog(file), _Aloud(reporter)
     shown = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         text = " ".join(str(message).split())
         handler.handle(log.makeRecord(log.name, logging.WARNING, filename, lineno, text, (), None))
-        shown(message, category, filename, lineno, *rest)
+        shown(message, category, filename, lineno, file, line)
 
     log.addHandler(handler)
     log.addHandler(aloud)

@@ -45,7 +45,7 @@ def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "votes/s": "" if r["votes_per_second"] is None else f"{r['votes_per_second']:,.0f}",
             "left": "" if r["eta"] is None else duration(r["eta"]),
             "last sign": f"{duration(r['seconds'])} ago",
-            "note": r["note"],
+            "note": "" if r["state"] == "running" and r["images"] else r["note"],
         }
         for r in rows
     ]

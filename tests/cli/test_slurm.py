@@ -60,7 +60,10 @@ def test_shellcheck_finds_nothing() -> None:
 def test_wrong_usage_submits_nothing(tmp_path: Path) -> None:
     for words in ((), ("--defense", "none"), ("2", "runs")):
         said = subprocess.run(
-            ["bash", SCRIPT, *words], env=environment(tmp_path / str(len(words))), capture_output=True, text=True
+            ["bash", SCRIPT, *words],
+            env=environment(tmp_path / "-".join(["with", *words])),
+            capture_output=True,
+            text=True,
         )
         assert said.returncode == 2
         assert "usage: " in said.stderr
