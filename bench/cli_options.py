@@ -36,4 +36,7 @@ def print_table(rows: list[dict[str, Any]], nothing: str) -> None:
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*(str(v) for v in row.values()))
-    Console(markup=False, highlight=False).print(grid)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:  # whoever reads it wants lines whole
+        console.width = 300
+    console.print(grid)

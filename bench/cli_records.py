@@ -64,7 +64,9 @@ def status(
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        print_table(status.readable(rows), f"no runs in {runs}")
+        table, notes = status.readable(rows)
+        print_table(table, f"no runs in {runs}")
+        print("".join(f"{note}\n" for note in notes), end="")
 
 
 @app.command()

@@ -34,9 +34,9 @@ def rows(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same for people."""
-    return [
+def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The same for people: a table, and a line for each run whose last word says more than the table."""
+    table = [
         {
             "run": r["run"],
             "state": r["state"],
@@ -45,9 +45,11 @@ def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "votes/s": "" if r["votes_per_second"] is None else f"{r['votes_per_second']:,.0f}",
             "left": "" if r["eta"] is None else duration(r["eta"]),
             "last sign": f"{duration(r['seconds'])} ago",
-            "note": "" if r["state"] == "running" and r["images"] else r["note"],
         }
         for r in rows
+    ]
+    return table, [
+        f"{r['run']}: {r['note']}" for r in rows if r["note"] and not (r["state"] == "running" and r["images"])
     ]
 
 

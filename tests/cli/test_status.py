@@ -64,7 +64,8 @@ def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monk
 
     (stopped,) = rows(bench, tmp_path)
     assert (stopped["state"], stopped["note"], stopped["eta"]) == ("stopped", "interrupted", None)
-    assert "3/8" in bench("status", tmp_path).out
+    shown = bench("status", tmp_path).out.splitlines()
+    assert "3/8" in shown[1] and shown[2] == f"{stopped['run']}: interrupted"
 
     assert bench(*ONE, "--out", tmp_path).code == 0
     (done,) = rows(bench, tmp_path)
@@ -133,9 +134,9 @@ def test_training_is_seen_before_there_is_a_folder(
     assert row["state"] == "running" and row["note"].startswith("train lora at sigma 0.25: ")
     (folder,) = tmp_path.iterdir()  # the log has moved into the run's folder
     log = (folder / "log.txt").read_text()
-    command = log.splitlines()[0].partition("started: bench ")[2]
-    assert bench(*shlex.split(command)).err.count("already complete") == 1
-    assert "torch" in log.splitlines()[1] and "commit" in log.splitlines()[1]
+    versions, started = log.splitlines()[:2]
+    assert "torch" in versions and "commit" in versions
+    assert bench(*shlex.split(started.partition("started: bench ")[2])).err.count("already complete") == 1
     trained = json.loads((folder / "run.json").read_text())["identity"]["defense"]["weights"]
     assert f"INFO weights {trained[:8]}, which took" in log
     assert list(tmp_path.iterdir()) == [folder]
