@@ -231,8 +231,8 @@ class Session:
             per_vote = cost_per_vote(model, task, indices[0])
             votes = len(left) * plan.procedure.most
             self.reporter.say(
-                f"{record.path.relative_to(self.out)}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "
-                f"about {duration(votes * seconds / task.block)} at most"
+                f"{record.path.relative_to(self.out)}: {len(left)} images, {plan.procedure.kind} procedure, "
+                f"at most {votes:,} votes, about {duration(votes * seconds / task.block)} at most"
             )
             # Seconds of a resumed run are of several processes, which one calibration says nothing of.
             calibration = None if finished else environment.calibration_seconds(self.device)
