@@ -104,11 +104,11 @@ class Session:
 
     def _run(self, plan: Plan, own_log: RunLog) -> Record:
         here = environment.describe(self.device)
-        where = ["--device", self.device.type, "--out", str(self.out)]
-        log.info(
-            "%s%s", STARTED, command(plan.arguments, *where, *(["--shard", str(self.shard)] if self.shard else []))
-        )
+        words = ["--device", self.device.type, "--out", str(self.out)]
+        words += ["--shard", str(self.shard)] if self.shard else []
         log.info("on %s", ", ".join(f"{k} {v}" for k, v in here.items()))
+        log.info("%s%s", STARTED, command(plan.arguments, *words))
+        log.info("loading %s and base %s", plan.card.name, plan.base)
         self._indices(plan, self.materials(plan).test)
         plan, tried = self.searched(plan)
         identity, task, fitted = self.prepare(plan)
