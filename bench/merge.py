@@ -26,7 +26,7 @@ def merge(root: Path) -> tuple[list[Path], list[str]]:
     Returns the runs that are now whole, and a line for each shard that is missing or unfinished, with the command
     that finishes it. Raises BenchError where shards do not belong together or cannot be read.
     """
-    runs = [root] if shards_in(root) else sorted(p for p in root.glob("*") if shards_in(p))
+    runs = [root.resolve()] if shards_in(root) else sorted(p for p in root.glob("*") if shards_in(p))
     if not runs:
         raise BenchError(f"no shards in {root}; bench run --shard i/k makes them")
     whole, missing = [], []
