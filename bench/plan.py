@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -134,6 +136,19 @@ def make_plans(
             )
             plans.append(plan)
     return plans
+
+
+def command(arguments: Mapping[str, Any], *more: str) -> str:
+    """The ``bench run`` that a record's arguments stand for, with more words at its end."""
+    flags = {"defenses": "--defense", "settings": "--set"}
+    words = ["bench", "run"]
+    for name, parameter in inspect.signature(make_plans).parameters.items():
+        value = arguments.get(name)
+        if value is None or value == parameter.default:
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [flags.get(name, f"--{name.replace('_', '-')}"), str(one)]
+    return shlex.join([*words, *more])
 
 
 def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:
