@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import registry
+from bench import limits, registry
 from bench.cards import card_files, load_card
-from bench.errors import unknown
+from bench.errors import BenchError, shown, unknown
 
 
 def rows(what: str, out: Path) -> list[dict[str, Any]]:
@@ -55,12 +55,13 @@ def _bases() -> list[dict[str, Any]]:
 def _runs(out: Path) -> list[dict[str, Any]]:
     rows = []
     for file in sorted(out.glob("*/run.json")):
+        name = shown(file.parent.name)
         try:
-            info = json.loads(file.read_text())
+            info = json.loads(limits.contents(file, limits.RUN))
             images = len(info["identity"]["indices"])
             lines = file.with_name("certificates.jsonl")
-            done = sum(1 for _ in lines.open()) if lines.exists() else 0
-            rows.append({"run": file.parent.name, "status": info["status"], "images": f"{done}/{images}"})
-        except (OSError, ValueError, KeyError, TypeError):
-            rows.append({"run": file.parent.name, "status": "unreadable", "images": ""})
+            done = sum(1 for _ in limits.lines(lines, limits.CERTIFICATE)) if lines.exists() else 0
+            rows.append({"run": name, "status": shown(str(info["status"])), "images": f"{done}/{images}"})
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, BenchError):
+            rows.append({"run": name, "status": "unreadable", "images": ""})
     return rows

@@ -36,6 +36,8 @@ EXTRA = {
         *("early_stopping_ratio", "additional_batches", "pa", "radius proved"),
     },
 }
+IMAGES = 1_000_000  # of a log, at most
+LONGEST = 10_000  # characters of a line
 ALIASES = {"samplesize": "samples_needed", "time_forward": "time"}
 
 
@@ -85,6 +87,8 @@ def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, s
     start = next((i for i, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise BenchError("it is empty")
+    if len(lines[start]) > LONGEST:
+        raise BenchError(f"its first line has more than {LONGEST:,} characters; logs have a short header")
     separator = "\t" if "\t" in lines[start] else None
     columns = [c.strip().lower() for c in lines[start].strip().split(separator)]
     if columns[0].isdecimal() and len(columns) == len(COLUMNS):
@@ -120,6 +124,9 @@ def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list
     for number, line in enumerate(lines[start:], start + 1):
         if not line.strip():
             continue
+        if len(line) > LONGEST:
+            bad.append(number)
+            continue
         values = [v.strip() for v in line.split(separator)]
         fields = dict(zip(columns, values, strict=False))
         try:
@@ -140,6 +147,8 @@ def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list
         if row.index in rows:
             again.append(row)
         rows.setdefault(row.index, row)
+        if len(rows) > IMAGES:
+            raise BenchError(f"more than {IMAGES:,} images; import a part of it")
     if bad:
         flags.append(f"lines that are no image's, left out: {len(bad)}, line {bad[0]} first")
     if again:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringConstraints
 from pydantic.dataclasses import dataclass as checked
 
 from bench import hub
@@ -70,7 +70,7 @@ class Parquet(_Stored):
     image: str = "image"
     label: str = "label"
     hub: str = ""  # a data set of the hub, for files that are not in the folder
-    revision: str = "main"
+    revision: Annotated[str, StringConstraints(pattern=hub.REVISION)] = "main"
 
 
 @checked(config=_STRICT, frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bench import limits, wellformed
 from bench.cache import digest, file_sha256, write_json
 from bench.certify import Certificate
 from bench.errors import BenchError, one_line
@@ -87,6 +88,8 @@ class Run:
         self.path = out / f"{name}-{digest(identity)[:8]}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if linked := sorted(f.name for f in self.path.iterdir() if f.is_symlink()):
+                raise BenchError(f"{self.path / linked[0]} is a link, through which nothing is written; move it away")
             self._lock = FileLock(self.path / ".lock")
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -146,50 +149,63 @@ def read_run(path: Path) -> Record:
     """The record at ``path``. Raises BenchError when it is not a run folder, of a newer schema, or corrupt."""
     file = path / "run.json"
     try:
-        info = json.loads(file.read_text())
+        info = json.loads(limits.contents(file, limits.RUN))
     except (FileNotFoundError, NotADirectoryError):
         raise BenchError(f"{path} is no run folder (it has no run.json)") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
     schema = info.get("schema") if isinstance(info, dict) else None
-    if not isinstance(schema, int):
+    if type(schema) is not int:
         raise BenchError(f"{file}: no schema version: not written by bench")
     if schema > SCHEMA:
         raise BenchError(f"{file}: schema {schema} is newer than this bench reads ({SCHEMA}); upgrade certbench")
-    info = _migrated(info, schema)
     missing = [k for k, kind in (("status", str), ("identity", dict)) if not isinstance(info.get(k), kind)]
     if missing:
         raise BenchError(f"{file}: no {missing[0]!r} in it")
-    kind = Claim if "imported" in info["identity"] else Certificate
-    return Record(path, info, list(_certificates(path / "certificates.jsonl", kind)))
+    info = _migrated(info, schema)
+    try:
+        wellformed.check(info)
+    except BenchError as e:
+        raise BenchError(f"{file}: not as bench writes it, so move it away: {e}") from None
+    return Record(path, info, list(_certificates(path / "certificates.jsonl", info)))
 
 
 def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
     """What an older bench wrote, in today's form; what it did not record is None."""
     if schema < 2:  # before shared parts, settings in names, and the hash of the certificates
-        info.setdefault("defense", {}).update({"settings": {}, "search": [], "trained_elsewhere": []})
+        if isinstance(made := info.setdefault("defense", {}), dict):
+            made.update({"settings": {}, "search": [], "trained_elsewhere": []})
         info["certificates_sha256"] = None
-        if "cost" in info:
+        if isinstance(info.get("cost"), dict):
             info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
     return info
 
 
-def _certificates(file: Path, kind: type[Line]) -> Iterator[Line]:
+def _certificates(file: Path, info: dict[str, Any]) -> Iterator[Line]:
     if not file.exists():
         return
+    kind = Claim if "imported" in info["identity"] else Certificate
     seen: set[int] = set()
-    with file.open() as f:
-        for number, line in enumerate(f, 1):
-            if not line.endswith("\n"):  # torn by a crash: as if never written
+    most = len(info["identity"]["indices"])
+    try:
+        for number, line in enumerate(limits.lines(file, limits.CERTIFICATE), 1):
+            if not line.endswith(b"\n"):  # torn by a crash: as if never written
                 return
             try:
                 certificate = kind(**json.loads(line))
-            except (ValueError, TypeError) as e:
+                wellformed.check_line(certificate, len(info["classes"]))
+            except BenchError as e:
+                raise BenchError(f"{file}:{number}: not a certificate: {e}") from None
+            except (ValueError, TypeError, RecursionError) as e:
                 raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
             if certificate.index in seen:
                 raise BenchError(f"{file}:{number}: image {certificate.index} is certified twice")
+            if number > most:
+                raise BenchError(f"{file}:{number}: more lines than run.json has images, {most}; move the folder away")
             seen.add(certificate.index)
             yield certificate
+    except OSError as e:
+        raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
 
 
 def find_runs(root: Path) -> list[Path]:
