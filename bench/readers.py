@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from bench import hub
 from bench.errors import BenchError, one_line
+from bench.hub import REVISION
 from bench.pictures import SUFFIXES, Pictures, decode
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Parquet(_Stored):
     image: str = "image"
     label: str = "label"
     hub: str = ""  # a data set of the hub, for files that are not in the folder
-    revision: Annotated[str, StringConstraints(pattern=hub.REVISION)] = "main"
+    revision: Annotated[str, StringConstraints(pattern=REVISION)] = "main"
 
 
 @checked(config=_STRICT, frozen=True, kw_only=True)
