@@ -202,7 +202,10 @@ def architecture_config(architecture: str, where: str) -> dict[str, Any]:
 def input_size(card: Card, args: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The height and width in pixels the model takes, from its arguments or its pretrained_cfg; None: the card's."""
     size = args.get("img_size") or config["input_size"][-2:]
-    height, width = (size, size) if isinstance(size, int) else (int(v) for v in size)
+    try:
+        height, width = (size, size) if isinstance(size, int) else (int(v) for v in size)
+    except (TypeError, ValueError, OverflowError):
+        raise BenchError(f"img_size {size!r:.40} is no side in pixels, nor a height and a width") from None
     return None if (height, width) == card.shape[1:] else (height, width)
 
 

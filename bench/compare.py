@@ -38,6 +38,8 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     for record in records:
         if not record.complete:
             raise BenchError(f"{record.path}: unfinished; type its bench run again to finish it, then compare")
+        if not record.whole:
+            raise BenchError(f"{record.path}: certificates.jsonl holds other images than run.json; ask bench verify")
     unknown = _check(records)
     radii = _radii(records)
     pairs = [_pair(records, i, j, radii) for i, j in itertools.combinations(range(len(records)), 2)]

@@ -75,6 +75,11 @@ class Record:
         return list(self.info.get("flags", ()))
 
     @property
+    def whole(self) -> bool:
+        """Whether the images certified are those of the identity, no more and no fewer."""
+        return {c.index for c in self.certificates} == set(self.identity["indices"])
+
+    @property
     def complete(self) -> bool:
         """Whether every image was certified."""
         return bool(self.info["status"] == "complete")
@@ -175,7 +180,8 @@ def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
     if schema < 2:  # before shared parts, settings in names, and the hash of the certificates
         if isinstance(made := info.setdefault("defense", {}), dict):
             made.update({"settings": {}, "search": [], "trained_elsewhere": []})
-        info["certificates_sha256"] = None
+        info |= {"certificates_sha256": None, "environment": info.get("environment", {})}
+        info |= {"arguments": info.get("arguments", {})}
         if isinstance(info.get("cost"), dict):
             info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
     return info

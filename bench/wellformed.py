@@ -125,8 +125,8 @@ class _Cost(_Part):
 class _Run(_Part):
     status: str
     identity: _Identity
-    environment: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
+    environment: dict[str, Any]
+    arguments: dict[str, Any]
     radii: Radii
     preset: str | None
     classes: list[str]
