@@ -20,7 +20,7 @@ from scipy import special
 
 from bench import bounds
 from bench.errors import BenchError, unknown
-from bench.procedures import Fixed
+from bench.procedures import MOST, Fixed
 
 # Images of test parts that have one size wherever they are from: a log that ends before it is cut short.
 SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "imagenet": 50_000}
@@ -51,7 +51,7 @@ class Stated:
             raise BenchError(f"--sigma {self.sigma:g}: must be above 0")
         if not 0 < self.alpha < 1:
             raise BenchError(f"--alpha {self.alpha:g}: must lie strictly between 0 and 1")
-        if not bounds.smallest_n(self.alpha) <= self.n <= 2**53:
+        if not bounds.smallest_n(self.alpha) <= self.n <= MOST:
             least = bounds.smallest_n(self.alpha)
             raise BenchError(f"--n {self.n}: no certificate at alpha {self.alpha:g} has so many; the least is {least}")
         if self.n0 is not None and self.n0 < 1:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from bench.cards import Card
 
 _STRICT = ConfigDict(extra="forbid")
-ROWS = 8  # decoded at a time: what may be taken before it is counted, at most 2 GB each
+ROWS = 10_000_000  # of a file, at most
+STEP = 8  # rows decoded at a time: what may be taken before it is counted, at most 2 GB each
+OVERHEAD = 1000  # bytes that a step takes beside its columns, about
 PartName = Literal["train", "validation", "test"]
 
 
@@ -211,8 +213,10 @@ def _columns(path: Path, source: Parquet, classes: int, room: int) -> tuple[Any,
                     )
             batches: list[Any] = []
             taken = 0
-            for batch in file.iter_batches(ROWS, columns=[source.image, source.label]):
-                taken += batch.nbytes
+            if file.metadata.num_rows > ROWS:
+                raise BenchError(f"{path}: {file.metadata.num_rows:,} rows, more than {ROWS:,}; split it")
+            for batch in file.iter_batches(STEP, columns=[source.image, source.label]):
+                taken += batch.nbytes + OVERHEAD
                 if taken > room:
                     raise BenchError(
                         f"{path}: its pictures take more than the {room / 1e9:.1f} GB left of half of this machine's "

@@ -14,11 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bench.anytime import procedure_of
 from bench.certify import Certificate
 from bench.errors import BenchError
-
-VOTES = 10**9  # an image, at most: what a bound is computed from is recomputed in time that grows with its root
+from bench.procedures import MOST
 
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
-Votes = Annotated[int, Field(ge=1, le=VOTES)]
+Votes = Annotated[int, Field(ge=1, le=MOST)]
 Amount = Annotated[float, Field(ge=0, le=1e30)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
 Open = Annotated[float, Field(gt=0, lt=1)]
@@ -33,7 +32,7 @@ class _Part(BaseModel):
 class _Procedure(_Part):
     kind: Literal["fixed", "anytime", "adaptive"]
     n0: Votes | None
-    n: Annotated[int, Field(ge=1, le=2**53)]
+    n: Votes
     alpha: Open
     target: Literal["selected", "label"] = "selected"
     radii: Annotated[list[Positive], Field(max_length=100)] = []
@@ -43,7 +42,7 @@ class _Procedure(_Part):
     fastest: Votes = 1
     slowest: Annotated[float, Field(gt=0, le=1)] = 1
     futility: Share = 0
-    step: Annotated[int, Field(ge=1, le=VOTES)] = 1
+    step: Annotated[int, Field(ge=1, le=MOST)] = 1
     growth: Annotated[float, Field(ge=0.005, le=1)] = 1
 
 
@@ -228,8 +227,8 @@ def _together(run: _Run) -> None:
         raise BenchError("radii: two of them are printed alike")
     if counted and (identity.base is None or run.base is None or identity.seed is None or procedure.n0 is None):
         raise BenchError("identity: a run that is not imported has a base, a seed and an n0")
-    if counted and (procedure.kind == "adaptive" or procedure.n > VOTES):
-        raise BenchError(f"identity.procedure: no run made by bench is adaptive, or has more than {VOTES:,} votes")
+    if counted and procedure.kind == "adaptive":
+        raise BenchError("identity.procedure: only an imported log is adaptive")
     if not counted and (procedure.kind == "anytime" or (procedure.kind == "adaptive" and len(procedure.radii) > 1)):
         raise BenchError("identity.procedure: an imported log has a fixed procedure, or an adaptive one of one radius")
     if counted and isinstance(run, _Complete) and None in (run.cost.votes, run.cost.certify_seconds):
