@@ -20,7 +20,7 @@ from bench.cache import digest, file_sha256, write_json
 from bench.certify import Certificate
 from bench.errors import BenchError, one_line
 
-SCHEMA = 2
+SCHEMA = 3
 _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
 
 
@@ -184,6 +184,10 @@ def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
         info |= {"arguments": info.get("arguments", {})}
         if isinstance(info.get("cost"), dict):
             info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
+    if schema < 3:  # before the sort of a method and what it trains were two things
+        if isinstance(defense := info.setdefault("defense", {}), dict):
+            family = defense.get("family")
+            defense.update(trains=family, family="imported" if family == "imported" else "")
     return info
 
 

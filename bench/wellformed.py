@@ -99,6 +99,7 @@ class _Searched(_Part):
 
 class _Made(_Part):
     family: str
+    trains: str
     settings: dict[str, Any]
     search: list[_Searched]
     trained_elsewhere: list[str]

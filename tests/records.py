@@ -41,8 +41,8 @@ def stated(count: int, name: str = "lora") -> tuple[dict[str, Any], dict[str, An
         **{"environment": {}, "arguments": {}, "radii": RADII, "preset": "quick", "classes": list("0123456789")},
         **{"data": {}, "base": {"clean_correct": 9, "images": 10}},
         "defense": {
-            **{"family": "classifier-tuned", "paper": "", "access": "WEIGHTS", "trained_elsewhere": []},
-            **{"settings": {}, "search": [], "weights_file": None},
+            **{"family": "PEFT", "trains": "classifier-tuned", "paper": "", "access": "WEIGHTS"},
+            **{"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
         },
     }
     return identity, extra
