@@ -184,10 +184,10 @@ def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
         info |= {"arguments": info.get("arguments", {})}
         if isinstance(info.get("cost"), dict):
             info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
-    if schema < 3:  # before the sort of a method and what it trains were two things
-        if isinstance(defense := info.setdefault("defense", {}), dict):
-            family = defense.get("family")
-            defense.update(trains=family, family="imported" if family == "imported" else "")
+    # Before schema 3 the sort of a method and what it trains were one thing.
+    if schema < 3 and isinstance(defense := info.setdefault("defense", {}), dict):
+        family = defense.get("family")
+        defense.update(trains=family, family="imported" if family == "imported" else "")
     return info
 
 
