@@ -15,7 +15,6 @@ stay unknown. Nothing of a file is trusted or executed.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import numpy as np
 
 from bench import flaws
 from bench.errors import BenchError
-from bench.flaws import Row, Stated
+from bench.flaws import HUGE, Row, Stated
 from bench.store import Claim, Record
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -139,7 +138,7 @@ def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list
                 _whole(fields["predict"], -1),
                 float(Decimal(fields.get("radius", fields.get("radius proved", "")))),
             )
-            if not math.isfinite(row.radius):
+            if not abs(row.radius) < HUGE:
                 raise ValueError
         except (ValueError, ArithmeticError):
             bad.append(number)
@@ -194,7 +193,7 @@ def _seconds(text: str) -> float | None:
         value = float(seconds)
     except ValueError:
         return None
-    return 86400 * days + 3600 * hours + 60 * minutes + value if 0 <= value < math.inf else None
+    return 86400 * days + 3600 * hours + 60 * minutes + value if 0 <= value < HUGE else None
 
 
 def export_log(record: Record) -> str:
