@@ -10,6 +10,7 @@ from typing import Any
 from bench import limits, registry
 from bench.cards import card_files, load_card
 from bench.errors import BenchError, shown, unknown
+from bench.shards import Shard
 
 
 def rows(what: str, out: Path) -> list[dict[str, Any]]:
@@ -54,14 +55,16 @@ def _bases() -> list[dict[str, Any]]:
 
 def _runs(out: Path) -> list[dict[str, Any]]:
     rows = []
-    for file in sorted(out.glob("*/run.json")):
-        name = shown(file.parent.name)
+    for file in sorted([*out.glob("*/run.json"), *out.glob("*/shard-*/run.json")]):
+        name = shown(str(file.parent.relative_to(out)))
         try:
             info = json.loads(limits.contents(file, limits.RUN))
-            images = len(info["identity"]["indices"])
+            indices, shard = info["identity"]["indices"], info.get("shard")
+            images = len(Shard.parse(shard).part(indices) if shard else indices)
             lines = file.with_name("certificates.jsonl")
             done = sum(1 for _ in limits.lines(lines, limits.CERTIFICATE)) if lines.exists() else 0
-            rows.append({"run": name, "status": shown(str(info["status"])), "images": f"{done}/{images}"})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, BenchError):
+            status = f"shard {shard}, {info['status']}" if shard else info["status"]
+            rows.append({"run": name, "status": shown(str(status)), "images": f"{done}/{images}"})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, BenchError):
             rows.append({"run": name, "status": "unreadable", "images": ""})
     return rows

@@ -8,17 +8,20 @@ loses at most the line being written, which is dropped and redone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from bench import limits, wellformed
-from bench.cache import digest, file_sha256, write_json
+from bench.cache import digest, file_sha256, write_json, write_text
 from bench.certify import Certificate
+from bench.columns import Columns
 from bench.errors import BenchError, one_line
+from bench.shards import Shard, shards_in
 
 SCHEMA = 3
 _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
@@ -47,11 +50,11 @@ Line = Certificate | Claim
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder as read: its run.json and certificates by index."""
+    """A run folder as read: its run.json and its certificates, in the order in which they were written."""
 
     path: Path
     info: dict[str, Any]
-    certificates: list[Line]
+    certificates: Columns[Line]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -65,9 +68,9 @@ class Record:
         return "imported" in self.identity
 
     @property
-    def counted(self) -> list[Certificate]:
+    def counted(self) -> Columns[Certificate]:
         """The certificates with counts: all, or none of an imported log's."""
-        return [c for c in self.certificates if isinstance(c, Certificate)]
+        return Columns(Certificate) if self.imported else cast(Columns[Certificate], self.certificates)
 
     @property
     def flags(self) -> list[str]:
@@ -77,7 +80,8 @@ class Record:
     @property
     def whole(self) -> bool:
         """Whether the images certified are those of the identity, no more and no fewer."""
-        return {c.index for c in self.certificates} == set(self.identity["indices"])
+        wanted = np.array(self.identity.get("indices", []), np.int64)
+        return np.array_equal(np.sort(self.certificates.column("index")), np.sort(wanted))
 
     @property
     def complete(self) -> bool:
@@ -88,9 +92,17 @@ class Record:
 class Run:
     """An open run folder, one writer at a time; made on first use, continued ever after."""
 
-    def __init__(self, out: Path, name: str, identity: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Open or create ``out/name-<hash8>``. Raises BenchError when it cannot be written or is not readable."""
-        self.path = out / f"{name}-{digest(identity)[:8]}"
+    def __init__(
+        self, out: Path, name: str, identity: dict[str, Any], extra: dict[str, Any], shard: Shard | None = None
+    ) -> None:
+        """Open or create ``out/name-<hash8>``, or the shard's folder in it.
+
+        Raises BenchError when it cannot be written or is not readable.
+        """
+        self.path = run_folder(out, name, identity)
+        if shard:
+            self.path /= shard.folder
+            extra = {"shard": str(shard), **extra}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if linked := sorted(f.name for f in self.path.iterdir() if f.is_symlink()):
@@ -103,7 +115,7 @@ class Run:
             raise BenchError(f"cannot write {self.path}: {e.strerror}; choose another folder with --out") from None
         self._certificates = self.path / "certificates.jsonl"
         if (self.path / "run.json").exists():
-            record = read_run(self.path)
+            record = read_run(self.path, shard)
             if record.identity != json.loads(json.dumps(identity)):
                 raise BenchError(f"{self.path} holds another identity than its name says; move it away")
             self.info = record.info
@@ -111,7 +123,7 @@ class Run:
             self._drop_torn_line()
         else:
             self.info = {"schema": SCHEMA, "status": "started", "identity": identity, **extra}
-            self.done = []
+            self.done = Columns(Certificate)
             write_json(self.path / "run.json", self.info)
 
     def append(self, certificate: Certificate) -> None:
@@ -120,9 +132,9 @@ class Run:
             f.write(_as_json(certificate))
         self.done.append(certificate)
 
-    def write(self, claims: Iterable[Claim]) -> None:
-        """All lines of an imported log, in place of what an interrupted import left."""
-        self._certificates.write_text("".join(map(_as_json, claims)))
+    def write(self, lines: Iterable[Line]) -> None:
+        """All lines of an imported log or of shards, in place of what there is."""
+        write_text(self._certificates, "".join(map(_as_json, lines)))
 
     def finish(self, cost: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Mark the run complete, with the hash of its certificates."""
@@ -150,12 +162,22 @@ def _as_json(line: Line) -> str:
     return json.dumps({k: value[k] for k in (*_ORDER, "votes", "seconds")}) + "\n"
 
 
-def read_run(path: Path) -> Record:
-    """The record at ``path``. Raises BenchError when it is not a run folder, of a newer schema, or corrupt."""
+def run_folder(out: Path, name: str, identity: dict[str, Any]) -> Path:
+    """Where the run of that identity lies below ``out``."""
+    return out / f"{name}-{digest(identity)[:8]}"
+
+
+def read_run(path: Path, shard: Shard | None = None) -> Record:
+    """The record at ``path``, of a whole run or of that shard of one.
+
+    Raises BenchError when it is not a run folder, of a newer schema, or corrupt.
+    """
     file = path / "run.json"
     try:
         info = json.loads(limits.contents(file, limits.RUN))
     except (FileNotFoundError, NotADirectoryError):
+        if shards_in(path):
+            raise BenchError(f"{path}: only shards of a run; bench merge {path} joins them") from None
         raise BenchError(f"{path} is no run folder (it has no run.json)") from None
     except (OSError, ValueError, RecursionError) as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
@@ -168,11 +190,14 @@ def read_run(path: Path) -> Record:
     if missing:
         raise BenchError(f"{file}: no {missing[0]!r} in it")
     info = _migrated(info, schema)
+    if info.get("shard") != (str(shard) if shard else None):
+        found = f"shard {info['shard']!s:.20} of a run" if "shard" in info else "a whole run"
+        raise BenchError(f"{path}: {found}; bench merge {path.parent} joins shards")
     try:
         wellformed.check(info)
     except BenchError as e:
         raise BenchError(f"{file}: not as bench writes it, so move it away: {e}") from None
-    return Record(path, info, list(_certificates(path / "certificates.jsonl", info)))
+    return Record(path, info, _certificates(path / "certificates.jsonl", info))
 
 
 def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
@@ -191,35 +216,38 @@ def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
     return info
 
 
-def _certificates(file: Path, info: dict[str, Any]) -> Iterator[Line]:
+def _certificates(file: Path, info: dict[str, Any]) -> Columns[Line]:
+    kind: type[Line] = Claim if "imported" in info["identity"] else Certificate
+    found = Columns(kind)
     if not file.exists():
-        return
-    kind = Claim if "imported" in info["identity"] else Certificate
-    seen: set[int] = set()
+        return found
     most = len(info["identity"]["indices"])
     try:
         for number, line in enumerate(limits.lines(file, limits.CERTIFICATE), 1):
             if not line.endswith(b"\n"):  # torn by a crash: as if never written
-                return
-            try:
-                certificate = kind(**json.loads(line))
-                wellformed.check_line(certificate, len(info["classes"]))
-            except BenchError as e:
-                raise BenchError(f"{file}:{number}: not a certificate: {e}") from None
-            except (ValueError, TypeError, RecursionError) as e:
-                raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
-            if certificate.index in seen:
-                raise BenchError(f"{file}:{number}: image {certificate.index} is certified twice")
+                break
             if number > most:
                 raise BenchError(f"{file}:{number}: more lines than run.json has images, {most}; move the folder away")
-            seen.add(certificate.index)
-            yield certificate
+            try:
+                found.add(json.loads(line))
+            except (ValueError, AttributeError, RecursionError, OverflowError) as e:
+                raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
     except OSError as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
+    indices = found.column("index")
+    order = indices.argsort(kind="stable")
+    again = order[1:][np.diff(indices[order]) == 0]
+    if len(again):
+        raise BenchError(f"{file}:{again.min() + 1}: image {indices[again.min()]} is certified twice")
+    try:
+        wellformed.check_lines(found, kind is Certificate, len(info["classes"]))
+    except BenchError as e:
+        raise BenchError(f"{file}: {e}") from None
+    return found
 
 
 def find_runs(root: Path) -> list[Path]:
     """The run folders at or directly below ``root``, by name."""
     if (root / "run.json").exists():
         return [root]
-    return sorted(f.parent for f in root.glob("*/run.json"))
+    return sorted({f.parent for f in root.glob("*/run.json")} | {f.parents[1] for f in root.glob("*/shard-*/run.json")})

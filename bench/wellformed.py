@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.anytime import procedure_of
-from bench.certify import Certificate
+from bench.columns import NULL, Columns
 from bench.errors import BenchError
 from bench.procedures import MOST
 
@@ -236,25 +237,19 @@ def _together(run: _Run) -> None:
         raise BenchError("cost: a run that is not imported has counted its votes and seconds")
 
 
-WHOLE = ("index", "label", "predicted", "n0", "n", "top_count", "runner_up", "runner_up_count", "votes")
-REAL = ("radius", "p_lower", "seconds")
-
-
-def check_line(line: Any, classes: int) -> None:
-    """Raise BenchError where a certificate or claim holds what no image can have; ``classes`` 0: not known."""
-    for name in WHOLE:
-        value = getattr(line, name)
-        if value is None and (not isinstance(line, Certificate) or name in ("predicted", "runner_up")):
-            continue
-        if type(value) is not int or not 0 <= value < 2**63:
-            raise BenchError(f"{name} is {value!r:.40}")
-    for name in REAL:
-        value = getattr(line, name)
-        if value is None and not isinstance(line, Certificate) and name != "radius":
-            continue
-        if type(value) not in (int, float) or not -1e30 < value < 1e30:
-            raise BenchError(f"{name} is {value!r:.40}")
-    if line.radius < 0:
-        raise BenchError(f"radius is {line.radius!r:.40}")
-    if isinstance(line, Certificate) and classes and not max(line.label, line.predicted or 0) < classes:
-        raise BenchError(f"label {line.label} and prediction {line.predicted} of {classes} classes")
+def check_lines(lines: Columns[Any], counted: bool, classes: int) -> None:
+    """Raise BenchError where certificates or claims hold what no image can have; ``classes`` 0: not known."""
+    names = ["index", "label", "predicted", "votes"]
+    names += ["n0", "n", "top_count", "runner_up", "runner_up_count"] if counted else []
+    for name in names:
+        values = lines.column(name)
+        wrong = (values < 0) & (values != NULL)
+        if counted and classes and name in ("label", "predicted"):
+            wrong |= values >= classes
+        if wrong.any():
+            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")
+    for name in ("radius", "seconds", *(["p_lower"] if counted else [])):
+        values = lines.column(name)
+        wrong = (np.abs(values) >= 1e30) | ((values < 0) & (name == "radius"))
+        if wrong.any():
+            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")
