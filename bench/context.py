@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import hub, noise, objectives, registry, training
+from bench import hub, noise, objectives, registry, training, watchdog
 from bench.base import BaseModel
 from bench.cache import Entry, digest, file_sha256
 from bench.cards import Split
@@ -100,7 +100,9 @@ class BuildContext:
                 raise MissingFile(f"{source} has no file {filename!r}")
         else:
             repo, _, revision = source.partition("@")
-            path = hub.fetch(repo, filename, revision or "main", "model", f"or give a local folder in place of {repo}")
+            mend = f"or give a local folder in place of {repo}"
+            with watchdog.paused():
+                path = hub.fetch(repo, filename, revision or "main", "model", mend)
         sha256 = file_sha256(path)
         self.used[f"{filename} {sha256[:8]}"] = sha256  # two sources may have files of one name
         if source not in self.sources:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,18 +13,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench import environment, fitting, gridnoise, metrics, noise, registry, search
+from bench import blocks, environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
 from bench.base import BaseModel
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
 from bench.certify import Task, block_rows, certify, check_rows
 from bench.costs import cost_per_vote, distinct, duration
+from bench.errors import DefenseFault
 from bench.interface import Defense, Draw
 from bench.noise import Noise
 from bench.plan import Plan
 from bench.procedures import Procedure
-from bench.store import Record, Run, read_run
+from bench.store import Record, Run, read_run, run_folder
+
+_DRIFT = (
+    "other logits at the end of the run than at its start for the same image and draw: it keeps a state, so nothing "
+    "that it certified holds; set aside"
+)
 
 
 class Reporter(Protocol):
@@ -101,15 +107,27 @@ class Session:
         shared = self.materials(plan)
         with self.reporter.training(f"{registry.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
             fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
-        task = make_task(plan, shared.test, self.device)
-        indices = choose(shared.test, plan.examples)
-        return self._identity(plan, shared, fitted, indices, task), task, fitted
+        task, indices = make_task(plan, shared.test, self.device), choose(shared.test, plan.examples)
+        largest = self._identity(plan, shared, fitted, indices, task)
+
+        def identity(rows: int) -> dict[str, Any]:
+            return largest | {"block": [rows, *task.shape]}
+
+        # A run that is begun goes on in its own blocks, whatever fits now.
+        places = ((rows, run_folder(self.out, _name(plan), identity(rows))) for rows in blocks.sizes(task.block))
+        rows = next((rows for rows, place in places if (place / "run.json").exists()), None)
+        if rows is None:
+            with steady(), torch.inference_mode(), fitting.blame(plan.defense, "at its first block"):
+                rows = blocks.fitting_block(fitted.defense, task, indices[0]).block
+            if rows < task.block:
+                self.reporter.say(f"{_name(plan)}: blocks of {rows} rows; {task.block} do not fit into memory")
+        return identity(rows), replace(task, block=rows), fitted
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
         plan, tried = self.searched(plan)
         identity, task, fitted = self.prepare(plan)
-        shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
+        shared, indices = self.materials(plan), identity["indices"]
         right = None  # a base of other classes is neither right nor wrong
         if shared.base.classes == len(plan.card.classes):
             right, _ = shared.base.accuracy(shared.test, indices)
@@ -131,7 +149,7 @@ class Session:
                 "weights_file": plan.weights and plan.weights.name,
             },
         }
-        record = Run(self.out, f"{plan.card.name}-{name}-s{plan.sigma:g}", identity, extra)
+        record = Run(self.out, _name(plan), identity, extra)
         try:
             if record.info["status"] == "complete":
                 self.reporter.say(f"{record.path}: already complete, nothing to do")
@@ -147,7 +165,8 @@ class Session:
         base = self._untrained_base(plan)
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
-        with steady(), torch.inference_mode():
+        with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
+            task = blocks.fitting_block(defense, task, indices[0])
             per_vote = check_rows(defense, task, indices[0]) / task.block
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
@@ -156,7 +175,7 @@ class Session:
         queries = trainings * getattr(plan.config, "queries", 0)
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
-            "run": f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}",
+            "run": _name(plan),
             "seed": plan.seed,
             "images": len(indices),
             "votes": votes,
@@ -196,7 +215,7 @@ class Session:
 
     def _certify(self, plan: Plan, fitted: fitting.Fitted, task: Task, indices: list[int], record: Run) -> None:
         def model(x: Tensor, draw: Draw) -> Tensor:
-            with fitting.blame(plan.defense):
+            with fitting.blame(plan.defense, f"in certification, after {len(record.done)} images"):
                 return cast(Tensor, fitted.defense(x, draw))
 
         finished = {c.index for c in record.done}
@@ -208,7 +227,11 @@ class Session:
             return plan.procedure.certify(plan.sigma, label, tau)
 
         with steady(), torch.inference_mode():
-            seconds = check_rows(model, task, indices[0])
+            reference = blocks.check_logits(model, task, indices[0])
+            if strange := int(reference.isnan().any(1).sum()):
+                self.reporter.say(f"{strange} of {task.block} rows of logits hold NaN: such votes count for no class")
+            with fitting.blame(plan.defense, "in the check of its rows"):
+                seconds = check_rows(model, task, indices[0])
             per_vote = cost_per_vote(model, task, indices[0])
             votes = len(left) * plan.procedure.most
             self.reporter.say(
@@ -224,7 +247,9 @@ class Session:
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)
-        self.materials(plan).base.check_unchanged(plan.defense)
+            self.materials(plan).base.check_unchanged(plan.defense)
+            if not torch.equal(blocks.check_logits(model, task, indices[0]).nan_to_num(), reference.nan_to_num()):
+                raise DefenseFault(f"{_DRIFT} in {record.set_aside()}", plan.defense)
         cost = {
             "train_seconds": fitted.train_seconds,
             "certify_seconds": sum(c.seconds for c in record.done),
@@ -241,6 +266,11 @@ class Session:
             "peak_memory": environment.peak_memory(self.device),
         }
         record.finish(cost, metrics.summarise(record.done, plan.card.radii))
+
+
+def _name(plan: Plan) -> str:
+    """What the run's folder is called, less its hash."""
+    return f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}"
 
 
 def make_task(plan: Plan, test: Split, device: torch.device) -> Task:
