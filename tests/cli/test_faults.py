@@ -15,6 +15,7 @@ from bench.cache import cache_root
 
 Bench = Callable[..., Result]
 FAULTY = defense("faulty")
+LORA = ["run", "--defense", "lora", "--dataset", TINY]
 RUN = ["run", "--defense", "none", "--dataset", TINY, "--examples", "60"]
 
 
@@ -118,13 +119,27 @@ def test_a_file_in_place_of_the_output_is_refused_before_anything_is_trained(
 # The cache --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache and the run that filled it."""
+    from bench.cli import main
+
+    place = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CERTBENCH_CACHE", str(place / "cache"))
+        with pytest.raises(SystemExit) as stop:
+            main([*LORA, "--out", str(place / "runs")])
+    assert not stop.value.code
+    return place
+
+
 @pytest.mark.parametrize("damage", ["weights.safetensors", "meta.json", "no weights", "another's"])
 def test_a_corrupt_cache_entry_is_said_and_made_anew(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    bench: Bench, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
-    args = ("run", "--defense", "lora", "--dataset", TINY, "--out", tmp_path / "runs")
-    assert bench(*args).code == 0
+    args = (*LORA, "--out", tmp_path / "runs")
     (folder,) = (tmp_path / "cache").glob("tiny-lora*")
     (base,) = (tmp_path / "cache").glob("tiny-base*")
     weights = folder / "weights.safetensors"
@@ -143,7 +158,7 @@ def test_a_corrupt_cache_entry_is_said_and_made_anew(
     assert f"corrupt cache entry {folder}" in said and "made anew" in said
     assert weights.read_bytes() == before
     assert "already complete" in result.err  # the same weights, so the same run
-    assert "corrupt" not in bench(*args).err
+    assert "corrupt cache" not in bench(*args).err
 
 
 # Two processes ----------------------------------------------------------------------------------------
@@ -151,7 +166,7 @@ def test_a_corrupt_cache_entry_is_said_and_made_anew(
 
 def test_started_twice_at_once_one_writes(tmp_path: Path) -> None:
     """From an empty cache: one trains while the other waits; one certifies, the other is told so."""
-    command = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "4000"]
+    command = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "1000"]
     cache, logs = tmp_path / "cache", [tmp_path / "log-0", tmp_path / "log-1"]
     both = [start(run, [[*command, "--out", str(tmp_path / "runs")]], cache=cache, log=log) for log in logs]
     for process in both:
@@ -199,6 +214,17 @@ def test_out_of_memory_the_block_that_fits_is_found_and_kept(
     assert bench("verify", info["path"]).code == 0
 
 
+def test_the_cpu_says_out_of_memory_in_words() -> None:
+    import torch
+
+    from bench.blocks import out_of_memory
+
+    with pytest.raises(RuntimeError) as e:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(e.value)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_too_little_memory_for_any_block_names_the_defense(bench: Bench, tmp_path: Path) -> None:
     args = ("run", "--defense", FAULTY, "--set", "how=greedy", "--set", "rows=15", "--dataset", TINY)
     for more in ((), ("--dry-run",)):
@@ -216,12 +242,12 @@ def test_too_little_memory_for_any_block_names_the_defense(bench: Bench, tmp_pat
     ("how", "after", "words", "kept"),
     [
         ("raises", 0, "RuntimeError: out of ideas", 0),
-        ("raises", 12, "RuntimeError: out of ideas", 2),
-        ("shape", 12, "float tensor of shape", 2),
+        ("raises", 12, "RuntimeError: out of ideas", 4),
+        ("shape", 12, "float tensor of shape", 4),
         ("drifts", 4, "a row's logits change", 0),
         ("drifts", 12, "other logits at the end of the run", 0),
         ("sleeps", 0, "no answer for 1 s", 0),
-        ("sleeps", 12, "no answer for 1 s in certification, after 2 images", 2),
+        ("sleeps", 12, "no answer for 1 s in certification, after 4 images", 4),
     ],
 )
 def test_a_defense_at_fault_is_named_and_no_vote_invented(
@@ -278,8 +304,8 @@ def test_a_defense_that_hangs_in_c_is_named_and_ended(tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == 2
     last = log.read_text().splitlines()[-1]
-    assert last.startswith(f"bench: defense {FAULTY}: no answer for 1 s in certification, after 2 images")
-    assert len(certificates_of(tmp_path, "faulty")) == 2
+    assert last.startswith(f"bench: defense {FAULTY}: no answer for 1 s in certification, after 4 images")
+    assert len(certificates_of(tmp_path, "faulty")) == 4
 
 
 def test_a_training_that_hangs_is_named(bench: Bench, tmp_path: Path) -> None:

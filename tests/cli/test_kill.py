@@ -21,7 +21,7 @@ from conftest import TINY
 
 from bench.cache import file_sha256
 
-ARGS = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "1000", "--set", "epochs=20"]
+ARGS = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "400", "--set", "epochs=8"]
 PHASES = ("training", "certification", "report writing")
 
 
