@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["bench.run", "bench.report", "bench.console", "bench.baseline", "sklearn.datasets"])
+_server.set_forkserver_preload(
+    [
+        *("pytest", "bench.cli", "bench.run", "bench.console", "bench.report", "bench.baseline", "bench.github"),
+        *("sklearn.datasets", "timm", "tabulate", "defenses.full", "defenses.none"),
+        *("matplotlib.pyplot", *(f"matplotlib.backends.backend_{kind}" for kind in ("agg", "svg", "pdf"))),
+    ]
+)
 Commands = Sequence[Sequence[str]]
 
 

@@ -55,7 +55,7 @@ class Job:
             resumed = "already complete" in log or self._from < 2
             if phase == 0 or (self.phase() == 2 and resumed) or (phase == 1 and "procedure, at most" in log):
                 break
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     def kill(self) -> bool:
         """kill -9; whether there was anything left to kill."""
