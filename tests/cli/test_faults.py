@@ -165,7 +165,7 @@ def test_a_corrupt_cache_entry_is_said_and_made_anew(
 
 
 def test_started_twice_at_once_one_writes(tmp_path: Path) -> None:
-    """From an empty cache: one trains while the other waits; one certifies, the other is told so."""
+    """From an empty cache: one trains and certifies, the other is told so."""
     command = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "1000"]
     cache, logs = tmp_path / "cache", [tmp_path / "log-0", tmp_path / "log-1"]
     both = [start(run, [[*command, "--out", str(tmp_path / "runs")]], cache=cache, log=log) for log in logs]
@@ -176,7 +176,6 @@ def test_started_twice_at_once_one_writes(tmp_path: Path) -> None:
     (refused,) = [log for log, p in zip(said, both, strict=True) if p.exitcode]
     last = refused.splitlines()[-1]
     assert last.startswith("bench: ") and "is being written by another process" in last
-    assert "another process is training tiny-" in "".join(said)
     (info,) = (tmp_path / "runs").glob("*/run.json")
     indices = json.loads(info.read_text())["identity"]["indices"]
     assert sorted(indices, key=str) == [c["index"] for c in certificates(tmp_path / "runs")]  # each of them once
