@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench import environment, fitting, gridnoise, metrics, noise, registry, search
+from bench import arithmetic, environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
 from bench.base import BaseModel
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
 from bench.certify import Task, block_rows, certify, check_rows
 from bench.costs import cost_per_vote, distinct, duration
+from bench.http_base import is_url
 from bench.interface import Defense, Draw
 from bench.noise import Noise
 from bench.plan import Plan
@@ -148,7 +149,10 @@ class Session:
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
         with steady(), torch.inference_mode():
-            per_vote = check_rows(defense, task, indices[0]) / task.block
+            model = arithmetic.model(defense, plan.arithmetic, self.device)
+            per_vote = check_rows(model, task, indices[0]) / task.block
+            # Nobody counts a server's operations, so it is not asked again.
+            flops = None if is_url(plan.base) else cost_per_vote(defense, task, indices[0]).flops
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
         trainings = 0 if plan.weights else max(1, len(plan.candidates))
@@ -160,6 +164,7 @@ class Session:
             "seed": plan.seed,
             "images": len(indices),
             "votes": votes,
+            "flops_per_vote": flops,
             "seconds": votes * per_vote,
             "train_seconds": (3 * images + queries) * per_vote,
         }
@@ -182,6 +187,7 @@ class Session:
                 "weights": fitted.sha256,
                 "parts": fitted.parts,
                 "objective": plan.objective if uses_objective else None,
+                **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
             },
             "train_sigma": plan.train_sigma,
             "sigma": plan.sigma,
@@ -195,9 +201,11 @@ class Session:
         }
 
     def _certify(self, plan: Plan, fitted: fitting.Fitted, task: Task, indices: list[int], record: Run) -> None:
+        logits = arithmetic.model(fitted.defense, plan.arithmetic, self.device)
+
         def model(x: Tensor, draw: Draw) -> Tensor:
             with fitting.blame(plan.defense):
-                return cast(Tensor, fitted.defense(x, draw))
+                return logits(x, draw)
 
         finished = {c.index for c in record.done}
         left = [i for i in indices if i not in finished]
@@ -209,7 +217,7 @@ class Session:
 
         with steady(), torch.inference_mode():
             seconds = check_rows(model, task, indices[0])
-            per_vote = cost_per_vote(model, task, indices[0])
+            per_vote = cost_per_vote(fitted.defense, task, indices[0])  # operations are counted, not compiled
             votes = len(left) * plan.procedure.most
             self.reporter.say(
                 f"{record.path.name}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "

@@ -97,6 +97,7 @@ def methods(group: Sequence[Record]) -> list[list[Record]]:
         config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
         given = record.info["defense"]["weights_file"] and defense["weights"]
         key = [defense["name"], defense["source"], config, defense["objective"], given, record.identity["train_sigma"]]
+        key.append(defense.get("arithmetic"))
         found[digest({"method": key})].append(record)
     apart: list[list[Record]] = []
     for records in found.values():
@@ -196,6 +197,7 @@ def method_name(record: Record) -> str:
     words = [record.identity["defense"]["name"]]
     words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
     words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
+    words += record.identity["defense"].get("arithmetic", [])
     keys = sorted(searched(record))
     return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from bench import environment, importing, metrics
+from bench import arithmetic, environment, importing, metrics
 from bench.anytime import procedure_of
 from bench.cache import digest, file_sha256, stored
 from bench.certify import Certificate, certify
@@ -80,10 +80,9 @@ def draw_again(record: Record, session: Session, deep: bool) -> Finding:
         return Finding(check, f"image {wrong[0]}: the data set's label is {task.labels(wrong[0])}")
     chosen = list(kept) if deep else list(kept)[:: max(1, len(kept) // SAMPLE)][:SAMPLE]
     tau = record.identity["noise"]["tau"]
+    model = arithmetic.model(fitted.defense, plan.arithmetic, session.device)
     with steady(), torch.inference_mode():
-        again = list(
-            certify(fitted.defense, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen)
-        )
+        again = list(certify(model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
     here = environment.describe(session.device)
     exactly = all(here[k] == record.info["environment"][k] for k in ("device", "platform", "packages"))
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
