@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install demo readme test gate baseline slow perf
+.PHONY: install demo readme test gate baseline slow perf soak
 
 install: .venv/installed
 
@@ -47,3 +47,7 @@ slow: install
 
 perf: install
 	$(BIN)/pytest tests/perf --benchmark-only --benchmark-columns=median,iqr,rounds
+
+# Half an hour: five million votes, and ten thousand records resumed over and over. Linux.
+soak: install
+	$(BIN)/python tests/soak.py --out reports/soak

@@ -5,6 +5,7 @@
 The model: seconds = votes x (pixels x seconds of noise a pixel + FLOPs a vote / achieved FLOP/s) / processes. Two
 numbers are measured on one block of votes each, the noise a pixel and the FLOP/s that an architecture achieves; they
 then predict whole runs of the engine. FLOPs are those of torch's counter, two for each multiply-add.
+Seconds are the processor's, on one thread: those of an idle core, whoever else is at work.
 
 ``--flops`` are the reader's: what a GPU achieves on a ViT-B/16, an assumption of the second table.
 """
@@ -39,7 +40,7 @@ from bench.run import steady
 CPU = torch.device("cpu")
 SIGMA, ALPHA, N0 = 0.25, 0.001, 100
 IMAGENET_VALIDATION = 50_000  # images
-SIZES = ((1, 1000), (3, 500), (2, 2000))  # images and n of the runs predicted
+SIZES = ((1, 200), (3, 100), (2, 400))  # images and n of the runs predicted
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,19 @@ class Subject:
         """Seconds of noise, and seconds of the forward pass, of one block."""
         votes = [Vote("check", 0, i) for i in range(self.task.block)]
         images = self.task.repeated(0)
-        began = time.perf_counter()
+        began = time.process_time()
         x = self.task.noisy(images, votes)
-        drawn = time.perf_counter()
+        drawn = time.process_time()
         self.net(x)
-        return drawn - began, time.perf_counter() - drawn
+        return drawn - began, time.process_time() - drawn
 
     def run(self, images: int, n: int) -> float:
         """Seconds of certifying so many images."""
         fixed = Fixed(N0, n, ALPHA)
-        began = time.perf_counter()
+        began = time.process_time()
         found = list(certify(self.model, self.task, lambda label: fixed.certify(SIGMA, label), range(images)))
         assert len(found) == images
-        return time.perf_counter() - began
+        return time.process_time() - began
 
 
 def subjects() -> Iterator[Subject]:
@@ -118,15 +119,17 @@ def measure(found: list[Subject], rounds: int) -> dict[str, Measured]:
     """Everything in turn, round after round, since this machine may be shared."""
     blocks: dict[str, list[tuple[float, float]]] = {s.name: [] for s in found}
     runs: dict[str, list[list[float]]] = {s.name: [] for s in found}
-    for _ in range(rounds + 1):  # the first warms up
+    for s in found:
+        s.block()  # warms up
+    for _ in range(rounds):
         for s in found:
-            several = [s.block() for _ in range(5)]
+            several = [s.block() for _ in range(3)]
             blocks[s.name].append((statistics.median(a for a, _ in several), statistics.median(b for _, b in several)))
             runs[s.name].append([s.run(*size) for size in SIZES])
     result = {}
     for s in found:
-        noise, forward = (statistics.median(column) for column in zip(*blocks[s.name][1:], strict=True))
-        seconds = [statistics.median(column) for column in zip(*runs[s.name][1:], strict=True)]
+        noise, forward = (statistics.median(column) for column in zip(*blocks[s.name], strict=True))
+        seconds = [statistics.median(column) for column in zip(*runs[s.name], strict=True)]
         result[s.name] = Measured(noise / s.task.block / s.pixels, s.flops * s.task.block / forward, seconds)
     return result
 
@@ -177,8 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", default="1e14,4e14")
     parser.add_argument("--gpus", default="1,8")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     with steady(), torch.inference_mode():
         found = list(subjects())
         measured = measure(found, given.rounds)

@@ -63,10 +63,10 @@ def test_bfloat16_is_another_defense_of_the_same_weights(bench: Bench, tmp_path:
     assert {row["defense"] for row in table["rows"]} == set(found)
     again = bench(*command, "--arithmetic", "bfloat16,channels-last")
     assert again.err.count("already complete") == 2
-    for file in tmp_path.glob("*/run.json"):
-        verified = bench("verify", file.parent, "--deep")
-        assert verified.code == 0, verified.out
-        assert "drawn again from the seed give the recorded counts, exactly" in verified.out
+    (run,) = (f.parent for f in tmp_path.glob("tiny-none-*/run.json") if "bfloat16" in f.read_text())
+    verified = bench("verify", run, "--deep")
+    assert verified.code == 0, verified.out
+    assert "drawn again from the seed give the recorded counts, exactly" in verified.out
 
 
 class Convnet(nn.Module):
@@ -111,3 +111,45 @@ def test_a_served_base_computes_as_it_does(bench: Bench, tmp_path: Path) -> None
     said = bench("run", "--defense", "none", "--dataset", TINY, "--base", url, "--arithmetic", "bfloat16")
     assert said.code == 2
     assert said.err.count("\n") == 1 and "is computed by its server" in said.err
+
+
+COUNTING = '''
+from torch import Tensor
+
+from bench.interface import Access, Defense, Draw
+
+
+class Counting(Defense):
+    """The same logits at every call, by way of a number that changes."""
+
+    access = Access.QUERY
+    calls = 0
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        self.calls += 1
+        return self.context.base(x) + 0 * self.calls
+'''
+
+
+@pytest.mark.slow
+def test_compiled_counts_are_resumed_and_drawn_again(bench: Bench, tmp_path: Path) -> None:
+    """Of a base that is queried, and of a defense that draws; what cannot be compiled once and for all is refused."""
+    out = tmp_path / "runs"
+    for name in ("none", defense("randomised")):
+        command = ("run", "--defense", name, "--dataset", TINY, "--out", out, "--arithmetic", "compile")
+        ran = bench(*command)
+        assert ran.code == 0, ran.err
+        (run,) = out.glob(f"tiny-{Path(name).stem}-*")
+        lines = (run / "certificates.jsonl").read_text().splitlines(keepends=True)
+        (run / "certificates.jsonl").write_text("".join(lines[:3]))
+        info = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(info | {"status": "started"}))
+        assert bench(*command).code == 0
+        again = [json.loads(line) | {"seconds": 0} for line in (run / "certificates.jsonl").read_text().splitlines()]
+        assert again == [json.loads(line) | {"seconds": 0} for line in lines]
+        assert "exactly" in bench("verify", run, "--deep").out
+    (tmp_path / "counting.py").write_text(COUNTING)
+    for name, words in ((defense("batch_average"), "other rows"), (str(tmp_path / "counting.py"), "recompile")):
+        said = bench("run", "--defense", name, "--dataset", TINY, "--out", out, "--arithmetic", "compile")
+        assert said.code == 2
+        assert words in said.err
