@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bench.tables import heading, method_name, methods, pooled, reach
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
+WIDTH, HEIGHT = 3.4, 2.7  # inches, the legend not counted: a column of a two-column paper
 TRADEOFF = "certified accuracy against the cost of a vote"
 
 
@@ -22,7 +24,7 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     anytime = "radii" in group[0].identity["procedure"]
     # An anytime radius says nothing between the radii of the grid.
     grid = [r for r in group[0].info["radii"] if r <= within] if anytime else [within * i / 200 for i in range(201)]
-    fig, ax = _axes(group[0])
+    fig, ax = _axes(group)
     for i, records in enumerate(_ordered(group)):
         shares = [metrics.summarise(r.certificates, grid)["certified_accuracy"] for r in records]
         points = [metrics.pool(p, len(records[0].certificates)) for p in zip(*shares, strict=True)]
@@ -38,7 +40,7 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
 def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     """Certified accuracy, at the grid's lowest radius above 0, against floating point operations of a vote."""
     radius = next((r for r in group[0].info["radii"] if 0 < r <= reach(group[0])), 0.0)
-    fig, ax = _axes(group[0])
+    fig, ax = _axes(group)
     free = any(not r.info["cost"]["flops_per_vote"] for r in group)  # no place for it on a logarithmic axis
     for i, records in enumerate(_ordered(group)):
         shares = [metrics.summarise(r.certificates, [radius])["certified_accuracy"][0] for r in records]
@@ -53,23 +55,22 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     return _save(fig, out, f"{name}-cost")
 
 
-def _axes(record: Record) -> Any:
+def _axes(group: Sequence[Record]) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "certbench"  # the same runs make the same file
     from matplotlib import pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.set_title(heading(record), fontsize=6, wrap=True)
+    plt.rcParams.update({"font.size": 7, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6})
+    fig, ax = plt.subplots(figsize=(WIDTH, HEIGHT + 0.12 * -(-len(methods(group)) // 2)), layout="constrained")
+    ax.set_title("\n".join(textwrap.wrap(heading(group[0]), 80)), fontsize=5)
     return fig, ax
 
 
 def _legend(ax: Any, title: str) -> None:
-    """Inside the axes where it finds room, beside them where there are many rows."""
-    many = len(ax.get_legend_handles_labels()[1]) > 6
-    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {"loc": "best"}
-    ax.legend(frameon=False, title=title, title_fontsize=7, fontsize=7, **place)
+    """Below the axes, where it never hides a line."""
+    ax.figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, title_fontsize=6, fontsize=6)
 
 
 def _save(fig: Any, out: Path, name: str) -> list[Path]:
@@ -79,7 +80,7 @@ def _save(fig: Any, out: Path, name: str) -> list[Path]:
     for file in files:
         # No dates, so that the same runs make the same files.
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
-        fig.savefig(file, dpi=150, metadata=metadata)
+        fig.savefig(file, dpi=300, metadata=metadata)
     plt.close(fig)
     return files
 

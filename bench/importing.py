@@ -63,6 +63,7 @@ def import_log(log: Path, stated: Stated, out: Path) -> Record:
         "base": None,
         "defense": {
             "family": "imported",
+            "trains": "imported",
             "paper": "",
             "access": None,
             "trained_elsewhere": [],

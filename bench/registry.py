@@ -32,6 +32,7 @@ class Listed:
     name: str
     summary: str
     family: str
+    trains: str
     access: str
     paper: str
     where: str
@@ -61,7 +62,7 @@ def listing() -> list[Listed]:
         except ImportError:
             spec = None
         if spec is None or spec.origin is None:
-            rows.append(Listed(name, f"(module {module} is not importable)", "", "", "", module))
+            rows.append(Listed(name, f"(module {module} is not importable)", "", "", "", "", module))
         else:
             rows.append(_read(name, Path(spec.origin), module))
     return rows
@@ -71,8 +72,8 @@ def _read(name: str, path: Path, where: str) -> Listed:
     try:
         tree = ast.parse(path.read_text())
     except (OSError, SyntaxError, ValueError) as e:
-        return Listed(name, f"(unreadable: {one_line(e)})", "", "", "", where)
-    fields = {"family": "other", "access": "WEIGHTS", "paper": ""}
+        return Listed(name, f"(unreadable: {one_line(e)})", "", "", "", "", where)
+    fields = {"family": "other", "trains": "other", "access": "WEIGHTS", "paper": ""}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and any("Defense" in ast.unparse(b) for b in node.bases):
             for line in node.body:
@@ -81,7 +82,7 @@ def _read(name: str, path: Path, where: str) -> Listed:
                     if key in fields:
                         fields[key] = ast.unparse(line.value).strip("'\"").removeprefix("Access.")
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Listed(name, summary, fields["family"], fields["access"], fields["paper"], where)
+    return Listed(name, summary, fields["family"], fields["trains"], fields["access"], fields["paper"], where)
 
 
 def load(name: str) -> tuple[type[Defense], str]:

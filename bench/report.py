@@ -33,7 +33,8 @@ def columns(group: Sequence[Record]) -> pd.DataFrame:
             for _, row in frame.iterrows()
         ]
     shown |= {
-        "kind": list(frame["family"]),
+        "family": list(frame["family"]),
+        "trains": list(frame["trains"]),
         "base, clean": _numbers(frame["base_clean_accuracy"], ".1%"),
         "abstained": _numbers(frame["abstained"], ".1%"),
         "train (s)": _numbers(frame["train_seconds"], ".1f"),
@@ -57,7 +58,7 @@ def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
 
 def _markdown(group: Sequence[Record], published: bool) -> str:
     frame = pooled(group)
-    written_by_others = ["defense", "kind", "extra data"]
+    written_by_others = ["defense", "family", "trains", "extra data"]
     cells = columns(group)
     cells[written_by_others] = cells[written_by_others].map(escape)
     body = cells.to_markdown(index=False, disable_numparse=True)

@@ -123,7 +123,8 @@ class Session:
             "data": {"train": shared.train.origin, "test": shared.test.origin},
             "base": {"clean_correct": right, "images": len(indices), **shared.base.meta},
             "defense": {
-                "family": plan.cls.kind(plan.config),
+                "family": plan.cls.family,
+                "trains": plan.cls.kind(plan.config),
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
                 "trained_elsewhere": fitted.sources,

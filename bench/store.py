@@ -19,7 +19,7 @@ from bench.cache import digest, file_sha256, write_json
 from bench.certify import Certificate
 from bench.errors import BenchError, one_line
 
-SCHEMA = 2
+SCHEMA = 3
 _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
 
 
@@ -171,6 +171,9 @@ def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
         info["certificates_sha256"] = None
         if "cost" in info:
             info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
+    if schema < 3:  # before the sort of a method and what it trains were two things
+        defense = info.setdefault("defense", {})
+        defense.update(trains=defense.get("family"), family="imported" if defense.get("family") == "imported" else "")
     return info
 
 

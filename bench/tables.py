@@ -142,6 +142,7 @@ def _row(record: Record) -> dict[str, Any]:
         row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
     row |= {
         "family": info["defense"]["family"],
+        "trains": info["defense"]["trains"],
         "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
         "images": result["images"],
         "base_clean_accuracy": None if right is None else right / info["base"]["images"],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -35,7 +36,8 @@ class Coordinator(Defense):
     """
 
     access = Access.QUERY
-    family = "classifier-tuned"
+    family = "black-box"
+    trains = "classifier-tuned"
     paper = "2303.14773"
 
     @dataclass(frozen=True)
@@ -134,13 +136,12 @@ class Coordinator(Defense):
                 adam.step()
                 step.report(value.detach())
             else:
-                try:
+                with _blamed():
                     step.report(spsa.step(loss))
-                except Diverged as e:
-                    mend = "tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"
-                    raise BenchError(f"coordinator: {e}; {mend}") from None
             if step.number == 0:
                 self._check_budget(self.context.base.queries - asked)
+        with _blamed():
+            spsa.check_end()
 
     def _set_statistics(self, step: Step) -> None:
         """Batch norms and whitening take those of a noisy batch, and keep them: probes must not move them."""
@@ -182,6 +183,16 @@ class Coordinator(Defense):
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         return self.answer(x, self.encode(x))
+
+
+@contextmanager
+def _blamed() -> Iterator[None]:
+    """Turn divergence into the settings to change."""
+    try:
+        yield
+    except Diverged as e:
+        mend = "tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"
+        raise BenchError(f"coordinator: {e}; {mend}") from None
 
 
 class Decoder(nn.Module):

@@ -54,8 +54,8 @@ def made_up(
         **{"environment": {}, "arguments": {}, "radii": RADII, "preset": "quick", "classes": list("0123456789")},
         **{"data": {}, "base": {"clean_correct": 9, "images": 10}},
         "defense": {
-            **{"family": "classifier-tuned", "paper": "", "access": "WEIGHTS", "trained_elsewhere": []},
-            **{"settings": {}, "search": [], "weights_file": None},
+            **{"family": "PEFT", "trains": "classifier-tuned", "paper": "", "access": "WEIGHTS"},
+            **{"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
         },
     }
     run = Run(out, f"digits-{name}-s0.25", identity | changes, extra)

@@ -374,7 +374,8 @@ def test_it_is_listed_without_being_imported() -> None:
     assert rows["diffusion"] | {"summary": ""} == {
         "name": "diffusion",
         "summary": "",
-        "family": "training-free",
+        "family": "diffusion",
+        "trains": "training-free",
         "access": "QUERY",
         "paper": "2206.10550",
         "where": "built in",
