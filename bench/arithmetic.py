@@ -6,7 +6,7 @@ comparison of logits stay float32 too, so F in another arithmetic is another cla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from bench.base import View
 from bench.errors import BenchError, unknown
-from bench.interface import Draw
+from bench.interface import Draw, Logits
 
 # What may be asked for, several at a time; float32 alone is the default, and no part of an identity.
 WORDS = ("float32", "bfloat16", "channels-last", "compile")
 
-Logits = Callable[[Tensor, Draw], Tensor]
+_compiler = threading.Lock()  # its stance is one for all threads, each of which may feed a device
 
 
 def parse(text: str) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def model(defense: nn.Module, words: tuple[str, ...], device: torch.device) -> L
     if not words:
         return defense
     layout = torch.channels_last if "channels-last" in words else torch.contiguous_format
-    defense.to(memory_format=layout)  # type: ignore[call-overload]
+    defense.to(memory_format=layout)
     call = _compiled(defense) if "compile" in words else defense
 
     def logits(x: Tensor, draw: Draw) -> Tensor:
@@ -72,7 +72,7 @@ def _compiled(defense: nn.Module) -> Logits:
         def __init__(self, draw: Draw) -> None:
             self.sigma, self._draw = draw.sigma, draw
 
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def normal(self, *shape: int) -> Tensor:
             return self._draw.normal(*shape)
 
@@ -81,7 +81,7 @@ def _compiled(defense: nn.Module) -> Logits:
 
     def logits(x: Tensor, draw: Draw) -> Tensor:
         nonlocal done
-        with torch.compiler.set_stance("fail_on_recompile" if done else "default"):
+        with _compiler, torch.compiler.set_stance("fail_on_recompile" if done else "default"):
             out: Tensor = call(x, Opaque(draw))
         done = True
         return out
