@@ -2,9 +2,9 @@
 
     python tests/costmodel.py [--flops 1e14,4e14] [--gpus 1,8] [--rounds N]
 
-The model: seconds = votes x (pixels x seconds of noise a pixel + FLOPs a vote / achieved FLOP/s) / processes. Two
-numbers are measured on one block of votes each, the noise a pixel and the FLOP/s that an architecture achieves; they
-then predict whole runs of the engine. FLOPs are those of torch's counter, two for each multiply-add.
+The model: seconds = votes x (seconds of noise a vote + FLOPs a vote / achieved FLOP/s) / processes, noise being
+a + b x pixels. All three are measured on single blocks of votes; they then predict whole runs of the engine, those of
+an architecture by its own FLOP/s and by another's. FLOPs are those of torch's counter, two for each multiply-add.
 Seconds are the processor's, on one thread: those of an idle core, whoever else is at work.
 
 ``--flops`` are the reader's: what a GPU achieves on a ViT-B/16, an assumption of the second table.
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bench.bases import untrained_base
 from bench.cards import load_card
-from bench.certify import Task, block_rows, certify
+from bench.certify import TILE, Task, block_rows, certify
 from bench.costs import cost_per_vote, duration
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
@@ -40,6 +40,7 @@ from bench.run import steady
 CPU = torch.device("cpu")
 SIGMA, ALPHA, N0 = 0.25, 0.001, 100
 IMAGENET_VALIDATION = 50_000  # images
+OTHER = "cifar10 ViT"
 SIZES = ((1, 200), (3, 100), (2, 400))  # images and n of the runs predicted
 
 
@@ -88,6 +89,13 @@ class Subject:
         self.net(x)
         return drawn - began, time.process_time() - drawn
 
+    def draw(self, votes: int) -> float:
+        """Seconds of drawing the noise of so many votes."""
+        noise = GridNoise(Noise(0, "test"), SIGMA, self.levels)
+        began = time.process_time()
+        noise.draw([Vote("check", 0, i) for i in range(votes)], self.pixels)
+        return time.process_time() - began
+
     def run(self, images: int, n: int) -> float:
         """Seconds of certifying so many images."""
         fixed = Fixed(N0, n, ALPHA)
@@ -110,7 +118,7 @@ def subjects() -> Iterator[Subject]:
 class Measured:
     """Medians over the rounds."""
 
-    noise: float  # seconds a pixel
+    noise: float  # seconds a vote
     speed: float  # FLOP/s achieved
     runs: list[float]  # seconds, in the order of SIZES
 
@@ -130,32 +138,47 @@ def measure(found: list[Subject], rounds: int) -> dict[str, Measured]:
     for s in found:
         noise, forward = (statistics.median(column) for column in zip(*blocks[s.name], strict=True))
         seconds = [statistics.median(column) for column in zip(*runs[s.name], strict=True)]
-        result[s.name] = Measured(noise / s.task.block / s.pixels, s.flops * s.task.block / forward, seconds)
+        result[s.name] = Measured(noise / s.task.block, s.flops * s.task.block / forward, seconds)
     return result
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of noise: so many a vote, and so many a pixel more."""
+
+    vote: float
+    pixel: float
+
+    def __call__(self, pixels: int) -> float:
+        return self.vote + pixels * self.pixel
 
 
 def predicted(s: Subject, images: int, n: int, noise: float, speed: float) -> float:
     """The model, for one process; a block is computed whole, the last one too."""
     votes = -(-images * (N0 + n) // s.task.block) * s.task.block
-    return votes * (s.pixels * noise + s.flops / speed)
+    return votes * (noise + s.flops / speed)
 
 
-def check(found: list[Subject], measured: dict[str, Measured]) -> list[list[object]]:
-    """Predictions of runs beside what they took: by the architecture's own speed, and by that of the first."""
+def line(found: list[Subject], measured: dict[str, Measured]) -> Line:
+    """The noise of the smallest and of the largest images, and what lies between them."""
+    small, *_, large = sorted(found, key=lambda s: s.pixels)
+    pixel = (measured[large.name].noise - measured[small.name].noise) / (large.pixels - small.pixels)
+    return Line(measured[small.name].noise - small.pixels * pixel, pixel)
+
+
+def check(found: list[Subject], measured: dict[str, Measured], noise: Line) -> list[list[object]]:
+    """Predictions of runs beside what they took: by the architecture's own FLOP/s, and by those of ``OTHER``."""
     rows: list[list[object]] = []
-    first = measured[found[0].name]
     for s in found:
         own = measured[s.name]
         for (images, n), took in zip(SIZES, own.runs, strict=True):
-            mine = predicted(s, images, n, own.noise, own.speed)
-            other = predicted(s, images, n, first.noise, first.speed)
-            row = [s.name, f"{s.flops / 1e9:.4f}", f"{own.speed / 1e9:.1f}", f"{own.noise * 1e9:.1f}", images, n]
-            errors = (f"{100 * (p / took - 1):+.0f}%" for p in (mine, other))
-            rows.append([*row, f"{took:.2f}", f"{mine:.2f}", *errors])
+            mine, other = (predicted(s, images, n, noise(s.pixels), m.speed) for m in (own, measured[OTHER]))
+            row = [s.name, f"{s.flops / 1e9:.4f}", f"{own.speed / 1e9:.1f}", images, n, f"{took:.2f}", f"{mine:.2f}"]
+            rows.append([*row, *(f"{100 * (p / took - 1):+.0f}%" for p in (mine, other))])
     return rows
 
 
-def imagenet(noise: float, speeds: list[float], gpus: list[int]) -> tuple[str, list[list[object]]]:
+def imagenet(speeds: list[float], gpus: list[int]) -> tuple[str, list[list[object]]]:
     """Hours of one defense at the paper's settings with a ViT-B/16, for speeds that are the reader's."""
     card = load_card("imagenet")
     paper, meta = card.presets["paper"], torch.device("meta")
@@ -164,13 +187,14 @@ def imagenet(noise: float, speeds: list[float], gpus: list[int]) -> tuple[str, l
     vit = Subject("ViT-B/16", timm.create_model("vit_base_patch16_224").to(meta), card.shape, card.levels)
     found = cost_per_vote(vit.model, replace(vit.task, device=meta), 0).flops
     assert found
+    noise = statistics.median(vit.draw(TILE) for _ in range(9)) / TILE
     said = (
         f"{images} images x {paper.n0 + paper.n:,} votes = {votes:,} votes of {found / 1e9:.2f} GFLOPs "
-        f"= {votes * found:.3g} FLOPs; noise for {vit.pixels:,} pixels a vote: {vit.pixels * noise * 1e3:.2f} ms here"
+        f"= {votes * found:.3g} FLOPs; noise for {vit.pixels:,} pixels a vote: {noise * 1e3:.2f} ms here"
     )
     rows: list[list[object]] = []
     for speed, count in itertools.product(speeds, gpus):
-        drawn, computed = votes * vit.pixels * noise / count, votes * found / speed / count
+        drawn, computed = votes * noise / count, votes * found / speed / count
         rows.append([f"{speed:.3g}", count, *map(duration, (drawn, computed, drawn + computed, max(drawn, computed)))])
     return said, rows
 
@@ -186,13 +210,12 @@ def main() -> None:
     with steady(), torch.inference_mode():
         found = list(subjects())
         measured = measure(found, given.rounds)
-        noise = measured[found[1].name].noise  # of an image of more pixels than one chunk holds
-        said, rows = imagenet(
-            noise, [float(v) for v in given.flops.split(",")], [int(v) for v in given.gpus.split(",")]
-        )
-    head = ["model", "GFLOPs / vote", "GFLOP/s", "noise, ns / pixel", "images", "n", "took (s)", "predicted (s)"]
-    head += ["error", f"error at the speed of the {found[0].name}"]
-    print(tabulate(check(found, measured), head, "github", disable_numparse=True))
+        noise = line(found, measured)
+        said, rows = imagenet([float(v) for v in given.flops.split(",")], [int(v) for v in given.gpus.split(",")])
+    head = ["model", "GFLOPs / vote", "GFLOP/s", "images", "n", "took (s)", "predicted (s)", "error"]
+    print(f"noise: {noise.vote * 1e6:.1f} us a vote and {noise.pixel * 1e9:.1f} ns a pixel\n")
+    head.append(f"error at the GFLOP/s of the {OTHER}")
+    print(tabulate(check(found, measured, noise), head, "github", disable_numparse=True))
     print(f"\n{said}\n")
     head = ["FLOP/s of a GPU (assumed)", "GPUs", "noise", "forward passes", "one after the other", "at once"]
     print(tabulate(rows, head, "github", disable_numparse=True))

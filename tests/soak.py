@@ -1,6 +1,6 @@
 """Memory over millions of votes, and ten thousand records resumed over and over. Linux; ``make soak``.
 
-    python tests/soak.py [--out reports/soak] [--votes N] [--images N] [--interruptions N] [--only votes|resumptions]
+    python tests/soak.py [--out reports/soak] [--votes N] [--images N] [--interruptions N] [--only PART]
 
 Both parts type ``bench run`` in this process. The first samples its resident memory while votes are drawn. The
 second stops a run by Ctrl-C again and again, and times each resumption up to the first new record; its
@@ -224,20 +224,20 @@ def read(path: Path) -> list[list[float]]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Both parts, or one, and the figure of what the folder then holds; 1 where something grew."""
+    """Both parts, or one or none, and the figure of what the folder then holds; 1 where something grew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/soak"))
     parser.add_argument("--votes", type=int, default=5_000_000)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--interruptions", type=int, default=15)
-    parser.add_argument("--only", choices=("votes", "resumptions"))
+    parser.add_argument("--only", choices=("votes", "resumptions", "figure"))
     given = parser.parse_args(args)
     given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        if given.only != "resumptions":
+        if given.only in (None, "votes"):
             drawn = votes(Path(work) / "votes", given.votes)
             write(given.out / "votes.csv", ("seconds", "votes", "resident_mib"), drawn)
-        if given.only != "votes":
+        if given.only in (None, "resumptions"):
             starts = resumptions(Path(work), given.images, given.interruptions)
             write(given.out / "resumptions.csv", ("records", "seconds", "resident_mib"), starts)
     grew = False
