@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install demo readme test gate baseline slow perf perf-ratio
+.PHONY: install demo readme test gate baseline slow perf perf-ratio soak
 
 install: .venv/installed
 
@@ -52,3 +52,7 @@ perf: install
 BASE ?= origin/main
 perf-ratio: install
 	$(BIN)/python tests/ratio.py "$(BASE)"
+
+# Half an hour: five million votes, and ten thousand records resumed over and over. Linux.
+soak: install
+	$(BIN)/python tests/soak.py --out reports/soak

@@ -44,6 +44,7 @@ def entry(record: Record) -> dict[str, Any]:
             "objective": defense["objective"],
             "train_sigma": identity["train_sigma"],
             "seed": identity["seed"],
+            **{k: defense[k] for k in ("arithmetic",) if k in defense},  # none: plain float32
         },
         "comparable": comparable,
         "identity": {"sha256": digest(identity), **{k: defense[k] for k in ("source", "weights", "parts")}},

@@ -93,6 +93,13 @@ def run(
     noise: Annotated[
         str, typer.Option(help="grid: rounded to the pixel grid, sound in floating point; float: as published numbers.")
     ] = "grid",
+    arithmetic: Annotated[
+        str,
+        typer.Option(
+            help="How logits are computed when certifying: float32, or bfloat16, channels-last, compile, several "
+            "with commas. Each makes another classifier, named in tables."
+        ),
+    ] = "float32",
     seed: Annotated[str, typer.Option(help="Seed of training and noise; several with commas.")] = "0",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="[defense.]key=value; several values: a run for each. Repeatable.")
@@ -141,6 +148,7 @@ def run(
         procedure=procedure,
         target=target,
         noise=noise,
+        arithmetic=arithmetic,
         seed=seed,
         settings=set_ or [],
         search=search or [],
@@ -185,14 +193,18 @@ def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
 
     for row in rows:
         print(
-            f"{row['run']}: {row['images']} images, {row['votes']:,} votes, certify about {duration(row['seconds'])}, "
-            f"train about {duration(row['train_seconds'])}"
+            f"{row['run']}: {row['images']} images, {row['votes']:,} votes{_of(row['flops_per_vote'])}, "
+            f"certify about {duration(row['seconds'])}, train about {duration(row['train_seconds'])}"
         )
     total = sum(r["seconds"] + r["train_seconds"] for r in rows)
     print(
         f"in all {sum(r['votes'] for r in rows):,} votes, about {duration(total)}, "
         "the training of bases and shared parts not counted"
     )
+
+
+def _of(flops: float | None) -> str:
+    return "" if flops is None else f" of {flops / 1e9:.3g} GFLOPs"
 
 
 @app.command("list")

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from bench import arithmetic as arithmetics
 from bench import bounds, registry, tensors
 from bench.anytime import Anytime
 from bench.base_sources import choose_base, most_access
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
+from bench.http_base import is_url
 from bench.interface import Defense
 from bench.objectives import OBJECTIVES
 from bench.procedures import MOST, Fixed
@@ -44,6 +46,7 @@ class Plan:
     examples: str
     procedure: Fixed | Anytime
     noise: str  # float or grid
+    arithmetic: tuple[str, ...]  # how F is computed; empty: plain float32
     seed: int
     arguments: dict[str, Any]  # of make_plans, for this run alone
 
@@ -65,6 +68,7 @@ def make_plans(
     procedure: str = "fixed",
     target: str = "selected",
     noise: str = "grid",
+    arithmetic: str = "float32",
     seed: str = "0",
     objective: str = "gaussian",
     settings: Sequence[str] = (),
@@ -83,6 +87,7 @@ def make_plans(
         raise unknown("--split", split, ("test", "validation"))
     if noise not in ("float", "grid"):
         raise unknown("--noise", noise, ("float", "grid"))
+    words = arithmetics.parse(arithmetic)
     if train_sigma is not None and train_sigma <= 0:
         raise BenchError(f"--train-sigma {train_sigma:g}: must be above 0")
     chosen = [name for name in registry.names() if defenses == "all"] or _words("--defense", defenses)
@@ -104,6 +109,10 @@ def make_plans(
             access = loaded[name][0].needs(config)
             if access > most_access(bases[name]):
                 raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} answers queries only")
+        if words and is_url(bases[name]):
+            raise BenchError(
+                f"--arithmetic {arithmetic}: base {bases[name]} is computed by its server: choose it there"
+            )
     plans = []
     for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
         if s <= 0:
@@ -131,6 +140,7 @@ def make_plans(
                 examples=examples or str(means.examples),
                 procedure=made,
                 noise=noise,
+                arithmetic=words,
                 seed=number,
                 arguments=given | own | {"defenses": name, "sigma": repr(s), "seed": str(number)},
             )

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench import blocks, environment, fitting, gridnoise, metrics, noise, registry, search
+from bench import arithmetic, blocks, environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
 from bench.base import BaseModel
 from bench.bases import load_base, untrained_base
@@ -23,6 +23,7 @@ from bench.certify import Task, block_rows, certify, check_rows
 from bench.console import duration
 from bench.costs import cost_per_vote, distinct
 from bench.errors import DefenseFault
+from bench.http_base import is_url
 from bench.interface import Defense, Draw
 from bench.noise import Noise
 from bench.plan import Plan, command
@@ -194,7 +195,10 @@ class Session:
         task, indices = make_task(plan, split, self.device), self._indices(plan, split)
         with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
             task = blocks.fitting_block(defense, task, indices[0])
-            per_vote = check_rows(defense, task, indices[0]) / task.block
+            model = arithmetic.model(defense, plan.arithmetic, self.device)
+            per_vote = check_rows(model, task, indices[0]) / task.block
+            # Nobody counts a server's operations, so it is not asked again.
+            flops = None if is_url(plan.base) else cost_per_vote(defense, task, indices[0]).flops
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
         trainings = 0 if plan.weights else max(1, len(plan.candidates))
@@ -206,6 +210,7 @@ class Session:
             "seed": plan.seed,
             "images": len(indices),
             "votes": votes,
+            "flops_per_vote": flops,
             "seconds": votes * per_vote,
             "train_seconds": (3 * images + queries) * per_vote,
         }
@@ -228,6 +233,7 @@ class Session:
                 "weights": fitted.sha256,
                 "parts": fitted.parts,
                 "objective": plan.objective if uses_objective else None,
+                **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
             },
             "train_sigma": plan.train_sigma,
             "sigma": plan.sigma,
@@ -241,9 +247,11 @@ class Session:
         }
 
     def _certify(self, plan: Plan, fitted: fitting.Fitted, task: Task, indices: list[int], record: Run) -> None:
+        logits = arithmetic.model(fitted.defense, plan.arithmetic, self.device)
+
         def model(x: Tensor, draw: Draw) -> Tensor:
             with fitting.blame(plan.defense, f"in certification, after {len(record.done)} images"):
-                return cast(Tensor, fitted.defense(x, draw))
+                return logits(x, draw)
 
         finished = {c.index for c in record.done}
         left = [i for i in indices if i not in finished]
@@ -259,7 +267,7 @@ class Session:
                 self.reporter.say(f"{strange} of {task.block} rows of logits hold NaN: such votes count for no class")
             with fitting.blame(plan.defense, "in the check of its rows"):
                 seconds = check_rows(model, task, indices[0])
-            per_vote = cost_per_vote(model, task, indices[0])
+            per_vote = cost_per_vote(fitted.defense, task, indices[0])  # operations are counted, not compiled
             votes = len(left) * plan.procedure.most
             self.reporter.say(
                 f"{record.path.relative_to(self.out)}: {len(left)} images, {plan.procedure.kind} procedure, "

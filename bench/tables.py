@@ -134,7 +134,7 @@ def method_key(record: Record) -> list[Any]:
     defense = record.identity["defense"]
     config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
     given = record.info["defense"]["weights_file"] and defense["weights"]
-    return [defense["name"], defense["source"], config, defense["objective"], given]
+    return [defense["name"], defense["source"], config, defense["objective"], given, defense.get("arithmetic")]
 
 
 def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
@@ -234,6 +234,7 @@ def method_name(record: Record) -> str:
     words = [record.identity["defense"]["name"]]
     words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
     words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
+    words += record.identity["defense"].get("arithmetic", [])
     keys = sorted(searched(record))
     return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
 

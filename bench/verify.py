@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError, validate_call
 from scipy import stats
 
-from bench import environment, importing, metrics, registry
+from bench import arithmetic, environment, importing, metrics, registry
 from bench.anytime import procedure_of
 from bench.cache import digest, file_sha256, stored
 from bench.certify import Certificate, certify
@@ -92,10 +92,9 @@ def draw_again(
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
     chosen = list(kept)
     tau = record.identity["noise"]["tau"]
+    model = arithmetic.model(fitted.defense, plan.arithmetic, session.device)
     with steady(), torch.inference_mode():
-        again = list(
-            certify(fitted.defense, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen)
-        )
+        again = list(certify(model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
     here = environment.describe(session.device)
     exactly = all(here[k] == record.info["environment"].get(k) for k in ("device", "platform", "packages"))
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
