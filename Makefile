@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install demo readme test gate baseline slow perf soak
+.PHONY: install demo readme test gate baseline slow perf perf-ratio soak
 
 install: .venv/installed
 
@@ -47,6 +47,11 @@ slow: install
 
 perf: install
 	$(BIN)/pytest tests/perf --benchmark-only --benchmark-columns=median,iqr,rounds
+
+# The hot paths against another commit's, in turn on this machine; fails where one is slower (tests/ratio.py).
+BASE ?= origin/main
+perf-ratio: install
+	$(BIN)/python tests/ratio.py "$(BASE)"
 
 # Half an hour: five million votes, and ten thousand records resumed over and over. Linux.
 soak: install

@@ -7,10 +7,8 @@ its end shows edits by hand and half-merged conflicts.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from bench import cache, tables, verify
 from bench.cache import digest
 from bench.errors import BenchError, one_line
-from bench.plan import make_plans
+from bench.plan import command
 from bench.store import Record, find_runs, read_run
 
 VERSION = 1
@@ -36,7 +34,7 @@ def entry(record: Record) -> dict[str, Any]:
     del comparable["indices"]  # those of the images below
     return {
         "name": f"{tables.method_name(record)}, {identity['dataset']}, sigma {identity['sigma']:g}, "
-        f"seed {identity['seed']}",
+        f"seed {identity['seed']}" + ("" if identity["split"] == "test" else f", {identity['split']} images"),
         "command": command(info["arguments"]),
         "method": {
             "name": defense["name"],
@@ -66,19 +64,6 @@ def _cost(cost: Mapping[str, Any]) -> dict[str, Any]:
     kept["forwards_per_vote"] = None if forwards is None else round(forwards / votes, 4)
     seconds = cost["certify_seconds"] / votes / unit if unit else None
     return kept | {"vote_in_calibrations": None if seconds is None else float(f"{seconds:.3g}")}
-
-
-def command(arguments: Mapping[str, Any]) -> str:
-    """The ``bench run`` that a record's arguments stand for."""
-    flags = {"defenses": "--defense", "settings": "--set"}
-    words = ["bench", "run"]
-    for name, parameter in inspect.signature(make_plans).parameters.items():
-        value = arguments.get(name)
-        if value is None or value == parameter.default:
-            continue
-        for one in value if isinstance(value, list | tuple) else [value]:
-            words += [flags.get(name, f"--{name.replace('_', '-')}"), str(one)]
-    return shlex.join(words)
 
 
 def terms(one: Mapping[str, Any], base: str) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.errors import BenchError, one_line
+from bench.runlog import log
 
 
 def digest(identity: Any) -> str:
@@ -96,13 +97,23 @@ class Entry:
         """Where an unfinished training saves itself."""
         return self.folder / "checkpoint.pt"
 
-    def lock(self) -> FileLock:
-        """Held while training, so that two commands never train the same thing twice."""
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while training, so that two commands never train the same thing twice; says so where it must wait."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise BenchError(f"cannot write the cache {self.folder}: {e.strerror}; set CERTBENCH_CACHE") from None
-        return FileLock(self.folder / ".lock")
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process is training %s; waiting for it", self.folder.name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def load(self) -> Trained | None:
         """The entry, or None where it is not finished. Raises BenchError when its bytes are not those written."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import cli_records
-from bench.cli_options import AsJson, Out, print_findings
+from bench.cli_options import AsJson, Out, print_findings, print_table
 from bench.errors import BenchError, Interrupted, NotComparable
 
 app = typer.Typer(
@@ -64,6 +64,9 @@ def run(
         Path | None, typer.Option(help="Certify these weights of the defense (of the base, for none); train nothing.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick, standard or paper; default: the card's.")] = None,
+    split: Annotated[
+        str, typer.Option(help="test; or validation, to choose sigma by: never in one table with test.")
+    ] = "test",
     examples: Annotated[str | None, typer.Option(help="N images, class-balanced, or every:K.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Votes that bound the probability, per image.")] = None,
     n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class, per image.")] = None,
@@ -100,6 +103,9 @@ def run(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    shard: Annotated[
+        str | None, typer.Option(help="i/k: certify the i-th of k shares of the images; bench merge joins them.")
+    ] = None,
     out: Out = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; do nothing.")] = False,
     as_json: AsJson = False,
@@ -109,7 +115,9 @@ def run(
     from bench.environment import pick_device
     from bench.plan import make_plans
     from bench.run import Session
+    from bench.shards import Shard
 
+    part = Shard.parse(shard) if shard else None
     plans = make_plans(
         defenses=defense,
         dataset=dataset,
@@ -118,6 +126,7 @@ def run(
         base=base,
         weights=weights,
         preset=preset,
+        split=split,
         examples=examples,
         n0=n0,
         n=n,
@@ -131,7 +140,7 @@ def run(
         settings=set_ or [],
         search=search or [],
     )
-    session = Session(pick_device(device), out, ConsoleReporter())
+    session = Session(pick_device(device), out, ConsoleReporter(), part)
     if dry_run:
         _print_dry_run([session.estimate(plan) for plan in plans], as_json)
         return
@@ -141,6 +150,11 @@ def run(
         raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
     if as_json:
         print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
+        return
+    if part:
+        for r in records:
+            print(f"{r.path}: complete, {len(r.certificates)} images")
+        print(f"bench merge {out} joins the {part.of} shards when all are complete")
         return
     from bench import report
 
@@ -152,7 +166,7 @@ def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from bench.costs import duration
+    from bench.console import duration
 
     for row in rows:
         print(
@@ -183,18 +197,7 @@ def list_(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        print(f"no {what}")
-        return
-    grid = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        grid.add_column(column, overflow="fold")
-    for row in rows:
-        grid.add_row(*(str(v) for v in row.values()))
-    Console(markup=False, highlight=False).print(grid)
+    print_table(rows, f"no {what}")
 
 
 @app.command()

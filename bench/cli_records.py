@@ -1,4 +1,4 @@
-"""The commands that work on run folders: report, compare, check, import, export, verify."""
+"""The commands that work on run folders: report, status, merge, compare, check, import, export, verify."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bench.cli_options import AsJson, Out, print_findings
+from bench.cli_options import AsJson, Out, print_findings, print_table
 from bench.errors import BenchError, NotComparable
 
 app = typer.Typer()
@@ -49,6 +49,43 @@ def report_(
         for file in report.write(records, format, out, published, left_out):
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show how runs are getting on, also those of other processes: progress, pace, time left, failures."""
+    from bench import status
+
+    rows = status.rows(runs)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        table, notes = status.readable(rows)
+        print_table(table, f"no runs in {runs}")
+        print("".join(f"{note}\n" for note in notes), end="")
+
+
+@app.command()
+def merge(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run's folder.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Join the shards of bench run --shard into whole runs. Exit 1: some are missing or unfinished."""
+    from bench import merge
+
+    whole, missing = merge.merge(runs)
+    for line in missing:
+        print(f"bench: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"whole": [str(p) for p in whole], "missing": missing}, indent=1))
+    else:
+        for path in whole:
+            print(f"{path}: complete")
+    if missing:
         raise typer.Exit(1)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bench import arithmetic as arithmetics
 from bench import bounds, registry, tensors
@@ -40,6 +42,7 @@ class Plan:
     sigma: float
     train_sigma: float
     objective: str  # gaussian is every trained defense's default
+    split: Literal["test", "validation"]  # of which images are certified
     examples: str
     procedure: Fixed | Anytime
     noise: str  # float or grid
@@ -57,6 +60,7 @@ def make_plans(
     base: str | None = None,
     weights: str | Path | None = None,
     preset: str | None = None,
+    split: str = "test",
     examples: str | None = None,
     n0: int | None = None,
     n: int | None = None,
@@ -79,6 +83,8 @@ def make_plans(
     means = card.presets[preset]
     n0, n = means.n0 if n0 is None else n0, means.n if n is None else n
     made = _procedure(procedure, target, n0, n, alpha, card)
+    if split != "test" and split != "validation":
+        raise unknown("--split", split, ("test", "validation"))
     if noise not in ("float", "grid"):
         raise unknown("--noise", noise, ("float", "grid"))
     words = arithmetics.parse(arithmetic)
@@ -130,6 +136,7 @@ def make_plans(
                 sigma=s,
                 train_sigma=train_sigma or s,
                 objective=objective,
+                split=split,  # type: ignore[arg-type]
                 examples=examples or str(means.examples),
                 procedure=made,
                 noise=noise,
@@ -139,6 +146,19 @@ def make_plans(
             )
             plans.append(plan)
     return plans
+
+
+def command(arguments: Mapping[str, Any], *more: str) -> str:
+    """The ``bench run`` that a record's arguments stand for, with more words at its end."""
+    flags = {"defenses": "--defense", "settings": "--set"}
+    words = ["bench", "run"]
+    for name, parameter in inspect.signature(make_plans).parameters.items():
+        value = arguments.get(name)
+        if value is None or value == parameter.default:
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [flags.get(name, f"--{name.replace('_', '-')}"), str(one)]
+    return shlex.join([*words, *more])
 
 
 def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:

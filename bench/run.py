@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -17,31 +17,19 @@ from bench import arithmetic, environment, fitting, gridnoise, metrics, noise, r
 from bench.anytime import describe
 from bench.base import BaseModel
 from bench.bases import load_base, untrained_base
+from bench.cache import digest
 from bench.cards import Split, choose, load_splits
 from bench.certify import Task, block_rows, certify, check_rows
-from bench.costs import cost_per_vote, distinct, duration
+from bench.console import duration
+from bench.costs import cost_per_vote, distinct
 from bench.http_base import is_url
 from bench.interface import Defense, Draw
 from bench.noise import Noise
-from bench.plan import Plan
+from bench.plan import Plan, command
 from bench.procedures import Procedure
-from bench.store import Record, Run, read_run
-
-
-class Reporter(Protocol):
-    """Where a run says what it is doing."""
-
-    def say(self, text: str) -> None:
-        """One finished fact."""
-        ...
-
-    def training(self, what: str) -> Any:
-        """A context whose value is called with (steps done, steps, loss)."""
-        ...
-
-    def certifying(self, what: str, total: int, done: int) -> Any:
-        """A context whose value is called with (images done, correct so far)."""
-        ...
+from bench.runlog import STARTED, Logged, Reporter, RunLog, log, recording
+from bench.shards import Shard
+from bench.store import Record, Run, read_run, run_folder
 
 
 @dataclass(frozen=True)
@@ -53,12 +41,16 @@ class _Materials:
     test: Split
     base: BaseModel
 
+    def certified(self, plan: Plan) -> Split:
+        """The split of which the plan certifies images."""
+        return self.test if plan.split == "test" else self.validation
+
 
 class Session:
     """The runs of one command: data and base classifiers are loaded once and shared."""
 
-    def __init__(self, device: torch.device, out: Path, reporter: Reporter) -> None:
-        self.device, self.out, self.reporter = device, out, reporter
+    def __init__(self, device: torch.device, out: Path, reporter: Reporter, shard: Shard | None = None) -> None:
+        self.device, self.out, self.reporter, self.shard = device, out, Logged(reporter), shard
         self._materials: dict[tuple[str, str, str, Path | None, bool], _Materials] = {}
         self._splits: dict[str, list[Split]] = {}
 
@@ -102,25 +94,45 @@ class Session:
         shared = self.materials(plan)
         with self.reporter.training(f"{registry.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
             fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
-        task = make_task(plan, shared.test, self.device)
-        indices = choose(shared.test, plan.examples)
+        if fitted.sha256:
+            log.info("weights %s, which took %.1f s of training", fitted.sha256[:8], fitted.train_seconds)
+        split = shared.certified(plan)
+        task, indices = make_task(plan, split, self.device), examples(plan, split)
         return self._identity(plan, shared, fitted, indices, task), task, fitted
 
     def run(self, plan: Plan) -> Record:
-        """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
+        """Do the run, or what is left of it, or of its shard. Every image is on disk as soon as it is certified."""
+        name = f"{_name(plan)}-{digest(plan.arguments)[:8]}"
+        name += f".{self.shard.folder}" if self.shard else ""
+        with recording(self.out / f"{name}.log", self.reporter.aloud) as own_log:
+            return self._run(plan, own_log)
+
+    def _run(self, plan: Plan, own_log: RunLog) -> Record:
+        here = environment.describe(self.device)
+        words = ["--device", self.device.type, "--out", str(self.out)]
+        words += ["--shard", str(self.shard)] if self.shard else []
+        log.info("on %s", ", ".join(f"{k} {v}" for k, v in here.items()))
+        log.info("%s%s", STARTED, command(plan.arguments, *words))
+        log.info("loading %s and base %s", plan.card.name, plan.base)
+        self._indices(plan, self.materials(plan).certified(plan))
         plan, tried = self.searched(plan)
         identity, task, fitted = self.prepare(plan)
-        shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
+        shared, indices = self.materials(plan), identity["indices"]
+        whole = run_folder(self.out, _name(plan), identity)
+        if self.shard and (whole / "run.json").exists() and (merged := read_run(whole)).complete:
+            own_log.discard()
+            self.reporter.say(f"{whole}: already complete, nothing to do")
+            return merged
         right = None  # a base of other classes is neither right nor wrong
         if shared.base.classes == len(plan.card.classes):
-            right, _ = shared.base.accuracy(shared.test, indices)
+            right, _ = shared.base.accuracy(shared.certified(plan), indices)
         extra = {
-            "environment": environment.describe(self.device),
+            "environment": here,
             "arguments": plan.arguments,
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
-            "data": {"train": shared.train.origin, "test": shared.test.origin},
+            "data": {"train": shared.train.origin, plan.split: shared.certified(plan).origin},
             "base": {"clean_correct": right, "images": len(indices), **shared.base.meta},
             "defense": {
                 "family": plan.cls.family,
@@ -133,22 +145,33 @@ class Session:
                 "weights_file": plan.weights and plan.weights.name,
             },
         }
-        record = Run(self.out, f"{plan.card.name}-{name}-s{plan.sigma:g}", identity, extra)
+        record = Run(self.out, _name(plan), identity, extra, self.shard)
         try:
             if record.info["status"] == "complete":
+                own_log.discard()
                 self.reporter.say(f"{record.path}: already complete, nothing to do")
             else:
-                self._certify(plan, fitted, task, indices, record)
+                own_log.move_into(record.path)
+                mine = self._indices(plan, shared.certified(plan))
+                if record.done:
+                    log.info("resumed: %d of %d images are done", len(record.done), len(mine))
+                self._certify(plan, fitted, task, mine, record)
+                log.info("finished: %d images", len(record.done))
         finally:
             record.close()
-        return read_run(record.path)
+        return read_run(record.path, self.shard)
+
+    def _indices(self, plan: Plan, split: Split) -> list[int]:
+        """The images to certify: those of the plan, or of its shard. Raises BenchError where a shard has none."""
+        indices = examples(plan, split)
+        return self.shard.part(indices) if self.shard else indices
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
-        test, train = load_splits(plan.card, "test", "train")
+        split, train = load_splits(plan.card, plan.split, "train")
         base = self._untrained_base(plan)
         defense = fitting.construct(plan, base, self.device)
-        task, indices = make_task(plan, test, self.device), choose(test, plan.examples)
+        task, indices = make_task(plan, split, self.device), self._indices(plan, split)
         with steady(), torch.inference_mode():
             model = arithmetic.model(defense, plan.arithmetic, self.device)
             per_vote = check_rows(model, task, indices[0]) / task.block
@@ -161,7 +184,7 @@ class Session:
         queries = trainings * getattr(plan.config, "queries", 0)
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
-            "run": f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}",
+            "run": _name(plan),
             "seed": plan.seed,
             "images": len(indices),
             "votes": votes,
@@ -177,9 +200,9 @@ class Session:
         return {
             "dataset": plan.card.name,
             "card": plan.card.sha256(),
-            "split": shared.test.name,
+            "split": plan.split,
             "indices": indices,
-            "images": shared.test.sha256(indices),
+            "images": shared.certified(plan).sha256(indices),
             "base": shared.base.identity(),
             "defense": {
                 "name": registry.short_name(plan.defense),
@@ -221,8 +244,8 @@ class Session:
             per_vote = cost_per_vote(fitted.defense, task, indices[0])  # operations are counted, not compiled
             votes = len(left) * plan.procedure.most
             self.reporter.say(
-                f"{record.path.name}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "
-                f"about {duration(votes * seconds / task.block)} at most"
+                f"{record.path.relative_to(self.out)}: {len(left)} images, {plan.procedure.kind} procedure, "
+                f"at most {votes:,} votes, about {duration(votes * seconds / task.block)} at most"
             )
             # Seconds of a resumed run are of several processes, which one calibration says nothing of.
             calibration = None if finished else environment.calibration_seconds(self.device)
@@ -252,16 +275,28 @@ class Session:
         record.finish(cost, metrics.summarise(record.done, plan.card.radii))
 
 
-def make_task(plan: Plan, test: Split, device: torch.device) -> Task:
+def _name(plan: Plan) -> str:
+    return f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}"
+
+
+def examples(plan: Plan, split: Split) -> list[int]:
+    """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
+    asked = plan.examples
+    if plan.split == "validation" and plan.arguments["examples"] is None and asked.isdigit():
+        asked = str(min(int(asked), len(split)))
+    return choose(split, asked)
+
+
+def make_task(plan: Plan, split: Split, device: torch.device) -> Task:
     """What the engine is given of a plan."""
-    source = Noise(plan.seed, test.name)
-    images: Callable[[list[int]], NDArray[Any]] = test.pixels
+    source = Noise(plan.seed, split.name)
+    images: Callable[[list[int]], NDArray[Any]] = split.pixels
     noisy = noise.add_float(source, plan.sigma)
     if plan.noise == "grid":
-        images, noisy = test.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
+        images, noisy = split.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
     return Task(
         images=images,
-        labels=lambda i: int(test.labels[i]),
+        labels=lambda i: int(split.labels[i]),
         noisy=noisy,
         shape=plan.card.shape,
         classes=len(plan.card.classes),

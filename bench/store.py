@@ -8,16 +8,19 @@ loses at most the line being written, which is dropped and redone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from filelock import FileLock, Timeout
 
-from bench.cache import digest, file_sha256, write_json
+from bench.cache import digest, file_sha256, write_json, write_text
 from bench.certify import Certificate
+from bench.columns import Columns
 from bench.errors import BenchError, one_line
+from bench.shards import Shard, shards_in
 
 SCHEMA = 3
 _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
@@ -46,11 +49,11 @@ Line = Certificate | Claim
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder as read: its run.json and certificates by index."""
+    """A run folder as read: its run.json and its certificates, in the order in which they were written."""
 
     path: Path
     info: dict[str, Any]
-    certificates: list[Line]
+    certificates: Columns[Line]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,14 +67,20 @@ class Record:
         return "imported" in self.identity
 
     @property
-    def counted(self) -> list[Certificate]:
+    def counted(self) -> Columns[Certificate]:
         """The certificates with counts: all, or none of an imported log's."""
-        return [c for c in self.certificates if isinstance(c, Certificate)]
+        return Columns(Certificate) if self.imported else cast(Columns[Certificate], self.certificates)
 
     @property
     def flags(self) -> list[str]:
         """What was found wrong with an imported log."""
         return list(self.info.get("flags", ()))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the images certified are those of the identity, no more and no fewer."""
+        wanted = np.array(self.identity.get("indices", []), np.int64)
+        return np.array_equal(np.sort(self.certificates.column("index")), np.sort(wanted))
 
     @property
     def complete(self) -> bool:
@@ -82,9 +91,17 @@ class Record:
 class Run:
     """An open run folder, one writer at a time; made on first use, continued ever after."""
 
-    def __init__(self, out: Path, name: str, identity: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Open or create ``out/name-<hash8>``. Raises BenchError when it cannot be written or is not readable."""
-        self.path = out / f"{name}-{digest(identity)[:8]}"
+    def __init__(
+        self, out: Path, name: str, identity: dict[str, Any], extra: dict[str, Any], shard: Shard | None = None
+    ) -> None:
+        """Open or create ``out/name-<hash8>``, or the shard's folder in it.
+
+        Raises BenchError when it cannot be written or is not readable.
+        """
+        self.path = run_folder(out, name, identity)
+        if shard:
+            self.path /= shard.folder
+            extra = {"shard": str(shard), **extra}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
@@ -95,7 +112,7 @@ class Run:
             raise BenchError(f"cannot write {self.path}: {e.strerror}; choose another folder with --out") from None
         self._certificates = self.path / "certificates.jsonl"
         if (self.path / "run.json").exists():
-            record = read_run(self.path)
+            record = read_run(self.path, shard)
             if record.identity != json.loads(json.dumps(identity)):
                 raise BenchError(f"{self.path} holds another identity than its name says; move it away")
             self.info = record.info
@@ -103,7 +120,7 @@ class Run:
             self._drop_torn_line()
         else:
             self.info = {"schema": SCHEMA, "status": "started", "identity": identity, **extra}
-            self.done = []
+            self.done = Columns(Certificate)
             write_json(self.path / "run.json", self.info)
 
     def append(self, certificate: Certificate) -> None:
@@ -112,9 +129,9 @@ class Run:
             f.write(_as_json(certificate))
         self.done.append(certificate)
 
-    def write(self, claims: Iterable[Claim]) -> None:
-        """All lines of an imported log, in place of what an interrupted import left."""
-        self._certificates.write_text("".join(map(_as_json, claims)))
+    def write(self, lines: Iterable[Line]) -> None:
+        """All lines of an imported log or of shards, in place of what there is."""
+        write_text(self._certificates, "".join(map(_as_json, lines)))
 
     def finish(self, cost: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Mark the run complete, with the hash of its certificates."""
@@ -142,12 +159,22 @@ def _as_json(line: Line) -> str:
     return json.dumps({k: value[k] for k in (*_ORDER, "votes", "seconds")}) + "\n"
 
 
-def read_run(path: Path) -> Record:
-    """The record at ``path``. Raises BenchError when it is not a run folder, of a newer schema, or corrupt."""
+def run_folder(out: Path, name: str, identity: dict[str, Any]) -> Path:
+    """Where the run of that identity lies below ``out``."""
+    return out / f"{name}-{digest(identity)[:8]}"
+
+
+def read_run(path: Path, shard: Shard | None = None) -> Record:
+    """The record at ``path``, of a whole run or of that shard of one.
+
+    Raises BenchError when it is not a run folder, of a newer schema, or corrupt.
+    """
     file = path / "run.json"
     try:
         info = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
+        if shards_in(path):
+            raise BenchError(f"{path}: only shards of a run; bench merge {path} joins them") from None
         raise BenchError(f"{path} is no run folder (it has no run.json)") from None
     except (OSError, ValueError) as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
@@ -160,8 +187,11 @@ def read_run(path: Path) -> Record:
     missing = [k for k, kind in (("status", str), ("identity", dict)) if not isinstance(info.get(k), kind)]
     if missing:
         raise BenchError(f"{file}: no {missing[0]!r} in it")
+    if info.get("shard") != (str(shard) if shard else None):
+        found = f"shard {info['shard']} of a run" if "shard" in info else "a whole run"
+        raise BenchError(f"{path}: {found}; bench merge {path.parent} joins shards")
     kind = Claim if "imported" in info["identity"] else Certificate
-    return Record(path, info, list(_certificates(path / "certificates.jsonl", kind)))
+    return Record(path, info, _certificates(path / "certificates.jsonl", kind))
 
 
 def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
@@ -177,26 +207,28 @@ def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
     return info
 
 
-def _certificates(file: Path, kind: type[Line]) -> Iterator[Line]:
+def _certificates(file: Path, kind: type[Line]) -> Columns[Line]:
+    found = Columns(kind)
     if not file.exists():
-        return
-    seen: set[int] = set()
-    with file.open() as f:
+        return found
+    with file.open("rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.endswith("\n"):  # torn by a crash: as if never written
-                return
+            if not line.endswith(b"\n"):  # torn by a crash: as if never written
+                break
             try:
-                certificate = kind(**json.loads(line))
-            except (ValueError, TypeError) as e:
+                found.add(json.loads(line))
+            except (ValueError, AttributeError, RecursionError) as e:
                 raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
-            if certificate.index in seen:
-                raise BenchError(f"{file}:{number}: image {certificate.index} is certified twice")
-            seen.add(certificate.index)
-            yield certificate
+    indices = found.column("index")
+    order = indices.argsort(kind="stable")
+    again = order[1:][np.diff(indices[order]) == 0]
+    if len(again):
+        raise BenchError(f"{file}:{again.min() + 1}: image {indices[again.min()]} is certified twice")
+    return found
 
 
 def find_runs(root: Path) -> list[Path]:
     """The run folders at or directly below ``root``, by name."""
     if (root / "run.json").exists():
         return [root]
-    return sorted(f.parent for f in root.glob("*/run.json"))
+    return sorted({f.parent for f in root.glob("*/run.json")} | {f.parents[1] for f in root.glob("*/shard-*/run.json")})

@@ -75,10 +75,12 @@ def draw_again(record: Record, session: Session, deep: bool) -> Finding:
     identity, task, fitted = session.prepare(plan)
     if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
         return Finding(check, f"cannot be rebuilt here: {', '.join(different)} differ from the record's")
-    kept = {c.index: c for c in record.counted}
-    if wrong := [i for i, c in kept.items() if task.labels(i) != c.label]:
-        return Finding(check, f"image {wrong[0]}: the data set's label is {task.labels(wrong[0])}")
-    chosen = list(kept) if deep else list(kept)[:: max(1, len(kept) // SAMPLE)][:SAMPLE]
+    wrong = next((c.index for c in record.counted if task.labels(c.index) != c.label), None)
+    if wrong is not None:
+        return Finding(check, f"image {wrong}: the data set's label is {task.labels(wrong)}")
+    every = max(1, len(record.counted) // SAMPLE)
+    kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
+    chosen = list(kept)
     tau = record.identity["noise"]["tau"]
     model = arithmetic.model(fitted.defense, plan.arithmetic, session.device)
     with steady(), torch.inference_mode():

@@ -31,7 +31,7 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     record = read_run(run.path)
     assert record.complete
     assert record.identity == IDENTITY
-    assert record.certificates == [certificate(i) for i in range(3)]
+    assert list(record.certificates) == [certificate(i) for i in range(3)]
     assert find_runs(tmp_path) == [run.path]
     assert find_runs(run.path) == [run.path]
 
