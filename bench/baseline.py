@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import cache, tables, verify
+from bench import cache, limits, tables, verify, wellformed
 from bench.cache import digest
 from bench.errors import BenchError, one_line
 from bench.plan import command
 from bench.store import Record, find_runs, read_run
 
 VERSION = 1
+LARGEST = 256 * limits.MB
 # Where these agree, the same identity must give the same counts. Threads may change the order of a sum.
 MACHINE = ("device", "platform", "packages", "threads")
 COSTS = ("votes", "forwards_per_vote", "parameters", "trained_here", "flops_per_vote")
@@ -77,13 +78,13 @@ def terms(one: Mapping[str, Any], base: str) -> dict[str, Any]:
 def read(file: Path) -> dict[str, Any]:
     """The baseline at ``file``. Raises BenchError where there is none, it is newer, or was edited."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        found: dict[str, Any] = json.loads(limits.contents(file, LARGEST))
     except FileNotFoundError:
         raise BenchError(f"no baseline at {file}; bench check --baseline {file} RUNS --update makes one") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
     version = found.get("certbench_baseline") if isinstance(found, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise BenchError(f"{file} is no baseline of bench check; name another file with --baseline")
     if version > VERSION:
         raise BenchError(f"{file}: version {version} is newer than this bench reads ({VERSION}); upgrade certbench")
@@ -95,6 +96,10 @@ def read(file: Path) -> dict[str, Any]:
             raise BenchError(
                 f"{file}: the entry {str(name)!r:.80} was edited by hand; restore it, or delete the file and --update"
             )
+    try:
+        wellformed.check_entries(found["runs"])
+    except BenchError as e:
+        raise BenchError(f"{file}: not as bench check writes it: {e}; delete it, and --update makes it anew") from None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from bench import cli_records
 from bench.cli_options import AsJson, Out, print_findings, print_table
-from bench.errors import BenchError, Interrupted, NotComparable
+from bench.errors import BenchError, Interrupted, NotComparable, shown
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -23,6 +24,9 @@ app = typer.Typer(
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: errors a user can mend are one line; exit codes as in the README."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names in records may be no text that a terminal can take
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=args, standalone_mode=False)
     except Interrupted as e:
@@ -39,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"bench: {message}", file=sys.stderr)
+    print(f"bench: {shown(message)}", file=sys.stderr)
     sys.exit(code)
 
 

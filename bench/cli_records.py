@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bench.cli_options import AsJson, Out, print_findings, print_table
-from bench.errors import BenchError, NotComparable
+from bench.errors import BenchError, NotComparable, shown
 
 app = typer.Typer()
 
@@ -40,7 +40,7 @@ def report_(
         )
     records, left_out = tables.load_records(runs)
     for line in left_out:
-        print(f"bench: left out: {line}", file=sys.stderr)
+        print(f"bench: left out: {shown(line)}", file=sys.stderr)
     if not records:
         raise BenchError(f"no finished run in {runs}; bench run makes one")
     if format != "html":
@@ -193,6 +193,12 @@ def export(
 def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; train anew where needed.")] = False,
+    defense: Annotated[
+        str | None, typer.Option(help="./file.py of the record's defense: a file is run only where it is named here.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Address of the record's served base: it is asked only where it is named here.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -207,5 +213,5 @@ def verify(
         from bench.run import Session
 
         session = Session(pick_device(device), run.parent, ConsoleReporter())
-        findings.append(draw_again(read_run(run), session, deep))
+        findings.append(draw_again(read_run(run), session, deep, defense, base))
     print_findings(findings, as_json)

@@ -18,6 +18,11 @@ class Interrupted(BenchError):
     """Ctrl-C, with what to do next. Exit code 130."""
 
 
+def shown(text: str) -> str:
+    """Text that anyone may have written, on one line: what is not printable (escape sequences too) by its number."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error, with its type where the message alone would not say what happened."""
     text = str(error).strip().splitlines()

@@ -41,6 +41,7 @@ class Fitted:
     elsewhere: int  # part of F, neither the base's nor trained here
     parts: dict[str, str]  # sha256 of each shared part, file and inner defense
     sources: list[str]  # where files of weights trained elsewhere came from
+    commits: dict[str, str]  # those of the hub's sources
 
 
 @contextmanager
@@ -101,6 +102,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         elsewhere,
         used.used,
         used.sources,
+        used.commits,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import metrics
+from bench import limits, metrics
 from bench.cards import Card, card_files, load_card
 from bench.errors import BenchError
 from bench.flaws import Stated
@@ -95,10 +95,7 @@ def read_again(record: Record) -> tuple[list[Claim], list[str]]:
 
 def _read(log: Path) -> bytes:
     try:
-        size = log.stat().st_size
-        if size > LARGEST:
-            raise BenchError(f"{log}: {size:,} bytes are more than a log of a million images; import a part of it")
-        return log.read_bytes()
+        return limits.contents(log, LARGEST, "more than a log of a million images; import a part of it")
     except OSError as e:
         raise BenchError(f"cannot read {log}: {e.strerror}") from None
 

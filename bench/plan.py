@@ -19,7 +19,7 @@ from bench.errors import BenchError, unknown
 from bench.http_base import is_url
 from bench.interface import Defense
 from bench.objectives import OBJECTIVES
-from bench.procedures import Fixed
+from bench.procedures import MOST, Fixed
 from bench.settings import Values, variants
 
 _Number = TypeVar("_Number", int, float)
@@ -168,6 +168,8 @@ def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card
         raise unknown("--target", target, ("selected", "label"))
     if n0 < 1:
         raise BenchError(f"--n0 {n0}: must be at least 1")
+    if max(n0, n) > MOST:
+        raise BenchError(f"--n0 {n0} and --n {n}: at most {MOST:,} votes an image")
     if not 0 < alpha < 1:
         raise BenchError(f"--alpha {alpha:g}: must lie strictly between 0 and 1")
     made: Fixed | Anytime = Fixed(n0, n, alpha, target)  # type: ignore[arg-type]

@@ -11,6 +11,9 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from bench.interface import Defense
 
 GROUP = "bench.defenses"
+_runnable: ContextVar[frozenset[Path] | None] = ContextVar("runnable", default=None)  # None: whatever was typed
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def listing() -> list[Listed]:
 def _read(name: str, path: Path, where: str) -> Listed:
     try:
         tree = ast.parse(path.read_text())
-    except (OSError, SyntaxError, ValueError) as e:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as e:  # the last two: nested too deep
         return Listed(name, f"(unreadable: {one_line(e)})", "", "", "", "", where)
     fields = {"family": "other", "trains": "other", "access": "WEIGHTS", "paper": ""}
     for node in ast.walk(tree):
@@ -91,6 +95,9 @@ def load(name: str) -> tuple[type[Defense], str]:
         path = Path(name)
         if not path.is_file():
             raise BenchError(f"no defense file at {name}")
+        allowed = _runnable.get()
+        if allowed is not None and path.resolve() not in allowed:
+            raise BenchError(f"{name} is named by a record alone, so it is not run; where you trust it, bench run it")
         module = _import_file(path)
     elif name in _builtin():
         path = _builtin()[name]
@@ -101,6 +108,16 @@ def load(name: str) -> tuple[type[Defense], str]:
     else:
         raise unknown("defense", name, names())
     return _class_in(module, path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def only(files: Iterable[str]) -> Iterator[None]:
+    """Within, no defense file is run but these: the names come from a record, not from whoever typed the command."""
+    before = _runnable.set(frozenset(Path(f).resolve() for f in files))
+    try:
+        yield
+    finally:
+        _runnable.reset(before)
 
 
 def short_name(name: str) -> str:

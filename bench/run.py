@@ -140,6 +140,7 @@ class Session:
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
                 "trained_elsewhere": fitted.sources,
+                "commits": fitted.commits,
                 "settings": plan.changed,
                 "search": tried,
                 "weights_file": plan.weights and plan.weights.name,

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 from filelock import FileLock, Timeout
 
+from bench import limits, wellformed
 from bench.cache import digest, file_sha256, write_json, write_text
 from bench.certify import Certificate
 from bench.columns import Columns
@@ -104,6 +105,8 @@ class Run:
             extra = {"shard": str(shard), **extra}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if linked := sorted(f.name for f in self.path.iterdir() if f.is_symlink()):
+                raise BenchError(f"{self.path / linked[0]} is a link, through which nothing is written; move it away")
             self._lock = FileLock(self.path / ".lock")
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -171,59 +174,75 @@ def read_run(path: Path, shard: Shard | None = None) -> Record:
     """
     file = path / "run.json"
     try:
-        info = json.loads(file.read_text())
+        info = json.loads(limits.contents(file, limits.RUN))
     except (FileNotFoundError, NotADirectoryError):
         if shards_in(path):
             raise BenchError(f"{path}: only shards of a run; bench merge {path} joins them") from None
         raise BenchError(f"{path} is no run folder (it has no run.json)") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
     schema = info.get("schema") if isinstance(info, dict) else None
-    if not isinstance(schema, int):
+    if type(schema) is not int:
         raise BenchError(f"{file}: no schema version: not written by bench")
     if schema > SCHEMA:
         raise BenchError(f"{file}: schema {schema} is newer than this bench reads ({SCHEMA}); upgrade certbench")
-    info = _migrated(info, schema)
     missing = [k for k, kind in (("status", str), ("identity", dict)) if not isinstance(info.get(k), kind)]
     if missing:
         raise BenchError(f"{file}: no {missing[0]!r} in it")
+    info = _migrated(info, schema)
     if info.get("shard") != (str(shard) if shard else None):
-        found = f"shard {info['shard']} of a run" if "shard" in info else "a whole run"
+        found = f"shard {info['shard']!s:.20} of a run" if "shard" in info else "a whole run"
         raise BenchError(f"{path}: {found}; bench merge {path.parent} joins shards")
-    kind = Claim if "imported" in info["identity"] else Certificate
-    return Record(path, info, _certificates(path / "certificates.jsonl", kind))
+    try:
+        wellformed.check(info)
+    except BenchError as e:
+        raise BenchError(f"{file}: not as bench writes it, so move it away: {e}") from None
+    return Record(path, info, _certificates(path / "certificates.jsonl", info))
 
 
 def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
     """What an older bench wrote, in today's form; what it did not record is None."""
     if schema < 2:  # before shared parts, settings in names, and the hash of the certificates
-        info.setdefault("defense", {}).update({"settings": {}, "search": [], "trained_elsewhere": []})
-        info["certificates_sha256"] = None
-        if "cost" in info:
+        if isinstance(made := info.setdefault("defense", {}), dict):
+            made.update({"settings": {}, "search": [], "trained_elsewhere": []})
+        info |= {"certificates_sha256": None, "environment": info.get("environment", {})}
+        info |= {"arguments": info.get("arguments", {})}
+        if isinstance(info.get("cost"), dict):
             info["cost"].update(trained_here=info["cost"].get("trainable_nominal"), trained_elsewhere=0)
-    if schema < 3:  # before the sort of a method and what it trains were two things
-        defense = info.setdefault("defense", {})
-        defense.update(trains=defense.get("family"), family="imported" if defense.get("family") == "imported" else "")
+    # Before schema 3 the sort of a method and what it trains were one thing.
+    if schema < 3 and isinstance(defense := info.setdefault("defense", {}), dict):
+        family = defense.get("family")
+        defense.update(trains=family, family="imported" if family == "imported" else "")
     return info
 
 
-def _certificates(file: Path, kind: type[Line]) -> Columns[Line]:
+def _certificates(file: Path, info: dict[str, Any]) -> Columns[Line]:
+    kind: type[Line] = Claim if "imported" in info["identity"] else Certificate
     found = Columns(kind)
     if not file.exists():
         return found
-    with file.open("rb") as f:
-        for number, line in enumerate(f, 1):
+    most = len(info["identity"]["indices"])
+    try:
+        for number, line in enumerate(limits.lines(file, limits.CERTIFICATE), 1):
             if not line.endswith(b"\n"):  # torn by a crash: as if never written
                 break
+            if number > most:
+                raise BenchError(f"{file}:{number}: more lines than run.json has images, {most}; move the folder away")
             try:
                 found.add(json.loads(line))
-            except (ValueError, AttributeError, RecursionError) as e:
+            except (ValueError, AttributeError, RecursionError, OverflowError) as e:
                 raise BenchError(f"{file}:{number}: not a certificate: {one_line(e)}") from None
+    except OSError as e:
+        raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
     indices = found.column("index")
     order = indices.argsort(kind="stable")
     again = order[1:][np.diff(indices[order]) == 0]
     if len(again):
         raise BenchError(f"{file}:{again.min() + 1}: image {indices[again.min()]} is certified twice")
+    try:
+        wellformed.check_lines(found, kind is Certificate, len(info["classes"]))
+    except BenchError as e:
+        raise BenchError(f"{file}: {e}") from None
     return found
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 from bench import metrics
 from bench.anytime import procedure_of
 from bench.cache import digest
-from bench.errors import BenchError, one_line
+from bench.errors import BenchError, one_line, shown
 from bench.paired import holm, mcnemar
 from bench.store import Record, find_runs, read_run
 
@@ -225,7 +225,7 @@ def common(record: Record) -> str:
 
 def escape(text: str) -> str:
     """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(" ".join(text.split())))
 
 
 def method_name(record: Record) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bench import tensors
 from bench.autoencoder import MaskedAutoencoder, PatchEncoder, resized
+from bench.blueprints import check_source
 from bench.errors import BenchError, one_line
 from bench.interface import Access, Defense, Draw, Job, Step
 from bench.spsa import SPSA, Diverged, Gains, Replay
@@ -91,6 +92,7 @@ class Coordinator(Defense):
         try:
             config = json.loads(self.context.hub(source, "config.json").read_text())
             stated = config.get("pretrained_cfg") or config
+            check_source(f"coordinator: encoder {source}", config["architecture"], config.get("model_args", {}))
             model = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
             encoder = StoredEncoder(model, stated["mean"], stated["std"], stated["input_size"])
         except BenchError:

@@ -161,7 +161,7 @@ def test_a_record_of_a_served_base_is_reported_reused_and_verified(
     assert lines(out) == before
     (run,) = out.glob("tiny-none-*")
     for flags in ((), ("--deep",)):
-        verified = bench("verify", run, *flags)
+        verified = bench("verify", run, "--base", server.url, *flags)
         assert verified.code == 0, verified.out + verified.err
         assert "drawn again from the seed give the recorded counts, exactly" in verified.out
 
@@ -385,7 +385,7 @@ def test_another_model_is_another_base(bench: Bench, tmp_path: Path, server: Inf
     server.model = lambda x: model(x) * 1.05 + 1.5 * torch.eye(CLASSES)[0]
     assert bench(*command(server.url, tmp_path)).code == 0
     assert len(list(tmp_path.iterdir())) == 2
-    verified = bench("verify", run)
+    verified = bench("verify", run, "--base", server.url)
     assert verified.code == 1
     assert "base differ from the record's" in verified.out
 
