@@ -109,11 +109,9 @@ def write(file: Path, base: str, entries: list[dict[str, Any]]) -> None:
     text = json.dumps({"certbench_baseline": VERSION, "base": base, "runs": entries}, indent=1, sort_keys=True)
     # A raw newline is never inside a JSON string, so only white space between values is taken out.
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]).replace("[ ", "[")[:-2] + "]", text)
-    try:
+    with cache.writing(file, "choose another file with --baseline"):
         file.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(file, text + "\n")
-    except OSError as e:
-        raise BenchError(f"cannot write {file}: {e.strerror}; choose another file with --baseline") from None
 
 
 def trusted(path: Path) -> Record:

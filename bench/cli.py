@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -10,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import cli_records
+from bench import cli_records, watchdog
 from bench.cli_options import AsJson, Out, print_findings, print_table
-from bench.errors import BenchError, Interrupted, NotComparable, shown
+from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -35,6 +36,10 @@ def main(args: list[str] | None = None) -> None:
         _fail(str(e), 3)
     except BenchError as e:
         _fail(str(e), 2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _fail(f"cannot write {e.filename or 'a file'}: {e.strerror}; free space, and type the same command again", 2)
     except Exception as e:
         if hasattr(e, "format_message"):  # click's usage errors
             _fail(e.format_message(), 2)
@@ -110,6 +115,9 @@ def run(
     shard: Annotated[
         str | None, typer.Option(help="i/k: certify the i-th of k shares of the images; bench merge joins them.")
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that a block of votes or a training step may take; 0: no limit.")
+    ] = 1800.0,
     out: Out = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; do nothing.")] = False,
     as_json: AsJson = False,
@@ -120,6 +128,7 @@ def run(
     from bench.plan import make_plans
     from bench.run import Session
     from bench.shards import Shard
+    from bench.store import check_writable
 
     part = Shard.parse(shard) if shard else None
     plans = make_plans(
@@ -148,22 +157,32 @@ def run(
     if dry_run:
         _print_dry_run([session.estimate(plan) for plan in plans], as_json)
         return
+    check_writable(out)
+    records, faults = [], []
     try:
-        records = [session.run(plan) for plan in plans]
+        with watchdog.limit(timeout):
+            for plan in plans:
+                try:
+                    records.append(session.run(plan))
+                except DefenseFault as e:
+                    faults.append(str(e))
+                    if len(plans) > 1:
+                        note(f"run {len(records) + len(faults)} of {len(plans)} failed, the others go on: {e}")
     except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
         raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
     if as_json:
         print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
-        return
-    if part:
+    elif part:
         for r in records:
             print(f"{r.path}: complete, {len(r.certificates)} images")
         print(f"bench merge {out} joins the {part.of} shards when all are complete")
-        return
-    from bench import report
+    elif records:
+        from bench import report
 
-    print(report.render(records, "md"))
-    print(f"runs in {out}; bench report {out} makes the report")
+        print(report.render(records, "md"))
+        print(f"runs in {out}; bench report {out} makes the report")
+    if faults:
+        raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])
 
 
 def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:

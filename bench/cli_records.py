@@ -175,6 +175,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
 ) -> None:
     """Write a run as the common tab-separated log: idx, label, predict, radius, correct, time."""
+    from bench.cache import write_text, writing
     from bench.logs import export_log
     from bench.store import read_run
 
@@ -182,10 +183,8 @@ def export(
     if out is None:
         print(text, end="")
         return
-    try:
-        out.write_text(text)
-    except OSError as e:
-        raise BenchError(f"cannot write {out}: {e.strerror}; choose another file with --out") from None
+    with writing(out, "choose another file with --out"):
+        write_text(out, text)
     print(f"wrote {out}", file=sys.stderr)
 
 

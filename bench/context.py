@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import hub, noise, objectives, registry, training
+from bench import hub, noise, objectives, registry, training, watchdog
 from bench.base import BaseModel
 from bench.cache import Entry, digest, file_sha256
 from bench.cards import Split
@@ -103,7 +103,8 @@ class BuildContext:
             repo, _, revision = source.partition("@")
             # All files of one commit, whatever is pushed between two of them.
             at = self.commits.get(source) or revision or "main"
-            path = hub.fetch(repo, filename, at, "model", f"or give a local folder in place of {repo}")
+            with watchdog.paused():
+                path = hub.fetch(repo, filename, at, "model", f"or give a local folder in place of {repo}")
             self.commits[source] = hub.commit(path)
         sha256 = file_sha256(path)
         self.used[f"{filename} {sha256[:8]}"] = sha256  # two sources may have files of one name

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import metrics
+from bench.cache import replacing
 from bench.store import Record
 from bench.tables import heading, method_name, methods, pooled, reach
 
@@ -84,7 +85,8 @@ def _save(fig: Any, out: Path, name: str) -> list[Path]:
     for file in files:
         # No dates, so that the same runs make the same files.
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
-        fig.savefig(file, dpi=300, metadata=metadata)
+        with replacing(file) as partial:
+            fig.savefig(partial, dpi=300, metadata=metadata)
     plt.close(fig)
     return files
 

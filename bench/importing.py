@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import limits, metrics
+from bench.cache import replacing, writing
 from bench.cards import Card, card_files, load_card
 from bench.errors import BenchError
 from bench.flaws import Stated
 from bench.logs import read_log
-from bench.store import Claim, Record, Run, read_run
+from bench.store import ELSEWHERE, Claim, Record, Run, read_run
 
 SOURCE = "source.tsv"  # the log, in the run folder
 LARGEST = 64 * 2**20  # bytes read: a million images
@@ -76,7 +77,8 @@ def import_log(log: Path, stated: Stated, out: Path) -> Record:
     run = Run(out, f"{dataset}-{name}-s{stated.sigma:g}", identity, extra)
     try:
         if run.info["status"] != "complete":
-            (run.path / SOURCE).write_bytes(data)
+            with writing(run.path, ELSEWHERE), replacing(run.path / SOURCE) as partial:
+                partial.write_bytes(data)
             run.write(claims)
             run.finish(_cost(claims), metrics.summarise(claims, radii))
     finally:

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from bench import envelopes
+from bench.cache import write_text, writing
 from bench.envelopes import Envelope
-from bench.errors import BenchError
 from bench.figures import TRADEOFF, curves, tradeoff
 from bench.published import beside
 from bench.published import heading as published_heading
@@ -190,7 +190,7 @@ def write(
     """
     suffix = {"latex": ".tex"}.get(format, f".{format}")
     report = out if out.suffix == suffix else out / f"report{suffix}"
-    try:
+    with writing(f"the report to {out}", "choose another place with --out"):
         report.parent.mkdir(parents=True, exist_ok=True)
         if format == "html":
             from bench.html import page  # it builds on this module, and on Plotly, which takes a while to import
@@ -210,8 +210,5 @@ def write(
                 files += [file for figures in made.values() for file in figures]
                 if format == "md":
                     text += f"\n![{escape(heading(group[0]))}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
-        # A name in a record may be no text at all (half of a surrogate pair); it is shown by its number.
-        report.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as e:
-        raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None
+        write_text(report, text)
     return files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench import arithmetic, environment, fitting, gridnoise, metrics, noise, registry, search
+from bench import arithmetic, blocks, environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
 from bench.base import BaseModel
 from bench.bases import load_base, untrained_base
@@ -22,6 +22,7 @@ from bench.cards import Split, choose, load_splits
 from bench.certify import Task, block_rows, certify, check_rows
 from bench.console import duration
 from bench.costs import cost_per_vote, distinct
+from bench.errors import DefenseFault
 from bench.http_base import is_url
 from bench.interface import Defense, Draw
 from bench.noise import Noise
@@ -30,6 +31,11 @@ from bench.procedures import Procedure
 from bench.runlog import STARTED, Logged, Reporter, RunLog, log, recording
 from bench.shards import Shard
 from bench.store import Record, Run, read_run, run_folder
+
+_DRIFT = (
+    "other logits at the end of the run than at its start for the same image and draw: it keeps a state, so nothing "
+    "that it certified holds; set aside"
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,21 @@ class Session:
             log.info("weights %s, which took %.1f s of training", fitted.sha256[:8], fitted.train_seconds)
         split = shared.certified(plan)
         task, indices = make_task(plan, split, self.device), examples(plan, split)
-        return self._identity(plan, shared, fitted, indices, task), task, fitted
+        largest = self._identity(plan, shared, fitted, indices, task)
+
+        def identity(rows: int) -> dict[str, Any]:
+            return largest | {"block": [rows, *task.shape]}
+
+        # A run that is begun goes on in its own blocks, whatever fits now.
+        folder = self.shard.folder if self.shard else ""
+        places = ((rows, run_folder(self.out, _name(plan), identity(rows))) for rows in blocks.sizes(task.block))
+        rows = next((rows for rows, place in places if (place / folder / "run.json").exists()), None)
+        if rows is None:
+            with steady(), torch.inference_mode(), fitting.blame(plan.defense, "at its first block"):
+                rows = blocks.fitting_block(fitted.defense, task, indices[0]).block
+            if rows < task.block:
+                self.reporter.say(f"{_name(plan)}: blocks of {rows} rows; {task.block} do not fit into memory")
+        return identity(rows), replace(task, block=rows), fitted
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it, or of its shard. Every image is on disk as soon as it is certified."""
@@ -173,7 +193,8 @@ class Session:
         base = self._untrained_base(plan)
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, split, self.device), self._indices(plan, split)
-        with steady(), torch.inference_mode():
+        with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
+            task = blocks.fitting_block(defense, task, indices[0])
             model = arithmetic.model(defense, plan.arithmetic, self.device)
             per_vote = check_rows(model, task, indices[0]) / task.block
             # Nobody counts a server's operations, so it is not asked again.
@@ -229,7 +250,7 @@ class Session:
         logits = arithmetic.model(fitted.defense, plan.arithmetic, self.device)
 
         def model(x: Tensor, draw: Draw) -> Tensor:
-            with fitting.blame(plan.defense):
+            with fitting.blame(plan.defense, f"in certification, after {len(record.done)} images"):
                 return logits(x, draw)
 
         finished = {c.index for c in record.done}
@@ -241,7 +262,11 @@ class Session:
             return plan.procedure.certify(plan.sigma, label, tau)
 
         with steady(), torch.inference_mode():
-            seconds = check_rows(model, task, indices[0])
+            reference = blocks.check_logits(model, task, indices[0])
+            if strange := int(reference.isnan().any(1).sum()):
+                self.reporter.say(f"{strange} of {task.block} rows of logits hold NaN: such votes count for no class")
+            with fitting.blame(plan.defense, "in the check of its rows"):
+                seconds = check_rows(model, task, indices[0])
             per_vote = cost_per_vote(fitted.defense, task, indices[0])  # operations are counted, not compiled
             votes = len(left) * plan.procedure.most
             self.reporter.say(
@@ -257,7 +282,9 @@ class Session:
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)
-        self.materials(plan).base.check_unchanged(plan.defense)
+            self.materials(plan).base.check_unchanged(plan.defense)
+            if not torch.equal(blocks.check_logits(model, task, indices[0]).nan_to_num(), reference.nan_to_num()):
+                raise DefenseFault(f"{_DRIFT} in {record.set_aside()}", plan.defense)
         cost = {
             "train_seconds": fitted.train_seconds,
             "certify_seconds": sum(c.seconds for c in record.done),
@@ -277,6 +304,7 @@ class Session:
 
 
 def _name(plan: Plan) -> str:
+    """What the run's folder is called, less its hash."""
     return f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}"
 
 

@@ -8,6 +8,7 @@ loses at most the line being written, which is dropped and redone.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from bench import limits, wellformed
-from bench.cache import digest, file_sha256, write_json, write_text
+from bench.cache import digest, drop_partial, file_sha256, write_json, write_text, writing
 from bench.certify import Certificate
 from bench.columns import Columns
 from bench.errors import BenchError, one_line
 from bench.shards import Shard, shards_in
 
 SCHEMA = 3
+ELSEWHERE = "choose another folder with --out"
+SPACE = "all certified before is kept: free space there, and type the same command again"
 _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up", "runner_up_count", "p_lower")
 
 
@@ -89,6 +92,19 @@ class Record:
         return bool(self.info["status"] == "complete")
 
 
+def run_folder(out: Path, name: str, identity: dict[str, Any]) -> Path:
+    """Where the run of an identity is below ``out``."""
+    return out / f"{name}-{digest(identity)[:8]}"
+
+
+def check_writable(out: Path) -> None:
+    """Raise BenchError where no run folder can be made in ``out``, before anything is trained in vain."""
+    with writing(out, ELSEWHERE):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as f:
+            f.write(b"\0")
+
+
 class Run:
     """An open run folder, one writer at a time; made on first use, continued ever after."""
 
@@ -103,45 +119,70 @@ class Run:
         if shard:
             self.path /= shard.folder
             extra = {"shard": str(shard), **extra}
-        try:
+        with writing(self.path, ELSEWHERE):
             self.path.mkdir(parents=True, exist_ok=True)
             if linked := sorted(f.name for f in self.path.iterdir() if f.is_symlink()):
                 raise BenchError(f"{self.path / linked[0]} is a link, through which nothing is written; move it away")
             self._lock = FileLock(self.path / ".lock")
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise BenchError(f"{self.path} is being written by another process; wait for it, or stop it") from None
-        except OSError as e:
-            raise BenchError(f"cannot write {self.path}: {e.strerror}; choose another folder with --out") from None
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise BenchError(f"{self.path} is being written by another process; wait for it, or stop it") from None
+        try:
+            self._open(identity, extra, shard)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, identity: dict[str, Any], extra: dict[str, Any], shard: Shard | None) -> None:
         self._certificates = self.path / "certificates.jsonl"
+        with writing(self.path, ELSEWHERE):
+            drop_partial(self.path)
         if (self.path / "run.json").exists():
             record = read_run(self.path, shard)
             if record.identity != json.loads(json.dumps(identity)):
                 raise BenchError(f"{self.path} holds another identity than its name says; move it away")
             self.info = record.info
             self.done = record.counted
-            self._drop_torn_line()
+            with writing(self._certificates, SPACE):
+                self._drop_torn_line()
         else:
             self.info = {"schema": SCHEMA, "status": "started", "identity": identity, **extra}
             self.done = Columns(Certificate)
-            write_json(self.path / "run.json", self.info)
+            with writing(self.path, SPACE):
+                write_json(self.path / "run.json", self.info)
 
     def append(self, certificate: Certificate) -> None:
-        """Add one line and hand it to the operating system."""
-        with self._certificates.open("a") as f:
-            f.write(_as_json(certificate))
+        """Add one line and hand it to the operating system. Raises BenchError where it cannot be, and adds nothing."""
+        with writing(self._certificates, SPACE):
+            try:
+                with self._certificates.open("a") as f:
+                    f.write(_as_json(certificate))
+            except OSError:
+                self._drop_torn_line()
+                raise
         self.done.append(certificate)
 
     def write(self, lines: Iterable[Line]) -> None:
         """All lines of an imported log or of shards, in place of what there is."""
-        write_text(self._certificates, "".join(map(_as_json, lines)))
+        with writing(self._certificates, SPACE):
+            write_text(self._certificates, "".join(map(_as_json, lines)))
 
     def finish(self, cost: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Mark the run complete, with the hash of its certificates."""
         self.info.update(
             status="complete", certificates_sha256=file_sha256(self._certificates), cost=cost, metrics=metrics
         )
-        write_json(self.path / "run.json", self.info)
+        with writing(self.path, SPACE):
+            write_json(self.path / "run.json", self.info)
+
+    def set_aside(self) -> Path:
+        """Take all certificates out of the record, since what they were made with proved unsound; where they are."""
+        aside = self.path / "refused.jsonl"
+        with writing(self.path, SPACE):
+            self._certificates.replace(aside)
+        self.done = Columns(Certificate)
+        return aside
 
     def close(self) -> None:
         """Let another process write."""
@@ -160,11 +201,6 @@ class Run:
 def _as_json(line: Line) -> str:
     value = asdict(line)
     return json.dumps({k: value[k] for k in (*_ORDER, "votes", "seconds")}) + "\n"
-
-
-def run_folder(out: Path, name: str, identity: dict[str, Any]) -> Path:
-    """Where the run of that identity lies below ``out``."""
-    return out / f"{name}-{digest(identity)[:8]}"
 
 
 def read_run(path: Path, shard: Shard | None = None) -> Record:

@@ -46,7 +46,9 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
     else:
         return
     where = os.path.realpath(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else ""
-    if where and not where.startswith((str(SCRATCH), "/dev/null")) and "__pycache__" not in where:
+    # Python's own cache, and the folder that torch makes for its compiler when it is first used.
+    ours = where.startswith((str(SCRATCH), "/dev/null")) or "__pycache__" in where or "torchinductor" in where
+    if where and not ours:
         _watched.append(f"{event} {where}")
 
 
