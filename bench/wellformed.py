@@ -64,6 +64,7 @@ class _Defense(_Part):
     weights: str | None
     parts: dict[str, Any]
     objective: str | None
+    arithmetic: list[str] = []
 
 
 class _Imported(_Part):

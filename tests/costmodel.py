@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from bench.bases import untrained_base
 from bench.cards import load_card
 from bench.certify import TILE, Task, block_rows, certify
-from bench.costs import cost_per_vote, duration
+from bench.console import duration
+from bench.costs import cost_per_vote
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
 from bench.noise import Noise, Vote

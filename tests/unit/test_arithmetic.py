@@ -147,7 +147,8 @@ def test_compiled_counts_are_resumed_and_drawn_again(bench: Bench, tmp_path: Pat
         assert bench(*command).code == 0
         again = [json.loads(line) | {"seconds": 0} for line in (run / "certificates.jsonl").read_text().splitlines()]
         assert again == [json.loads(line) | {"seconds": 0} for line in lines]
-        assert "exactly" in bench("verify", run, "--deep").out
+        named = ("--defense", name) if name.endswith(".py") else ()  # no file is run that nobody names
+        assert "exactly" in bench("verify", run, "--deep", *named).out
     (tmp_path / "counting.py").write_text(COUNTING)
     for name, words in ((defense("batch_average"), "other rows"), (str(tmp_path / "counting.py"), "recompile")):
         said = bench("run", "--defense", name, "--dataset", TINY, "--out", out, "--arithmetic", "compile")
