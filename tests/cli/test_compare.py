@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from records import made_up
 
 from bench import paired
+from bench.anytime import Anytime, describe
 
 Bench = Callable[..., Result]
 COUNTS = st.integers(0, 200)
@@ -157,7 +158,7 @@ def test_three_runs_are_all_pairs_and_corrected_over_all(bench: Bench, tmp_path:
         ({"procedure": FIXED | {"n0": 10}}, "procedure.n0 is 100 and 10"),
         ({"procedure": FIXED | {"alpha": 0.01}}, "procedure.alpha is 0.001 and 0.01"),
         ({"procedure": FIXED | {"target": "label"}}, "procedure.target is selected and label"),
-        ({"procedure": FIXED | {"futility": 0.1}}, "procedure.futility is not stated and 0.1"),
+        ({"procedure": describe(Anytime(100, 1000, 0.001, (0.25,)))}, "procedure.radii is not stated and [0.25]"),
         ({"indices": [0, 1, 2, 4]}, "images differ (4, 4, of which 3 are common to all)"),
     ],
 )
