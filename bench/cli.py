@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from bench import cli_records
 from bench.cli_options import AsJson, Out, print_findings
-from bench.errors import BenchError, Interrupted, NotComparable
+from bench.errors import BenchError, Interrupted, NotComparable, unknown
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -94,15 +95,22 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     out: Out = Path("runs"),
+    executor: Annotated[
+        str, typer.Option(help="local: in this process, on all visible GPUs; ray: on a Ray cluster (certbench[ray]).")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster; default: the one running here, else one for the command.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; do nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train (or load) defenses and certify them; typed again, resumes what is unfinished."""
     from bench.console import ConsoleReporter
-    from bench.environment import pick_device
+    from bench.environment import pick_device, same_kind
     from bench.plan import make_plans
     from bench.run import Session
 
+    on_ray = _on_ray(executor, ray_address)
     plans = make_plans(
         defenses=defense,
         dataset=dataset,
@@ -123,12 +131,19 @@ def run(
         settings=set_ or [],
         search=search or [],
     )
-    session = Session(pick_device(device), out, ConsoleReporter())
-    if dry_run:
-        _print_dry_run([session.estimate(plan) for plan in plans], as_json)
-        return
+    reporter = ConsoleReporter()
     try:
-        records = [session.run(plan) for plan in plans]
+        if on_ray and not dry_run:
+            from bench import ray_executor
+
+            records = ray_executor.run(plans, out, reporter, device, ray_address)
+        else:
+            here = pick_device(device)
+            session = Session(here, out, reporter, same_kind(here))
+            if dry_run:
+                _print_dry_run([session.estimate(plan) for plan in plans], as_json)
+                return
+            records = [session.run(plan) for plan in plans]
     except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
         raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
     if as_json:
@@ -138,6 +153,19 @@ def run(
 
     print(report.render(records, "md"))
     print(f"runs in {out}; bench report {out} makes the report")
+
+
+def _on_ray(executor: str, address: str | None) -> bool:
+    """Whether ``--executor`` is ray. Raises BenchError where it is unknown, or Ray is missing or not asked for."""
+    if executor not in ("local", "ray"):
+        raise unknown("--executor", executor, ("local", "ray"))
+    if executor == "local":
+        if address is not None:
+            raise BenchError(f"--ray-address {address}: give --executor ray too")
+        return False
+    if importlib.util.find_spec("ray") is None:
+        raise BenchError("--executor ray: Ray is not installed; pip install 'certbench[ray]'")
+    return True
 
 
 def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bench import environment, fitting, gridnoise, metrics, noise, registry, search
+from bench import environment, fitting, gridnoise, noise, registry, search
 from bench.anytime import describe
-from bench.base import BaseModel
+from bench.base import BaseModel, LocalBase
 from bench.bases import load_base, untrained_base
 from bench.cards import Split, choose, load_splits
+from bench.certification import Certifier, Filling, Ready, measure
 from bench.certify import Task, block_rows, certify, check_rows
-from bench.costs import cost_per_vote, distinct, duration
-from bench.interface import Defense, Draw
+from bench.interface import Defense
 from bench.noise import Noise
 from bench.plan import Plan
-from bench.procedures import Procedure
-from bench.store import Record, Run, read_run
+from bench.store import Record, read_run
 
 
 class Reporter(Protocol):
@@ -56,8 +54,12 @@ class _Materials:
 class Session:
     """The runs of one command: data and base classifiers are loaded once and shared."""
 
-    def __init__(self, device: torch.device, out: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, device: torch.device, out: Path, reporter: Reporter, devices: Sequence[torch.device] = ()
+    ) -> None:
+        """``devices``: all that share the certification, ``device`` first; the rest is done on it alone."""
         self.device, self.out, self.reporter = device, out, reporter
+        self.devices = list(devices) or [device]
         self._materials: dict[tuple[str, str, str, Path | None, bool], _Materials] = {}
         self._splits: dict[str, list[Split]] = {}
 
@@ -105,11 +107,11 @@ class Session:
         indices = choose(shared.test, plan.examples)
         return self._identity(plan, shared, fitted, indices, task), task, fitted
 
-    def run(self, plan: Plan) -> Record:
-        """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
+    def ready(self, plan: Plan) -> tuple[Ready, Certifier]:
+        """All of a plan's run that comes before its first vote, and what is to be certified."""
         plan, tried = self.searched(plan)
-        identity, task, fitted = self.prepare(plan)
-        shared, indices, name = self.materials(plan), identity["indices"], registry.short_name(plan.defense)
+        identity, _, fitted = self.prepare(plan)
+        shared, indices = self.materials(plan), identity["indices"]
         right = None  # a base of other classes is neither right nor wrong
         if shared.base.classes == len(plan.card.classes):
             right, _ = shared.base.accuracy(shared.test, indices)
@@ -131,15 +133,45 @@ class Session:
                 "weights_file": plan.weights and plan.weights.name,
             },
         }
-        record = Run(self.out, f"{plan.card.name}-{name}-s{plan.sigma:g}", identity, extra)
+        cost = {
+            "train_seconds": fitted.train_seconds,
+            "queries": fitted.queries,
+            "trainable_nominal": fitted.nominal,
+            "trainable_updated": fitted.updated,
+            "trained_here": fitted.here,
+            "trained_elsewhere": fitted.elsewhere,
+        }
+        return Ready(plan, identity, extra, cost), Certifier(plan.defense, fitted.defense, shared.base)
+
+    def run(self, plan: Plan) -> Record:
+        """Do the run, or what is left of it. Every image is on disk as soon as it is certified."""
+        ready, certifier = self.ready(plan)
+        filling = Filling(self.out, ready, self.reporter)
         try:
-            if record.info["status"] == "complete":
-                self.reporter.say(f"{record.path}: already complete, nothing to do")
-            else:
-                self._certify(plan, fitted, task, indices, record)
+            if not filling.complete:
+                self._certify(ready, certifier, filling)
         finally:
-            record.close()
-        return read_run(record.path)
+            filling.close()
+        return read_run(filling.record.path)
+
+    def _certify(self, ready: Ready, certifier: Certifier, filling: Filling) -> None:
+        task, index = make_task(ready.plan, self.materials(ready.plan).test, self.device), ready.identity["indices"][0]
+        for device in self.devices:
+            environment.reset_peak_memory(device)
+        with steady(), torch.inference_mode():
+            measured = measure(certifier, task, index, calibrate=not filling.resumed)
+            more = self.devices[1:] if isinstance(certifier.base, LocalBase) else []
+            others = [certifier.replica(task, device) for device in more]
+            for model, there in others:
+                check_rows(model, there, index)
+            filling.announce(measured.block_seconds / task.block / (1 + len(others)))
+            with filling.progress() as progress:
+                progress(*filling.so_far)
+                for certificate in certify(certifier.logits, task, filling.start, filling.left, others):
+                    filling.add(certificate)
+                    progress(*filling.so_far)
+        certifier.base.check_unchanged(ready.plan.defense)
+        filling.finish(measured, max(map(environment.peak_memory, self.devices)))
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""
@@ -193,54 +225,6 @@ class Session:
             "dtype": "float32",
             "device": self.device.type,
         }
-
-    def _certify(self, plan: Plan, fitted: fitting.Fitted, task: Task, indices: list[int], record: Run) -> None:
-        def model(x: Tensor, draw: Draw) -> Tensor:
-            with fitting.blame(plan.defense):
-                return cast(Tensor, fitted.defense(x, draw))
-
-        finished = {c.index for c in record.done}
-        left = [i for i in indices if i not in finished]
-        environment.reset_peak_memory(self.device)
-        tau = record.info["identity"]["noise"]["tau"]
-
-        def start(label: int) -> Procedure:
-            return plan.procedure.certify(plan.sigma, label, tau)
-
-        with steady(), torch.inference_mode():
-            seconds = check_rows(model, task, indices[0])
-            per_vote = cost_per_vote(model, task, indices[0])
-            votes = len(left) * plan.procedure.most
-            self.reporter.say(
-                f"{record.path.name}: {len(left)} images, {plan.procedure.kind} procedure, at most {votes:,} votes, "
-                f"about {duration(votes * seconds / task.block)} at most"
-            )
-            # Seconds of a resumed run are of several processes, which one calibration says nothing of.
-            calibration = None if finished else environment.calibration_seconds(self.device)
-            correct = sum(c.predicted == c.label for c in record.done)
-            with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
-                progress(len(finished), correct)
-                for certificate in certify(model, task, start, left):
-                    record.append(certificate)
-                    correct += certificate.predicted == certificate.label
-                    progress(len(record.done), correct)
-        self.materials(plan).base.check_unchanged(plan.defense)
-        cost = {
-            "train_seconds": fitted.train_seconds,
-            "certify_seconds": sum(c.seconds for c in record.done),
-            "calibration_seconds": calibration,
-            "votes": (total := sum(c.votes for c in record.done)),
-            "base_forwards": round(total * per_vote.base_forwards),
-            "queries": fitted.queries,
-            "trainable_nominal": fitted.nominal,
-            "trainable_updated": fitted.updated,
-            "trained_here": fitted.here,
-            "trained_elsewhere": fitted.elsewhere,
-            "parameters": None if per_vote.flops is None else distinct([fitted.defense, *per_vote.classifiers]),
-            "flops_per_vote": per_vote.flops,
-            "peak_memory": environment.peak_memory(self.device),
-        }
-        record.finish(cost, metrics.summarise(record.done, plan.card.radii))
 
 
 def make_task(plan: Plan, test: Split, device: torch.device) -> Task:
