@@ -29,13 +29,13 @@ from bench.dispatch import Dispatcher, blocks_each
 from bench.errors import BenchError, one_line
 from bench.http_base import is_url
 from bench.plan import Plan
-from bench.ray_worker import Failed, Place, VoteWorker, pack, prepare, unpack
+from bench.ray_crew import LOSSES, Actor, Crew, why
+from bench.ray_worker import Failed, Place, pack, prepare, unpack
 from bench.registry import short_name, sources
 from bench.run import Reporter, make_task
 from bench.scheduler import Batch, Scheduler
 from bench.store import Record, read_run
 
-LOSSES = 5  # workers that a batch may take with it before its run is given up
 LOOK = 2.0  # seconds between two looks at what the cluster has
 
 _VARIABLES = ("CERTBENCH_CACHE", "CERTBENCH_DATA")  # absolute once they are sent
@@ -86,25 +86,6 @@ def run(plans: Sequence[Plan], out: Path, reporter: Reporter, device: str, addre
 
 
 @dataclass
-class _Actor:
-    """A worker on the cluster; satisfies ``dispatch.Worker``."""
-
-    handle: Any
-    driver: _Driver
-    machine: str = ""
-    holds: set[int] = field(default_factory=set)  # runs
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def send(self, run: int, batch: Batch) -> None:
-        self.driver.send(self, run, batch)
-
-
-@dataclass
 class _Run:
     """A run that is being certified."""
 
@@ -115,7 +96,7 @@ class _Run:
     sent: tuple[Any, Any]  # what certifies and the task, packed, in the object store
     measured: Measured | None = None
     peak: int = 0
-    letting_go: set[_Actor] | None = None  # once all is certified: workers that hold it still
+    letting_go: set[Actor] | None = None  # once all is certified: workers that hold it still
     losses: Counter[int] = field(default_factory=Counter)  # workers that died with a batch
     machines: Counter[str] = field(default_factory=Counter)  # workers that held it, by their device's name
 
@@ -127,31 +108,27 @@ class _Driver:
         variables = {k: os.path.abspath(os.environ[k]) for k in _VARIABLES if os.environ.get(k)}
         plugins = sources(plan.defense for plan in plans)
         self._place = Place(os.getcwd(), variables, plugins, threads, device.type)
-        # A worker has as many cores as torch has threads here, so that it computes as this process would.
-        self._needs = {"num_cpus": threads, "num_gpus": int(device.type == "cuda")}
+        self._crew = Crew(self._place, self.send, self._when, self._joined, self._left)
         self._back: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparing: set[int] = set()
         self._runs: dict[int, _Run] = {}
         self._records: dict[int, Path] = {}
         self._failed: dict[int, str] = {}
         self._dispatcher = Dispatcher()
-        self._actors: list[_Actor] = []
-        self._stillborn = 0  # workers that died as they started, one after the other
-        self._versions: dict[str, Any] = {}
         self._bars, self._shown = ExitStack(), -1
         self._update: Callable[..., None] = print
 
     def run(self) -> list[Record]:
         """All runs, to their end."""
         for number, plan in enumerate(self._plans):
-            task = ray.remote(num_returns=2, max_retries=LOSSES, **self._needs)(prepare)
+            task = ray.remote(num_returns=2, max_retries=LOSSES, **self._crew.needs)(prepare)
             ready, certifier = task.remote(self._place, pack(plan), self._out.resolve())
             self._preparing.add(number)
             self._when(ready, lambda f, n=number, c=certifier: self._prepared(n, f, c))
         looked = -LOOK
         while self._preparing or self._runs:
             if time.monotonic() - looked > LOOK:
-                self._hire()
+                self._crew.look(len(self._preparing))
                 looked = time.monotonic()
             self._dispatcher.fill()
             self._show()
@@ -169,7 +146,7 @@ class _Driver:
         self._bars.close()
         for run in self._runs.values():
             run.filling.close()
-        for actor in self._actors:
+        for actor in self._crew.actors:
             ray.kill(actor.handle)
 
     def _when(self, reference: Any, then: Callable[[Any], None]) -> None:
@@ -185,13 +162,13 @@ class _Driver:
             if isinstance(packed, Failed):
                 raise BenchError(packed.words)
             ready: Ready = unpack(packed)
-            self._check_versions(ready.extra["environment"])
+            self._crew.check_versions(ready.extra["environment"])
             filling = Filling(self._out, ready, self._reporter)
         except RayTaskError:
             raise
         except (RayError, BenchError) as e:
             name = short_name(self._plans[number].defense)
-            self._fail(number, str(e) if isinstance(e, BenchError) else f"the training of {name} died: {_why(e)}")
+            self._fail(number, str(e) if isinstance(e, BenchError) else f"the training of {name} died: {why(e)}")
             return
         self._records[number] = filling.record.path
         if filling.complete:
@@ -207,55 +184,12 @@ class _Driver:
 
     # Workers ------------------------------------------------------------------------------------------
 
-    def _hire(self) -> None:
-        """As many workers as the cluster has room for, less what trainings need."""
-        needs = {"CPU": self._needs["num_cpus"], "GPU": self._needs["num_gpus"]}
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = sum(min(int(r.get(kind, 0) // count) for kind, count in needs.items() if count) for r in nodes)
-        if not room:
-            raise BenchError(
-                f"no node of the Ray cluster has room for a worker, which takes {needs['CPU']} cores (as many as torch "
-                f"takes threads here: set OMP_NUM_THREADS) and {needs['GPU']} GPUs"
-            )
-        wanted = max(0, room - len(self._preparing))
-        for actor in self._actors[wanted:] if self._preparing else []:
-            self._gone(actor)
-            ray.kill(actor.handle)
-        for _ in range(wanted - len(self._actors)):
-            handle = ray.remote(max_restarts=0, **self._needs)(VoteWorker).remote(self._place)
-            actor = _Actor(handle, self)
-            self._actors.append(actor)
-            self._when(handle.here.remote(), lambda f, a=actor: self._arrived(a, f))
-
-    def _arrived(self, actor: _Actor, future: Any) -> None:
-        if actor not in self._actors:
-            return
-        try:
-            here = future.result()
-        except RayError as e:
-            self._gone(actor)
-            self._stillborn += 1
-            if self._stillborn == LOSSES:
-                raise BenchError(f"Ray workers die as they start: {_why(e)}") from None
-            return
-        self._check_versions(here)
-        self._stillborn, actor.machine = 0, here["device"]
+    def _joined(self, actor: Actor) -> None:
         self._dispatcher.join(actor)
         self._resize()
 
-    def _check_versions(self, here: dict[str, Any]) -> None:
-        """Raise BenchError where a node has other versions than the first that was heard of: counts could differ."""
-        versions = {"certbench": here["certbench"], **here["packages"]}
-        self._versions = self._versions or versions
-        if other := [k for k, v in versions.items() if v != self._versions[k]]:
-            k = other[0]
-            raise BenchError(f"nodes of the Ray cluster have {k} {self._versions[k]} and {versions[k]}: install one")
-
-    def _gone(self, actor: _Actor) -> None:
-        """Forget a worker; what it had goes to others."""
-        if actor not in self._actors:
-            return
-        self._actors.remove(actor)
+    def _left(self, actor: Actor) -> None:
+        """What a worker had goes to others."""
         if actor not in self._dispatcher.workers:
             return
         for number, batch in self._dispatcher.leave(actor):
@@ -273,7 +207,7 @@ class _Driver:
 
     # Votes --------------------------------------------------------------------------------------------
 
-    def send(self, actor: _Actor, number: int, batch: Batch) -> None:
+    def send(self, actor: Actor, number: int, batch: Batch) -> None:
         """Ask a worker for a batch; the first of a run comes after what it certifies."""
         run = self._runs[number]
         if number not in actor.holds:
@@ -286,24 +220,24 @@ class _Driver:
         answer = actor.handle.draw.remote(number, batch, images)
         self._when(answer, lambda f: self._answered(actor, number, batch.number, f))
 
-    def _value(self, actor: _Actor, number: int, future: Any) -> Any:
+    def _value(self, actor: Actor, number: int, future: Any) -> Any:
         """What a worker answered about a run, None where it is of no use: the worker died, or the run failed."""
         try:
             value = future.result()
         except RayTaskError:
             raise
         except RayError as e:
-            self._gone(actor)
+            self._crew.lose(actor)
             run = self._runs.get(number)
             if run and max(run.losses.values(), default=0) >= LOSSES:
-                self._fail(number, f"{run.filling.record.path}: a batch took {LOSSES} workers with it: {_why(e)}")
+                self._fail(number, f"{run.filling.record.path}: a batch took {LOSSES} workers with it: {why(e)}")
             return None
         if isinstance(value, Failed):
             self._fail(number, value.words)
             return None
         return value if number in self._runs else None
 
-    def _loaded(self, actor: _Actor, number: int, future: Any) -> None:
+    def _loaded(self, actor: Actor, number: int, future: Any) -> None:
         measured = self._value(actor, number, future)
         if measured is None:
             return
@@ -314,7 +248,7 @@ class _Driver:
             run.filling.announce(measured.block_seconds / run.task.block / workers)
             self._resize()
 
-    def _answered(self, actor: _Actor, number: int, batch: int, future: Any) -> None:
+    def _answered(self, actor: Actor, number: int, batch: int, future: Any) -> None:
         value = self._value(actor, number, future)
         if value is None:
             self._dispatcher.free(actor, number, batch)
@@ -326,18 +260,18 @@ class _Driver:
             self._show()
         if run.scheduler.done and run.letting_go is None:
             self._dispatcher.close(number)
-            run.letting_go = {a for a in self._actors if number in a.holds}
+            run.letting_go = {a for a in self._crew.actors if number in a.holds}
             for holder in run.letting_go:
                 self._when(holder.handle.drop.remote(number), lambda f, h=holder: self._dropped(h, number, f))
             self._let_go(number, None)
 
-    def _dropped(self, actor: _Actor, number: int, future: Any) -> None:
+    def _dropped(self, actor: Actor, number: int, future: Any) -> None:
         peak = self._value(actor, number, future)
         if peak is not None:
             self._runs[number].peak = max(self._runs[number].peak, peak)
             self._let_go(number, actor)
 
-    def _let_go(self, number: int, actor: _Actor | None) -> None:
+    def _let_go(self, number: int, actor: Actor | None) -> None:
         """A worker holds a run no more; the last ends it."""
         run = self._runs[number]
         if run.letting_go is None:
@@ -359,7 +293,7 @@ class _Driver:
             if run.letting_go is None:
                 self._dispatcher.close(number)
             run.filling.close()
-            for actor in self._actors:
+            for actor in self._crew.actors:
                 if number in actor.holds:
                     actor.handle.drop.remote(number)
         if self._runs or self._preparing:
@@ -383,11 +317,6 @@ class _Driver:
             self._update(*self._runs[first].filling.so_far)
         else:
             self._update(len(self._plans) - len(self._preparing), len(self._plans), math.nan)
-
-
-def _why(error: RayError) -> str:
-    """What happened, which Ray says last."""
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _not_here(*_: object) -> Any:

@@ -1,6 +1,7 @@
 """How well a cluster is used, by simulation: the real scheduler and dispatcher, made-up workers and a made-up clock.
 
     python tests/cluster.py [--workers 1000] [--images 500] [--cap 100000]
+    python tests/cluster.py --messages
 
 A worker takes 30 ms a block of 64 votes (about a ViT-B/16 on ImageNet in float32 on a large GPU) times a random
 factor of mean 1. Efficiency is the time that the votes counted in certificates take at that speed, over all workers'
@@ -15,6 +16,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -22,7 +24,7 @@ from scipy import special
 from bench.anytime import Anytime
 from bench.dispatch import Dispatcher, blocks_each
 from bench.procedures import Fixed
-from bench.scheduler import Batch, Certificate, Scheduler, Voted
+from bench.scheduler import Batch, Certificate, Scheduler, Span, Voted
 
 BLOCK, SECONDS, LATENCY = 64, 0.03, 0.002  # votes of a block, what they take, and a message's way
 SIGMA, RADII, CLASSES = 0.5, (0.25, 0.5, 0.75, 1.0, 1.5), 2
@@ -91,9 +93,9 @@ def simulate(
     scheduling, batches = 0.0, 0
     left = runs
     while left:
-        began = time.perf_counter()
+        began = time.process_time()
         dispatcher.fill()
-        scheduling += time.perf_counter() - began
+        scheduling += time.process_time() - began
         clock.now, _, worker, run, batch, took = heapq.heappop(clock.events)
         if death and rng.random() < death:
             dispatcher.leave(worker)
@@ -101,16 +103,41 @@ def simulate(
             continue
         voted: Voted = np.concatenate([(rng.random(s.rows) >= p[run, s.image]).astype(np.int64) for s in batch.spans])
         batches += 1
-        began = time.perf_counter()
+        began = time.process_time()
         was = schedulers[run].done
         found += dispatcher.answer(worker, run, batch.number, voted, took)
         if schedulers[run].done and not was:
             dispatcher.close(run)
             left -= 1
-        scheduling += time.perf_counter() - began
+        scheduling += time.process_time() - began
     assert len(found) == runs * images
     useful = sum(c.votes for c in found) / BLOCK * SECONDS
     return Outcome(useful / (workers * clock.now), clock.now, batches, scheduling)
+
+
+def messages(count: int = 2000) -> float:
+    """Seconds of this process that asking a real Ray worker for a batch of 16 blocks, and its answer, take."""
+    import queue
+
+    import ray
+
+    class Echo:
+        def draw(self, run: int, batch: Batch, pixels: dict[int, np.ndarray]) -> tuple[np.ndarray, float]:
+            return np.zeros(batch.rows, np.int32), 0.0
+
+    back: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    actor = ray.remote(Echo).remote()
+    batch, pixels = Batch(0, (Span("estimate", 0, 0, 16 * BLOCK),)), {0: np.zeros((3, 224, 224), np.uint8)}
+    ray.get(actor.draw.remote(0, batch, pixels))
+    began = time.process_time()
+    for _ in range(count):
+        actor.draw.remote(0, batch, pixels).future().add_done_callback(back.put)
+    for _ in range(count):
+        back.get().result()
+    took = time.process_time() - began
+    ray.shutdown()
+    return took / count
 
 
 def main() -> None:
@@ -119,20 +146,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--cap", type=int, default=100_000, help="votes an image gets at most")
+    parser.add_argument("--messages", action="store_true", help="measure Ray's part of a batch instead")
     args = parser.parse_args()
-    print(
-        "| procedure | runs | stragglers | workers lost | efficiency | makespan (s) | batches | scheduling, each (us) |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    if args.messages:
+        print(f"{1e3 * messages():.2f} ms of the command's process a message of Ray's, there and back")
+        return
+    columns = "procedure", "runs", "stragglers", "workers lost", "efficiency", "makespan (s)", "batches", "us a batch"
+    print(*columns, sep=" | ")
     procedures = (Fixed(100, args.cap, 0.001), Anytime(100, args.cap, 0.001, RADII))
     for procedure, runs, (name, factor) in itertools.product(procedures, (1, 12), STRAGGLERS.items()):
         for death in (0.0, 0.001) if name == "none" else (0.0,):
             o = simulate(args.workers, args.images, runs, procedure, factor, death)
-            print(
-                f"| {procedure.kind} | {runs} | {name} | {death:.1%} of answers | {o.efficiency:.1%} | {o.makespan:.1f} | "
-                f"{o.batches:,} | {1e6 * o.scheduling / o.batches:.0f} |",
-                flush=True,
-            )
+            cost = f"{1e6 * o.scheduling / o.batches:.0f}"
+            numbers = f"{o.efficiency:.1%}", f"{o.makespan:.1f}", f"{o.batches:,}", cost
+            print(procedure.kind, runs, name, f"{death:.1%} of answers", *numbers, sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, Result, defense
@@ -45,3 +52,96 @@ def test_the_records_of_a_cluster_are_those_of_one_process(bench: Bench, tmp_pat
         assert {k: record["cost"][k] for k in same} == {k: alone["cost"][k] for k in same}
         assert sum(record["environment"]["workers"].values()) >= 1
     assert "at most" in ran.err
+
+
+def test_ray_is_asked_for_by_name(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path)
+    wrong = bench(*args, "--executor", "rya")
+    assert (wrong.code, wrong.err) == (2, "bench: unknown --executor 'rya'; did you mean ray?\n")
+    alone = bench(*args, "--ray-address", "somewhere:6379")
+    assert (alone.code, alone.err) == (2, "bench: --ray-address somewhere:6379: give --executor ray too\n")
+    served = bench(*args, "--executor", "ray", "--base", "http://localhost:1/v2/models/m")
+    assert served.code == 2 and "served elsewhere" in served.err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    missing = bench(*args, "--executor", "ray")
+    assert (missing.code, missing.err) == (
+        2,
+        "bench: --executor ray: Ray is not installed; pip install 'certbench[ray]'\n",
+    )
+
+
+class Nodes:
+    """A cluster of real nodes on this machine, each with processes of its own."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address = str(self._cluster.address)
+        self._nodes = [self.add(), self.add()]
+
+    def add(self) -> Any:
+        return self._cluster.add_node(num_cpus=1)
+
+    def remove_one(self) -> None:
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def kill_one(self, name: str) -> bool:
+        """SIGKILL one of the cluster's processes of that name, whatever it is doing."""
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+        raylets = {pid for pid, _, args in rows if "raylet/raylet" in args and self.address in args}
+        for pid, parent, args in rows:
+            if parent in raylets and args.startswith(f"ray::{name}"):
+                os.kill(int(pid), signal.SIGKILL)
+                return True
+        return False
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+def done(out: Path) -> int:
+    return sum(len(f.read_text().splitlines()) for f in out.glob("*/certificates.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_workers_nodes_and_commands_lose_nothing(tmp_path: Path) -> None:
+    """In the middle of a run a training, a worker, a node and the command itself are killed without warning."""
+    args = [sys.executable, "-m", "bench", "run", "--defense", "full,none", "--dataset", TINY, "--examples", "40"]
+    args += ["--n", "20000", "--set", "epochs=40", "--sigma", ".25,.5"]
+
+    def start(out: str, *more: str) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CERTBENCH_CACHE": str(tmp_path / f"cache-{out}")}
+        with (tmp_path / f"{out}.err").open("ab") as err:
+            return subprocess.Popen([*args, "--out", str(tmp_path / out), *more], env=env, stdout=err, stderr=err)
+
+    def said(out: str) -> str:
+        return (tmp_path / f"{out}.err").read_text()
+
+    nodes = Nodes()
+    try:
+        on_ray = ("ray", "--executor", "ray", "--ray-address", nodes.address)
+        command = start(*on_ray)
+        disturbances = [
+            (0, lambda: nodes.kill_one("prepare")),
+            (10, lambda: nodes.kill_one("VoteWorker")),
+            (40, lambda: nodes.remove_one() or True),
+            (70, lambda: command.kill() or True),
+        ]
+        for wanted, disturb in disturbances:
+            while done(tmp_path / "ray") < wanted or not disturb():
+                assert command.poll() is None, said("ray")
+                time.sleep(0.05)
+        command.wait()
+        kept = {f: f.read_text() for f in tmp_path.glob("ray/*/certificates.jsonl")}
+        assert 70 <= sum(len(text.splitlines()) for text in kept.values()) < 160
+        nodes.add()
+        assert start(*on_ray).wait() == 0, said("ray")
+        for file, text in kept.items():
+            assert file.read_text().startswith(text[: text.rfind("\n") + 1])
+    finally:
+        nodes.close()
+    assert start("local").wait() == 0, said("local")
+    assert lines(tmp_path / "ray") == lines(tmp_path / "local")
+    assert len(lines(tmp_path / "ray")) == 4
