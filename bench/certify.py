@@ -66,7 +66,8 @@ class Pixels(dict[int, NDArray[Any]]):
         self._task = task
 
     def __missing__(self, index: int) -> NDArray[Any]:
-        image = self[index] = self._task.images([index])[0]
+        image: NDArray[Any] = self._task.images([index])[0]
+        self[index] = image
         return image
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError
@@ -55,7 +56,7 @@ class Crew:
     def look(self, trainings: int) -> None:
         """Have as many workers as there is room for beside so many trainings. Raises BenchError where there is none."""
         cores, gpus = self.needs["num_cpus"], self.needs["num_gpus"]
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
         room = sum(min(int(r.get("CPU", 0) // cores), int(r.get("GPU", 0)) if gpus else 1 << 30) for r in nodes)
         if not room:
             raise BenchError(
@@ -67,10 +68,10 @@ class Crew:
             self.lose(actor)
             ray.kill(actor.handle)
         for _ in range(wanted - len(self.actors)):
-            handle = ray.remote(max_restarts=0, **self.needs)(VoteWorker).remote(self._place)
+            handle = cast(Any, ray).remote(max_restarts=0, **self.needs)(VoteWorker).remote(self._place)
             actor = Actor(handle, self._ask)
             self.actors.append(actor)
-            self._when(handle.here.remote(), lambda f, a=actor: self._arrived(a, f))
+            self._when(handle.here.remote(), partial(self._arrived, actor))
 
     def _arrived(self, actor: Actor, future: Any) -> None:
         if actor not in self.actors:

@@ -6,6 +6,7 @@ A worker or a node may go at any moment: what it had is drawn elsewhere, from th
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import queue
@@ -14,8 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -48,7 +50,7 @@ def connected(address: str | None) -> Iterator[None]:
     Raises BenchError where none is at the address.
     """
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except Exception as e:  # Ray raises what it likes, a bare Exception among it
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise BenchError(f"no Ray cluster at {where}: {one_line(e)}; start one with: ray start --head") from None
@@ -60,7 +62,7 @@ def connected(address: str | None) -> Iterator[None]:
 
 def pick_device(name: str) -> torch.device:
     """The kind of device of ``--device`` on the cluster. Raises BenchError where it has none of the kind."""
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    has_gpus = cast(Any, ray).cluster_resources().get("GPU", 0) > 0
     if name == "auto":
         name = "cuda" if has_gpus else "cpu"
     if name not in ("cpu", "cuda") or (name == "cuda" and not has_gpus):
@@ -119,10 +121,10 @@ class _Driver:
     def run(self) -> list[Record]:
         """All runs, to their end."""
         for number, plan in enumerate(self._plans):
-            task = ray.remote(num_returns=2, max_retries=LOSSES, **self._crew.needs)(prepare)
+            task = cast(Any, ray).remote(num_returns=2, max_retries=LOSSES, **self._crew.needs)(prepare)
             ready, certifier = task.remote(self._place, pack(plan), self._out.resolve())
             self._preparing.add(number)
-            self._when(ready, lambda f, n=number, c=certifier: self._prepared(n, f, c))
+            self._when(ready, partial(self._prepared, number, certifier))
         looked = -LOOK
         while self._preparing or self._runs:
             if time.monotonic() - looked > LOOK:
@@ -153,7 +155,7 @@ class _Driver:
 
     # Training -----------------------------------------------------------------------------------------
 
-    def _prepared(self, number: int, future: Any, certifier: Any) -> None:
+    def _prepared(self, number: int, certifier: Any, future: Any) -> None:
         self._preparing.discard(number)
         try:
             packed = future.result()
@@ -213,10 +215,10 @@ class _Driver:
             run.machines[actor.machine] += 1
             first, calibrate = batch.spans[0].image, not run.filling.resumed and run.measured is None
             loaded = actor.handle.load.remote(number, *run.sent, first, run.pixels[first], calibrate)
-            self._when(loaded, lambda f: self._loaded(actor, number, f))
+            self._when(loaded, partial(self._loaded, actor, number))
         images = {s.image: run.pixels[s.image] for s in batch.spans}
         answer = actor.handle.draw.remote(number, batch, images)
-        self._when(answer, lambda f: self._answered(actor, number, batch.number, f))
+        self._when(answer, partial(self._answered, actor, number, batch.number))
 
     def _value(self, actor: Actor, number: int, future: Any) -> Any:
         """What a worker answered about a run, None where it is of no use: the worker died, or the run failed."""
@@ -260,7 +262,7 @@ class _Driver:
             self._dispatcher.close(number)
             run.letting_go = {a for a in self._crew.actors if number in a.holds}
             for holder in run.letting_go:
-                self._when(holder.handle.drop.remote(number), lambda f, h=holder: self._dropped(h, number, f))
+                self._when(holder.handle.drop.remote(number), partial(self._dropped, holder, number))
             self._let_go(number, None)
 
     def _dropped(self, actor: Actor, number: int, future: Any) -> None:
@@ -274,7 +276,7 @@ class _Driver:
         run = self._runs[number]
         if run.letting_go is None:
             return
-        run.letting_go.discard(actor)  # type: ignore[arg-type]
+        run.letting_go.discard(actor)
         if not run.letting_go:
             assert run.measured is not None
             run.filling.finish(run.measured, run.peak, dict(run.machines))

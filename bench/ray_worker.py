@@ -30,7 +30,7 @@ _written: list[tempfile.TemporaryDirectory[str]] = []  # plug-ins' files: their 
 
 def pack(thing: Any) -> bytes:
     """A thing as bytes."""
-    packed: bytes = cloudpickle.dumps(thing)
+    packed: bytes = cloudpickle.dumps(thing)  # type: ignore[no-untyped-call]
     return packed
 
 
