@@ -126,7 +126,7 @@ class Nodes:
 
     def kill_one(self, name: str) -> bool:
         """SIGKILL one of the cluster's processes of that name, whatever it is doing."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
         raylets = {pid for pid, _, args in rows if "raylet/raylet" in args and self.address in args}
         for pid, parent, args in rows:
