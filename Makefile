@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install demo readme test gate baseline slow perf
+.PHONY: install demo readme test gate baseline slow perf perf-ratio soak
 
 install: .venv/installed
 
@@ -26,7 +26,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 	$(MAKE) gate
 
 # This repository's own gate: a pinned base and one thread, so that other machines differ in last bits alone; no cache.
@@ -47,3 +47,12 @@ slow: install
 
 perf: install
 	$(BIN)/pytest tests/perf --benchmark-only --benchmark-columns=median,iqr,rounds
+
+# The hot paths against another commit's, in turn on this machine; fails where one is slower (tests/ratio.py).
+BASE ?= origin/main
+perf-ratio: install
+	$(BIN)/python tests/ratio.py "$(BASE)"
+
+# Half an hour: five million votes, and ten thousand records resumed over and over. Linux.
+soak: install
+	$(BIN)/python tests/soak.py --out reports/soak

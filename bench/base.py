@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cards import Split
-from bench.errors import BenchError
+from bench.errors import BenchError, DefenseFault
 from bench.interface import Access
 
 # A view that may only be queried finds its owner here by number: nothing reachable from the view
@@ -84,7 +84,7 @@ class View:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.most < Access.QUERY:
-            raise BenchError("the defense declares access = Access.NONE and asks the base; declare Access.QUERY")
+            raise DefenseFault("it declares access = Access.NONE and asks the base; declare Access.QUERY")
         self.queries += len(x)
         if self.most == Access.QUERY:
             with torch.no_grad():
@@ -92,9 +92,9 @@ class View:
         return cast(Tensor, _owners[self._handle].module(x))
 
     def copy(self, classes: int | None = None) -> nn.Module:
-        """A private trainable copy, with a new head where ``classes`` differs. Raises BenchError below WEIGHTS."""
+        """A private trainable copy, with a new head where ``classes`` differs. Raises DefenseFault below WEIGHTS."""
         if self.most < Access.WEIGHTS:
-            raise BenchError(f"the defense has {self.most.name} access and copies the base; declare Access.WEIGHTS")
+            raise DefenseFault(f"it has {self.most.name} access and copies the base; declare Access.WEIGHTS")
         module = copy.deepcopy(_owners[self._handle].module).requires_grad_(True)
         if classes not in (None, self.classes):
             module.model.reset_classifier(classes)  # type: ignore[union-attr,operator]

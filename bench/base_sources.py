@@ -12,11 +12,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from bench import http_base, hub, tensors
+from bench import http_base, hub, limits, tensors
 from bench.blueprints import (
     Blueprint,
     Weights,
     architecture_config,
+    check_source,
     from_config,
     from_pretrained_cfg,
     input_size,
@@ -27,6 +28,7 @@ from bench.errors import BenchError, one_line, unknown
 from bench.interface import Access, Schedule
 
 _WEIGHTS_FILE = "model.safetensors"
+LARGEST = 16 * limits.MB  # of a config.json
 _KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or http://HOST/v2/models/NAME"
 
 
@@ -49,6 +51,8 @@ def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False)
     if name in card.bases or _hub_id(name):
         return name
     if http_base.is_url(name):
+        if not base:  # a card may be anybody's: pictures, and a token, go where the user says
+            raise BenchError(f"card {card.name} names a server as its base; where you trust it, give --base {name}")
         return http_base.checked_url(name)
     if name.startswith("timm:"):
         _timm_config(name.removeprefix("timm:"), name)
@@ -105,6 +109,7 @@ def file_weights(path: Path, adapt: bool) -> Weights:
 
 def _recipe(card: Card, name: str) -> Blueprint:
     recipe = card.bases[name]
+    check_source(f"card {card.name}: bases.{name}.args", recipe.model, recipe.args)
     try:
         schedule = TypeAdapter(Schedule).validate_python(recipe.schedule)
     except ValidationError as e:
@@ -235,8 +240,8 @@ def _file_record(path: Path, stored: tensors.Stored) -> dict[str, Any]:
 def _json(path: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file. Raises BenchError beginning with ``what``."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        value = json.loads(limits.contents(path, LARGEST))
+    except (OSError, ValueError, RecursionError) as e:
         raise BenchError(f"{what}: {path.name} cannot be read: {one_line(e)}") from None
     if not isinstance(value, dict):
         raise BenchError(f"{what}: {path.name} must hold a JSON object")
@@ -247,5 +252,5 @@ def _value(text: str) -> Any:
     """A metadata value: JSON where it is, else the text itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

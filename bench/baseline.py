@@ -7,21 +7,20 @@ its end shows edits by hand and half-merged conflicts.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import cache, tables, verify
+from bench import cache, limits, tables, verify, wellformed
 from bench.cache import digest
 from bench.errors import BenchError, one_line
-from bench.plan import make_plans
+from bench.plan import command
 from bench.store import Record, find_runs, read_run
 
 VERSION = 1
+LARGEST = 256 * limits.MB
 # Where these agree, the same identity must give the same counts. Threads may change the order of a sum.
 MACHINE = ("device", "platform", "packages", "threads")
 COSTS = ("votes", "forwards_per_vote", "parameters", "trained_here", "flops_per_vote")
@@ -36,7 +35,7 @@ def entry(record: Record) -> dict[str, Any]:
     del comparable["indices"]  # those of the images below
     return {
         "name": f"{tables.method_name(record)}, {identity['dataset']}, sigma {identity['sigma']:g}, "
-        f"seed {identity['seed']}",
+        f"seed {identity['seed']}" + ("" if identity["split"] == "test" else f", {identity['split']} images"),
         "command": command(info["arguments"]),
         "method": {
             "name": defense["name"],
@@ -45,6 +44,7 @@ def entry(record: Record) -> dict[str, Any]:
             "objective": defense["objective"],
             "train_sigma": identity["train_sigma"],
             "seed": identity["seed"],
+            **{k: defense[k] for k in ("arithmetic",) if k in defense},  # none: plain float32
         },
         "comparable": comparable,
         "identity": {"sha256": digest(identity), **{k: defense[k] for k in ("source", "weights", "parts")}},
@@ -67,19 +67,6 @@ def _cost(cost: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"vote_in_calibrations": None if seconds is None else float(f"{seconds:.3g}")}
 
 
-def command(arguments: Mapping[str, Any]) -> str:
-    """The ``bench run`` that a record's arguments stand for."""
-    flags = {"defenses": "--defense", "settings": "--set"}
-    words = ["bench", "run"]
-    for name, parameter in inspect.signature(make_plans).parameters.items():
-        value = arguments.get(name)
-        if value is None or value == parameter.default:
-            continue
-        for one in value if isinstance(value, list | tuple) else [value]:
-            words += [flags.get(name, f"--{name.replace('_', '-')}"), str(one)]
-    return shlex.join(words)
-
-
 def terms(one: Mapping[str, Any], base: str) -> dict[str, Any]:
     """By what an entry is found again; the base's hash is left out where the baseline says it is trained anew."""
     comparable = dict(one["comparable"])
@@ -91,13 +78,13 @@ def terms(one: Mapping[str, Any], base: str) -> dict[str, Any]:
 def read(file: Path) -> dict[str, Any]:
     """The baseline at ``file``. Raises BenchError where there is none, it is newer, or was edited."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        found: dict[str, Any] = json.loads(limits.contents(file, LARGEST))
     except FileNotFoundError:
         raise BenchError(f"no baseline at {file}; bench check --baseline {file} RUNS --update makes one") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
     version = found.get("certbench_baseline") if isinstance(found, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise BenchError(f"{file} is no baseline of bench check; name another file with --baseline")
     if version > VERSION:
         raise BenchError(f"{file}: version {version} is newer than this bench reads ({VERSION}); upgrade certbench")
@@ -109,6 +96,10 @@ def read(file: Path) -> dict[str, Any]:
             raise BenchError(
                 f"{file}: the entry {str(name)!r:.80} was edited by hand; restore it, or delete the file and --update"
             )
+    try:
+        wellformed.check_entries(found["runs"])
+    except BenchError as e:
+        raise BenchError(f"{file}: not as bench check writes it: {e}; delete it, and --update makes it anew") from None
     return found
 
 
@@ -118,11 +109,9 @@ def write(file: Path, base: str, entries: list[dict[str, Any]]) -> None:
     text = json.dumps({"certbench_baseline": VERSION, "base": base, "runs": entries}, indent=1, sort_keys=True)
     # A raw newline is never inside a JSON string, so only white space between values is taken out.
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]).replace("[ ", "[")[:-2] + "]", text)
-    try:
+    with cache.writing(file, "choose another file with --baseline"):
         file.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(file, text + "\n")
-    except OSError as e:
-        raise BenchError(f"cannot write {file}: {e.strerror}; choose another file with --baseline") from None
 
 
 def trusted(path: Path) -> Record:

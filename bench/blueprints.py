@@ -6,6 +6,7 @@ never opens a file: left alone it falls back to pickles.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from inspect import signature
@@ -131,7 +132,6 @@ def from_config(card: Card, name: str, config: dict[str, Any], weights: Weights)
     What the file leaves out is as timm has it for the architecture. Raises BenchError where it is no timm
     config, sets an argument that is certbench's to set, or its channels cannot take the card's images.
     """
-    import timm
     from timm.models import PretrainedCfg
 
     architecture, args = config.get("architecture"), dict(config.get("model_args") or {})
@@ -143,11 +143,22 @@ def from_config(card: Card, name: str, config: dict[str, Any], weights: Weights)
     known = {f.name for f in fields(PretrainedCfg)}
     merged = architecture_config(architecture, f"base {name}") | {k: v for k, v in stated.items() if k in known}
     merged |= {} if classes is None else {"num_classes": classes}
-    # A config is somebody else's: it may set the model's arguments, not where timm reads files.
-    ours = {*signature(timm.create_model).parameters, "pretrained_strict", "pretrained_filter_fn"}
-    if forbidden := sorted(ours & set(args)):
-        raise BenchError(f"base {name}: model_args may not set {forbidden[0]}")
+    check_source(f"base {name}: model_args", architecture, args)
     return from_pretrained_cfg(card, name, architecture, args, merged, weights)
+
+
+def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None:
+    """Raise BenchError where somebody else's architecture or arguments would have timm read files of their choice.
+
+    The name may be no address (hf-hub:, local-dir:), and the arguments only the model's, none of timm's own.
+    """
+    import timm
+
+    if re.search(r"[:/\\]", architecture):
+        raise BenchError(f"{where}: {architecture!r} is an address; give the name of a timm model")
+    own = {*signature(timm.create_model).parameters, "pretrained_strict", "pretrained_filter_fn"}
+    if forbidden := sorted(own & set(args)):
+        raise BenchError(f"{where} may not set {forbidden[0]}")
 
 
 def from_pretrained_cfg(
@@ -191,7 +202,10 @@ def architecture_config(architecture: str, where: str) -> dict[str, Any]:
 def input_size(card: Card, args: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The height and width in pixels the model takes, from its arguments or its pretrained_cfg; None: the card's."""
     size = args.get("img_size") or config["input_size"][-2:]
-    height, width = (size, size) if isinstance(size, int) else (int(v) for v in size)
+    try:
+        height, width = (size, size) if isinstance(size, int) else (int(v) for v in size)
+    except (TypeError, ValueError, OverflowError):
+        raise BenchError(f"img_size {size!r:.40} is no side in pixels, nor a height and a width") from None
     return None if (height, width) == card.shape[1:] else (height, width)
 
 

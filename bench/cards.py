@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from bench import readers
+from bench import limits, readers
 from bench.errors import BenchError, unknown
 from bench.pictures import Pictures
 
 SplitName = readers.PartName
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+LARGEST = limits.MB  # of a card
+_Side = Annotated[int, Field(ge=1, le=16_384)]
 SPLIT_OFF: tuple[Literal["test", "validation"], ...] = ("test", "validation")
 CUT = 5000  # the most images a split cut from train takes where the card gives no number
 
@@ -82,12 +84,14 @@ class Card:
     # The name is part of folder names, so it must not lead out of them.
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     source: readers.Source
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    shape: tuple[_Side, _Side, _Side]
     levels: Annotated[int, Field(ge=2, le=256)] = 256
     classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or how many; default: names of folders
     mean: tuple[float, ...] = ()
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    radii: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    radii: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1, max_length=100)] = (
+        *(0.0, 0.25, 0.5, 0.75, 1.0),
+    )
     # Sizes of the splits that are cut from train, because the source has no such part.
     splits: dict[Literal["test", "validation"], PositiveInt] = field(default_factory=dict)
     presets: dict[str, Preset] = field(default_factory=_presets)
@@ -112,6 +116,8 @@ class Card:
                 raise ValueError(f"source.resize: {self.source.resize} is less than the shape's side")
         if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes: two at least, all different")
+        if len({f"{r:g}" for r in self.radii}) < len(self.radii) or list(self.radii) != sorted(self.radii):
+            raise ValueError("radii: rising, and not printed alike")
         if self.preset not in self.presets:
             raise ValueError(f"preset = {self.preset!r} has no [presets.{self.preset}] table")
 
@@ -193,20 +199,19 @@ def load_card(name: str) -> Card:
             raise unknown("data set", name, files)
         path = files[name]
     try:
-        with path.open("rb") as f:
-            keys = tomllib.load(f)
+        keys = tomllib.loads(limits.contents(path, LARGEST).decode())
         if "home" in keys:
             raise BenchError(f"{path}: home: not a key of a card")
         card = TypeAdapter(Card).validate_python(keys | {"home": path.parent})
     except OSError as e:
         raise BenchError(f"{path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise BenchError(f"{path}: not TOML: {e}") from None
     except ValidationError as e:
-        first = e.errors()[0]
+        first = e.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))  # empty where the card's keys do not go together
         said = first["msg"].removeprefix("Value error, ")
         raise BenchError(": ".join(filter(None, (str(path), where, said)))) from None
+    except (ValueError, RecursionError) as e:  # tomllib's own, int's and datetime's for what no number or date can be
+        raise BenchError(f"{path}: not TOML: {e}") from None
     return replace(
         card,
         classes=card.classes or readers.class_names(card),

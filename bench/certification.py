@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import environment, fitting, metrics, registry
+from bench import arithmetic, environment, fitting, metrics, registry
 from bench.base import BaseModel
 from bench.certify import Certificate, Model, Task, check_rows
-from bench.costs import cost_per_vote, distinct, duration
+from bench.console import duration
+from bench.costs import cost_per_vote, distinct
 from bench.interface import Defense, Draw
 from bench.plan import Plan
 from bench.procedures import Procedure
+from bench.runlog import Reporter
 from bench.store import Run
-
-if TYPE_CHECKING:
-    from bench.run import Reporter
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,17 @@ class Certifier:
     name: str
     defense: Defense
     base: BaseModel  # held here, since what a defense sees of it holds it weakly
+    arithmetic: tuple[str, ...] = ()
 
-    def logits(self, x: Tensor, draw: Draw) -> Tensor:
-        """Logits [B, classes] of noisy pixels. Raises BenchError naming the defense."""
-        with fitting.blame(self.name):
-            return cast(Tensor, self.defense(x, draw))
+    def model(self, device: torch.device) -> Model:
+        """Logits [B, classes] of noisy pixels, as votes are computed there. Raises DefenseFault naming the defense."""
+        logits, kept = arithmetic.model(self.defense, self.arithmetic, device), self
+
+        def model(x: Tensor, draw: Draw) -> Tensor:
+            with fitting.blame(kept.name, "in certification"):
+                return logits(x, draw)
+
+        return model
 
     def to(self, device: torch.device) -> Certifier:
         """The same, moved to a device."""
@@ -45,7 +50,8 @@ class Certifier:
     def replica(self, task: Task, device: torch.device) -> tuple[Model, Task]:
         """A copy of its own on another device, and the task there."""
         defense, base = copy.deepcopy((self.defense, self.base))
-        return Certifier(self.name, defense, base).to(device).logits, replace(task, device=device)
+        there = Certifier(self.name, defense, base, self.arithmetic).to(device)
+        return there.model(device), replace(task, device=device)
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,11 @@ class Measured:
     calibration: float | None
 
 
-def measure(certifier: Certifier, task: Task, index: int, calibrate: bool) -> Measured:
+def measure(certifier: Certifier, model: Model, task: Task, index: int, calibrate: bool) -> Measured:
     """Refuse a map that is no function of one image (see ``check_rows``), else say what a vote costs."""
-    seconds = check_rows(certifier.logits, task, index)
-    per_vote = cost_per_vote(certifier.logits, task, index)
+    with fitting.blame(certifier.name, "in the check of its rows"):
+        seconds = check_rows(model, task, index)
+    per_vote = cost_per_vote(certifier.defense, task, index)  # operations are counted, not compiled
     parameters = None if per_vote.flops is None else distinct([certifier.defense, *per_vote.classifiers])
     calibration = environment.calibration_seconds(task.device) if calibrate else None
     return Measured(seconds, per_vote.base_forwards, per_vote.flops, parameters, calibration)

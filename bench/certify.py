@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.dispatch import Dispatcher
-from bench.errors import BenchError
+from bench.errors import DefenseFault
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
 from bench.procedures import Procedure
@@ -167,7 +167,7 @@ def check_rows(model: Model, task: Task, index: int) -> float:
 
     A defense that averages over its batch certifies nonsense, because F must be a function of one
     image. One block of votes is computed alone, again, with its other rows replaced, and with its tiles moved.
-    Raises BenchError saying which of these changed a row's logits.
+    Raises DefenseFault saying which of these changed a row's logits.
     """
     votes = [Vote("check", index, i) for i in range(task.block)]
     images = task.repeated(index)
@@ -183,18 +183,18 @@ def check_rows(model: Model, task: Task, index: int) -> float:
     began = time.perf_counter()
     again = run(votes)
     if not torch.equal(again.nan_to_num(), reference.nan_to_num()):
-        raise BenchError(
+        raise DefenseFault(
             "the same images with the same draw gave other logits: take all randomness from draw, and keep no state"
         )
     seconds = time.perf_counter() - began
     half = task.block // 2
     for kept in (slice(0, 1), slice(half, half + 1), slice(half, None)):
         if not torch.equal(run(votes, kept)[kept].nan_to_num(), reference[kept].nan_to_num()):
-            raise BenchError(
+            raise DefenseFault(
                 "a row's logits change with the other rows of its batch, so they are no function of one image "
                 "(batch statistics in logits?): nothing can be certified"
             )
     moved = run(votes[TILE:] + votes[:TILE])
     if not torch.equal(moved[:-TILE].nan_to_num(), reference[TILE:].nan_to_num()):
-        raise BenchError("a row's logits change with its place in the batch: counts would depend on the packing")
+        raise DefenseFault("a row's logits change with its place in the batch: counts would depend on the packing")
     return seconds

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import cli_records
-from bench.cli_options import AsJson, Out, print_findings
-from bench.errors import BenchError, Interrupted, NotComparable, unknown
+from bench import cli_records, watchdog
+from bench.cli_options import AsJson, Out, print_findings, print_table
+from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -24,6 +26,9 @@ app = typer.Typer(
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: errors a user can mend are one line; exit codes as in the README."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names in records may be no text that a terminal can take
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=args, standalone_mode=False)
     except Interrupted as e:
@@ -32,6 +37,10 @@ def main(args: list[str] | None = None) -> None:
         _fail(str(e), 3)
     except BenchError as e:
         _fail(str(e), 2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _fail(f"cannot write {e.filename or 'a file'}: {e.strerror}; free space, and type the same command again", 2)
     except Exception as e:
         if hasattr(e, "format_message"):  # click's usage errors
             _fail(e.format_message(), 2)
@@ -40,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"bench: {message}", file=sys.stderr)
+    print(f"bench: {shown(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -65,6 +74,9 @@ def run(
         Path | None, typer.Option(help="Certify these weights of the defense (of the base, for none); train nothing.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="quick, standard or paper; default: the card's.")] = None,
+    split: Annotated[
+        str, typer.Option(help="test; or validation, to choose sigma by: never in one table with test.")
+    ] = "test",
     examples: Annotated[str | None, typer.Option(help="N images, class-balanced, or every:K.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Votes that bound the probability, per image.")] = None,
     n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class, per image.")] = None,
@@ -82,6 +94,13 @@ def run(
     noise: Annotated[
         str, typer.Option(help="grid: rounded to the pixel grid, sound in floating point; float: as published numbers.")
     ] = "grid",
+    arithmetic: Annotated[
+        str,
+        typer.Option(
+            help="How logits are computed when certifying: float32, or bfloat16, channels-last, compile, several "
+            "with commas. Each makes another classifier, named in tables."
+        ),
+    ] = "float32",
     seed: Annotated[str, typer.Option(help="Seed of training and noise; several with commas.")] = "0",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="[defense.]key=value; several values: a run for each. Repeatable.")
@@ -94,6 +113,12 @@ def run(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    shard: Annotated[
+        str | None, typer.Option(help="i/k: certify the i-th of k shares of the images; bench merge joins them.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that a block of votes or a training step may take; 0: no limit.")
+    ] = 1800.0,
     out: Out = Path("runs"),
     executor: Annotated[
         str, typer.Option(help="local: in this process, on all visible GPUs; ray: on a Ray cluster (certbench[ray]).")
@@ -109,8 +134,13 @@ def run(
     from bench.environment import pick_device, same_kind
     from bench.plan import make_plans
     from bench.run import Session
+    from bench.shards import Shard
+    from bench.store import check_writable
 
-    on_ray = _on_ray(executor, ray_address)
+    part = Shard.parse(shard) if shard else None
+    on_ray = _on_ray(executor, ray_address) and not dry_run
+    if on_ray and part:
+        raise BenchError("--shard and --executor ray are two ways to share the work: leave one out")
     plans = make_plans(
         defenses=defense,
         dataset=dataset,
@@ -119,6 +149,7 @@ def run(
         base=base,
         weights=weights,
         preset=preset,
+        split=split,
         examples=examples,
         n0=n0,
         n=n,
@@ -127,32 +158,48 @@ def run(
         procedure=procedure,
         target=target,
         noise=noise,
+        arithmetic=arithmetic,
         seed=seed,
         settings=set_ or [],
         search=search or [],
     )
     reporter = ConsoleReporter()
+    if not on_ray:
+        here = pick_device(device)
+        session = Session(here, out, reporter, part, same_kind(here))
+    if dry_run:
+        _print_dry_run([session.estimate(plan) for plan in plans], as_json)
+        return
+    check_writable(out)
+    records, faults = [], []
     try:
-        if on_ray and not dry_run:
-            from bench import ray_executor
+        with watchdog.limit(timeout):
+            if on_ray:
+                from bench import ray_executor
 
-            records = ray_executor.run(plans, out, reporter, device, ray_address)
-        else:
-            here = pick_device(device)
-            session = Session(here, out, reporter, same_kind(here))
-            if dry_run:
-                _print_dry_run([session.estimate(plan) for plan in plans], as_json)
-                return
-            records = [session.run(plan) for plan in plans]
+                records = ray_executor.run(plans, out, reporter, device, ray_address)
+            for plan in [] if on_ray else plans:
+                try:
+                    records.append(session.run(plan))
+                except DefenseFault as e:
+                    faults.append(str(e))
+                    if len(plans) > 1:
+                        note(f"run {len(records) + len(faults)} of {len(plans)} failed, the others go on: {e}")
     except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
         raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
     if as_json:
         print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
-        return
-    from bench import report
+    elif part:
+        for r in records:
+            print(f"{r.path}: complete, {len(r.certificates)} images")
+        print(f"bench merge {out} joins the {part.of} shards when all are complete")
+    elif records:
+        from bench import report
 
-    print(report.render(records, "md"))
-    print(f"runs in {out}; bench report {out} makes the report")
+        print(report.render(records, "md"))
+        print(f"runs in {out}; bench report {out} makes the report")
+    if faults:
+        raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])
 
 
 def _on_ray(executor: str, address: str | None) -> bool:
@@ -172,18 +219,22 @@ def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from bench.costs import duration
+    from bench.console import duration
 
     for row in rows:
         print(
-            f"{row['run']}: {row['images']} images, {row['votes']:,} votes, certify about {duration(row['seconds'])}, "
-            f"train about {duration(row['train_seconds'])}"
+            f"{row['run']}: {row['images']} images, {row['votes']:,} votes{_of(row['flops_per_vote'])}, "
+            f"certify about {duration(row['seconds'])}, train about {duration(row['train_seconds'])}"
         )
     total = sum(r["seconds"] + r["train_seconds"] for r in rows)
     print(
         f"in all {sum(r['votes'] for r in rows):,} votes, about {duration(total)}, "
         "the training of bases and shared parts not counted"
     )
+
+
+def _of(flops: float | None) -> str:
+    return "" if flops is None else f" of {flops / 1e9:.3g} GFLOPs"
 
 
 @app.command("list")
@@ -199,18 +250,7 @@ def list_(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        print(f"no {what}")
-        return
-    grid = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        grid.add_column(column, overflow="fold")
-    for row in rows:
-        grid.add_row(*(str(v) for v in row.values()))
-    Console(markup=False, highlight=False).print(grid)
+    print_table(rows, f"no {what}")
 
 
 @app.command()

@@ -21,3 +21,22 @@ def print_findings(findings: list[Any], as_json: bool) -> None:
             print(f"wrong: {f.check}\n       {f.problem}" if f.problem else f"ok:    {f.check}")
     if any(f.problem for f in findings):
         raise typer.Exit(1)
+
+
+def print_table(rows: list[dict[str, Any]], nothing: str) -> None:
+    """One line a row, keys are the columns; ``nothing`` where there is none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        print(nothing)
+        return
+    grid = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*(str(v) for v in row.values()))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:  # whoever reads it wants lines whole
+        console.width = 300
+    console.print(grid)

@@ -1,4 +1,4 @@
-"""The commands that work on run folders: report, compare, check, import, export, verify."""
+"""The commands that work on run folders: report, status, merge, compare, check, import, export, verify."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from bench.cli_options import AsJson, Out, print_findings
-from bench.errors import BenchError, NotComparable
+from bench.cli_options import AsJson, Out, print_findings, print_table
+from bench.errors import BenchError, NotComparable, shown
 
 app = typer.Typer()
 
@@ -40,7 +40,7 @@ def report_(
         )
     records, left_out = tables.load_records(runs)
     for line in left_out:
-        print(f"bench: left out: {line}", file=sys.stderr)
+        print(f"bench: left out: {shown(line)}", file=sys.stderr)
     if not records:
         raise BenchError(f"no finished run in {runs}; bench run makes one")
     if format != "html":
@@ -49,6 +49,43 @@ def report_(
         for file in report.write(records, format, out, published, left_out):
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show how runs are getting on, also those of other processes: progress, pace, time left, failures."""
+    from bench import status
+
+    rows = status.rows(runs)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        table, notes = status.readable(rows)
+        print_table(table, f"no runs in {runs}")
+        print("".join(f"{note}\n" for note in notes), end="")
+
+
+@app.command()
+def merge(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run's folder.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Join the shards of bench run --shard into whole runs. Exit 1: some are missing or unfinished."""
+    from bench import merge
+
+    whole, missing = merge.merge(runs)
+    for line in missing:
+        print(f"bench: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"whole": [str(p) for p in whole], "missing": missing}, indent=1))
+    else:
+        for path in whole:
+            print(f"{path}: complete")
+    if missing:
         raise typer.Exit(1)
 
 
@@ -138,6 +175,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
 ) -> None:
     """Write a run as the common tab-separated log: idx, label, predict, radius, correct, time."""
+    from bench.cache import write_text, writing
     from bench.logs import export_log
     from bench.store import read_run
 
@@ -145,10 +183,8 @@ def export(
     if out is None:
         print(text, end="")
         return
-    try:
-        out.write_text(text)
-    except OSError as e:
-        raise BenchError(f"cannot write {out}: {e.strerror}; choose another file with --out") from None
+    with writing(out, "choose another file with --out"):
+        write_text(out, text)
     print(f"wrote {out}", file=sys.stderr)
 
 
@@ -156,6 +192,12 @@ def export(
 def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; train anew where needed.")] = False,
+    defense: Annotated[
+        str | None, typer.Option(help="./file.py of the record's defense: a file is run only where it is named here.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Address of the record's served base: it is asked only where it is named here.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -170,5 +212,5 @@ def verify(
         from bench.run import Session
 
         session = Session(pick_device(device), run.parent, ConsoleReporter())
-        findings.append(draw_again(read_run(run), session, deep))
+        findings.append(draw_again(read_run(run), session, deep, defense, base))
     print_findings(findings, as_json)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bench import metrics, paired, tables
 from bench.errors import BenchError, NotComparable
@@ -94,11 +96,20 @@ def _check(records: Sequence[Record]) -> list[str]:
             reasons.append(_reason(key, [t.get(key) for t in terms]))
     if reasons:
         raise NotComparable(f"not comparable: {'; '.join(reasons)}")
-    for lines in zip(*(sorted(r.certificates, key=lambda c: c.index) for r in records), strict=True):
-        if not _same([c.label for c in lines]):
-            said = " and ".join(str(c.label) for c in lines)
-            raise NotComparable(f"not comparable: image {lines[0].index} is labelled {said}: not the same images")
+    if broken := next((r.path for r in records if not r.whole), None):
+        raise BenchError(f"{broken}: corrupt: certificates.jsonl holds other images than run.json says; run it anew")
+    indices, labels = zip(*map(_labels, records), strict=True)
+    if len(other := np.flatnonzero(np.any([row != labels[0] for row in labels], axis=0))):
+        said = " and ".join(str(row[other[0]]) for row in labels)
+        raise NotComparable(f"not comparable: image {indices[0][other[0]]} is labelled {said}: not the same images")
     return unknown
+
+
+def _labels(record: Record) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The images by rising index, and their labels."""
+    indices, labels = (record.certificates.column(name) for name in ("index", "label"))
+    order = indices.argsort()
+    return indices[order], labels[order]
 
 
 def _reason(key: str, values: Sequence[Any]) -> str:
@@ -125,20 +136,22 @@ def _radii(records: Sequence[Record]) -> list[float]:
 
 
 def _pair(records: Sequence[Record], i: int, j: int, radii: Sequence[float]) -> dict[str, Any]:
-    first, second = ({c.index: c for c in records[k].certificates} for k in (i, j))
+    indices, first = metrics.by_index(records[i].certificates)
+    _, second = metrics.by_index(records[j].certificates)
+    images = len(indices)
     rows = []
     for r in radii:
-        held = [(metrics.holds(first[x], r), metrics.holds(second[x], r)) for x in first]
-        only_first, only_second = held.count((True, False)), held.count((False, True))
-        low, high = paired.bootstrap(only_first, only_second, len(held))
+        a, b = first >= r, second >= r
+        only_first, only_second = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+        low, high = paired.bootstrap(only_first, only_second, images)
         rows.append(
             {
                 "radius": r,
-                "certified_first": sum(a for a, _ in held) / len(held),
-                "certified_second": sum(b for _, b in held) / len(held),
+                "certified_first": int(np.sum(a)) / images,
+                "certified_second": int(np.sum(b)) / images,
                 "only_first": only_first,
                 "only_second": only_second,
-                "difference": (only_second - only_first) / len(held),
+                "difference": (only_second - only_first) / images,
                 "low": low,
                 "high": high,
                 "p": paired.mcnemar(only_first, only_second),
@@ -148,30 +161,31 @@ def _pair(records: Sequence[Record], i: int, j: int, radii: Sequence[float]) -> 
         "first": i,
         "second": j,
         "radii": rows,
-        "first_ahead": _most(first, second),
-        "second_ahead": _most(second, first),
+        "first_ahead": _most(records[i], records[j]),
+        "second_ahead": _most(records[j], records[i]),
         "cost_ratios": _ratios(_costs(records[i]), _costs(records[j])),
     }
 
 
-def _most(ahead: dict[int, Line], behind: dict[int, Line]) -> list[dict[str, Any]]:
+def _most(ahead: Record, behind: Record) -> list[dict[str, Any]]:
     """The images on which one run's radius exceeds the other's most; a wrong or withheld prediction counts as 0."""
-    lead = {x: _earned(ahead[x]) - _earned(behind[x]) for x in ahead}
-    most = sorted((x for x in lead if lead[x] > 0), key=lambda x: (-lead[x], x))[:TOP]
-    return [
-        {
-            "index": x,
-            "label": ahead[x].label,
-            "lead": lead[x],
-            "ahead": {"predicted": ahead[x].predicted, "radius": ahead[x].radius},
-            "behind": {"predicted": behind[x].predicted, "radius": behind[x].radius},
-        }
-        for x in most
-    ]
+    indices, further = metrics.by_index(ahead.certificates)
+    lead = further.clip(0) - metrics.by_index(behind.certificates)[1].clip(0)
+    found = []
+    for k in (-lead).argsort(kind="stable")[:TOP]:  # of equals, those of lower index
+        if lead[k] > 0:
+            one, other = (_line(record, int(indices[k])) for record in (ahead, behind))
+            sides = {"ahead": one, "behind": other}
+            found.append(
+                {"index": one.index, "label": one.label, "lead": float(lead[k])}
+                | {side: {"predicted": c.predicted, "radius": c.radius} for side, c in sides.items()}
+            )
+    return found
 
 
-def _earned(line: Line) -> float:
-    return line.radius if line.predicted == line.label else 0.0
+def _line(record: Record, index: int) -> Line:
+    """What the record says of one image."""
+    return record.certificates[record.certificates.place("index", index)]
 
 
 def _costs(record: Record) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 
 class ConsoleReporter:
-    """Progress on the terminal; off a terminal, a line every half a minute. Satisfies ``run.Reporter``."""
+    """Progress on the terminal; off a terminal, a line every half a minute. Satisfies ``runlog.Reporter``."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -59,3 +59,10 @@ class ConsoleReporter:
                     self.say(f"{what}: {done}/{all_}, {now - began:.0f} s, {note}")
 
             yield update
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 8 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

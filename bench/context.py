@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import hub, noise, objectives, registry, training
+from bench import hub, noise, objectives, registry, training, watchdog
 from bench.base import BaseModel
 from bench.cache import Entry, digest, file_sha256
 from bench.cards import Split
@@ -40,6 +40,7 @@ class BuildContext:
         self.classes, self.shape, self.train_sigma = len(plan.card.classes), plan.card.shape, plan.train_sigma
         self.used: dict[str, str] = {}  # name -> sha256 of what decides the defense beside its config and base
         self.sources: list[str] = []  # hub ids and folders that files were taken from
+        self.commits: dict[str, str] = {}  # hub id -> the commit that its files are of
         self.parts: list[nn.Module] = []
         self.part_seconds = 0.0
         self._plan, self._device, self._workshop = plan, device, workshop
@@ -104,7 +105,11 @@ class BuildContext:
                 raise MissingFile(f"{source} has no file {filename!r}")
         else:
             repo, _, revision = source.partition("@")
-            path = hub.fetch(repo, filename, revision or "main", "model", f"or give a local folder in place of {repo}")
+            # All files of one commit, whatever is pushed between two of them.
+            at = self.commits.get(source) or revision or "main"
+            with watchdog.paused():
+                path = hub.fetch(repo, filename, at, "model", f"or give a local folder in place of {repo}")
+            self.commits[source] = hub.commit(path)
         sha256 = file_sha256(path)
         self.used[f"{filename} {sha256[:8]}"] = sha256  # two sources may have files of one name
         if source not in self.sources:

@@ -48,10 +48,3 @@ def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
     opaque = any(isinstance(m, BlackBox) for m in seen)
     flops = None if opaque else counter.get_total_flops() / task.block
     return PerVote(flops, passes / task.block, seen)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 8 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -49,7 +49,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
     check = ""
     try:
         # A cache of its own, so that training really happens.
-        with scratch_cache(), fitting.blame(plan.defense), run.steady():
+        with scratch_cache(), fitting.blame(plan.defense, "under examination"), run.steady():
             check = "it is built, and asks the base for no more than its access"
             # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
             defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import sys
 from collections.abc import Iterable
 
 
 class BenchError(Exception):
     """Wrong usage or a missing prerequisite: the message says what, and how to mend it. Exit code 2."""
+
+
+class DefenseFault(BenchError):
+    """A defense that does not do its part, or is out of memory: the other runs of a command go on without it."""
+
+    def __init__(self, problem: str, defense: str = "") -> None:
+        """``defense``: whose fault it is, empty where only a caller knows."""
+        super().__init__(f"defense {defense}: {problem}" if defense else problem)
+        self.defense = defense
 
 
 class NotComparable(BenchError):
@@ -16,6 +27,17 @@ class NotComparable(BenchError):
 
 class Interrupted(BenchError):
     """Ctrl-C, with what to do next. Exit code 130."""
+
+
+def note(text: str) -> None:
+    """Say in one line, on stderr and in the run's log, what was mended or is waited for."""
+    logging.getLogger("bench").info(text)
+    print(f"bench: {shown(text)}", file=sys.stderr, flush=True)
+
+
+def shown(text: str) -> str:
+    """Text that anyone may have written, on one line: what is not printable (escape sequences too) by its number."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import metrics
+from bench.cache import replacing
 from bench.store import Record
 from bench.tables import heading, method_name, methods, pooled, reach
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
+MOST = 12  # rows in one figure: of more neither the lines nor the legend can be read
+WIDTH, HEIGHT = 3.4, 2.7  # inches, the legend not counted: a column of a two-column paper
 TRADEOFF = "certified accuracy against the cost of a vote"
 
 
@@ -22,12 +27,12 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     anytime = "radii" in group[0].identity["procedure"]
     # An anytime radius says nothing between the radii of the grid.
     grid = [r for r in group[0].info["radii"] if r <= within] if anytime else [within * i / 200 for i in range(201)]
-    fig, ax = _axes(group[0])
-    for i, records in enumerate(_ordered(group)):
+    fig, ax = _axes(group)
+    for i, (label, records) in enumerate(_ordered(group)):
         shares = [metrics.summarise(r.certificates, grid)["certified_accuracy"] for r in records]
         points = [metrics.pool(p, len(records[0].certificates)) for p in zip(*shares, strict=True)]
         values, marker = [100 * p["value"] for p in points], MARKERS[i % len(MARKERS)] if anytime else ""
-        (line,) = ax.plot(grid, values, STYLES[i % 4], color=colour(i), label=_label(records, group), marker=marker)
+        (line,) = ax.plot(grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker)
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
@@ -38,14 +43,14 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
 def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     """Certified accuracy, at the grid's lowest radius above 0, against floating point operations of a vote."""
     radius = next((r for r in group[0].info["radii"] if 0 < r <= reach(group[0])), 0.0)
-    fig, ax = _axes(group[0])
+    fig, ax = _axes(group)
     free = any(not r.info["cost"]["flops_per_vote"] for r in group)  # no place for it on a logarithmic axis
-    for i, records in enumerate(_ordered(group)):
+    for i, (label, records) in enumerate(_ordered(group)):
         shares = [metrics.summarise(r.certificates, [radius])["certified_accuracy"][0] for r in records]
         p = metrics.pool(shares, len(records[0].certificates))
         cost = (records[0].info["cost"]["flops_per_vote"] or 0.0) / 1e6
         bars = [[100 * (p["value"] - p["low"])], [100 * (p["high"] - p["value"])]]
-        marker, label = MARKERS[i % len(MARKERS)], _label(records, group)
+        marker = MARKERS[i % len(MARKERS)]
         ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=colour(i), capsize=2, label=label)
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
@@ -53,23 +58,24 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     return _save(fig, out, f"{name}-cost")
 
 
-def _axes(record: Record) -> Any:
+def _axes(group: Sequence[Record]) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "certbench"  # the same runs make the same file
     from matplotlib import pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.set_title(heading(record), fontsize=6, wrap=True)
+    plt.rcParams.update({"font.size": 7, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6})
+    rows = len(methods(group))
+    fig, ax = plt.subplots(figsize=(WIDTH, HEIGHT + 0.12 * -(-min(rows, MOST) // 2)), layout="constrained")
+    shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
+    ax.set_title("\n".join(textwrap.wrap(heading(group[0]) + shown, 80)), fontsize=5)
     return fig, ax
 
 
 def _legend(ax: Any, title: str) -> None:
-    """Inside the axes where it finds room, beside them where there are many rows."""
-    many = len(ax.get_legend_handles_labels()[1]) > 6
-    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {"loc": "best"}
-    ax.legend(frameon=False, title=title, title_fontsize=7, fontsize=7, **place)
+    """Below the axes, where it never hides a line."""
+    ax.figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, title_fontsize=6, fontsize=6)
 
 
 def _save(fig: Any, out: Path, name: str) -> list[Path]:
@@ -79,20 +85,18 @@ def _save(fig: Any, out: Path, name: str) -> list[Path]:
     for file in files:
         # No dates, so that the same runs make the same files.
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
-        fig.savefig(file, dpi=150, metadata=metadata)
+        with replacing(file) as partial:
+            fig.savefig(partial, dpi=300, metadata=metadata)
     plt.close(fig)
     return files
 
 
-def _ordered(group: Sequence[Record]) -> list[list[Record]]:
-    order = list(pooled(group)["run"])
-    return sorted(methods(group), key=lambda m: order.index(m[0].path.name))
-
-
-def _label(records: Sequence[Record], group: Sequence[Record]) -> str:
-    name = method_name(records[0])
-    alone = sum(method_name(m[0]) == name for m in methods(group)) == 1
-    return name if alone else records[0].path.name
+def _ordered(group: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """The table's first rows: a name for the legend, the run's where another row has the same, and their runs."""
+    rows = {m[0].path.name: m for m in methods(group)}
+    names = Counter(method_name(m[0]) for m in rows.values())
+    labels = {run: name if names[name := method_name(m[0])] == 1 else run for run, m in rows.items()}
+    return [(labels[run], rows[run]) for run in pooled(group)["run"][:MOST]]
 
 
 def colour(i: int) -> str:

@@ -17,12 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench import noise, objectives, registry, spsa, tensors, training
+from bench import blocks, noise, objectives, registry, spsa, tensors, training, watchdog
 from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
 from bench.cards import Split
 from bench.context import BuildContext, Workshop
-from bench.errors import BenchError, one_line
+from bench.errors import BenchError, DefenseFault, one_line
 from bench.interface import Defense
 from bench.plan import Plan
 
@@ -41,24 +41,32 @@ class Fitted:
     elsewhere: int  # part of F, neither the base's nor trained here
     parts: dict[str, str]  # sha256 of each shared part, file and inner defense
     sources: list[str]  # where files of weights trained elsewhere came from
+    commits: dict[str, str]  # those of the hub's sources
 
 
 @contextmanager
-def blame(name: str) -> Iterator[None]:
-    """Turn whatever a defense raises into one line that names it and the place."""
+def blame(name: str, doing: str) -> Iterator[None]:
+    """Turn whatever a defense raises, or its silence, into one line that names it and the place: a DefenseFault.
+
+    ``doing``: what it is asked for, as in "no answer for 9 s in training".
+    """
     try:
-        yield
-    except (BenchError, KeyboardInterrupt):
+        with watchdog.watched(name, doing):
+            yield
+    except DefenseFault as e:
+        raise e if e.defense else DefenseFault(str(e), name) from None
+    except BenchError:
         raise
     except Exception as e:
         frame = traceback.extract_tb(e.__traceback__)[-1]
-        raise BenchError(f"defense {name}: {one_line(e)} ({frame.filename}:{frame.lineno})") from e
+        mend = "; free memory there, or make its batch smaller" if blocks.out_of_memory(e) else ""
+        raise DefenseFault(f"{one_line(e)}{mend} ({frame.filename}:{frame.lineno})", name) from e
 
 
 def construct(plan: Plan, base: BaseModel, device: torch.device, workshop: Workshop | None = None) -> Defense:
     """The untrained defense, with torch's random state fixed by the seed; its shared parts are trained."""
     context = BuildContext(plan, base, plan.cls.needs(plan.config), device, workshop)
-    with blame(plan.defense), training.fixed_rng(plan.seed):
+    with blame(plan.defense, "while it is built"), training.fixed_rng(plan.seed):
         return plan.cls(context, plan.config).to(device).eval()
 
 
@@ -85,7 +93,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     if trained is not None:
         defense = construct(plan, base, device, workshop)
         load(defense, trained, plan.defense)
-    with blame(plan.defense):
+    with blame(plan.defense, "in merge"):
         defense.merge()
     defense.eval().requires_grad_(False)
     base.check_unchanged(plan.defense)
@@ -101,6 +109,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         elsewhere,
         used.used,
         used.sources,
+        used.commits,
     )
 
 
@@ -175,7 +184,7 @@ def train_or_load(
             base=defense.context.base,
             most=most,
         )
-        with blame(plan.defense), training.fixed_rng(plan.seed):
+        with blame(plan.defense, "in training"), training.fixed_rng(plan.seed):
             defense.fit(job)
         after = defense.state_dict()
         owned = {k: v for k, v in after.items() if not _same_as_base(k, v, before, base)}

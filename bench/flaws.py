@@ -20,12 +20,13 @@ from scipy import special
 
 from bench import bounds
 from bench.errors import BenchError, unknown
-from bench.procedures import Fixed
+from bench.procedures import MOST, Fixed
 
 # Images of test parts that have one size wherever they are from: a log that ends before it is cut short.
 SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "imagenet": 50_000}
 # What a radius may differ from the formula's before that is held against it, in sigma: other libraries' rounding.
 TOLERANCE = 1e-6
+HUGE = 1e30  # no radius, sigma or time is so large; sums of such numbers may overflow
 FORMATS = ("cohen", "adaptive")
 
 Floats = NDArray[np.float64]
@@ -47,16 +48,16 @@ class Stated:
         """Refuse what no certificate can have been made with."""
         if self.format not in FORMATS:
             raise unknown("format", self.format, FORMATS)
-        if not 0 < self.sigma < math.inf:
+        if not 0 < self.sigma < HUGE:
             raise BenchError(f"--sigma {self.sigma:g}: must be above 0")
         if not 0 < self.alpha < 1:
             raise BenchError(f"--alpha {self.alpha:g}: must lie strictly between 0 and 1")
-        if not bounds.smallest_n(self.alpha) <= self.n <= 2**53:
+        if not bounds.smallest_n(self.alpha) <= self.n <= MOST:
             least = bounds.smallest_n(self.alpha)
             raise BenchError(f"--n {self.n}: no certificate at alpha {self.alpha:g} has so many; the least is {least}")
         if self.n0 is not None and self.n0 < 1:
             raise BenchError(f"--n0 {self.n0}: must be at least 1")
-        if self.radius is not None and (self.format != "adaptive" or not 0 < self.radius < math.inf):
+        if self.radius is not None and (self.format != "adaptive" or not 0 < self.radius < HUGE):
             raise BenchError(f"--radius {self.radius:g}: a number above 0, and only of adaptive logs")
 
     @property

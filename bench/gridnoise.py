@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.noise import Noise, Vote
+from bench.noise import Noise, Vote, to_device
 
 VERSION = "aes128ctr-grid64-1"  # part of the identity of a run with grid noise
 
@@ -139,6 +139,6 @@ class GridNoise:
         """
         if integers.is_floating_point():
             raise TypeError("grid noise is added to integer pixels, not to floats")
-        noise = self.draw(votes, integers[0].numel()).to(integers.device).view_as(integers)
+        noise = to_device(self.draw(votes, integers[0].numel()), integers.device).view_as(integers)
         total = (integers + noise).to(torch.float32)
         return total.div_(torch.full((), float(self._steps), device=total.device))

@@ -16,22 +16,25 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from bench import __version__, gallery, plots
+from bench import __version__, envelopes, gallery, metrics, plots
 from bench.cache import digest
+from bench.envelopes import Envelope
 from bench.errors import BenchError
 from bench.plots import COSTS, Method
 from bench.report import columns, limits
 from bench.store import Line, Record
-from bench.tables import comparable, groups, heading, methods, pooled, reach
+from bench.tables import beside_sigma, common, groups, methods, pooled, reach
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'"
 )
 PICTURES = 12  # images in a gallery, of at most 64x64 pixels; a third as many of larger ones
+LISTED = 10_000  # images whose numbers the page lists
 NOISY = (0, 1)  # the votes whose noise is shown
 
 
@@ -61,11 +64,13 @@ def page(records: Sequence[Record], left_out: Sequence[str] = ()) -> str:
     """The whole page; ``left_out`` says which runs are not in it, and why."""
     sections: dict[str, list[list[Record]]] = {}
     for group in groups(records):
-        sections.setdefault(digest(_beside_sigma(group[0])), []).append(group)
-    figures = _Figures()
-    body = "".join(_section(f"section-{i}", s, figures) for i, s in enumerate(sections.values(), 1))
+        sections.setdefault(digest(beside_sigma(group[0])), []).append(group)
+    figures, over_sigma = _Figures(), {digest(beside_sigma(e.record)): e for e in envelopes.find(records)}
+    body = "".join(
+        _section(f"section-{i}", s, over_sigma.get(key), figures) for i, (key, s) in enumerate(sections.items(), 1)
+    )
     missing = "".join(f"<li>{escape(line)}</li>" for line in left_out)
-    titles = [f"{s[0][0].identity['dataset']}: {_common(s[0][0])}" for s in sections.values()]
+    titles = [f"{_title(s[0][0])}: {common(s[0][0])}" for s in sections.values()]
     links = "".join(f'<li><a href="#section-{i}">{escape(t)}</a></li>' for i, t in enumerate(titles, 1))
     # "<" would end the script block where a name holds "</script>".
     views = json.dumps(figures.views, allow_nan=False).replace("<", "\\u003c")
@@ -96,17 +101,7 @@ distance between images with pixels in [0, 1]. Made by certbench {__version__} f
 """
 
 
-def _beside_sigma(record: Record) -> dict[str, Any]:
-    same = {k: v for k, v in comparable(record).items() if k != "sigma"}
-    return same | {"noise": {k: v for k, v in same["noise"].items() if k != "tau"}}  # tau follows from sigma
-
-
-def _common(record: Record) -> str:
-    """The table's heading after data set and sigma."""
-    return heading(record).partition(": ")[2]
-
-
-def _section(key: str, tables: list[list[Record]], figures: _Figures) -> str:
+def _section(key: str, tables: list[list[Record]], over_sigma: Envelope | None, figures: _Figures) -> str:
     """All that can be compared, of every sigma: curves together, then a part for each sigma."""
     looks: dict[str, int] = {}
     parts: dict[float, list[Method]] = {}
@@ -119,13 +114,30 @@ def _section(key: str, tables: list[list[Record]], figures: _Figures) -> str:
         ]
     boxes = "".join(f'<label><input type="checkbox" value="{s:g}" checked> {s:g}</label>' for s in parts)
     return (
-        f'<section id="{key}"><h2>{escape(tables[0][0].identity["dataset"])}</h2>'
-        f"<p>{escape(_common(tables[0][0]))}</p>"
+        f'<section id="{key}"><h2>{escape(_title(tables[0][0]))}</h2>'
+        f"<p>{escape(common(tables[0][0]))}</p>"
         + (f'<fieldset class="sigmas"><legend>sigma shown</legend>{boxes}</fieldset>' if len(parts) > 1 else "")
         + figures.add("Certified accuracy against radius, with 95% intervals", {"": plots.curves(parts)}, {})
         + '<p class="note">A click on a name in the legend hides or shows it, two clicks show it alone.</p>'
+        + (_envelope(over_sigma, looks, figures) if over_sigma else "")
         + "".join(_part(group, found, figures) for group, found in zip(tables, parts.values(), strict=True))
         + "</section>"
+    )
+
+
+def _title(record: Record) -> str:
+    split = record.identity["split"]
+    return str(record.identity["dataset"]) + ("" if split == "test" else f", {split} images")
+
+
+def _envelope(found: Envelope, looks: dict[str, int], figures: _Figures) -> str:
+    """The best sigma of each radius where it was chosen on validation images, else how to get there."""
+    note = f'<p class="note">{escape(found.note)}</p>'
+    if not found.rows:
+        return note
+    drawn = [(row, looks.setdefault(row.label, len(looks))) for row in found.rows]
+    return f"<h3>Envelope over sigma</h3>{_sortable(envelopes.columns(found))}{note}" + figures.add(
+        "Envelope over sigma, with 95% intervals", {"": plots.envelope(drawn)}, {}
     )
 
 
@@ -136,7 +148,7 @@ def _part(group: list[Record], found: list[Method], figures: _Figures) -> str:
     costs = {f"{r:g}|{cost}": plots.cost(found, r, cost) for r in within for cost in COSTS}
     named = "".join(_identity(m.label, r) for m in found for r in m.records)
     return (
-        f'<div data-sigma="{sigma:g}"><h3>sigma {sigma:g}</h3>{_table(group)}'
+        f'<div data-sigma="{sigma:g}"><h3>sigma {sigma:g}</h3>{_sortable(columns(group))}'
         f'<p class="note">{escape(limits(group))}</p>'
         + figures.add("Certified accuracy against cost", costs, radii | {"cost": COSTS})
         + '<p class="note">The line is the Pareto front of the measured values: no method on it is beaten in both. '
@@ -156,8 +168,8 @@ def _abstention(found: list[Method], figures: _Figures) -> str:
     return figures.add("Abstained, of all images, with 95% intervals", {"": plots.abstention(found)}, {})
 
 
-def _table(group: list[Record]) -> str:
-    shown = columns(group)
+def _sortable(shown: pd.DataFrame) -> str:
+    """A table whose columns sort, its first the name of each row."""
     head = "".join(f'<th scope="col" aria-sort="none"><button>{escape(t)}</button></th>' for t in map(str, shown))
     rows = "".join(
         f'<tr><th scope="row">{escape(label)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
@@ -190,9 +202,10 @@ def _gallery(found: list[Method]) -> str:
 
 def _spread(record: Record, count: int) -> list[Line]:
     """So many images, evenly from the largest certified radius, over abstentions, to the most certain error."""
-    ranked = sorted(record.certificates, key=lambda c: -c.radius if c.predicted == c.label else c.radius)
+    radius = record.certificates.column("radius")
+    ranked = np.where(metrics.earned(record.certificates) >= 0, -radius, radius).argsort(kind="stable")
     count = min(count, len(ranked))
-    return [ranked[i * (len(ranked) - 1) // max(1, count - 1)] for i in range(count)]
+    return [record.certificates[int(ranked[i * (len(ranked) - 1) // max(1, count - 1)])] for i in range(count)]
 
 
 def _picture(certificate: Line, found: list[Method], uris: list[str]) -> str:
@@ -209,14 +222,18 @@ def _outcomes(method: Method, index: int) -> str:
     said = []
     nothing = "not certified" if pd.isna(method.row["abstained"]) else "abstained"
     for record in method.records:
-        (c,) = (c for c in record.certificates if c.index == index)
+        c = record.certificates[record.certificates.place("index", index)]
         wrong = "" if c.predicted in (None, c.label) else f"wrong ({record.info['classes'][c.predicted]}), "
         said.append(nothing if c.predicted is None else f"{wrong}radius {c.radius:.3f}")
     return "; ".join(said)
 
 
 def _identity(label: str, record: Record) -> str:
-    """All that run.json says, lists of numbers on one line."""
-    text = json.dumps(record.info, indent=1, ensure_ascii=False)
+    """All that run.json says, lists of numbers on one line, of very many images the first and last."""
+    indices, shown = record.identity["indices"], record.info
+    if len(indices) > LISTED:
+        few = [*indices[:3], f"... all {len(indices)} are in run.json ...", indices[-1]]
+        shown = shown | {"identity": record.identity | {"indices": few}}
+    text = json.dumps(shown, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
     return f"<details><summary>{escape(label)}: {escape(record.path.name)}</summary><pre>{escape(text)}</pre></details>"

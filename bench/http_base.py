@@ -28,8 +28,8 @@ from bench.base import BaseModel, BlackBox, View
 from bench.cache import digest
 from bench.cards import Card
 from bench.certify import block_rows
-from bench.errors import BenchError
-from bench.http_client import TOKEN, Client, Refused
+from bench.errors import BenchError, one_line
+from bench.http_client import LARGEST, TOKEN, Answer, Client, Refused
 from bench.interface import Access
 from bench.noise import Noise, Vote
 
@@ -45,7 +45,11 @@ def is_url(name: str) -> bool:
 
 def checked_url(url: str) -> str:
     """The address without a slash at its end. Raises BenchError where it is no model's, or may hold a secret."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as e:
+        raise BenchError(f"--base: no address: {one_line(e)}; give http://HOST:PORT/v2/models/NAME") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         # Not shown, and not accepted: what is typed as --base is recorded, and printed in reports.
         raise BenchError(f"--base: an address holds no user, password or query; put a token in ${TOKEN}")
@@ -143,7 +147,8 @@ class Served(BlackBox):
         """Logits, float32 [B, classes], of pixels x [B, C, H, W]."""
         body, headers = self._request(x.detach().cpu().numpy().astype("<f4", order="C"))
         shape = [len(x), len(self._card.classes)]
-        logits, version = self._client.ask(f"{self.url}/infer", lambda a: self._read(a, shape), body, headers)
+        most = LARGEST + 64 * math.prod(shape)  # a number takes 25 bytes at most as text
+        logits, version = self._client.ask(f"{self.url}/infer", lambda a: self._read(a, shape), body, headers, most)
         if self._answered and version != self.version:
             raise BenchError(
                 f"base {self.url} now answers with model version {version}, not {self.version}, so it is another base: "
@@ -165,10 +170,12 @@ class Served(BlackBox):
         given["data"] = pixels.ravel().tolist()  # doubles, whose digits give the float32 back however they are parsed
         return json.dumps({"inputs": [given], "outputs": [wanted]}).encode(), {"Content-Type": "application/json"}
 
-    def _read(self, answer: httpx2.Response, shape: list[int]) -> tuple[NDArray[np.float32], str | None]:
+    def _read(self, answer: Answer, shape: list[int]) -> tuple[NDArray[np.float32], str | None]:
         """Logits and the model's version. Raises ValueError where the answer holds no logits of that shape."""
         content = answer.content
         head = int(answer.headers.get("Inference-Header-Content-Length", len(content)))
+        if not 0 <= head <= len(content):
+            raise ValueError(f"a head of {head} bytes in an answer of {len(content)}")
         found = TypeAdapter(_Answer).validate_json(content[:head])
         names = [o.name for o in found.outputs]
         if names != [self.model.outputs[0].name]:

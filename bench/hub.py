@@ -15,6 +15,8 @@ from typing import Literal
 from bench.errors import BenchError, one_line
 
 Kind = Literal["model", "dataset"]
+# A commit, tag or branch. It becomes a path in the hub's cache, so it must not lead out of there.
+REVISION = r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$"
 
 
 class MissingFile(BenchError):
@@ -29,6 +31,8 @@ def fetch(repo: str, filename: str, revision: str, kind: Kind, mend: str = "") -
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    if not re.fullmatch(REVISION, revision):
+        raise BenchError(f"hub {kind} {repo!r}: {revision!r} is no revision: give a commit, tag or branch")
     endpoint = os.environ.get("HF_ENDPOINT") or None
     what = f"{kind} {repo!r}"
     unreachable = "HF_HUB_OFFLINE is set" if _offline() else ""

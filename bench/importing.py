@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import metrics
+from bench import limits, metrics
+from bench.cache import replacing, writing
 from bench.cards import Card, card_files, load_card
 from bench.errors import BenchError
 from bench.flaws import Stated
 from bench.logs import read_log
-from bench.store import Claim, Record, Run, read_run
+from bench.store import ELSEWHERE, Claim, Record, Run, read_run
 
 SOURCE = "source.tsv"  # the log, in the run folder
 LARGEST = 64 * 2**20  # bytes read: a million images
@@ -63,6 +64,7 @@ def import_log(log: Path, stated: Stated, out: Path) -> Record:
         "base": None,
         "defense": {
             "family": "imported",
+            "trains": "imported",
             "paper": "",
             "access": None,
             "trained_elsewhere": [],
@@ -75,7 +77,8 @@ def import_log(log: Path, stated: Stated, out: Path) -> Record:
     run = Run(out, f"{dataset}-{name}-s{stated.sigma:g}", identity, extra)
     try:
         if run.info["status"] != "complete":
-            (run.path / SOURCE).write_bytes(data)
+            with writing(run.path, ELSEWHERE), replacing(run.path / SOURCE) as partial:
+                partial.write_bytes(data)
             run.write(claims)
             run.finish(_cost(claims), metrics.summarise(claims, radii))
     finally:
@@ -94,10 +97,7 @@ def read_again(record: Record) -> tuple[list[Claim], list[str]]:
 
 def _read(log: Path) -> bytes:
     try:
-        size = log.stat().st_size
-        if size > LARGEST:
-            raise BenchError(f"{log}: {size:,} bytes are more than a log of a million images; import a part of it")
-        return log.read_bytes()
+        return limits.contents(log, LARGEST, "more than a log of a million images; import a part of it")
     except OSError as e:
         raise BenchError(f"cannot read {log}: {e.strerror}") from None
 

@@ -187,7 +187,8 @@ class Defense(nn.Module):
     """
 
     access: ClassVar[Access] = Access.WEIGHTS
-    family: ClassVar[str] = "other"
+    family: ClassVar[str] = "other"  # the sort of method: PEFT, denoiser, diffusion, ...
+    trains: ClassVar[str] = "other"  # none, training-free, denoiser-trained, classifier-tuned or from scratch
     paper: ClassVar[str] = ""  # arXiv id
     # The base was trained on another task, and the defense brings a head of its own: the harness trains no probe.
     adapts: ClassVar[bool] = False
@@ -210,8 +211,8 @@ class Defense(nn.Module):
 
     @classmethod
     def kind(cls, config: Any) -> str:
-        """What this configuration trains, for the report; the default is ``family``."""
-        return cls.family
+        """What this configuration trains, for the report; the default is ``trains``."""
+        return cls.trains
 
     def build(self) -> None:
         """Make submodules, untrained; requires_grad says what will be trained."""

@@ -15,7 +15,6 @@ stay unknown. Nothing of a file is trusted or executed.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import numpy as np
 
 from bench import flaws
 from bench.errors import BenchError
-from bench.flaws import Row, Stated
+from bench.flaws import HUGE, Row, Stated
 from bench.store import Claim, Record
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -36,6 +35,8 @@ EXTRA = {
         *("early_stopping_ratio", "additional_batches", "pa", "radius proved"),
     },
 }
+IMAGES = 1_000_000  # of a log, at most
+LONGEST = 10_000  # characters of a line
 ALIASES = {"samplesize": "samples_needed", "time_forward": "time"}
 
 
@@ -85,6 +86,8 @@ def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, s
     start = next((i for i, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise BenchError("it is empty")
+    if len(lines[start]) > LONGEST:
+        raise BenchError(f"its first line has more than {LONGEST:,} characters; logs have a short header")
     separator = "\t" if "\t" in lines[start] else None
     columns = [c.strip().lower() for c in lines[start].strip().split(separator)]
     if columns[0].isdecimal() and len(columns) == len(COLUMNS):
@@ -120,6 +123,9 @@ def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list
     for number, line in enumerate(lines[start:], start + 1):
         if not line.strip():
             continue
+        if len(line) > LONGEST:
+            bad.append(number)
+            continue
         values = [v.strip() for v in line.split(separator)]
         fields = dict(zip(columns, values, strict=False))
         try:
@@ -132,7 +138,7 @@ def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list
                 _whole(fields["predict"], -1),
                 float(Decimal(fields.get("radius", fields.get("radius proved", "")))),
             )
-            if not math.isfinite(row.radius):
+            if not abs(row.radius) < HUGE:
                 raise ValueError
         except (ValueError, ArithmeticError):
             bad.append(number)
@@ -140,6 +146,8 @@ def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list
         if row.index in rows:
             again.append(row)
         rows.setdefault(row.index, row)
+        if len(rows) > IMAGES:
+            raise BenchError(f"more than {IMAGES:,} images; import a part of it")
     if bad:
         flags.append(f"lines that are no image's, left out: {len(bad)}, line {bad[0]} first")
     if again:
@@ -185,7 +193,7 @@ def _seconds(text: str) -> float | None:
         value = float(seconds)
     except ValueError:
         return None
-    return 86400 * days + 3600 * hours + 60 * minutes + value if 0 <= value < math.inf else None
+    return 86400 * days + 3600 * hours + 60 * minutes + value if 0 <= value < HUGE else None
 
 
 def export_log(record: Record) -> str:

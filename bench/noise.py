@@ -98,11 +98,18 @@ class Noise:
         return torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)[:, :size]
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values drawn on the CPU, on the device; a GPU copies them from pinned memory while Python goes on."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def add_float(noise: Noise, sigma: float) -> Callable[[Tensor, Sequence[Vote]], Tensor]:
     """The usual smoothing: float pixels [rows, C, H, W] plus float noise of ``sigma``, one row a vote."""
 
     def noisy(pixels: Tensor, votes: Sequence[Vote]) -> Tensor:
-        normals = noise.normals(votes, pixels[0].numel()).to(pixels.device).view_as(pixels)
+        normals = to_device(noise.normals(votes, pixels[0].numel()), pixels.device).view_as(pixels)
         return torch.add(pixels, normals, alpha=sigma)
 
     return noisy
@@ -121,7 +128,7 @@ class VoteDraw:
     def normal(self, *shape: int) -> Tensor:
         self._calls += 1
         flat = self._noise.normals(self._votes, math.prod(shape), self._calls)
-        return flat.reshape(len(self._votes), *shape).to(self._device)
+        return to_device(flat.reshape(len(self._votes), *shape), self._device)
 
 
 class TrainDraw:

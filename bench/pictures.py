@@ -48,7 +48,7 @@ class Pictures:
     ) -> Pictures:
         """All ``count`` pictures of a source: ``picture(row)`` decodes one, ``stamp(row)`` tells it from any other."""
         # Memory that is never written is never taken, so a first thousand of many costs a thousand.
-        kept = np.empty((count, *shape), np.uint8) if count * int(np.prod(shape)) <= KEEP_BYTES else None
+        kept = np.empty((count, *shape), np.uint8) if count * math.prod(shape) <= KEEP_BYTES else None
         return cls(np.arange(count), shape, picture, stamp, resize, kept, np.zeros(count, np.bool_))
 
     def __len__(self) -> int:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from bench import arithmetic as arithmetics
 from bench import bounds, registry, tensors
 from bench.anytime import Anytime
 from bench.base_sources import choose_base, most_access
 from bench.cards import Card, load_card
 from bench.errors import BenchError, unknown
+from bench.http_base import is_url
 from bench.interface import Defense
 from bench.objectives import OBJECTIVES
-from bench.procedures import Fixed
+from bench.procedures import MOST, Fixed
 from bench.settings import Values, variants
 
 _Number = TypeVar("_Number", int, float)
@@ -38,9 +42,11 @@ class Plan:
     sigma: float
     train_sigma: float
     objective: str  # gaussian is every trained defense's default
+    split: Literal["test", "validation"]  # of which images are certified
     examples: str
     procedure: Fixed | Anytime
     noise: str  # float or grid
+    arithmetic: tuple[str, ...]  # how F is computed; empty: plain float32
     seed: int
     arguments: dict[str, Any]  # of make_plans, for this run alone
 
@@ -54,6 +60,7 @@ def make_plans(
     base: str | None = None,
     weights: str | Path | None = None,
     preset: str | None = None,
+    split: str = "test",
     examples: str | None = None,
     n0: int | None = None,
     n: int | None = None,
@@ -61,6 +68,7 @@ def make_plans(
     procedure: str = "fixed",
     target: str = "selected",
     noise: str = "grid",
+    arithmetic: str = "float32",
     seed: str = "0",
     objective: str = "gaussian",
     settings: Sequence[str] = (),
@@ -75,8 +83,11 @@ def make_plans(
     means = card.presets[preset]
     n0, n = means.n0 if n0 is None else n0, means.n if n is None else n
     made = _procedure(procedure, target, n0, n, alpha, card)
+    if split != "test" and split != "validation":
+        raise unknown("--split", split, ("test", "validation"))
     if noise not in ("float", "grid"):
         raise unknown("--noise", noise, ("float", "grid"))
+    words = arithmetics.parse(arithmetic)
     if train_sigma is not None and train_sigma <= 0:
         raise BenchError(f"--train-sigma {train_sigma:g}: must be above 0")
     chosen = [name for name in registry.names() if defenses == "all"] or _words("--defense", defenses)
@@ -98,6 +109,10 @@ def make_plans(
             access = loaded[name][0].needs(config)
             if access > most_access(bases[name]):
                 raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} answers queries only")
+        if words and is_url(bases[name]):
+            raise BenchError(
+                f"--arithmetic {arithmetic}: base {bases[name]} is computed by its server: choose it there"
+            )
     plans = []
     for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
         if s <= 0:
@@ -121,14 +136,29 @@ def make_plans(
                 sigma=s,
                 train_sigma=train_sigma or s,
                 objective=objective,
+                split=split,  # type: ignore[arg-type]
                 examples=examples or str(means.examples),
                 procedure=made,
                 noise=noise,
+                arithmetic=words,
                 seed=number,
                 arguments=given | own | {"defenses": name, "sigma": repr(s), "seed": str(number)},
             )
             plans.append(plan)
     return plans
+
+
+def command(arguments: Mapping[str, Any], *more: str) -> str:
+    """The ``bench run`` that a record's arguments stand for, with more words at its end."""
+    flags = {"defenses": "--defense", "settings": "--set"}
+    words = ["bench", "run"]
+    for name, parameter in inspect.signature(make_plans).parameters.items():
+        value = arguments.get(name)
+        if value is None or value == parameter.default:
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [flags.get(name, f"--{name.replace('_', '-')}"), str(one)]
+    return shlex.join([*words, *more])
 
 
 def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:
@@ -138,6 +168,8 @@ def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card
         raise unknown("--target", target, ("selected", "label"))
     if n0 < 1:
         raise BenchError(f"--n0 {n0}: must be at least 1")
+    if max(n0, n) > MOST:
+        raise BenchError(f"--n0 {n0} and --n {n}: at most {MOST:,} votes an image")
     if not 0 < alpha < 1:
         raise BenchError(f"--alpha {alpha:g}: must lie strictly between 0 and 1")
     made: Fixed | Anytime = Fixed(n0, n, alpha, target)  # type: ignore[arg-type]

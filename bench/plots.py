@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from bench import metrics
+from bench.envelopes import Row
 from bench.figures import colour
 from bench.store import Record
 from bench.tables import reach
@@ -48,9 +49,9 @@ class Method:
 
     def shares(self, radii: Sequence[float], label: int | None = None) -> pd.DataFrame:
         """Certified accuracy at each radius in percent, with its interval: over all images, or those of a label."""
-        kept = [[c for c in r.certificates if label in (None, c.label)] for r in self.records]
-        seeds = [metrics.summarise(c, radii)["certified_accuracy"] for c in kept]
-        return 100 * pd.DataFrame([metrics.pool(points, len(kept[0])) for points in zip(*seeds, strict=True)])
+        found = [metrics.summarise(r.certificates, radii, label) for r in self.records]
+        seeds = zip(*(f["certified_accuracy"] for f in found), strict=True)
+        return 100 * pd.DataFrame([metrics.pool(points, found[0]["images"]) for points in seeds])
 
 
 def _text(words: str, width: int) -> str:
@@ -120,6 +121,30 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
                 name=names[sigma, m.label],
                 **fixed,
             )
+    return fig
+
+
+def envelope(rows: Sequence[tuple[Row, int]]) -> go.Figure:
+    """Each method, with its look, at the sigma chosen for each radius; straight lines only lead the eye."""
+    names = [_text(row.label, 40) for row, _ in rows]
+    fig = _figure(420, xaxis={"title": "l2 radius", "rangemode": "tozero"}, yaxis=PERCENT, legend=names)
+    for name, (row, look) in zip(names, rows, strict=True):
+        fig.add_scatter(
+            x=[p.radius for p in row.points],
+            y=[100 * p.value for p in row.points],
+            error_y={
+                "array": [100 * (p.high - p.value) for p in row.points],
+                "arrayminus": [100 * (p.value - p.low) for p in row.points],
+                "symmetric": False,
+                "thickness": 1,
+            },
+            mode="lines+markers",
+            line={"color": colour(look), "dash": DASHES[look % len(DASHES)]},
+            marker={"color": colour(look), "symbol": SYMBOLS[look % len(SYMBOLS)], "size": 9},
+            customdata=[[f"{p.sigma:g}", 100 * p.low, 100 * p.high] for p in row.points],
+            hovertemplate="%{y:.1f}% [%{customdata[1]:.1f}, %{customdata[2]:.1f}] at sigma %{customdata[0]}",
+            name=name,
+        )
     return fig
 
 
@@ -213,7 +238,7 @@ def abstention(found: list[Method]) -> go.Figure:
 def by_class(found: list[Method], radii: list[float]) -> dict[str, go.Figure]:
     """Certified accuracy of each class that has images: a figure for each radius."""
     first = found[0].records[0]
-    images = Counter(c.label for c in first.certificates)
+    images = Counter(first.certificates.column("label").tolist())
     labels = sorted(images)
     rows = [_text(f"{first.info['classes'][k]} ({images[k]})", 18) for k in labels]
     columns = [_text(m.label, 18) for m in found]

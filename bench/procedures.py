@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bench import bounds
 
 Counts = NDArray[np.int64]
+MOST = 10**9  # votes an image, at most: bounds at more take seconds each, and hours to check at high precision
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ def beside(record: Record) -> pd.DataFrame:
     """What was published for a table's data set at its sigma, or as an envelope over sigma: a row a method and setting.
 
     Columns are text: method, a percentage for each of the table's radii, and what differs from our runs. Empty
-    where nothing was published.
+    where nothing was published, which of validation images is never.
     """
     identity, radii = record.identity, [f"{r:g}" for r in record.info["radii"]]
+    if identity["split"] != "test":
+        return pd.DataFrame()
     found = rows()
     found = found[(found["dataset"] == identity["dataset"]) & (found["metric"] == "certified_accuracy")]
     sigma = pd.to_numeric(found["sigma"], errors="coerce")

@@ -34,7 +34,8 @@ from bench.plan import Plan
 from bench.ray_crew import LOSSES, Actor, Crew, why
 from bench.ray_worker import Failed, Place, pack, prepare, unpack
 from bench.registry import short_name, sources
-from bench.run import Reporter, make_task
+from bench.run import make_task
+from bench.runlog import Reporter
 from bench.scheduler import Batch, Scheduler
 from bench.store import Record, read_run
 
@@ -233,7 +234,10 @@ class _Driver:
                 self._fail(number, f"{run.filling.record.path}: a batch took {LOSSES} workers with it: {why(e)}")
             return None
         if isinstance(value, Failed):
-            self._fail(number, value.words)
+            if value.drifted and number in self._runs:
+                self._fail(number, f"{value.words} in {self._runs[number].filling.record.set_aside()}")
+            else:
+                self._fail(number, value.words)
             return None
         return value if number in self._runs else None
 

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray import cloudpickle
+from torch import Tensor
 
-from bench import environment, registry
+from bench import blocks, environment, registry
 from bench.certification import Certifier, measure
-from bench.certify import Task, vote
+from bench.certify import Model, Task, vote
 from bench.errors import BenchError, one_line
-from bench.run import Session, steady
+from bench.run import DRIFT, Session, steady
 from bench.scheduler import Batch
 
 _written: list[tempfile.TemporaryDirectory[str]] = []  # plug-ins' files: their source is part of what they train
@@ -66,6 +67,7 @@ class Failed:
     """A BenchError of another process, in its own words."""
 
     words: str
+    drifted: bool = False  # nothing that it certified holds
 
 
 class _Silent:
@@ -100,7 +102,7 @@ class VoteWorker:
 
     def __init__(self, place: Place) -> None:
         self._device = place.enter()
-        self._held: dict[int, tuple[Certifier, Task]] = {}
+        self._held: dict[int, tuple[Certifier, Model, Task, Tensor | None]] = {}
 
     def here(self) -> dict[str, Any]:
         """The machine and versions it runs on."""
@@ -114,20 +116,23 @@ class VoteWorker:
         except (ImportError, AttributeError) as e:
             return Failed(f"a Ray worker cannot rebuild the defense: {one_line(e)}; install the same on every node")
         environment.reset_peak_memory(self._device)
-        self._held[run] = held, there
+        model = held.model(self._device)
+        self._held[run] = held, model, there, None
         try:
             with steady(), torch.inference_mode():
-                return measure(held, there, index, calibrate)
+                reference = blocks.check_logits(model, there, index)
+                self._held[run] = held, model, replace(there, labels=lambda _: index), reference
+                return measure(held, model, there, index, calibrate)
         except BenchError as e:
             return Failed(str(e))
 
     def draw(self, run: int, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Any:
         """A batch's votes (see ``certify.vote``), as 32-bit integers, and the seconds they took; or ``Failed``."""
-        certifier, task = self._held[run]
+        _, model, task, _ = self._held[run]
         began = time.perf_counter()
         try:
             with steady(), torch.inference_mode():
-                voted = vote(certifier.logits, task, batch, pixels)
+                voted = vote(model, task, batch, pixels)
         except BenchError as e:
             return Failed(str(e))
         return voted.astype(np.int32), time.perf_counter() - began
@@ -136,9 +141,14 @@ class VoteWorker:
         """Let go of a run: the peak of memory in bytes, or ``Failed`` where its base is no longer what it was."""
         if run not in self._held:
             return 0
-        certifier, _ = self._held.pop(run)
+        certifier, model, task, reference = self._held.pop(run)
         try:
             certifier.base.check_unchanged(certifier.name)
+            if reference is not None:
+                with steady(), torch.inference_mode():
+                    again = blocks.check_logits(model, task, task.labels(0))
+                if not torch.equal(again.nan_to_num(), reference.nan_to_num()):
+                    return Failed(f"defense {certifier.name}: {DRIFT}", drifted=True)
         except BenchError as e:
             return Failed(str(e))
         return environment.peak_memory(self._device)

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringConstraints
 from pydantic.dataclasses import dataclass as checked
 
-from bench import hub
+from bench import hub, limits
 from bench.errors import BenchError, one_line
+from bench.hub import REVISION
 from bench.pictures import SUFFIXES, Pictures, decode
 
 if TYPE_CHECKING:
     from bench.cards import Card
 
 _STRICT = ConfigDict(extra="forbid")
+ROWS = 10_000_000  # of a file, at most
+STEP = 8  # rows decoded at a time: what may be taken before it is counted, at most 2 GB each
+OVERHEAD = 1000  # bytes that a step takes beside its columns, about
 PartName = Literal["train", "validation", "test"]
 
 
@@ -70,7 +74,7 @@ class Parquet(_Stored):
     image: str = "image"
     label: str = "label"
     hub: str = ""  # a data set of the hub, for files that are not in the folder
-    revision: str = "main"
+    revision: Annotated[str, StringConstraints(pattern=REVISION)] = "main"
 
 
 @checked(config=_STRICT, frozen=True, kw_only=True)
@@ -159,9 +163,11 @@ def _file(card: Card, source: Parquet, name: str) -> tuple[Path, str]:
 def _parquet(card: Card, source: Parquet, part: PartName) -> Part:
     pictures: list[Any] = []
     labels, starts, paths, origins = [], [0], [], []
+    room = limits.memory() // 2
     for name in getattr(source, part):
         path, origin = _file(card, source, name)
-        images, numbers = _columns(path, source, len(card.classes))
+        images, numbers = _columns(path, source, len(card.classes), room)
+        room -= images.nbytes + numbers.nbytes
         pictures.append(images)
         labels.append(numbers)
         starts.append(starts[-1] + len(numbers))
@@ -187,8 +193,12 @@ def _parquet(card: Card, source: Parquet, part: PartName) -> Part:
     )
 
 
-def _columns(path: Path, source: Parquet, classes: int) -> tuple[Any, NDArray[np.int64]]:
-    """The column of encoded pictures and the labels of one file; a path beside the bytes is never opened."""
+def _columns(path: Path, source: Parquet, classes: int, room: int) -> tuple[Any, NDArray[np.int64]]:
+    """The column of encoded pictures and the labels of one file; a path beside the bytes is never opened.
+
+    A file of a few hundred bytes may stand for any number of rows and bytes, and its footer need not say so:
+    it is read a few rows at a time, up to ``room`` bytes.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -201,7 +211,19 @@ def _columns(path: Path, source: Parquet, classes: int) -> tuple[Any, NDArray[np
                     raise BenchError(
                         f"{path}: {known.count(column) or 'no'} columns {column!r}; it has {', '.join(known)}"
                     )
-            table = file.read(columns=[source.image, source.label])
+            batches: list[Any] = []
+            taken = 0
+            if file.metadata.num_rows > ROWS:
+                raise BenchError(f"{path}: {file.metadata.num_rows:,} rows, more than {ROWS:,}; split it")
+            for batch in file.iter_batches(STEP, columns=[source.image, source.label]):
+                taken += batch.nbytes + OVERHEAD
+                if taken > room:
+                    raise BenchError(
+                        f"{path}: its pictures take more than the {room / 1e9:.1f} GB left of half of this machine's "
+                        f"memory; leave files out of the card, or use a machine with more"
+                    )
+                batches.append(batch)
+            table = pa.Table.from_batches(batches, None if batches else file.schema_arrow)
     except BenchError:
         raise
     except Exception as e:  # pyarrow raises its own errors, and Python's (UnicodeDecodeError, KeyError, MemoryError)

@@ -11,7 +11,9 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from bench.interface import Defense
 
 GROUP = "bench.defenses"
+_runnable: ContextVar[frozenset[Path] | None] = ContextVar("runnable", default=None)  # None: whatever was typed
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Listed:
     name: str
     summary: str
     family: str
+    trains: str
     access: str
     paper: str
     where: str
@@ -62,7 +66,7 @@ def listing() -> list[Listed]:
         except ImportError:
             spec = None
         if spec is None or spec.origin is None:
-            rows.append(Listed(name, f"(module {module} is not importable)", "", "", "", module))
+            rows.append(Listed(name, f"(module {module} is not importable)", "", "", "", "", module))
         else:
             rows.append(_read(name, Path(spec.origin), module))
     return rows
@@ -71,9 +75,9 @@ def listing() -> list[Listed]:
 def _read(name: str, path: Path, where: str) -> Listed:
     try:
         tree = ast.parse(path.read_text())
-    except (OSError, SyntaxError, ValueError) as e:
-        return Listed(name, f"(unreadable: {one_line(e)})", "", "", "", where)
-    fields = {"family": "other", "access": "WEIGHTS", "paper": ""}
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as e:  # the last two: nested too deep
+        return Listed(name, f"(unreadable: {one_line(e)})", "", "", "", "", where)
+    fields = {"family": "other", "trains": "other", "access": "WEIGHTS", "paper": ""}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and any("Defense" in ast.unparse(b) for b in node.bases):
             for line in node.body:
@@ -82,7 +86,7 @@ def _read(name: str, path: Path, where: str) -> Listed:
                     if key in fields:
                         fields[key] = ast.unparse(line.value).strip("'\"").removeprefix("Access.")
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Listed(name, summary, fields["family"], fields["access"], fields["paper"], where)
+    return Listed(name, summary, fields["family"], fields["trains"], fields["access"], fields["paper"], where)
 
 
 def load(name: str) -> tuple[type[Defense], str]:
@@ -91,6 +95,9 @@ def load(name: str) -> tuple[type[Defense], str]:
         path = Path(name)
         if not path.is_file():
             raise BenchError(f"no defense file at {name}")
+        allowed = _runnable.get()
+        if allowed is not None and path.resolve() not in allowed:
+            raise BenchError(f"{name} is named by a record alone, so it is not run; where you trust it, bench run it")
         module = _import_file(path, _module_name(path))
     elif name in _builtin():
         path = _builtin()[name]
@@ -101,6 +108,16 @@ def load(name: str) -> tuple[type[Defense], str]:
     else:
         raise unknown("defense", name, names())
     return _class_in(module, path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def only(files: Iterable[str]) -> Iterator[None]:
+    """Within, no defense file is run but these: the names come from a record, not from whoever typed the command."""
+    before = _runnable.set(frozenset(Path(f).resolve() for f in files))
+    try:
+        yield
+    finally:
+        _runnable.reset(before)
 
 
 def short_name(name: str) -> str:

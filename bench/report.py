@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from bench.errors import BenchError
+from bench import envelopes
+from bench.cache import write_text, writing
+from bench.envelopes import Envelope
 from bench.figures import TRADEOFF, curves, tradeoff
 from bench.published import beside
 from bench.published import heading as published_heading
@@ -20,8 +24,8 @@ from bench.tables import DASH, escape, groups, heading, level_with_best, pooled,
 def columns(group: Sequence[Record]) -> pd.DataFrame:
     """The table of one group as text: percent with 95% intervals, a dash for what cannot be or is not known."""
     frame, radii = pooled(group), group[0].info["radii"]
-    within = reach(group[0])
-    shown: dict[str, list[str]] = {"defense": [_label(row, frame) for _, row in frame.iterrows()]}
+    within, rows = reach(group[0]), frame.to_dict("records")
+    shown: dict[str, list[str]] = {"defense": [_label(row, frame) for row in rows]}
     for r in radii:
         key = f"certified_{r:g}"
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
@@ -30,10 +34,11 @@ def columns(group: Sequence[Record]) -> pd.DataFrame:
             f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]{' =' if row['run'] in tied else ''}"
             if r <= within
             else DASH
-            for _, row in frame.iterrows()
+            for row in rows
         ]
     shown |= {
-        "kind": list(frame["family"]),
+        "family": list(frame["family"]),
+        "trains": list(frame["trains"]),
         "base, clean": _numbers(frame["base_clean_accuracy"], ".1%"),
         "abstained": _numbers(frame["abstained"], ".1%"),
         "train (s)": _numbers(frame["train_seconds"], ".1f"),
@@ -57,11 +62,11 @@ def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
 
 def _markdown(group: Sequence[Record], published: bool) -> str:
     frame = pooled(group)
-    written_by_others = ["defense", "kind", "extra data"]
+    written_by_others = ["defense", "family", "trains", "extra data"]
     cells = columns(group)
     cells[written_by_others] = cells[written_by_others].map(escape)
     body = cells.to_markdown(index=False, disable_numparse=True)
-    flagged = [escape(f"{_label(row, frame)}: {row['flags']}") for _, row in frame.iterrows() if row["flags"]]
+    flagged = [escape(f"{_label(row, frame)}: {row['flags']}") for row in frame.to_dict("records") if row["flags"]]
     text = "\n\n".join([f"### {escape(heading(group[0]))}", body, limits(group), *flagged]) + "\n"
     if published and len(others := beside(group[0])):
         italic = others.assign(published=[f"*{p}*" for p in others["published"]])
@@ -79,17 +84,41 @@ def _latex(group: Sequence[Record], published: bool) -> str:
     return f"% {' '.join(heading(group[0]).split())}\n% {limits(group)}\n" + "\n".join(parts)
 
 
+def _envelope_markdown(envelope: Envelope) -> str:
+    if not envelope.rows:
+        return f"{escape(envelope.note)}\n"
+    cells = envelopes.columns(envelope)
+    cells["defense"] = cells["defense"].map(escape)
+    body = cells.to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join([f"### {escape(envelope.heading)}", body, escape(envelope.note)]) + "\n"
+
+
+def _envelope_latex(envelope: Envelope) -> str:
+    note = f"% {' '.join(envelope.note.split())}\n"
+    if not envelope.rows:
+        return note
+    body = envelopes.columns(envelope).to_latex(index=False, escape=True)
+    return f"% {' '.join(envelope.heading.split())}\n{note}{body}"
+
+
+def _as_json(envelope: Envelope) -> dict[str, Any]:
+    rows = [asdict(row) for row in envelope.rows]
+    said = {"heading": envelope.heading, "note": envelope.note, "validation_images": envelope.validation_images}
+    return said | {"rows": rows, "lacking": envelope.lacking}
+
+
 def limits(group: Sequence[Record]) -> str:
     """What the table cannot show, in a sentence or two."""
     record, frame = group[0], pooled(group)
+    split = record.identity["split"]
     within = [r for r in record.info["radii"] if r <= reach(record)]
     widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
-    text = ""
+    text = "" if split == "test" else f"These are {split} images, to choose by: no result of any defense. "
     if len(frame) > 1 and (above := [r for r in within if r > 0]):
         best = frame.iloc[int(frame[f"certified_{above[0]:g}"].argmax())]
         tied = level_with_best(group, frame, above[0])
-        others = [_label(row, frame) for _, row in frame.iterrows() if row["run"] in tied - {best["run"]}]
+        others = [_label(row, frame) for row in frame.to_dict("records") if row["run"] in tied - {best["run"]}]
         text = (
             f"At r = {above[0]:g} the most images are certified by {_label(best, frame)} "
             f"({best[f'certified_{above[0]:g}']:.1%}); "
@@ -121,7 +150,7 @@ def limits(group: Sequence[Record]) -> str:
     return text
 
 
-def _label(row: pd.Series, frame: pd.DataFrame) -> str:
+def _label(row: Mapping[Any, Any] | pd.Series, frame: pd.DataFrame) -> str:
     """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
     text = str(row["defense"]) + (" †" if row["flags"] else "")
     if (frame["defense"] == row["defense"]).sum() == 1:
@@ -131,19 +160,24 @@ def _label(row: pd.Series, frame: pd.DataFrame) -> str:
 
 
 def render(records: Sequence[Record], format: str, published: bool = False) -> str:
-    """All groups as md, latex, csv or json text; ``published`` adds others' numbers below md and latex tables."""
-    tables = groups(records)
+    """All groups as md, latex, csv or json text, and envelopes over sigma (not in csv, which has a line a run).
+
+    ``published`` adds others' numbers below md and latex tables.
+    """
+    tables, over_sigma = groups(records), envelopes.find(records)
     if format == "csv":
         frames = [table(g).assign(table=i) for i, g in enumerate(tables)]
         return str(pd.concat(frames, ignore_index=True).to_csv(index=False)) if frames else ""
     if format == "json":
         out = [{"heading": heading(g[0]), "rows": json.loads(table(g).to_json(orient="records"))} for g in tables]
-        return json.dumps({"tables": out}, indent=1) + "\n"
+        return json.dumps({"tables": out, "envelopes": [_as_json(e) for e in over_sigma]}, indent=1) + "\n"
     if format == "latex":
-        return "\n".join(["% needs \\usepackage{booktabs}\n", *(_latex(g, published) for g in tables)])
+        parts = [*(_latex(g, published) for g in tables), *map(_envelope_latex, over_sigma)]
+        return "\n".join(["% needs \\usepackage{booktabs}\n", *parts])
     parts = [_markdown(g, published) for g in tables]
     if len(parts) > 1:
         parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
+    parts += map(_envelope_markdown, over_sigma)
     return "\n".join(parts)
 
 
@@ -156,7 +190,7 @@ def write(
     """
     suffix = {"latex": ".tex"}.get(format, f".{format}")
     report = out if out.suffix == suffix else out / f"report{suffix}"
-    try:
+    with writing(f"the report to {out}", "choose another place with --out"):
         report.parent.mkdir(parents=True, exist_ok=True)
         if format == "html":
             from bench.html import page  # it builds on this module, and on Plotly, which takes a while to import
@@ -169,14 +203,12 @@ def write(
             for number, group in enumerate(groups(records), 1):
                 identity = group[0].identity
                 dataset = re.sub(r"[^\w.-]", "-", identity["dataset"])  # a part of a file's name, whoever wrote it
-                name = f"{dataset}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
+                split = "" if identity["split"] == "test" else "-validation"
+                name = f"{dataset}{split}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
                 name = f"{out.stem}-{name}" if report == out else name
                 made = {draw: draw(group, report.parent, name) for draw in (curves, tradeoff)}
                 files += [file for figures in made.values() for file in figures]
                 if format == "md":
                     text += f"\n![{escape(heading(group[0]))}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
-        # A name in a record may be no text at all (half of a surrogate pair); it is shown by its number.
-        report.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as e:
-        raise BenchError(f"cannot write the report to {out}: {e.strerror}; choose another place with --out") from None
+        write_text(report, text)
     return files

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import fitting, training
+from bench import blocks, fitting, training, watchdog
 from bench.base import BaseModel
 from bench.cards import Split
 from bench.certify import Task
@@ -31,8 +31,9 @@ def best(
     scores: list[float] = []
     for values, config in plan.candidates:
         fitted = fitting.fit(replace(plan, config=config), base, train, task.device, progress)
-        with torch.inference_mode(), fitting.blame(plan.defense):
-            score = accuracy_under_noise(fitted.defense, task, min(images, IMAGES))
+        with torch.inference_mode(), fitting.blame(plan.defense, "on the validation split"):
+            fits = blocks.fitting_block(fitted.defense, task, 0)
+            score = accuracy_under_noise(fitted.defense, fits, min(images, IMAGES))
         scores.append(score)
         tried.append({"values": values, "config": asdict(config), "accuracy_under_noise": score})
     return replace(plan, config=plan.candidates[scores.index(max(scores))][1]), tried
@@ -43,6 +44,7 @@ def accuracy_under_noise(model: torch.nn.Module, task: Task, images: int) -> flo
     copies = list(itertools.product(range(images), range(DRAWS)))
     right = 0
     for begin in range(0, len(copies), task.block):
+        watchdog.alive()
         part = copies[begin : begin + task.block]
         votes = [Vote("validate", i, k) for i, k in part]
         pixels = torch.from_numpy(task.images([i for i, _ in part])).to(task.device)

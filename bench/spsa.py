@@ -127,6 +127,14 @@ class SPSA:
         if self.recent > 2 * self.start + 1:
             raise Diverged(f"SPSA diverged: by step {k} its loss rose from {self.start:.3g} to {self.recent:.3g}")
 
+    def check_end(self) -> None:
+        """Raise Diverged where the last steps' mean loss is clearly above the first's: a bounded loss grows no further.
+
+        Not asked on the way, since momentum may overshoot at first and come back.
+        """
+        if self.recent > 1.25 * self.start + 0.25:
+            raise Diverged(f"SPSA ended where its loss is {self.recent:.3g}; it began at {self.start:.3g}")
+
 
 class Replay:
     """A draw whose values can be drawn again; satisfies ``interface.Draw``.

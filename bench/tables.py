@@ -8,17 +8,19 @@ the same whether a linear probe was put on it or the defense brought a head.
 from __future__ import annotations
 
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bench import metrics
 from bench.anytime import procedure_of
 from bench.cache import digest
-from bench.errors import BenchError
+from bench.errors import BenchError, one_line, shown
 from bench.paired import holm, mcnemar
 from bench.store import Record, find_runs, read_run
 
@@ -34,12 +36,26 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
         except BenchError as e:
             left_out.append(str(e))
             continue
-        if record.complete:
-            records.append(record)
-        else:
-            done, all_ = len(record.certificates), len(record.identity["indices"])
+        done, all_ = len(record.certificates), len(record.identity.get("indices", ()))
+        if not record.complete:
             left_out.append(f"{path}: unfinished ({done} of {all_} images); run the same command again to finish it")
+        elif not record.whole:
+            left_out.append(f"{path}: corrupt: finished with {all_} images, but certificates.jsonl holds other ones")
+        elif problem := _unusable(record):
+            left_out.append(problem)
+        else:
+            records.append(record)
     return records, left_out
+
+
+def _unusable(record: Record) -> str:
+    """What keeps a finished run from any table: something of run.json that is missing or of another type."""
+    try:
+        _row(record), heading(record), reach(record), comparable(record), method_key(record)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        what = f"{type(e).__name__}: {one_line(e)}"
+        return f"{record.path}: corrupt: run.json lacks something that a table needs, or misstates it ({what})"
+    return ""
 
 
 def comparable(record: Record) -> dict[str, Any]:
@@ -48,18 +64,29 @@ def comparable(record: Record) -> dict[str, Any]:
     return kept if record.imported else kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
 
 
+def beside_sigma(record: Record) -> dict[str, Any]:
+    """The part of an identity that must agree for two runs to be shown together at different sigmas."""
+    same = {k: v for k, v in comparable(record).items() if k != "sigma"}
+    return same | {"noise": {k: v for k, v in same["noise"].items() if k != "tau"}}  # tau follows from sigma
+
+
 def _base_sha256(record: Record) -> str:
     """The base's hash, that before the probe where it was given one."""
     return str(record.info["base"].get("before_probe", record.identity["base"]["sha256"]))
 
 
 def groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Runs that may stand in one table together, best certified accuracy summed over the grid last settled by name."""
+    """Runs that may stand in one table together, by data set, split (test first) and sigma."""
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_key[digest(comparable(record))].append(record)
     tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"] or 0)) for g in by_key.values()]
-    return sorted(tables, key=lambda g: (g[0].identity["dataset"], g[0].identity["sigma"], digest(comparable(g[0]))))
+    return sorted(tables, key=_order)
+
+
+def _order(group: Sequence[Record]) -> tuple[Any, ...]:
+    identity = group[0].identity
+    return identity["dataset"], identity["split"] != "test", identity["sigma"], digest(comparable(group[0]))
 
 
 def table(group: Sequence[Record]) -> pd.DataFrame:
@@ -73,13 +100,14 @@ def pooled(group: Sequence[Record]) -> pd.DataFrame:
     """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean."""
     rows = []
     for records in methods(group):
-        row = pd.DataFrame([_row(r) for r in records])
-        first = row.iloc[0].to_dict()
-        for column in row.select_dtypes("number").columns:
-            first[column] = row[column].mean()
+        seeds = [_row(r) for r in records]
+        first = dict(seeds[0])
+        for column in first:
+            if known := [float(x[column]) for x in seeds if isinstance(x[column], int | float)]:
+                first[column] = statistics.fmean(known)
         for r in group[0].info["radii"]:
             key = f"certified_{r:g}"
-            points = [{"value": x[key], "low": x[f"{key}_low"], "high": x[f"{key}_high"]} for _, x in row.iterrows()]
+            points = [{"value": x[key], "low": x[f"{key}_low"], "high": x[f"{key}_high"]} for x in seeds]
             found = metrics.pool(points, int(first["images"]))
             first |= {key: found["value"], f"{key}_low": found["low"], f"{key}_high": found["high"]}
         first["seeds"] = len(records)
@@ -93,16 +121,20 @@ def methods(group: Sequence[Record]) -> list[list[Record]]:
     """The runs of each method of a table: those that differ in nothing but their seed and what it brings about."""
     found: dict[str, list[Record]] = defaultdict(list)
     for record in group:
-        defense = record.identity["defense"]
-        config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
-        given = record.info["defense"]["weights_file"] and defense["weights"]
-        key = [defense["name"], defense["source"], config, defense["objective"], given, record.identity["train_sigma"]]
-        found[digest({"method": key})].append(record)
+        found[digest({"method": [*method_key(record), record.identity["train_sigma"]]})].append(record)
     apart: list[list[Record]] = []
     for records in found.values():
         same = len({r.identity["seed"] for r in records}) == len(records)
         apart += [records] if same else [[r] for r in records]
     return apart
+
+
+def method_key(record: Record) -> list[Any]:
+    """What two runs of one method have in common, beside the sigma they were trained at."""
+    defense = record.identity["defense"]
+    config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
+    given = record.info["defense"]["weights_file"] and defense["weights"]
+    return [defense["name"], defense["source"], config, defense["objective"], given, defense.get("arithmetic")]
 
 
 def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
@@ -114,7 +146,7 @@ def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float)
     key = f"certified_{radius:g}"
     best = frame.iloc[int(frame[key].argmax())]
     by_run = {m[0].path.name: m for m in methods(group)}
-    others = [row for _, row in frame.iterrows() if row["run"] != best["run"]]
+    others = [row for row in frame.to_dict("records") if row["run"] != best["run"]]
     single = [row["run"] for row in others if len(by_run[row["run"]]) == len(by_run[best["run"]]) == 1]
     tests = holm([_mcnemar(by_run[best["run"]][0], by_run[run][0], radius) for run in single])
     level = {run for run, p in zip(single, tests, strict=True) if p >= 0.05}
@@ -123,8 +155,8 @@ def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float)
 
 
 def _mcnemar(one: Record, other: Record, radius: float) -> float:
-    first, second = ({c.index for c in r.certificates if metrics.holds(c, radius)} for r in (one, other))
-    return mcnemar(len(first - second), len(second - first))
+    first, second = (metrics.by_index(r.certificates)[1] >= radius for r in (one, other))
+    return mcnemar(int(np.sum(first & ~second)), int(np.sum(second & ~first)))
 
 
 def searched(record: Record) -> set[str]:
@@ -141,6 +173,7 @@ def _row(record: Record) -> dict[str, Any]:
         row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
     row |= {
         "family": info["defense"]["family"],
+        "trains": info["defense"]["trains"],
         "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
         "images": result["images"],
         "base_clean_accuracy": None if right is None else right / info["base"]["images"],
@@ -185,9 +218,14 @@ def heading(record: Record) -> str:
     return f"{setting(record)}, base {known}"
 
 
+def common(record: Record) -> str:
+    """The same without data set and sigma."""
+    return heading(record).partition(": ")[2]
+
+
 def escape(text: str) -> str:
     """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(" ".join(text.split())))
 
 
 def method_name(record: Record) -> str:
@@ -196,6 +234,7 @@ def method_name(record: Record) -> str:
     words = [record.identity["defense"]["name"]]
     words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
     words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
+    words += record.identity["defense"].get("arithmetic", [])
     keys = sorted(searched(record))
     return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bench import limits
 from bench.errors import BenchError, one_line
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz")
@@ -49,6 +50,10 @@ def refuse_pickle(path: Path) -> None:
 def read(path: Path) -> Stored:
     """The tensors of a safetensors file, on the CPU. Raises BenchError for a pickle or a corrupt file."""
     refuse_pickle(path)
+    if (size := path.stat().st_size) > (most := limits.memory()):
+        raise BenchError(
+            f"{path}: {size / 1e9:.1f} GB, and there are {most / 1e9:.1f} GB of memory; use a larger machine"
+        )
     try:
         with path.open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cache import file_sha256
-from bench.errors import BenchError, one_line
+from bench import watchdog
+from bench.cache import MEND, file_sha256, replacing, writing
+from bench.errors import BenchError, DefenseFault, note, one_line
 from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
 from bench.noise import Noise, TrainDraw
 
@@ -65,7 +67,7 @@ class _Step:
         if self.number % 10 == 9 or self.number == self.count - 1:
             value = float(loss)
             if not math.isfinite(value):
-                raise BenchError(
+                raise DefenseFault(
                     f"training diverged: loss {value} at step {self.number} of {self.count}; lower it with --set lr=..."
                 )
             self.progress(self.number + 1, self.count, value)
@@ -127,6 +129,7 @@ class TrainingJob:
             if queries and asked + dearest > queries:
                 break
             rows = self._rows(number, batch)
+            watchdog.alive()
             with fixed_rng(self.seed, number):
                 x = _augment(torch.from_numpy(self.data.pixels(rows)), self.augment).to(self.device)
                 y = torch.from_numpy(self.data.labels[rows]).to(self.device)
@@ -156,25 +159,33 @@ class TrainingJob:
         return np.concatenate(rows)
 
     def _save(self, state: tuple[Stateful, ...], step: int, seconds: float, dearest: int) -> None:
-        partial = self.checkpoint.with_suffix(f".{os.getpid()}")
+        """The checkpoint: sha256 of what follows, then torch's own format, whose reader notices no flipped bit."""
         parts = [s.state_dict() for s in state]
         counts = {"step": step, "seconds": seconds, "dearest": dearest, "queries": self._queries()}
-        torch.save({"state": parts, **counts}, partial)
-        partial.replace(self.checkpoint)
+        buffer = io.BytesIO()
+        torch.save({"state": parts, **counts}, buffer)
+        with writing(self.checkpoint, MEND), replacing(self.checkpoint) as partial, partial.open("wb") as f:
+            f.write(hashlib.sha256(buffer.getbuffer()).digest())
+            f.write(buffer.getbuffer())
 
     def _resume(self, state: tuple[Stateful, ...]) -> tuple[int, float, int]:
-        """Steps done, seconds spent, and the queries of the dearest step."""
+        """Steps done, seconds spent, and the queries of the dearest step: nothing without a whole checkpoint."""
         if not self.checkpoint.exists():
             return 0, 0.0, 0
         try:
-            saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            data = memoryview(self.checkpoint.read_bytes())
+            size = hashlib.sha256().digest_size
+            if hashlib.sha256(data[size:]).digest() != data[:size]:
+                note(f"corrupt checkpoint {self.checkpoint}: not the file that was written; it is trained anew")
+                return 0, 0.0, 0
+            saved = torch.load(io.BytesIO(data[size:]), map_location=self.device, weights_only=True)
             for one, part in zip(state, saved["state"], strict=True):
                 one.load_state_dict(part)
             if self.base is not None:
                 self.base.queries = saved["queries"]
             return saved["step"], saved["seconds"], saved["dearest"]
         except Exception as e:
-            raise BenchError(f"corrupt checkpoint {self.checkpoint}: {one_line(e)}; delete it to train anew") from None
+            raise BenchError(f"checkpoint {self.checkpoint}: {one_line(e)}; delete it to train anew") from None
 
 
 def _optimizer(params: list[nn.Parameter], s: Schedule) -> torch.optim.Optimizer:

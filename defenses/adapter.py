@@ -39,7 +39,8 @@ class Adapter(Defense):
     al. 2022, arXiv 2203.12119) and a rate from its search.
     """
 
-    family = "classifier-tuned"
+    family = "PEFT"
+    trains = "classifier-tuned"
     paper = "2404.05350"
 
     @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class BitFit(Defense):
     which compares itself with it, and a rate from that paper's search.
     """
 
-    family = "classifier-tuned"
+    family = "PEFT"
+    trains = "classifier-tuned"
     paper = "2106.10199"
 
     @dataclass(frozen=True)

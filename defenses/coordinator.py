@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bench import tensors
 from bench.autoencoder import MaskedAutoencoder, PatchEncoder, resized
+from bench.blueprints import check_source
 from bench.errors import BenchError, one_line
 from bench.interface import Access, Defense, Draw, Job, Step
 from bench.spsa import SPSA, Diverged, Gains, Replay
@@ -35,7 +37,8 @@ class Coordinator(Defense):
     """
 
     access = Access.QUERY
-    family = "classifier-tuned"
+    family = "black-box"
+    trains = "classifier-tuned"
     paper = "2303.14773"
 
     @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Coordinator(Defense):
         try:
             config = json.loads(self.context.hub(source, "config.json").read_text())
             stated = config.get("pretrained_cfg") or config
+            check_source(f"coordinator: encoder {source}", config["architecture"], config.get("model_args", {}))
             model = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
             encoder = StoredEncoder(model, stated["mean"], stated["std"], stated["input_size"])
         except BenchError:
@@ -134,13 +138,12 @@ class Coordinator(Defense):
                 adam.step()
                 step.report(value.detach())
             else:
-                try:
+                with _blamed():
                     step.report(spsa.step(loss))
-                except Diverged as e:
-                    mend = "tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"
-                    raise BenchError(f"coordinator: {e}; {mend}") from None
             if step.number == 0:
                 self._check_budget(self.context.base.queries - asked)
+        with _blamed():
+            spsa.check_end()
 
     def _set_statistics(self, step: Step) -> None:
         """Batch norms and whitening take those of a noisy batch, and keep them: probes must not move them."""
@@ -182,6 +185,16 @@ class Coordinator(Defense):
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         return self.answer(x, self.encode(x))
+
+
+@contextmanager
+def _blamed() -> Iterator[None]:
+    """Turn divergence into the settings to change."""
+    try:
+        yield
+    except Diverged as e:
+        mend = "tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"
+        raise BenchError(f"coordinator: {e}; {mend}") from None
 
 
 class Decoder(nn.Module):

@@ -131,7 +131,8 @@ class Denoiser(Defense):
     """
 
     access = Access.GRADIENT
-    family = "denoiser-trained"
+    family = "denoiser"
+    trains = "denoiser-trained"
     paper = "2003.01908"
 
     @dataclass(frozen=True)

@@ -120,7 +120,8 @@ class DiffusionDenoised(Defense):
     """
 
     access = Access.QUERY
-    family = "training-free"
+    family = "diffusion"
+    trains = "training-free"
     paper = "2206.10550"
 
     @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class DiffusionDenoised(Defense):
 
     @classmethod
     def kind(cls, config: Any) -> str:
-        return "classifier-tuned" if config.classifier else cls.family if config.unet else "denoiser-trained"
+        return "classifier-tuned" if config.classifier else cls.trains if config.unet else "denoiser-trained"
 
     @classmethod
     def needs(cls, config: Any) -> Access:

@@ -17,7 +17,8 @@ class FullFineTuning(Defense):
     (Jia et al. 2022, arXiv 2203.12119): SGD, cosine over 100 epochs with 10 of warm-up, batch 128.
     """
 
-    family = "classifier-tuned"
+    family = "fine-tuning"
+    trains = "classifier-tuned"
     paper = "2404.05350"
 
     @dataclass(frozen=True)

@@ -18,7 +18,8 @@ class LinearHead(Defense):
     stated for noisy images; ``paper`` has that paper's schedule, and a rate from its search.
     """
 
-    family = "classifier-tuned"
+    family = "PEFT"
+    trains = "classifier-tuned"
     paper = "2203.12119"
 
     @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class LoRA(Defense):
     schedule; ``paper`` has that of the prompt tuning it builds on (Jia et al. 2022, arXiv 2203.12119).
     """
 
-    family = "classifier-tuned"
+    family = "PEFT"
+    trains = "classifier-tuned"
     paper = "2404.05350"
 
     @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LoRA(Defense):
         if self.config.rank < 1:
             raise BenchError(f"lora: rank={self.config.rank} must be at least 1")
         base = self.context.base.copy(self.context.classes)
-        names = self._targets(base)
+        names = self._called(base, self._targets(base))
         if not names:
             raise BenchError(
                 f"lora: targets={self.config.targets} matches no layer of this base "
@@ -103,6 +104,20 @@ class LoRA(Defense):
         for attention in found.values():
             attention.qkv = SplitQKV(attention.qkv)  # type: ignore[assignment]
         return [f"{name}.qkv.{part}" for name in found for part in "qv"]
+
+    def _called(self, base: nn.Module, names: list[str]) -> list[str]:
+        """Those of the named layers that an image passes through.
+
+        BEiT reads its projection's weights without calling it: an adapter there would have no effect.
+        """
+        called: set[str] = set()
+        layers = dict(base.named_modules())
+        hooks = [layers[name].register_forward_hook(lambda *_, n=name: called.add(n)) for name in names]
+        with torch.no_grad():
+            base.eval()(torch.zeros(1, *self.context.shape, device=next(base.parameters()).device))
+        for hook in hooks:
+            hook.remove()
+        return [name for name in names if name in called]
 
     def merge(self) -> None:
         self.model = self.model.merge_and_unload()

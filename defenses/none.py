@@ -18,6 +18,7 @@ class NoDefense(Defense):
 
     access = Access.QUERY
     family = "none"
+    trains = "none"
     paper = "1902.02918"
 
     @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class PromptTuning(Defense):
     It does not state its schedule; ``paper`` has prompt tuning's, with a rate from its search.
     """
 
-    family = "classifier-tuned"
+    family = "PEFT"
+    trains = "classifier-tuned"
     paper = "2404.05350"
 
     @dataclass(frozen=True)

@@ -14,7 +14,8 @@ class Retrain(Defense):
     """Gaussian data augmentation (Cohen et al. 2019): fresh noise for each image at each step, fresh weights."""
 
     access = Access.NONE
-    family = "from scratch"
+    family = "retraining"
+    trains = "from scratch"
     paper = "1902.02918"
 
     @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class TwoStage(Defense):
     """
 
     adapts = True
-    family = "classifier-tuned"
+    family = "adaptation"
+    trains = "classifier-tuned"
     paper = "2404.05350"
 
     @dataclass(frozen=True)

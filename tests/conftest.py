@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Nothing is judged by the clock: the suite may share its cores.
+settings.register_profile("certbench", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("certbench")
 
 HERE = Path(__file__).parent
 TINY = str(HERE / "tiny.toml")

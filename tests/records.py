@@ -14,26 +14,13 @@ from bench.store import Run
 RADII = [0.0, 0.25, 0.5, 0.75]
 
 
-def made_up(
-    out: Path,
-    radii: Sequence[float | None],
-    wrong: Sequence[int] = (),
-    name: str = "lora",
-    cost: dict[str, Any] | None = None,
-    counted: bool = False,
-    **changes: Any,
-) -> Path:
-    """A finished run; image i is certified at ``radii[i]`` (None: abstained), predicted right but those ``wrong``.
-
-    ``counted``: ``radii`` are how many of the procedure's votes were for the class instead, and the radius follows
-    from them, so that the record bears an audit. ``changes`` are of the identity. Every other one is as a run of
-    ``name`` on 8x8 images would have it.
-    """
+def stated(count: int, name: str = "lora") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Identity of a run of ``name`` on so many images of 8x8, and what else run.json says of it."""
     identity: dict[str, Any] = {
         "dataset": "digits",
         "card": "c" * 64,
         "split": "test",
-        "indices": list(range(len(radii))),
+        "indices": list(range(count)),
         "images": "1" * 64,
         "base": {"name": "vit", "sha256": "b" * 64},
         "defense": {
@@ -54,10 +41,39 @@ def made_up(
         **{"environment": {}, "arguments": {}, "radii": RADII, "preset": "quick", "classes": list("0123456789")},
         **{"data": {}, "base": {"clean_correct": 9, "images": 10}},
         "defense": {
-            **{"family": "classifier-tuned", "paper": "", "access": "WEIGHTS", "trained_elsewhere": []},
-            **{"settings": {}, "search": [], "weights_file": None},
+            **{"family": "PEFT", "trains": "classifier-tuned", "paper": "", "access": "WEIGHTS"},
+            **{"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
         },
     }
+    return identity, extra
+
+
+def costs(votes: int) -> dict[str, Any]:
+    """The cost that a finished run states."""
+    keys = ("base_forwards", "queries", "trainable_nominal", "trainable_updated", "trained_elsewhere", "parameters")
+    return {
+        **dict.fromkeys(keys, 1),
+        **{"train_seconds": 10.0, "certify_seconds": 20.0, "votes": votes},
+        **{"trained_here": 100, "flops_per_vote": 1e6, "peak_memory": 10**8},
+    }
+
+
+def made_up(
+    out: Path,
+    radii: Sequence[float | None],
+    wrong: Sequence[int] = (),
+    name: str = "lora",
+    cost: dict[str, Any] | None = None,
+    counted: bool = False,
+    **changes: Any,
+) -> Path:
+    """A finished run; image i is certified at ``radii[i]`` (None: abstained), predicted right but those ``wrong``.
+
+    ``counted``: ``radii`` are how many of the procedure's votes were for the class instead, and the radius follows
+    from them, so that the record bears an audit. ``changes`` are of the identity. Every other one is as a run of
+    ``name`` on 8x8 images would have it.
+    """
+    identity, extra = stated(len(radii), name)
     run = Run(out, f"digits-{name}-s0.25", identity | changes, extra)
     for i, radius in enumerate(radii):
         label = i % 10
@@ -66,13 +82,7 @@ def made_up(
             continue
         predicted = None if radius is None else (label + 1) % 10 if i in wrong else label
         run.append(Certificate(predicted, radius or 0.0, 100, 1000, 900, 0, 100, 0.8, 1100, i, label, 0.5))
-    keys = ("base_forwards", "queries", "trainable_nominal", "trainable_updated", "trained_elsewhere", "parameters")
-    known = {
-        **dict.fromkeys(keys, 1),
-        **{"train_seconds": 10.0, "certify_seconds": 20.0, "votes": sum(c.votes for c in run.done)},
-        **{"trained_here": 100, "flops_per_vote": 1e6, "peak_memory": 10**8},
-    }
-    run.finish(known | (cost or {}), metrics.summarise(run.done, RADII))
+    run.finish(costs(sum(c.votes for c in run.done)) | (cost or {}), metrics.summarise(run.done, RADII))
     run.close()
     return run.path
 

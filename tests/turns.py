@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+Clock = Callable[[], float]
 
-def paired(one: Callable[[], None], other: Callable[[], None], rounds: int) -> list[float]:
+
+def paired(
+    one: Callable[[], object], other: Callable[[], object], rounds: int, clock: Clock = time.perf_counter
+) -> list[float]:
     """Ratios of seconds, the two in turn, after a warm-up of each."""
     one(), other()
     ratios = []
     for _ in range(rounds):
-        ratios.append(seconds(one) / seconds(other))
+        ratios.append(seconds(one, clock) / seconds(other, clock))
     return ratios
 
 
-def seconds(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
+def seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    began = clock()
     call()
-    return time.perf_counter() - began
+    return clock() - began

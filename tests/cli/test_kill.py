@@ -1,74 +1,161 @@
-"""kill -9 at any moment, then the same command: nothing lost, nothing repeated, the same counts."""
+"""kill -9 at random moments, then the same commands: nothing lost, nothing repeated, the same counts."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from apart import run, start, whole_lines
 from conftest import TINY
 
+from bench.cache import file_sha256
+
 ARGS = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "400", "--set", "epochs=8"]
+PHASES = ("training", "certification", "report writing")
 
 
-def command(out: Path, cache: Path, *extra: str) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "CERTBENCH_CACHE": str(cache)}
-    run = [sys.executable, "-m", "bench", *ARGS, *extra, "--out", str(out)]
+class Job:
+    """Run, report and baseline in one process, which may be killed and started again."""
 
-    def heed_ctrl_c() -> None:  # a suite started in the background has it ignored, and children inherit that
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def __init__(self, place: Path) -> None:
+        self.out, self.cache, self.report = place / "runs", place / "cache", place / "report"
+        self.baseline, self.log = place / "baseline.json", place / "log"
+        place.mkdir()
+        self._kept: list[str] = []
+        self._written: dict[Path, bytes] = {}
 
-    return subprocess.Popen(run, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
+    def begin(self) -> None:
+        """Start the commands."""
+        self._from, out = self.phase(), str(self.out)
+        self.log.unlink(missing_ok=True)
+        report = ["report", out, "--out", str(self.report)]
+        check = ["check", out, "--baseline", str(self.baseline), "--update"]
+        self._process = start(run, [[*ARGS, "--out", out], report, check], cache=self.cache, log=self.log)
 
+    def phase(self) -> int:
+        """Which phase it is in, by what is on disk."""
+        files = list(self.out.glob("*/run.json"))
+        return 0 if not files else 2 if json.loads(files[0].read_text())["status"] == "complete" else 1
 
-def certificates(out: Path) -> list[dict[str, object]]:
-    (file,) = out.glob("*/certificates.jsonl")
-    rows = [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
-    return sorted(rows, key=lambda r: r["index"])
-
-
-def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
-    whole = command(tmp_path / "whole", tmp_path / "cache-a")
-    began = time.monotonic()
-    assert whole.wait() == 0, whole.stderr.read().decode() if whole.stderr else ""
-    took = time.monotonic() - began
-    kept: list[dict[str, object]] = []
-    kills = 0
-    # In training, and twice in certification, once the first certificates are there.
-    for wanted in (0, 5, 25):
-        process = command(tmp_path / "parts", tmp_path / "cache-b")
-        deadline = time.monotonic() + 10 * took + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            files = list((tmp_path / "parts").glob("*/certificates.jsonl"))
-            done = len(files[0].read_text().splitlines()) if files else 0
-            started = any((tmp_path / "cache-b").glob("tiny-*"))
-            if (wanted == 0 and started) or (wanted and done >= wanted):
-                process.send_signal(signal.SIGKILL)
-                kills += 1
+    def reach(self, phase: int) -> None:
+        """Wait until the process works at that phase, or is beyond it."""
+        while self._process.is_alive():
+            log = self.log.read_text() if self.log.exists() else ""
+            resumed = "already complete" in log or self._from < 2
+            if phase == 0 or (self.phase() == 2 and resumed) or (phase == 1 and "procedure, at most" in log):
                 break
             time.sleep(0.005)
-        process.wait()
-        if list((tmp_path / "parts").glob("*/certificates.jsonl")):
-            (file,) = (tmp_path / "parts").glob("*/certificates.jsonl")
-            text = file.read_text()
-            now = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-            assert now[: len(kept)] == kept  # what was certified before is still there, as it was
-            kept = now
-    assert kills == 3
-    last = command(tmp_path / "parts", tmp_path / "cache-b")
-    assert last.wait() == 0
-    assert certificates(tmp_path / "parts") == certificates(tmp_path / "whole")
-    assert [p.name for p in (tmp_path / "parts").iterdir()] == [p.name for p in (tmp_path / "whole").iterdir()]
+
+    def kill(self) -> bool:
+        """kill -9; whether there was anything left to kill."""
+        self._process.kill()
+        self._process.join()
+        return self._process.exitcode == -signal.SIGKILL
+
+    def finish(self) -> None:
+        """Wait for its end, which must be a good one."""
+        self._process.join()
+        assert self._process.exitcode == 0, self.log.read_text()
+
+    def check(self) -> None:
+        """All that is on disk is whole, and what was certified before is there as it was."""
+        now = whole_lines(self.out)
+        assert now[: len(self._kept)] == self._kept
+        self._kept = now
+        for meta in self.cache.glob("*/meta.json"):
+            assert file_sha256(meta.with_name("weights.safetensors")) == json.loads(meta.read_text())["sha256"]
+        for file in [*self.report.glob("[!.]*"), *self.baseline.parent.glob("baseline.json")]:
+            assert self._written.setdefault(file, file.read_bytes()) == file.read_bytes()
+        assert "Traceback" not in self.log.read_text()
+
+    def result(self) -> tuple[list[dict[str, object]], list[str]]:
+        """Certificates by image, without seconds, and the names of all files."""
+        rows = [{**json.loads(line), "seconds": 0} for line in whole_lines(self.out)]
+        files = {p.relative_to(folder) for folder in (self.out, self.cache) for p in folder.rglob("*") if p.is_file()}
+        visible = {p for p in self.report.iterdir() if not p.name.startswith(".")}
+        return sorted(rows, key=lambda r: str(r["index"])), sorted([*map(str, files), *(p.name for p in visible)])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, list[float]]:
+    """A job that nobody kills, and how long each of its phases took."""
+    job = Job(tmp_path_factory.mktemp("undisturbed") / "job")
+    job.begin()
+    times = [time.monotonic()]
+    for phase in (1, 2):
+        job.reach(phase)
+        times.append(time.monotonic())
+    job.finish()
+    times.append(time.monotonic())
+    job.check()
+    return job, [after - before for before, after in itertools.pairwise(times)]
+
+
+def killed(job: Job, phases: Sequence[int], seconds: list[float], rng: random.Random) -> Counter[str]:
+    """Kill it in each of the phases, at a moment drawn uniformly from that phase's duration, then let it end."""
+    hits: Counter[str] = Counter()
+    for phase in phases:
+        job.begin()
+        job.reach(phase)
+        time.sleep(rng.uniform(0, seconds[phase]))
+        moment = PHASES[job.phase()]
+        hits[moment] += job.kill()
+        job.check()
+    job.begin()
+    job.finish()
+    job.check()
+    return hits
+
+
+def test_killed_five_times_equals_undisturbed(undisturbed: tuple[Job, list[float]], tmp_path: Path) -> None:
+    whole, seconds = undisturbed
+    job = Job(tmp_path / "job")
+    # A resumed certification is shorter, so only the first is drawn from all of it.
+    hits = killed(job, [0, 0, 1, 2, 2], [0.8 * s for s in seconds], random.Random(0))
+    assert sum(hits.values()) == 5
+    assert job.result() == whole.result()
+
+
+@pytest.mark.slow
+def test_killed_two_hundred_times_equals_undisturbed(undisturbed: tuple[Job, list[float]], tmp_path: Path) -> None:
+    whole, seconds = undisturbed
+    rng = random.Random(0)
+    hits: Counter[str] = Counter()
+    jobs, began = 0, time.monotonic()
+    while sum(hits.values()) < 200:
+        job = Job(tmp_path / "job")
+        phases = sorted(p for p in range(3) for _ in range(rng.randint(0, 4)))
+        hits += killed(job, phases, seconds, rng)
+        assert job.result() == whole.result()
+        shutil.rmtree(tmp_path / "job")
+        jobs += 1
+    took = ", ".join(f"{name} {s:.1f} s" for name, s in zip(PHASES, seconds, strict=True))
+    kills = ", ".join(f"{hits[name]} in {name}" for name in PHASES)
+    print(f"\nundisturbed: {took}\n{sum(hits.values())} kills in {jobs} jobs: {kills}; every job ended as undisturbed")
+    print(f"{time.monotonic() - began:.0f} s")
+    assert all(hits[name] >= 30 for name in PHASES)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
-    process = command(tmp_path / "runs", tmp_path / "cache", "--n", "40000")
+    env = {**os.environ, "CERTBENCH_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "bench", *ARGS, "--n", "40000", "--out", str(tmp_path / "runs")]
+
+    def heed_ctrl_c() -> None:  # a suite started in the background has it ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=-1, preexec_fn=heed_ctrl_c)
     while not list((tmp_path / "runs").glob("*/certificates.jsonl")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -102,7 +102,7 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
     votes = [Vote("estimate", 0, i) for i in range(task.block)]
     with torch.inference_mode():
         logits = [
-            c.logits(t.noisy(task.repeated(0), votes), VoteDraw(t.noise, votes, t.sigma, cpu))
+            c.model(cpu)(t.noisy(task.repeated(0), votes), VoteDraw(t.noise, votes, t.sigma, cpu))
             for c, t in ((here, task), (there, their_task))
         ]
     assert torch.equal(*logits)

@@ -6,14 +6,14 @@ medians is printed, since seconds alone say little on a shared machine.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from convnets import resnet20
+from torch import Tensor
 from turns import paired
 
 from bench.certify import Task, block_rows, certify
@@ -24,32 +24,6 @@ from bench.procedures import Fixed
 
 SHAPE = (3, 32, 32)
 IMAGES, N0, N = 1, 64, 192  # whole blocks, so that both do the same number of forward passes
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.skip: nn.Module = nn.Identity()
-        if inputs != outputs:
-            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.skip(x) + self.body(x))
-
-
-def resnet20() -> nn.Module:
-    """A convnet of ResNet-20's size (He et al. 2015): 0.27 M parameters, 41 M multiplications an image."""
-    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [Block(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head).eval()
 
 
 @pytest.mark.parametrize(("kind", "most"), [("float", 1.03), ("grid", 1.08)])

@@ -42,7 +42,7 @@ class Scale(Part):
 
 class User(Defense):
     access = Access.WEIGHTS
-    family = "denoiser-trained"
+    trains = "denoiser-trained"
     @dataclass(frozen=True)
     class Config:
         source: str = ""

@@ -45,7 +45,7 @@ def test_two_devices_certify_as_one(procedure: str, tmp_path: Path, monkeypatch:
     alone = run.Session(CPU, tmp_path / "one", ConsoleReporter()).run(plan)
     assert threads == {threading.get_ident()}
     threads.clear()
-    together = run.Session(CPU, tmp_path / "two", ConsoleReporter(), [CPU, CPU]).run(plan)
+    together = run.Session(CPU, tmp_path / "two", ConsoleReporter(), devices=[CPU, CPU]).run(plan)
     assert len(threads) == 2 and threading.get_ident() not in threads
     assert together.path.name == alone.path.name
     assert certificates(together) == certificates(alone)
@@ -74,7 +74,7 @@ def test_a_copy_asks_the_copy_of_its_base(tmp_path: Path) -> None:
     with torch.no_grad():
         base.module.head().bias += torch.arange(10.0)  # type: ignore[operator]
     x = torch.rand(4, 1, 8, 8)
-    here, there = certifier.logits(x, None), Certifier("copy", defense, base).logits(x, None)  # type: ignore[arg-type]
+    here, there = certifier.model(CPU)(x, None), Certifier("copy", defense, base).model(CPU)(x, None)  # type: ignore[arg-type]
     assert torch.allclose(there - here, torch.arange(10.0), atol=1e-4)
     assert defense.context.base.most == certifier.defense.context.base.most
 

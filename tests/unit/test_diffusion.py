@@ -182,6 +182,8 @@ def test_a_checkpoint_from_outside_is_loaded_and_said_to_be(bench: Bench, tmp_pa
         assert info["cost"]["trained_elsewhere"] == sum(p.numel() for p in unet().parameters())
         assert info["cost"]["trained_here"] == info["cost"]["train_seconds"] == 0
         assert info["defense"]["trained_elsewhere"] == [source]
+        commit = {"someone/ddpm": hubserver.COMMIT, f"someone/ddpm@{'a' * 40}": "a" * 40}.get(source)
+        assert info["defense"]["commits"] == ({source: commit} if commit else {})
         assert info["defense"]["access"] == "QUERY"
         weights = "unet/" * ("nested" in source) + "diffusion_pytorch_model.safetensors"
         file = (tmp_path / "nested" if "nested" in source else tmp_path / "flat") / weights
@@ -374,7 +376,8 @@ def test_it_is_listed_without_being_imported() -> None:
     assert rows["diffusion"] | {"summary": ""} == {
         "name": "diffusion",
         "summary": "",
-        "family": "training-free",
+        "family": "diffusion",
+        "trains": "training-free",
         "access": "QUERY",
         "paper": "2206.10550",
         "where": "built in",

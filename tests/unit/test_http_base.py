@@ -23,6 +23,7 @@ Bench = Callable[..., Result]
 Model = Callable[[Tensor], Tensor]
 CARD = load_card(TINY)
 SHAPE, CLASSES = CARD.shape, len(CARD.classes)
+FITS = 1  # block by which the largest that fits is found
 CHECKS = 6  # blocks that check_rows asks for
 MEASURED = 1  # block whose cost is measured
 
@@ -161,7 +162,7 @@ def test_a_record_of_a_served_base_is_reported_reused_and_verified(
     assert lines(out) == before
     (run,) = out.glob("tiny-none-*")
     for flags in ((), ("--deep",)):
-        verified = bench("verify", run, *flags)
+        verified = bench("verify", run, "--base", server.url, *flags)
         assert verified.code == 0, verified.out + verified.err
         assert "drawn again from the seed give the recorded counts, exactly" in verified.out
 
@@ -170,13 +171,13 @@ def test_a_dry_run_asks_for_no_more_than_it_times(bench: Bench, tmp_path: Path, 
     said = bench(*command(server.url, tmp_path, "none", "--dry-run"))
     assert said.code == 0, said.err
     assert "960 votes" in said.out
-    assert server.requests == ["GET /v2/models/toy", "GET /v2", *["POST /v2/models/toy/infer"] * CHECKS]
+    assert server.requests == ["GET /v2/models/toy", "GET /v2", *["POST /v2/models/toy/infer"] * (FITS + CHECKS)]
 
 
 # Faults ----------------------------------------------------------------------------------------------
 
 PASSING = ["500", "503;7", "429", "drop", "text", "cut", "rows", "classes", "words", "dtype", "name"]
-FAR = 2 + 1 + CHECKS + MEASURED  # the first block of votes, after fingerprints, clean images and checks
+FAR = 2 + 1 + FITS + 1 + CHECKS + MEASURED  # the first block of votes, after fingerprints, clean images and checks
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -385,7 +386,7 @@ def test_another_model_is_another_base(bench: Bench, tmp_path: Path, server: Inf
     server.model = lambda x: model(x) * 1.05 + 1.5 * torch.eye(CLASSES)[0]
     assert bench(*command(server.url, tmp_path)).code == 0
     assert len(list(tmp_path.iterdir())) == 2
-    verified = bench("verify", run)
+    verified = bench("verify", run, "--base", server.url)
     assert verified.code == 1
     assert "base differ from the record's" in verified.out
 

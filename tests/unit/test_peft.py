@@ -22,6 +22,7 @@ from bench import doctor, fitting, objectives, registry, training
 from bench.base import Classifier, LocalBase
 from bench.cache import scratch_cache
 from bench.cards import Split, load_card, load_split
+from bench.errors import BenchError
 from bench.interface import Defense, Draw
 from bench.noise import Noise, TrainDraw
 from bench.plan import make_plans
@@ -98,7 +99,7 @@ def count(size: str, name: str, preset: str, **settings: Any) -> int:
     base = SimpleNamespace(copy=lambda classes: copy.deepcopy(published(f"vit_{size}_patch16_224")))
     cls, _ = registry.load(name)
     config = configured(name, cls, preset, load_card("digits"), settings)
-    defense = cls(SimpleNamespace(base=base, classes=1000), config)  # type: ignore[arg-type]
+    defense = cls(SimpleNamespace(base=base, classes=1000, shape=(3, 224, 224)), config)  # type: ignore[arg-type]
     return sum(p.numel() for p in trainable(defense).values())
 
 
@@ -407,3 +408,13 @@ def test_clipping_is_of_what_the_base_sees() -> None:
     with torch.no_grad():
         assert torch.equal(build(base, "none", clip=True).logits(x, DRAW), base.module(x.clamp(0, 1)))
         assert torch.equal(build(base, "none").logits(x, DRAW), base.module(x))
+
+
+def test_layers_that_no_image_passes_through_get_no_adapter() -> None:
+    """BEiT's projection is read, not called; an adapter there would count as trained and change nothing."""
+    beit = classifier("beit_base_patch16_224", **VIT)
+    with pytest.raises(BenchError, match="targets=attention matches no layer of this base"):
+        build(beit, "lora", targets="attention")
+    adapted = trainable(build(beit, "lora", targets="linear"))
+    assert any(".mlp.fc1." in name for name in adapted)
+    assert not any(".qkv." in name for name in adapted)

@@ -160,6 +160,18 @@ def test_a_rising_loss_is_divergence_and_a_noisy_one_is_not() -> None:
     descend(SPSA([weights(0.0)], FLAT), lambda: 1 + torch.randn(()).square() / 2)
 
 
+@pytest.mark.parametrize(("late", "diverged"), [(1.0, False), (1.4, False), (1.8, True)])
+def test_a_bounded_loss_that_ends_above_its_start_is_divergence(late: float, diverged: bool) -> None:
+    spsa = SPSA([weights(0.0)], FLAT)
+    for k in range(300):
+        spsa.step(lambda k=k: torch.tensor(1.0 if k == 0 else late))  # type: ignore[misc]
+    if diverged:
+        with pytest.raises(Diverged, match="began at 1"):
+            spsa.check_end()
+    else:
+        spsa.check_end()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_it_before_the_parameters_move(value: float) -> None:
     w = weights(1.0)

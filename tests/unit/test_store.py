@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from records import costs, stated
 
 from bench.certify import Certificate
 from bench.errors import BenchError
 from bench.store import SCHEMA, Run, find_runs, read_run
 
-IDENTITY = {"dataset": "d", "indices": [0, 1, 2], "sigma": 0.25}
+IDENTITY, EXTRA = stated(3)
 
 
 def certificate(index: int) -> Certificate:
@@ -19,19 +20,19 @@ def certificate(index: int) -> Certificate:
 
 
 def open_run(out: Path) -> Run:
-    return Run(out, "d-none-s0.25", IDENTITY, {"environment": {}})
+    return Run(out, "d-none-s0.25", IDENTITY, EXTRA)
 
 
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     for i in range(3):
         run.append(certificate(i))
-    run.finish({"votes": 330}, {"images": 3})
+    run.finish(costs(330), {"images": 3})
     run.close()
     record = read_run(run.path)
     assert record.complete
     assert record.identity == IDENTITY
-    assert record.certificates == [certificate(i) for i in range(3)]
+    assert list(record.certificates) == [certificate(i) for i in range(3)]
     assert find_runs(tmp_path) == [run.path]
     assert find_runs(run.path) == [run.path]
 

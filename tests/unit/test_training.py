@@ -82,10 +82,23 @@ def test_divergence_is_one_line_that_says_what_to_change(tmp_path: Path) -> None
         train(tmp_path, lr=1e30, optimizer="sgd")
 
 
-def test_a_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(BenchError, match=r"corrupt checkpoint.*delete"):
-        train(tmp_path)
+@pytest.mark.parametrize("damage", ["one bit", "cut short", "empty"])
+def test_a_corrupt_checkpoint_is_said_and_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    undisturbed = train(tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        train(tmp_path, die_at=14)
+    data = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    kept = {"one bit": data, "cut short": data[:100], "empty": b""}[damage]
+    (tmp_path / "checkpoint.pt").write_bytes(kept)
+    again = train(tmp_path)
+    assert f"bench: corrupt checkpoint {tmp_path}/checkpoint.pt" in capsys.readouterr().err
+    for (key, one), (_, other) in zip(undisturbed.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, other), key
 
 
 def test_every_epoch_sees_each_image_once(tmp_path: Path) -> None:

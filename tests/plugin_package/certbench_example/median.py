@@ -13,6 +13,7 @@ class Median(Defense):
 
     access = Access.QUERY
     family = "denoiser"
+    trains = "training-free"
 
     @dataclass(frozen=True)
     class Config:

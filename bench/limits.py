@@ -1,0 +1,47 @@
+"""What is taken in of files that anyone may have written: regular files, no larger than stated."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.errors import BenchError
+
+MB = 2**20
+RUN = 64 * MB  # bytes of a run.json; a million images take 10 MB
+CERTIFICATE = 10_000  # bytes of a line of certificates.jsonl
+
+
+def contents(path: Path, most: int, mend: str = "the most that is read of such a file; make it smaller") -> bytes:
+    """The bytes of a file. Raises BenchError where it is no file or has more than ``most`` bytes, else OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may give bytes for ever, or none
+        raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
+    with path.open("rb") as f:
+        data = f.read(most + 1)
+    if len(data) > most:
+        raise BenchError(f"{path}: larger than {most // MB} MB, {mend}")
+    return data
+
+
+def memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or its container's where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return machine
+
+
+def lines(path: Path, longest: int) -> Iterator[bytes]:
+    """The lines of a file with their ends, one at a time. Raises BenchError where it is no file or a line is longer."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
+    with path.open("rb") as f:
+        number = 0
+        while line := f.readline(longest + 1):
+            number += 1
+            if len(line) > longest:
+                raise BenchError(f"{path}:{number}: a line of more than {longest:,} bytes; bench writes none such")
+            yield line

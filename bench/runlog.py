@@ -1,0 +1,237 @@
+"""The log of one run: what happened when, for people and for ``bench status`` in another terminal.
+
+Until the identity is known, and with it the run's folder, the file lies beside the run folders; from then on
+it is ``log.txt`` in the folder. Its writer holds a lock on it, by which a run under way is told from one that
+was killed. Everything is written through the logger ``bench``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Protocol, TextIO
+
+from bench.errors import BenchError, one_line
+
+NAME = "log.txt"
+PERIOD = 30.0  # seconds between two lines of progress
+STARTED, CERTIFY = "started: ", "certify "  # by which bench status finds the last start, and the pace since
+
+log = logging.getLogger("bench")
+log.setLevel(logging.INFO)
+
+
+class Reporter(Protocol):
+    """Where a run says what it is doing."""
+
+    def say(self, text: str) -> None:
+        """One finished fact."""
+        ...
+
+    def training(self, what: str) -> Any:
+        """A context whose value is called with (steps done, steps, loss)."""
+        ...
+
+    def certifying(self, what: str, total: int, done: int) -> Any:
+        """A context whose value is called with (images done, correct so far)."""
+        ...
+
+
+class _Line(logging.Formatter):
+    """Time in UTC, level, text; a traceback is indented, so that only a line of the log begins with a time."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+
+    def formatException(self, ei: Any) -> str:
+        return textwrap.indent(super().formatException(ei), "    ")
+
+
+class RunLog(logging.Handler):
+    """An open log file."""
+
+    def __init__(self, file: Path) -> None:
+        """Open ``file``, to append. Raises BenchError where it cannot be written or another process does."""
+        super().__init__(logging.INFO)
+        self.setFormatter(_Line("%(asctime)s %(levelname)s %(message)s"))
+        self._broken = False
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file, self._stream = file, _opened(file)
+        except OSError as e:
+            raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
+
+    def move_into(self, folder: Path) -> None:
+        """Go on in the folder's ``log.txt``, below what it holds."""
+        old, kept, file = self._stream, self._file, folder / NAME
+        try:
+            old.seek(0)
+            text = old.read()
+            self._stream, self._file = _opened(file), file
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as e:
+            raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
+        kept.unlink(missing_ok=True)
+        old.close()
+
+    def discard(self) -> None:
+        """Remove the file: nothing happened that is worth keeping."""
+        self._file.unlink(missing_ok=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._stream.write(self.format(record) + "\n")
+            self._stream.flush()
+        except OSError as e:  # certificates are worth more than their log
+            if not self._broken:
+                print(f"bench: the log {self._file} has gaps: {e.strerror}", file=sys.stderr)
+            self._broken = True
+
+    def close(self) -> None:
+        try:
+            self._stream.close()
+        except OSError:  # of what was not written: said above
+            self._broken = True
+        super().close()
+
+
+def _opened(file: Path) -> IO[str]:
+    """The file, open to append, its lock held. Raises BenchError where another process holds it."""
+    stream = file.open("a+", encoding="utf-8", errors="backslashreplace")
+    for _ in range(20):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # bench status may be looking
+            time.sleep(0.05)
+        except OSError:  # a file system without locks: bench status then shows no run as running
+            break
+    else:
+        stream.close()
+        raise BenchError(f"{file} is being written by another process; wait for it, or stop it")
+    size = os.fstat(stream.fileno()).st_size
+    if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a line torn by a crash
+        stream.write("\n")
+    return stream
+
+
+def held(file: Path) -> bool:
+    """Whether a living process writes the log ``file``, as far as this file system's locks tell."""
+    try:
+        with file.open("rb") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextmanager
+def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
+    """Write what is logged into ``file`` while the context lasts, and how it ended; warnings are said, too."""
+    handler, aloud = RunLog(file), _Aloud(reporter)
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        handler.handle(log.makeRecord(log.name, logging.WARNING, filename, lineno, text, (), None))
+        shown(message, category, filename, lineno, file, line)
+
+    log.addHandler(handler)
+    log.addHandler(aloud)
+    warnings.showwarning = show
+    try:
+        yield handler
+    except KeyboardInterrupt:
+        log.info("interrupted")
+        raise
+    except Exception as e:
+        log.error("%s", e if isinstance(e, BenchError) else one_line(e), exc_info=True)
+        raise
+    finally:
+        warnings.showwarning = shown
+        log.removeHandler(aloud)
+        log.removeHandler(handler)
+        handler.close()
+
+
+class _Aloud(logging.Handler):
+    """Says warnings to the person at the terminal."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.WARNING)
+        self.addFilter(lambda record: record.levelno == logging.WARNING)  # errors end the command, which says them
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._reporter.say(record.getMessage())
+
+
+class Logged:
+    """A reporter that is also written to the log: progress at its beginning and every half a minute."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.aloud = reporter
+
+    def say(self, text: str) -> None:
+        log.info("%s", text)
+        self.aloud.say(text)
+
+    @contextmanager
+    def training(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
+        with self.aloud.training(what) as update:
+            due = _every(PERIOD)
+
+            def both(done: int, total: int, loss: float) -> None:
+                update(done, total, loss)
+                if due():
+                    note = "" if math.isnan(loss) else f", loss {loss:.3f}"
+                    log.info("train %s: %d of %d%s", what, done, total, note)
+
+            yield both
+
+    @contextmanager
+    def certifying(self, what: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
+        with self.aloud.certifying(what, total, done) as update:
+            due = _every(PERIOD)
+
+            def both(images: int, correct: int) -> None:
+                update(images, correct)
+                if due():
+                    log.info("%s%s: %d of %d images, %d right", CERTIFY, what, images, total, correct)
+
+            yield both
+
+
+def _every(seconds: float) -> Callable[[], bool]:
+    """A function that is true at its first call, and then after every so many seconds."""
+    last = -math.inf
+
+    def due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds:
+            return False
+        last = now
+        return True
+
+    return due

@@ -1,0 +1,205 @@
+"""``bench status`` and the log of a run: what another terminal can tell of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, Result, defense
+
+from bench import bounds, runlog, status
+
+Bench = Callable[..., Result]
+ONE = ("run", "--defense", "none", "--dataset", TINY)
+
+
+def rows(bench: Bench, out: Path) -> list[dict[str, Any]]:
+    said = bench("status", out, "--json")
+    assert said.code == 0
+    found: list[dict[str, Any]] = json.loads(said.out)
+    return found
+
+
+def stop(monkeypatch: pytest.MonkeyPatch, after: int, error: Callable[[], BaseException]) -> None:
+    """Let every run end by ``error`` once it has certified so many images."""
+    from bench.store import Run
+
+    real = Run.append
+
+    def append(self: Run, certificate: object) -> None:
+        if len(self.done) == after:
+            raise error()
+        real(self, certificate)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "append", append)
+
+
+def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def look() -> BaseException:  # while the run lives: its lock is held
+        seen.extend(status.rows(tmp_path))
+        return KeyboardInterrupt()
+
+    with monkeypatch.context() as patch:
+        stop(patch, 3, look)
+        assert bench(*ONE, "--out", tmp_path).code == 130
+    (running,) = seen
+    assert (running["state"], running["done"], running["images"]) == ("running", 3, 8)
+    (file,) = tmp_path.glob("*/certificates.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    right = sum(c["predicted"] == c["label"] for c in lines)
+    assert (running["accuracy"], running["low"], running["high"]) == (right / 3, *bounds.interval(right, 3))
+    # The pace is of votes that are in the record and of time that passed: both figures say the same.
+    seconds = 3 * 120 / running["votes_per_second"]
+    assert running["eta"] == pytest.approx(seconds * 5 / 3)
+    assert 0 < seconds < 60
+
+    (stopped,) = rows(bench, tmp_path)
+    assert (stopped["state"], stopped["note"], stopped["eta"]) == ("stopped", "interrupted", None)
+    shown = bench("status", tmp_path).out.splitlines()
+    assert "3/8" in shown[1] and shown[2] == f"{stopped['run']}: interrupted"
+
+    assert bench(*ONE, "--out", tmp_path).code == 0
+    (done,) = rows(bench, tmp_path)
+    assert (done["state"], done["done"], done["note"]) == ("complete", 8, "")
+    # Of the second start alone: five images.
+    assert done["votes_per_second"] > 0
+    log = (file.parent / "log.txt").read_text()
+    assert log.count(" INFO started: ") == 2
+    assert "resumed: 3 of 8 images are done" in log
+    assert "INFO certify none: 3 of 8 images" in log
+    assert "finished: 8 images" in log.splitlines()[-1]
+
+
+def test_a_failure_is_shown_until_it_is_mended(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop(patch, 2, lambda: RuntimeError("the disk is\non fire"))
+        with pytest.raises(RuntimeError):
+            bench(*ONE, "--out", tmp_path)
+    (failed,) = rows(bench, tmp_path)
+    assert (failed["state"], failed["done"]) == ("failed", 2)
+    assert failed["note"] == "RuntimeError: the disk is"
+    (log,) = tmp_path.glob("*/log.txt")
+    assert "    Traceback (most recent call last):" in log.read_text()
+    assert bench(*ONE, "--out", tmp_path).code == 0
+    (mended,) = rows(bench, tmp_path)
+    assert (mended["state"], mended["note"]) == ("complete", "")
+
+
+def test_a_run_that_fails_before_it_has_a_folder(bench: Bench, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    good = Path(defense("half_space")).read_text()
+    mine.write_text(good + "\n    def build(self) -> None:\n        1 / 0\n")
+    out = tmp_path / "runs"
+    run = ("run", "--defense", mine, "--dataset", TINY, "--out", out)
+    failed = bench(*run)
+    assert failed.code == 2
+    (row,) = rows(bench, out)
+    assert (row["state"], row["images"]) == ("failed", None)
+    assert row["run"].startswith("tiny-mine-s0.25-")
+    assert "ZeroDivisionError" in row["note"] and f"bench: {row['note']}" in failed.err
+    mine.write_text(good)
+    assert bench(*run).code == 0
+    assert [r["state"] for r in rows(bench, out)] == ["complete"]
+
+
+def test_training_is_seen_before_there_is_a_folder(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import fitting
+
+    seen: list[dict[str, Any]] = []
+    real = fitting.fit
+
+    def fit(plan: Any, base: Any, train: Any, device: Any, progress: Callable[[int, int, float], None]) -> Any:
+        def watched(done: int, total: int, loss: float) -> None:
+            progress(done, total, loss)
+            if not seen:
+                seen.extend(status.rows(tmp_path))
+
+        return real(plan, base, train, device, watched)
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    run = ("run", "--defense", "lora", "--dataset", TINY, "--seed", 78, "--out", tmp_path)
+    assert bench(*run).code == 0
+    (row,) = seen
+    assert row["state"] == "running" and row["note"].startswith("train lora at sigma 0.25: ")
+    (folder,) = tmp_path.iterdir()  # the log has moved into the run's folder
+    log = (folder / "log.txt").read_text()
+    versions, started = log.splitlines()[:2]
+    assert "torch" in versions and "commit" in versions
+    assert bench(*shlex.split(started.partition("started: bench ")[2])).err.count("already complete") == 1
+    trained = json.loads((folder / "run.json").read_text())["identity"]["defense"]["weights"]
+    assert f"INFO weights {trained[:8]}, which took" in log
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_killed_process_lets_go_of_its_log(tmp_path: Path) -> None:
+    file = tmp_path / "tiny-none-s0.25-01234567.log"
+    code = (
+        "import sys, time; from pathlib import Path; from bench.runlog import RunLog, log\n"
+        "log.addHandler(RunLog(Path(sys.argv[1]))); log.info('started: bench run')\n"
+        "print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    (row,) = status.rows(tmp_path)
+    assert row["state"] == "running"
+    with pytest.raises(runlog.BenchError, match="another process"):
+        runlog.RunLog(file)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (row,) = status.rows(tmp_path)
+    assert row["state"] == "stopped"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+def test_a_log_that_cannot_be_written_costs_no_certificate(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = runlog.RunLog.move_into
+
+    def move_into(self: runlog.RunLog, folder: Path) -> None:
+        real(self, folder)
+        self._stream.close()
+        self._stream = open("/dev/full", "a")  # noqa: SIM115
+
+    monkeypatch.setattr(runlog.RunLog, "move_into", move_into)
+    ran = bench(*ONE, "--out", tmp_path)
+    assert ran.code == 0
+    assert ran.err.count("has gaps: No space left on device") == 1
+    (row,) = rows(bench, tmp_path)
+    assert (row["state"], row["done"]) == ("complete", 8)
+
+
+def test_warnings_are_logged_and_still_shown(bench: Bench, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    text = Path(defense("half_space")).read_text()
+    mine.write_text(
+        text + "\n    def build(self) -> None:\n        import warnings\n        warnings.warn('far\\noff')\n"
+    )
+    with pytest.warns(UserWarning, match="far"):
+        assert bench("run", "--defense", mine, "--dataset", TINY, "--out", tmp_path / "runs").code == 0
+    (log,) = (tmp_path / "runs").glob("*/log.txt")
+    assert "WARNING far off" in log.read_text()
+
+
+def test_status_of_nothing_and_of_damaged_folders(bench: Bench, tmp_path: Path) -> None:
+    assert f"no runs in {tmp_path}" in bench("status", tmp_path).out
+    (tmp_path / "a-run").mkdir()
+    (tmp_path / "a-run" / "run.json").write_text("{")
+    (tmp_path / "foreign.log").write_text("not ours\n")
+    assert bench(*ONE, "--out", tmp_path, "--shard", "2/3").code == 0
+    damaged, shard = rows(bench, tmp_path)
+    assert damaged["state"] == "unreadable" and "JSONDecodeError" in damaged["note"]
+    assert shard["run"].endswith("/shard-2-of-3")
+    assert (shard["state"], shard["done"], shard["images"]) == ("complete", 3, 3)

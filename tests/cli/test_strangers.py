@@ -1,0 +1,306 @@
+"""What strangers made is read, never obeyed: no code run, no server asked, no file written, no memory taken unsaid."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY, Result
+from fuzz.served import raw_server
+from inferenceserver import InferenceServer
+from records import made_up
+
+from bench import http_client, hub, limits, registry, tensors
+from bench.cards import load_card, load_split
+from bench.errors import BenchError
+from bench.http_client import Client
+from bench.store import Run, read_run
+
+Bench = Callable[..., Result]
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("ran").write_text("")
+from bench.interface import Defense
+class Evil(Defense):
+    def logits(self, x, draw):
+        return self.context.base(x)
+"""
+UNTRAINED = {"name": "none", "source": "d", "config": {}, "weights": None, "parts": {}, "objective": None}
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Path:
+    """A defense file that leaves a mark when it is run."""
+    file = tmp_path / "evil.py"
+    file.write_text(EVIL)
+    return file
+
+
+def record(out: Path, **arguments: Any) -> Path:
+    """A run that bears an audit, of a defense without weights, and says it was typed with these arguments."""
+    run = made_up(out, [990, 1000, 700, 400], counted=True, name="none", defense=UNTRAINED)
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"arguments": {"dataset": TINY, "defenses": "none"} | arguments}))
+    return run
+
+
+def refused(call: Callable[[], object]) -> str:
+    """The one line in which it ends."""
+    with pytest.raises(BenchError) as e:
+        call()
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# Code ------------------------------------------------------------------------------------------------
+
+
+def test_a_records_defense_file_is_run_only_where_it_is_named(bench: Bench, tmp_path: Path, evil: Path) -> None:
+    run, ran = record(tmp_path / "runs", defenses=str(evil)), evil.with_name("ran")
+    for command in (("report", run.parent), ("list", "runs", "--out", run.parent), ("export", run), ("list",)):
+        assert bench(*command).code == 0
+    info = json.loads((run / "run.json").read_text())
+    machine = dict.fromkeys(("device", "platform", "packages", "threads"))
+    (run / "run.json").write_text(json.dumps(info | {"environment": machine}))
+    base = tmp_path / "base.json"
+    assert bench("check", run.parent, "--baseline", base, "--update").code == 0
+    assert bench("check", run.parent, "--baseline", base).code == 0
+    verified = bench("verify", run, "--deep")
+    assert verified.code == 0, verified.err
+    assert f"run only where you name it: --defense {evil}" in verified.out
+    assert not ran.exists()
+    bench("verify", run, "--defense", evil)
+    assert ran.exists()
+
+
+def test_no_file_is_run_inside_of_a_defense_either(evil: Path, tmp_path: Path) -> None:
+    other = tmp_path / "mine.py"
+    other.write_text(EVIL)
+    with registry.only([str(other)]):
+        assert "named by a record alone" in refused(lambda: registry.load(str(evil)))
+        assert not evil.with_name("ran").exists()
+        registry.load(str(other))
+    registry.load(str(evil))
+
+
+NOBODY = [{"defenses": 3}, {"unknown": 1}, {"n": "many"}, {"sigma": ".25,.5"}, {"sigma": "x"}, {"n": 10**12}]
+
+
+@pytest.mark.parametrize("arguments", NOBODY)
+def test_arguments_that_nobody_typed(bench: Bench, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    result = bench("verify", record(tmp_path, **arguments))
+    assert result.code == 2 and result.err.count("\n") == 1, result.err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("in_chans = 1 }", 'in_chans = 1, checkpoint_path = "x.pt" }'), "may not set checkpoint_path"),
+        (("in_chans = 1 }", "in_chans = 1, pretrained_cfg_overlay = {} }"), "may not set pretrained_cfg_overlay"),
+        (("vit_tiny_patch16_224", "hf-hub:someone/pickle"), "is an address"),
+        (("vit_tiny_patch16_224", "local-dir:/tmp"), "is an address"),
+        (("img_size = 8", "img_size = 8.5"), "img_size 8.5 is no side"),
+    ],
+)
+def test_a_card_cannot_have_timm_open_files(bench: Bench, tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    card = tmp_path / "card.toml"
+    card.write_text(Path(TINY).read_text().replace(*change))
+    result = bench("run", "--defense", "none", "--dataset", card, "--out", tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert words in result.err
+
+
+# Servers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[InferenceServer]:
+    monkeypatch.setenv(http_client.TOKEN, "s3cret")
+    monkeypatch.setattr(http_client, "PAUSES", ())
+    with InferenceServer(lambda x: torch.zeros(len(x), 10), (1, 8, 8), 10) as running:
+        yield running
+
+
+def test_a_server_is_asked_only_where_the_user_names_it(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
+    verified = bench("verify", record(tmp_path, base=server.url), "--deep")
+    assert verified.code == 0 and f"--base {server.url}" in verified.out
+    card = tmp_path / "card.toml"
+    card.write_text(Path(TINY).read_text().replace("[presets.quick]", f'[presets.quick]\nbase = "{server.url}"'))
+    ran = bench("run", "--defense", "none", "--dataset", card, "--out", tmp_path)
+    assert ran.code == 2 and f"where you trust it, give --base {server.url}" in ran.err
+    assert (server.requests, server.tokens) == ([], set())
+
+
+def asked(most: int = 1000) -> str:
+    """What is said of the raw server's answer."""
+    return refused(lambda: Client().ask(raw_server().url, lambda a: a.content, most=most))
+
+
+@pytest.mark.parametrize("status", ["301", "307"])
+def test_a_token_does_not_follow_a_redirection(server: InferenceServer, status: str) -> None:
+    raw_server().reply = f"HTTP/1.1 {status} x\r\nLocation: {server.url}\r\nContent-Length: 0\r\n\r\n".encode()
+    assert "give the address that it leads to" in asked()
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("server")
+def test_answers_are_bounded() -> None:
+    raw_server().reply = b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1000
+    assert Client().ask(raw_server().url, lambda a: a.content, body=b"x" * 10**5, most=1000) == b"x" * 1000
+    raw_server().reply += b"x"
+    assert "more than 1,000 bytes" in asked()
+    bomb = gzip.compress(bytes(10**7))
+    raw_server().reply = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + bomb
+    assert "it is compressed" in asked(10**9)
+    raw_server().reply = b"HTTP/1.1 500 no\r\n\r\n" + b"y" * 10**6
+    assert len(asked()) < 500
+
+
+@contextmanager
+def dripping() -> Iterator[str]:
+    """A server that sends a byte of its header now and then, and never ends."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            while not over.is_set():
+                connection.sendall(b"x")
+                sleep(0.05)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/v2"
+    over.set()
+    thread.join()
+    listening.close()
+
+
+@pytest.mark.usefixtures("server")
+def test_a_server_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "LONGEST", 0.5)
+    with dripping() as url:
+        assert "no whole answer in" in refused(lambda: Client().ask(url, lambda a: a.content))
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v2/models/x", "http://a:99999999/v2/models/x"])
+def test_addresses_that_are_none(bench: Bench, tmp_path: Path, url: str) -> None:
+    result = bench("run", "--defense", "none", "--dataset", TINY, "--base", url, "--out", tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+
+
+@pytest.mark.parametrize("revision", ["../../x", "a/../b", "", "/x", ".x", "a//b", "x\n"])
+def test_a_revision_is_no_path(revision: str) -> None:
+    with pytest.raises(BenchError, match="is no revision"):
+        hub.fetch("a/b", "c", revision, "model")
+
+
+# Files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["certificates.jsonl", "run.json", ".lock", "source.tsv"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("precious")
+    run = made_up(tmp_path / "runs", [0.1])
+    info = json.loads((run / "run.json").read_text())
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(kept)
+    assert "is a link" in refused(lambda: Run(run.parent, "digits-lora-s0.25", info["identity"], {}))
+    assert kept.read_text() == "precious"
+
+
+def test_pipes_and_devices_are_not_read(bench: Bench, tmp_path: Path) -> None:
+    run = made_up(tmp_path / "runs", [0.1])
+    for name in ("certificates.jsonl", "run.json"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        assert "not a regular file" in refused(lambda: read_run(run))
+    assert "unreadable" in bench("list", "runs", "--out", run.parent).out
+    (tmp_path / "log.tsv").symlink_to("/dev/zero")
+    stated = ("--dataset", "x", "--sigma", ".25", "--alpha", ".001", "--n", "1000")
+    assert "not a regular file" in bench("import", tmp_path / "log.tsv", *stated, "--out", tmp_path).err
+    os.mkfifo(tmp_path / "card.toml")
+    assert "no data set card" in refused(lambda: load_card(str(tmp_path / "card.toml")))
+
+
+def test_files_larger_than_any_that_bench_writes(tmp_path: Path) -> None:
+    run = made_up(tmp_path, [0.1, 0.2])
+    file = run / "certificates.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1] + lines[1].replace('"index": 1', '"index": 2'))
+    assert "more lines than run.json has images, 2" in refused(lambda: read_run(run))
+    file.write_text(lines[0] + "x" * 10**6)
+    assert "a line of more than 10,000 bytes" in refused(lambda: read_run(run))
+    os.truncate(run / "run.json", limits.RUN + 1)
+    assert "larger than 64 MB" in refused(lambda: read_run(run))
+
+
+def test_json_that_is_nested_without_end(tmp_path: Path) -> None:
+    run = made_up(tmp_path, [0.1])
+    for name in ("certificates.jsonl", "run.json"):
+        (run / name).write_text("[" * 9000 + "\n")
+        assert name in refused(lambda: read_run(run))
+
+
+def test_a_name_cannot_command_the_terminal(bench: Bench, tmp_path: Path) -> None:
+    made_up(tmp_path / "runs", [0.1], dataset="\x1b[2J\ud800", defense=UNTRAINED | {"name": "\x1b]0;x\x07"})
+    shown = bench("report", tmp_path / "runs")
+    assert shown.code == 0 and "\x1b" not in shown.out + shown.err and "x1b" in shown.out
+    assert "\x1b" not in bench("verify", tmp_path / "\x1b[2J").err
+
+
+PARQUET = """
+name = "mine"
+shape = [3, 8, 8]
+classes = 3
+[source]
+reader = "parquet"
+folder = "."
+train = "train.parquet"
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "words"),
+    [(2**20, 2000, "take more than the"), (0, 10**6, "take more than the"), (0, 11_000_000, "more than 10,000,000")],
+    ids=["pictures", "labels", "rows"],
+)
+def test_a_parquet_bomb_is_refused_before_it_takes_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, rows: int, words: str
+) -> None:
+    row = pa.table({"image": pa.array([bytes(size)], pa.binary()), "label": [0]})
+    out = io.BytesIO()
+    with pq.ParquetWriter(out, row.schema, compression="zstd", dictionary_pagesize_limit=2**30) as writer:
+        for _ in range(20):
+            writer.write_table(row.take(pa.repeat(0, rows // 20)))
+    assert len(out.getvalue()) < 200_000
+    (tmp_path / "train.parquet").write_bytes(out.getvalue())
+    (tmp_path / "card.toml").write_text(PARQUET)
+    monkeypatch.setattr(limits, "memory", lambda: 2**27)
+    before = pa.total_allocated_bytes()
+    assert words in refused(lambda: load_split(load_card(str(tmp_path / "card.toml")), "train"))
+    assert pa.total_allocated_bytes() - before < 2**27
+
+
+def test_weights_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "w.safetensors").write_bytes(bytes(9))
+    os.truncate(tmp_path / "w.safetensors", 2**31)
+    monkeypatch.setattr(limits, "memory", lambda: 2**30)
+    assert "GB of memory" in refused(lambda: tensors.read(tmp_path / "w.safetensors"))

@@ -1,0 +1,123 @@
+"""Run folders and baselines that strangers wrote."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fuzz.cards_and_logs import COHEN
+from fuzz.judging import SCRATCH, changed, cut, cuts, dumped, edits, judge, scratch
+from hypothesis import given
+from hypothesis import strategies as st
+from records import made_up
+
+from bench import baseline, check, compare, listing, report, tables
+from bench.anytime import Anytime, describe
+from bench.cache import digest
+from bench.flaws import Stated
+from bench.importing import import_log
+from bench.logs import export_log
+from bench.store import Record, read_run
+from bench.verify import check_record
+
+# Run folders -----------------------------------------------------------------------------------------
+
+
+def _example_runs() -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Folder name, run.json and certificates of a run with each procedure, an unfinished one, and an imported log."""
+    anytime = Anytime(100, 1000, 0.001, (0.25, 0.5, 0.75))
+    found = []
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        out = Path(folder)
+        paths = [made_up(out, [990, 1000, 700, 400, 995], wrong=[2], counted=True)]
+        paths.append(made_up(out, [0.25, 0.5, None], name="none", procedure=describe(anytime)))
+        (out / "log.tsv").write_text("\n".join("\t".join(r) for r in COHEN))
+        paths.append(import_log(out / "log.tsv", Stated("cohen", "any-data", 0.25, 0.001, 1000), out).path)
+        for path in paths:
+            info = json.loads((path / "run.json").read_text())
+            found.append((path.name, info, [json.loads(x) for x in (path / "certificates.jsonl").open()]))
+    name, info, lines = found[0]
+    found.append(
+        (name, {k: v for k, v in info.items() if k not in ("cost", "metrics")} | {"status": "started"}, lines[:3])
+    )
+    return found
+
+
+RUNS = _example_runs()
+_BASELINE: dict[str, Any] = {}
+
+
+def in_lines(values: list[Any]) -> bytes:
+    """JSON values, one a line."""
+    return b"".join(dumped(x) + b"\n" for x in values)
+
+
+def _use_run(name: str, info: bytes, lines: bytes) -> None:
+    with scratch() as folder:
+        for path, told, rows in (
+            (folder / "a" / name, info, lines),
+            (folder / "b" / RUNS[0][0], dumped(RUNS[0][1]), None),
+        ):
+            path.mkdir(parents=True)
+            (path / "run.json").write_bytes(told)
+            whole = b"".join(dumped(x) + b"\n" for x in RUNS[0][2]) if rows is None else rows
+            (path / "certificates.jsonl").write_bytes(whole)
+        run, good = folder / "a" / name, folder / "b" / RUNS[0][0]
+        listing.rows("runs", folder / "a")
+        records: list[Record] = []
+
+        def report_all() -> None:
+            records.extend(tables.load_records(folder / "a")[0])
+            for form in ("md", "csv", "json", "latex"):
+                report.render(records, form, published=form == "md").encode(errors="backslashreplace")
+
+        def audit() -> None:
+            for finding in check_record(run):
+                assert finding.check
+
+        def gate() -> None:
+            baseline.update(folder / "base.json", good, None)
+            check.markdown(check.check(folder / "base.json", folder / "a"))
+            baseline.update(folder / "other.json", run, True)
+
+        judge("run folder", lambda: read_run(run))
+        judge("run folder, report", report_all)
+        judge("run folder, verify", audit)
+        judge("run folder, compare", lambda: compare.markdown(compare.compare([run, good])))
+        judge("run folder, check", gate)
+        judge("run folder, export", lambda: export_log(read_run(run)))
+
+
+@given(st.sampled_from(RUNS), edits, edits, st.sampled_from(["run", "lines", "both"]), cuts)
+def run_folders(run: Any, changes: list[Any], others: list[Any], where: str, torn: list[Any]) -> None:
+    """A run folder with fields of run.json or certificates changed, and a file torn."""
+    name, info, lines = run
+    info = changed(info, changes) if where != "lines" else info
+    lines = changed(lines, others) if where != "run" else lines
+    rows = lines if isinstance(lines, list) else [lines]
+    _use_run(name, cut(dumped(info), torn), cut(in_lines(rows), torn[1:]))
+
+
+@given(st.sampled_from(RUNS), st.binary(max_size=100), st.binary(max_size=100), st.booleans())
+def random_run_folders(run: Any, info: bytes, lines: bytes, valid: bool) -> None:
+    """Any bytes for run.json or for certificates.jsonl."""
+    _use_run(run[0], dumped(run[1]) if valid else info, lines)
+
+
+@given(edits, cuts)
+def baselines(changes: list[Any], torn: list[Any]) -> None:
+    """A baseline with fields changed under a right hash, and its text torn."""
+    with scratch() as folder:
+        path = folder / "runs" / RUNS[0][0]
+        path.mkdir(parents=True)
+        (path / "run.json").write_bytes(dumped(RUNS[0][1]))
+        (path / "certificates.jsonl").write_bytes(in_lines(RUNS[0][2]))
+        file = folder / "base.json"
+        if not _BASELINE:
+            _BASELINE.update(baseline.update(file, folder / "runs", None)[1])
+        made = changed({k: v for k, v in _BASELINE["runs"][0].items() if k != "sha256"}, changes)
+        entry = made | {"sha256": digest(made)} if isinstance(made, dict) else made
+        file.write_bytes(cut(dumped(_BASELINE | {"runs": [entry]}), torn))
+        judge("baseline", lambda: check.markdown(check.check(file, folder / "runs")))

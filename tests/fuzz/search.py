@@ -1,0 +1,94 @@
+"""Inputs without end: python tests/fuzz/search.py PROPERTY[,PROPERTY...] SECONDS [--guided] [--seed N]
+
+Tries random inputs of a property of this folder, or with --guided such as reach new code of bench (atheris; Linux only:
+pip install atheris). Goes on after a failure. Prints how many were tried, and each distinct failure with the input
+that showed it; exit code 1 where there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+
+failures: Counter[str] = Counter()
+shown: dict[str, str] = {}
+
+
+def attempt(prop: Any, data: bytes) -> None:
+    """One input; a failure is kept under the place that raised it."""
+    try:
+        prop.hypothesis.fuzz_one_input(data)
+    except Exception as e:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if "hypothesis" not in f.filename]
+        inside = [f for f in frames if "/bench/" in f.filename] or frames
+        key = f"{type(e).__name__} at {Path(inside[-1].filename).name}:{inside[-1].lineno} {inside[-1].line}"
+        failures[key] += 1
+        shown.setdefault(key, f"{e!s:.300}\n    {data.hex()[:200]}\n    " + "\n    ".join(map(str, frames[-6:])))
+
+
+def report(name: str, began: float, tried: int) -> None:
+    """What was tried, and what came of it."""
+    from fuzz.judging import outcomes
+
+    print(f"{name}: {tried:,} inputs in {time.monotonic() - began:.0f} s; {dict(sorted(outcomes.items()))}")
+    for key, count in failures.most_common():
+        print(f"  {count} x {key}\n    {shown[key]}")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Until the time is up."""
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("property")
+    args.add_argument("seconds", type=float)
+    args.add_argument("--guided", action="store_true")
+    args.add_argument("--seed", type=int, default=0)
+    given = args.parse_args()
+    if given.guided:
+        import atheris
+
+        with atheris.instrument_imports(include=["bench"]):
+            from fuzz import cards_and_logs, folders, judging, served
+    else:
+        from fuzz import cards_and_logs, folders, judging, served
+    known = {name: prop for module in (cards_and_logs, folders, served) for name, prop in vars(module).items()}
+    names = given.property.split(",")
+    began, tried = time.monotonic(), 0
+    prop = known[names[0]]
+
+    def one(data: bytes) -> None:
+        nonlocal tried
+        tried += 1
+        attempt(prop, data)
+
+    if given.guided:
+        import atexit
+
+        atexit.register(lambda: report(given.property, began, tried))
+        flags = ["-max_len=4096", f"-max_total_time={given.seconds:.0f}", f"-seed={given.seed + 1}", "-verbosity=0"]
+        atheris.Setup([sys.argv[0], *flags], one)
+        atheris.Fuzz()
+        return
+    failed = False
+    for name in names:
+        source, prop, began, tried = random.Random(given.seed), known[name], time.monotonic(), 0
+        while time.monotonic() - began < given.seconds:
+            one(source.randbytes(source.choice([64, 256, 1024, 4096])))
+        report(name, began, tried)
+        failed |= bool(failures)
+        for kept in (failures, shown, judging.outcomes):
+            kept.clear()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

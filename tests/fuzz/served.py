@@ -1,0 +1,217 @@
+"""Answers of a served base, which anyone may send."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import math
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import numpy as np
+import torch
+from fuzz.judging import changed, cut, cuts, dumped, edits, judge
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from bench import http_client
+from bench.cards import load_card
+from bench.errors import BenchError, one_line
+from bench.http_base import Served, _Model, _Server
+from bench.http_client import Answer
+
+# Answers of a served base ----------------------------------------------------------------------------
+
+SHAPE = [2, 3]
+_ANSWER = {
+    "model_name": "toy",
+    "model_version": "1",
+    "outputs": [{"name": "logits", "datatype": "FP32", "shape": SHAPE, "data": [1.5, -2.0, 0.25, 3.0, 1e-3, -7.0]}],
+}
+_MODEL = {
+    "name": "toy",
+    "platform": "x",
+    "inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}],
+    "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 3]}],
+}
+
+
+class RawServer:
+    """A server on 127.0.0.1 that sends ``reply`` to every request, whatever it is, and hangs up."""
+
+    def __init__(self) -> None:
+        self.reply = b""
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v2/models/toy"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._socket.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(5)
+                with connection.makefile("rb") as asked:
+                    headers = dict(x.lower().split(b": ", 1) for x in iter(asked.readline, b"\r\n") if b": " in x)
+                    asked.read(int(headers.get(b"content-length", b"0")))
+                connection.sendall(self.reply)
+
+
+@functools.cache
+def raw_server() -> RawServer:
+    """One for all inputs."""
+    return RawServer()
+
+
+@functools.cache
+def client() -> http_client.Client:
+    """One for all inputs."""
+    return http_client.Client()
+
+
+def understood(head: bytes, raw: bytes) -> Any:
+    """The logits that an answer holds, in other words than bench's: None where it holds none of ``SHAPE``."""
+    try:
+        answer = json.loads(head)
+        (output,) = answer["outputs"]
+        if output["name"] != "logits" or output["shape"] != SHAPE:
+            return None
+        kind = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}[output["datatype"]]
+        if output.get("data") is None:
+            numbers = np.frombuffer(raw, kind).astype(np.float64).tolist()
+        else:
+            numbers = [math.nan if v is None else v for v in _flat(output["data"])]
+        if len(numbers) != 6 or any(type(v) not in (int, float) for v in numbers):
+            return None
+        with np.errstate(over="ignore"):
+            return np.array([float(v) for v in numbers]).astype(np.float32).reshape(SHAPE)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _flat(value: Any) -> list[Any]:
+    return [x for v in value for x in _flat(v)] if isinstance(value, list) else [value]
+
+
+def _served() -> Served:
+    card = load_card("digits")
+    served = Served(raw_server().url, dataclasses.replace(card, classes=("a", "b", "c")))
+    served._client = client()
+    served.server = _Server()
+    served.model = TypeAdapter(_Model).validate_python(_MODEL)
+    return served
+
+
+@contextmanager
+def _no_pauses() -> Iterator[None]:
+    before, http_client.sleep = http_client.sleep, lambda _: None
+    try:
+        yield
+    finally:
+        http_client.sleep = before
+
+
+@given(
+    edits,
+    cuts,
+    st.integers(-3, 400) | st.none(),
+    st.booleans(),
+    st.booleans(),
+)
+def answers(changes: list[Any], torn: list[Any], head: int | None, binary: bool, kept: bool) -> None:
+    """An answer with fields changed and its bytes torn: what comes out is what it says, or nothing."""
+    answer = _ANSWER if kept else changed(_ANSWER, changes)
+    raw = b""
+    if binary:
+        raw = np.array(_ANSWER["outputs"][0]["data"], "<f4").tobytes()  # type: ignore[index]
+        if isinstance(answer, dict) and isinstance(answer.get("outputs"), list) and answer["outputs"]:
+            answer = copy.deepcopy(answer)
+            if isinstance(answer["outputs"][0], dict):
+                answer["outputs"][0].pop("data", None)
+    content = cut(dumped(answer) + raw, torn)
+    headers = {}
+    if binary or head is not None:
+        headers["Inference-Header-Content-Length"] = str(len(dumped(answer)) if head is None else head)
+    served = _served()
+    got: list[Any] = []
+    reply = Answer(200, httpx2.Headers(headers), content)
+
+    def read() -> None:
+        try:
+            got.append(served._read(reply, SHAPE))
+        except (ValueError, OverflowError) as e:  # what Client.ask takes for an answer that cannot be right
+            raise BenchError(f"malformed: {one_line(e)}") from None
+
+    if judge("answer", read):
+        split = int(headers.get("Inference-Header-Content-Length", len(content)))
+        wanted = understood(content[:split], content[split:])
+        assert wanted is not None, "logits out of an answer that holds none"
+        np.testing.assert_array_equal(got[0][0], wanted)
+
+
+replies = st.binary(max_size=300) | st.builds(
+    lambda status, headers, body: (
+        f"HTTP/1.1 {status}\r\n".encode() + b"".join(a + b": " + b + b"\r\n" for a, b in headers) + b"\r\n" + body
+    ),
+    st.sampled_from(["200 OK", "302 Found", "404 no", "429 busy", "500 no", "099 x", "999 x", "200", "abc"]),
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    *(b"Content-Length", b"Transfer-Encoding", b"Content-Encoding", b"Content-Type", b"Location"),
+                    *(b"Retry-After", b"Inference-Header-Content-Length", b"X"),
+                ]
+            ),
+            st.sampled_from(
+                [
+                    *(
+                        b"0",
+                        b"-1",
+                        b"9" * 30,
+                        b"chunked",
+                        b"gzip",
+                        b"br, gzip",
+                        b"text/x; charset=base64_codec",
+                        b"170",
+                    ),
+                    *(b"http://127.0.0.1:9/", b"Thu, 01 Jan 0001 00:00:00 GMT", b"\xff\xfe", "²".encode()),
+                ]
+            )
+            | st.binary(max_size=8),
+        ),
+        max_size=3,
+    ),
+    st.sampled_from([dumped(_ANSWER), b"", b"5\r\nhello\r\n0\r\n\r\n", b"[" * 5000]) | st.binary(max_size=60),
+)
+
+
+@given(replies)
+def raw_replies(reply: bytes) -> None:
+    """Any bytes on the line: logits that the body holds, or one clear line after the tries."""
+    server = raw_server()
+    server.reply = reply
+    served = _served()
+    got: list[Any] = []
+    with _no_pauses():
+        if judge("reply", lambda: got.append(served.forward(torch.zeros(2, 1, 8, 8)))):
+            np.testing.assert_array_equal(got[0].numpy(), understood(dumped(_ANSWER), b""))
+            assert dumped(_ANSWER) in reply
+
+
+@given(edits, cuts)
+def models(changes: list[Any], torn: list[Any]) -> None:
+    """What a server says of itself and its model, changed."""
+    server = raw_server()
+    body = cut(dumped(changed(_MODEL, changes)), torn)
+    server.reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body
+    served = Served(server.url, dataclasses.replace(load_card("digits"), classes=("a", "b", "c")))
+    served._client = client()
+    with _no_pauses():
+        judge("model", lambda: (served.server, served.model))

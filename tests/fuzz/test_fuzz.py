@@ -1,0 +1,50 @@
+"""What strangers write: whatever it holds, a result or one clear line. docs/security.md says how much was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fuzz import cards_and_logs, folders, served
+from hypothesis import HealthCheck, settings
+
+QUICK = {
+    cards_and_logs.cards: 150,
+    cards_and_logs.random_cards: 100,
+    cards_and_logs.logs: 150,
+    cards_and_logs.random_logs: 50,
+    folders.run_folders: 60,
+    folders.random_run_folders: 20,
+    folders.baselines: 60,
+    served.answers: 300,
+    served.raw_replies: 100,
+    served.models: 60,
+}
+
+
+def tried(prop: Callable[..., None], examples: int, same: bool) -> None:
+    """The property on so many inputs, always the ``same`` ones or new ones each time."""
+    keep = settings(
+        max_examples=examples,
+        derandomize=same,
+        database=None,
+        deadline=None,  # each input has a limit of its own
+        suppress_health_check=list(HealthCheck),
+    )
+    keep(prop)()
+
+
+def name(prop: Any) -> str:
+    return str(prop.__name__)
+
+
+@pytest.mark.parametrize("prop", QUICK, ids=name)
+def test_a_result_or_one_clear_line(prop: Callable[..., None]) -> None:
+    tried(prop, QUICK[prop], same=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prop", QUICK, ids=name)
+def test_more_of_them(prop: Callable[..., None]) -> None:
+    tried(prop, 50 * QUICK[prop], same=False)

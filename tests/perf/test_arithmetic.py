@@ -1,0 +1,102 @@
+"""What faster arithmetic gains on this machine, and what a merged adapter costs: ratios of blocks of votes.
+
+Run by ``make perf``; the two of a ratio take turns, on one thread. Nothing is asserted of a gain, which is the
+machine's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from convnets import resnet20
+from torch import Tensor, nn
+from turns import paired
+
+from bench import arithmetic, fitting
+from bench.bases import untrained_base
+from bench.certify import block_rows
+from bench.interface import Draw
+from bench.noise import Noise, Vote, VoteDraw
+from bench.plan import Plan, make_plans
+from bench.run import steady
+
+CPU = torch.device("cpu")
+ROUNDS = 15
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So that seconds of the processor are those of an idle core, whoever else is at work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Alone(nn.Module):
+    """A network as a defense that draws nothing."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, draw: Draw) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def plan(defense: str) -> Plan:
+    (made,) = make_plans(defenses=defense, dataset="digits")
+    return made
+
+
+def block(shape: tuple[int, int, int]) -> tuple[Tensor, VoteDraw]:
+    rows = block_rows(shape, CPU)
+    votes = [Vote("estimate", 0, i) for i in range(rows)]
+    noise = Noise(0, "test")
+    return noise.normals(votes, shape[0] * shape[1] * shape[2]).view(rows, *shape), VoteDraw(noise, votes, 0.25, CPU)
+
+
+def say(capsys: pytest.CaptureFixture[str], what: str, ratios: list[float]) -> None:
+    low, high = statistics.quantiles(ratios, n=4)[::2]
+    with capsys.disabled():
+        print(f"\n{what}: median {statistics.median(ratios):.2f}, quartiles {low:.2f} and {high:.2f}")
+
+
+@pytest.mark.parametrize("words", ["bfloat16", "channels-last", "compile"])
+@pytest.mark.parametrize("network", ["ResNet-20 size", "digits ViT"])
+def test_float32_over_other_arithmetic(
+    benchmark: Any, capsys: pytest.CaptureFixture[str], words: str, network: str
+) -> None:
+    """Seconds of a block in plain float32 over those in another arithmetic: above 1 it is faster."""
+    shape = (3, 32, 32) if network.startswith("ResNet") else (1, 8, 8)
+    net = resnet20() if network.startswith("ResNet") else untrained_base(plan("none").card, "vit", CPU).module
+    x, draw = block(shape)
+    plain, other = Alone(net), arithmetic.model(Alone(net), arithmetic.parse(words), CPU)
+    with steady(), torch.inference_mode():
+        ratios = paired(lambda: plain(x, draw), lambda: other(x, draw), ROUNDS, time.process_time)
+        benchmark.pedantic(lambda: other(x, draw), rounds=3)
+    say(capsys, f"{network}, float32 / {words}", ratios)
+    benchmark.extra_info["ratio"] = statistics.median(ratios)
+
+
+def test_a_merged_adapter_over_the_base(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A vote of LoRA costs what the base's does, once it is merged: within 5%."""
+    base = untrained_base(plan("none").card, "vit", CPU)
+    none = fitting.construct(plan("none"), base, CPU)
+    adapted, merged = (fitting.construct(plan("lora"), base, CPU) for _ in range(2))
+    merged.merge()
+    x, draw = block((1, 8, 8))
+    with steady(), torch.inference_mode():
+        before = paired(lambda: adapted(x, draw), lambda: none(x, draw), ROUNDS, time.process_time)
+        after = paired(lambda: merged(x, draw), lambda: none(x, draw), ROUNDS, time.process_time)
+        benchmark.pedantic(lambda: merged(x, draw), rounds=3)
+    say(capsys, "digits ViT, LoRA / none", before)
+    say(capsys, "digits ViT, merged LoRA / none", after)
+    benchmark.extra_info["ratio"] = statistics.median(after)
+    assert statistics.median(after) <= 1.05
