@@ -71,6 +71,11 @@ class View:
         self.classes, self.most = owner.classes, most
         self.queries = 0
         self._handle = id(owner)
+        _owners[self._handle] = owner
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is a view of the owner's copy, which whoever copies must keep: (defense, base) together.
+        return _view, (_owners[self._handle], self.most, self.queries)
 
     @property
     def sha256(self) -> str:
@@ -100,6 +105,12 @@ class View:
         return _owners[self._handle].untrained(classes)
 
 
+def _view(owner: BaseModel, most: Access, queries: int) -> View:
+    view = owner.view(most)
+    view.queries = queries
+    return view
+
+
 class BaseModel(ABC):
     """A base classifier: the harness's side, which owns ``module``, the map from pixels to logits."""
 
@@ -109,7 +120,6 @@ class BaseModel(ABC):
     def __init__(self, name: str, classes: int, module: nn.Module) -> None:
         self.name, self.classes = name, classes
         self.module = module.eval().requires_grad_(False)
-        _owners[id(self)] = self
 
     @property
     @abstractmethod

@@ -1,16 +1,16 @@
 """The certification engine: noise -> votes -> bound -> radius, one for all defenses.
 
-Each image is driven by a *procedure*: a generator that asks for votes and, once it has seen
-enough, returns the decision. The engine packs the votes that any image still needs into blocks of
-one fixed shape and hands the counts back; it knows nothing of defenses or records.
+The scheduler says which votes to draw; they are drawn here, in blocks of one fixed shape, on one
+device or on several. The engine knows nothing of defenses or records.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -18,79 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bench.dispatch import Dispatcher
 from bench.errors import DefenseFault
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
-from bench.procedures import Decision, Procedure, Votes
+from bench.procedures import Procedure
+from bench.scheduler import TILE, Batch, Certificate, Scheduler, Voted
 
-# Votes are placed in tiles: a vote's place within its tile is its number modulo TILE. Matrix kernels
-# were measured to give a row other last bits at another alignment, so a freely moving row could
-# change its vote with the packing. Sixteen float32 are one cache line, the widest alignment a kernel asks for.
-TILE = 16
+__all__ = ["TILE", "Certificate", "Model", "Task", "block_rows", "certify", "check_rows", "vote"]
 
 Model = Callable[[Tensor, Draw], Tensor]
 Noisy = Callable[[Tensor, Sequence[Vote]], Tensor]  # images and their votes -> float32 noisy pixels, unclipped
-
-
-@dataclass(frozen=True)
-class Certificate(Decision):
-    """One image's line in the record; radius in l2 over pixels of [0, 1]."""
-
-    index: int = -1
-    label: int = -1
-    seconds: float = 0.0
-
-
-class _Image:
-    """An image under way: its procedure, the votes it waits for, and those drawn ahead."""
-
-    def __init__(self, index: int, label: int, slot: int, procedure: Procedure, classes: int) -> None:
-        self.index, self.label, self.slot = index, label, slot
-        self.seconds = 0.0
-        self._procedure, self._width = procedure, classes + 1  # NaN is a class of its own, the last
-        self._given: dict[str, int] = {}  # votes of each purpose that the procedure has seen
-        self._expect(next(procedure), np.empty(0, np.int64))
-
-    def _expect(self, wanted: Votes, drawn: NDArray[np.int64]) -> None:
-        self.wanted, self._left = wanted, wanted.count
-        self._tally = np.zeros(self._width, np.int64)
-        self._ahead = drawn[:0]
-        self.placed = len(drawn)  # votes drawn since the procedure last saw any
-        self.take(drawn)
-
-    @property
-    def next_vote(self) -> int:
-        """Number of the first vote not yet drawn."""
-        return self._given.get(self.wanted.purpose, 0) + self.placed
-
-    @property
-    def missing(self) -> int:
-        """Votes that the procedure waits for and that are in no block yet."""
-        return max(0, self.wanted.count - self.placed)
-
-    @property
-    def later(self) -> int:
-        """Votes in no block yet that the procedure may ask for, those it waits for included."""
-        return self.wanted.count + self.wanted.later - self.placed
-
-    def take(self, voted: NDArray[np.int64]) -> None:
-        """Note what its next votes, in order, were for."""
-        self._tally += np.bincount(voted[: self._left], minlength=self._width)
-        self._ahead = np.concatenate([self._ahead, voted[self._left :]])
-        self._left -= min(self._left, len(voted))
-
-    def advance(self) -> Certificate | None:
-        """Show the procedure what it waits for while that is drawn: its decision, None when it wants more votes."""
-        while not self._left:
-            before = self.wanted
-            self._given[before.purpose] = self._given.get(before.purpose, 0) + before.count
-            try:
-                wanted = self._procedure.send(self._tally)
-            except StopIteration as stop:
-                decision: Decision = stop.value
-                return Certificate(**vars(decision), index=self.index, label=self.label, seconds=self.seconds)
-            self._expect(wanted, self._ahead[: None if wanted.purpose == before.purpose else 0])
-        return None
 
 
 @dataclass(frozen=True)
@@ -120,94 +58,108 @@ def block_rows(shape: tuple[int, int, int], device: torch.device) -> int:
     return int(max(TILE, 2 ** int(np.log2(max(rows, 1)))))
 
 
+class Pixels(dict[int, NDArray[Any]]):
+    """Images under way, each read once: indices -> [C, H, W], as the task gives them."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self._task = task
+
+    def __missing__(self, index: int) -> NDArray[Any]:
+        image: NDArray[Any] = self._task.images([index])[0]
+        self[index] = image
+        return image
+
+
+def vote(model: Model, task: Task, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Voted:
+    """The class that each row of a batch is for, ``task.classes`` where its logits hold a NaN: [batch.rows].
+
+    Drawn in blocks of ``task.block`` rows, the last filled up with copies of its first row, whose votes nobody counts.
+    """
+    keys = [Vote(s.purpose, s.image, s.first + i) for s in batch.spans for i in range(s.rows)]
+    images = torch.from_numpy(np.stack([pixels[s.image] for s in batch.spans])).to(task.device)
+    at = np.repeat(np.arange(len(batch.spans)), [s.rows for s in batch.spans])
+    voted = np.empty(len(keys), np.int64)
+    for begin in range(0, len(keys), task.block):
+        block, rows = keys[begin : begin + task.block], at[begin : begin + task.block]
+        used = len(block)
+        block += block[:1] * (task.block - used)
+        rows = np.append(rows, np.repeat(rows[:1], task.block - used))
+        x = task.noisy(images[torch.from_numpy(rows).to(task.device)], block)
+        logits = model(x, VoteDraw(task.noise, block, task.sigma, task.device))
+        classes = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1))
+        voted[begin : begin + used] = classes.cpu().numpy()[:used]
+    return voted
+
+
 def certify(
-    model: Model, task: Task, start: Callable[[int], Procedure], indices: Iterable[int]
+    model: Model,
+    task: Task,
+    start: Callable[[int], Procedure],
+    indices: Iterable[int],
+    others: Sequence[tuple[Model, Task]] = (),
 ) -> Iterator[Certificate]:
     """Certify the images in about their order; yields each as soon as it is decided.
 
     ``start(label)`` makes the procedure of one image. Memory depends on the block alone, not on the
     votes or the number of images. Counts depend on (identity, image) alone, whatever the order,
-    subset or packing.
+    subset or packing. ``others`` are the same model and task on further devices, which share the work.
     """
     if task.block % TILE:
         raise ValueError(f"block must be a multiple of {TILE}, not {task.block}")
-    slots = task.block // TILE  # an image is opened only when every other has all its votes in this block
-    kind = torch.from_numpy(task.images([])).dtype
-    stored = torch.zeros((slots, *task.shape), dtype=kind, device=task.device)
-    waiting, free = deque(indices), list(range(slots))
-    active: list[_Image] = []
-    while waiting or active:
+    scheduler = Scheduler(start, task.labels, task.classes, indices)
+    if others:
+        return _on_several([(model, task), *others], scheduler)
+    return _on_one(model, task, scheduler)
+
+
+def _on_one(model: Model, task: Task, scheduler: Scheduler) -> Iterator[Certificate]:
+    pixels = Pixels(task)
+    while not scheduler.done:
         began = time.perf_counter()
-        block = _Block(task.block)
-        while block.room:
-            image = next((a for a in active if a.missing), None)
-            if image is None:
-                if not waiting:
-                    break
-                image = _open(waiting.popleft(), free.pop(), task, start, stored)
-                active.append(image)
-            block.place(image, image.missing)
-        _fill_ahead(block, active)
-        block.pad()
-        at = torch.tensor(block.slots, device=task.device)
-        logits = model(task.noisy(stored[at], block.votes), VoteDraw(task.noise, block.votes, task.sigma, task.device))
-        voted = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1)).cpu().numpy()
-        spent, used = time.perf_counter() - began, sum(rows.stop - rows.start for _, rows in block.shares)
-        for image, rows in block.shares:
-            image.take(voted[rows])
-            image.seconds += spent * (rows.stop - rows.start) / used
-        for image in active.copy():
-            certificate = image.advance()
-            if certificate is not None:
-                active.remove(image)
-                free.append(image.slot)
+        batch = scheduler.next(task.block)
+        assert batch is not None  # with nothing out, an image that is not decided misses votes
+        voted = vote(model, task, batch, pixels)
+        for certificate in scheduler.take(batch.number, voted, time.perf_counter() - began):
+            del pixels[certificate.index]
+            yield certificate
+
+
+class _Thread:
+    """A thread that draws votes on a device of its own; satisfies ``dispatch.Worker``."""
+
+    def __init__(self, model: Model, task: Task, pixels: Pixels, back: SimpleQueue[tuple[_Thread, int, Future[Any]]]):
+        self._model, self._task, self._pixels, self._back = model, task, pixels, back
+        self.pool = ThreadPoolExecutor(1)
+
+    def send(self, run: int, batch: Batch) -> None:
+        held = {s.image: self._pixels[s.image] for s in batch.spans}  # read here: this is the caller's thread
+        future = self.pool.submit(self._draw, batch, held)
+        future.add_done_callback(lambda f: self._back.put((self, batch.number, f)))
+
+    def _draw(self, batch: Batch, held: Mapping[int, NDArray[Any]]) -> tuple[Voted, float]:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            return vote(self._model, self._task, batch, held), time.perf_counter() - began
+
+
+def _on_several(replicas: Sequence[tuple[Model, Task]], scheduler: Scheduler) -> Iterator[Certificate]:
+    pixels, back = Pixels(replicas[0][1]), SimpleQueue[tuple[_Thread, int, Future[Any]]]()
+    threads = [_Thread(model, task, pixels, back) for model, task in replicas]
+    dispatcher = Dispatcher()
+    dispatcher.open(0, scheduler, replicas[0][1].block)
+    for thread in threads:
+        dispatcher.join(thread)
+    try:
+        while not scheduler.done:
+            dispatcher.fill()
+            thread, number, future = back.get()
+            for certificate in dispatcher.answer(thread, 0, number, *future.result()):
+                pixels.pop(certificate.index, None)
                 yield certificate
-
-
-def _open(index: int, slot: int, task: Task, start: Callable[[int], Procedure], stored: Tensor) -> _Image:
-    stored[slot] = torch.from_numpy(task.images([index])[0]).to(task.device)
-    label = task.labels(index)
-    return _Image(index, label, slot, start(label), task.classes)
-
-
-class _Block:
-    """One block being packed: the vote and image slot of each row, and which rows are whose."""
-
-    def __init__(self, rows: int) -> None:
-        self.votes: list[Vote] = []
-        self.slots: list[int] = []
-        self.shares: list[tuple[_Image, slice]] = []
-        self._rows = rows
-
-    @property
-    def room(self) -> int:
-        """Rows left."""
-        return self._rows - len(self.votes)
-
-    def place(self, image: _Image, most: int) -> None:
-        """Add as many of the image's next votes as fit, up to ``most``, whole tiles at a time."""
-        purpose, first = image.wanted.purpose, image.next_vote
-        lead = first % TILE  # only after votes that ended within a tile
-        count = min(most, self.room - lead)
-        filler = -(lead + count) % TILE
-        begin = len(self.votes) + lead
-        self.votes += [Vote(purpose, image.index, first + i) for i in range(-lead, count + filler)]
-        self.slots += [image.slot] * (lead + count + filler)
-        self.shares.append((image, slice(begin, begin + count)))
-        image.placed += count
-
-    def pad(self) -> None:
-        """Fill the rows left with copies of the first, whose votes nobody counts."""
-        self.votes += self.votes[:1] * self.room
-        self.slots += self.slots[:1] * (self._rows - len(self.slots))
-
-
-def _fill_ahead(block: _Block, active: list[_Image]) -> None:
-    """Spend rows that would stay empty on votes which images under way may ask for later, shared out evenly."""
-    hopeful = [a for a in active if a.later]
-    for left, image in zip(range(len(hopeful), 0, -1), hopeful, strict=True):
-        if share := block.room // left // TILE * TILE:
-            block.place(image, min(share, image.later))
+    finally:
+        for thread in threads:
+            thread.pool.shutdown(cancel_futures=True)
 
 
 def check_rows(model: Model, task: Task, index: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import io
 import json
 import sys
@@ -13,7 +14,7 @@ import typer
 
 from bench import cli_records, watchdog
 from bench.cli_options import AsJson, Out, print_findings, print_table
-from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown
+from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -119,18 +120,27 @@ def run(
         float, typer.Option(min=0, help="Seconds that a block of votes or a training step may take; 0: no limit.")
     ] = 1800.0,
     out: Out = Path("runs"),
+    executor: Annotated[
+        str, typer.Option(help="local: in this process, on all visible GPUs; ray: on a Ray cluster (certbench[ray]).")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster; default: the one running here, else one for the command.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; do nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train (or load) defenses and certify them; typed again, resumes what is unfinished."""
     from bench.console import ConsoleReporter
-    from bench.environment import pick_device
+    from bench.environment import pick_device, same_kind
     from bench.plan import make_plans
     from bench.run import Session
     from bench.shards import Shard
     from bench.store import check_writable
 
     part = Shard.parse(shard) if shard else None
+    on_ray = _on_ray(executor, ray_address) and not dry_run
+    if on_ray and part:
+        raise BenchError("--shard and --executor ray are two ways to share the work: leave one out")
     plans = make_plans(
         defenses=defense,
         dataset=dataset,
@@ -153,7 +163,10 @@ def run(
         settings=set_ or [],
         search=search or [],
     )
-    session = Session(pick_device(device), out, ConsoleReporter(), part)
+    reporter = ConsoleReporter()
+    if not on_ray:
+        here = pick_device(device)
+        session = Session(here, out, reporter, part, same_kind(here))
     if dry_run:
         _print_dry_run([session.estimate(plan) for plan in plans], as_json)
         return
@@ -161,7 +174,11 @@ def run(
     records, faults = [], []
     try:
         with watchdog.limit(timeout):
-            for plan in plans:
+            if on_ray:
+                from bench import ray_executor
+
+                records = ray_executor.run(plans, out, reporter, device, ray_address)
+            for plan in [] if on_ray else plans:
                 try:
                     records.append(session.run(plan))
                 except DefenseFault as e:
@@ -183,6 +200,19 @@ def run(
         print(f"runs in {out}; bench report {out} makes the report")
     if faults:
         raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])
+
+
+def _on_ray(executor: str, address: str | None) -> bool:
+    """Whether ``--executor`` is ray. Raises BenchError where it is unknown, or Ray is missing or not asked for."""
+    if executor not in ("local", "ray"):
+        raise unknown("--executor", executor, ("local", "ray"))
+    if executor == "local":
+        if address is not None:
+            raise BenchError(f"--ray-address {address}: give --executor ray too")
+        return False
+    if importlib.util.find_spec("ray") is None:
+        raise BenchError("--executor ray: Ray is not installed; pip install 'certbench[ray]'")
+    return True
 
 
 def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:

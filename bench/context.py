@@ -45,6 +45,10 @@ class BuildContext:
         self.part_seconds = 0.0
         self._plan, self._device, self._workshop = plan, device, workshop
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what training takes: a copy, in another process or on another device, only certifies."""
+        return self.__dict__ | {"_workshop": None}
+
     def once(self, part: Part) -> nn.Module:
         """The part's module, frozen: trained here once, and cached under all that decides it."""
         with training.fixed_rng(self._plan.seed):

@@ -104,6 +104,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def same_kind(device: torch.device) -> list[torch.device]:
+    """All devices of its kind that this process may use: every visible GPU (see CUDA_VISIBLE_DEVICES), or itself."""
+    if device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of peak memory, where the system allows one."""
     if device.type == "cuda":

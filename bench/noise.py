@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -32,27 +33,33 @@ class Vote(NamedTuple):
 
 
 class Noise:
-    """The noise of one (seed, split): the same key always gives the same values."""
+    """The noise of one (seed, split): the same key always gives the same values, in any thread or process."""
 
     def __init__(self, seed: int, split: str) -> None:
+        self._key = seed, split
         self._prefix = f"{VERSION}|{seed}|{split}|"
-        self._encryptors: dict[str, CipherContext] = {}
+        self._own = threading.local()  # an encryptor has a position, so every thread has encryptors of its own
         self._zeros = b""
+
+    def __reduce__(self) -> tuple[type[Noise], tuple[int, str]]:
+        return Noise, self._key
 
     def _fill(self, vote: Vote, call: int, parts: list[tuple[memoryview, int]]) -> None:
         """Write the key's bits into the given buffers, one after the other (each with 15 bytes to spare)."""
-        encryptor = self._encryptors.get(vote.purpose)
+        encryptors: dict[str, CipherContext] = self._own.__dict__
+        encryptor = encryptors.get(vote.purpose)
         if encryptor is None:
             key = hashlib.blake2b((self._prefix + vote.purpose).encode(), digest_size=16).digest()
             encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-            self._encryptors[vote.purpose] = encryptor
+            encryptors[vote.purpose] = encryptor
         # The 128-bit counter: image 32 bits, vote 40, call 16, then 40 bits that count 16-byte blocks.
         start = vote.image << 96 | vote.vote << 56 | call << 40
         encryptor.reset_nonce(start.to_bytes(16, "big"))
         for buffer, size in parts:
-            if len(self._zeros) < size:
-                self._zeros = bytes(size)
-            encryptor.update_into(memoryview(self._zeros)[:size], buffer)
+            zeros = self._zeros
+            if len(zeros) < size:
+                zeros = self._zeros = bytes(size)
+            encryptor.update_into(memoryview(zeros)[:size], buffer)
 
     def words(self, votes: Sequence[Vote], size: int, call: int = 0) -> NDArray[np.uint64]:
         """Independent uniform 64-bit integers, [len(votes), size].

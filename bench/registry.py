@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ def load(name: str) -> tuple[type[Defense], str]:
         allowed = _runnable.get()
         if allowed is not None and path.resolve() not in allowed:
             raise BenchError(f"{name} is named by a record alone, so it is not run; where you trust it, bench run it")
-        module = _import_file(path)
+        module = _import_file(path, _module_name(path))
     elif name in _builtin():
         path = _builtin()[name]
         module = _import(f"defenses.{path.stem}", name)
@@ -132,9 +132,26 @@ def _import(module: str, name: str) -> ModuleType:
         raise BenchError(f"defense {name}: importing {module} failed: {one_line(e)}") from e
 
 
-def _import_file(path: Path) -> ModuleType:
-    # A name of its own, so that two files called mine.py do not meet.
-    name = f"bench_defense_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+def _module_name(path: Path) -> str:
+    """A name of its own, so that two files called mine.py do not meet."""
+    return f"bench_defense_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+
+
+def sources(names: Iterable[str]) -> dict[str, bytes]:
+    """Module name -> source of the files among ``names``: what another process needs to know their classes."""
+    files = [Path(name) for name in names if name.endswith(".py")]
+    return {_module_name(path): path.read_bytes() for path in files}
+
+
+def import_sources(sources: Mapping[str, bytes], folder: Path) -> None:
+    """Make the classes of ``sources`` known under the same module names; their files are written to ``folder``."""
+    for name, source in sources.items():
+        path = folder / f"{name}.py"
+        path.write_bytes(source)
+        _import_file(path, name)
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from bench import arithmetic, blocks, environment, fitting, gridnoise, metrics, noise, registry, search
 from bench.anytime import describe
-from bench.base import BaseModel
+from bench.base import BaseModel, LocalBase
 from bench.bases import load_base, untrained_base
 from bench.cache import digest
 from bench.cards import Split, choose, load_splits
+from bench.certification import Certifier, Ready
 from bench.certify import Task, block_rows, certify, check_rows
 from bench.console import duration
 from bench.costs import cost_per_vote, distinct
@@ -32,7 +33,7 @@ from bench.runlog import STARTED, Logged, Reporter, RunLog, log, recording
 from bench.shards import Shard
 from bench.store import Record, Run, read_run, run_folder
 
-_DRIFT = (
+DRIFT = (
     "other logits at the end of the run than at its start for the same image and draw: it keeps a state, so nothing "
     "that it certified holds; set aside"
 )
@@ -55,7 +56,16 @@ class _Materials:
 class Session:
     """The runs of one command: data and base classifiers are loaded once and shared."""
 
-    def __init__(self, device: torch.device, out: Path, reporter: Reporter, shard: Shard | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        out: Path,
+        reporter: Reporter,
+        shard: Shard | None = None,
+        devices: Sequence[torch.device] = (),
+    ) -> None:
+        """``devices``: all that share the certification, ``device`` first; the rest is done on it alone."""
+        self.devices = list(devices) or [device]
         self.device, self.out, self.reporter, self.shard = device, out, Logged(reporter), shard
         self._materials: dict[tuple[str, str, str, Path | None, bool], _Materials] = {}
         self._splits: dict[str, list[Split]] = {}
@@ -143,11 +153,33 @@ class Session:
             own_log.discard()
             self.reporter.say(f"{whole}: already complete, nothing to do")
             return merged
+        extra = self._extra(plan, tried, fitted, indices)
+        record = Run(self.out, _name(plan), identity, extra, self.shard)
+        try:
+            if record.info["status"] == "complete":
+                own_log.discard()
+                self.reporter.say(f"{record.path}: already complete, nothing to do")
+            else:
+                own_log.move_into(record.path)
+                mine = self._indices(plan, shared.certified(plan))
+                if record.done:
+                    log.info("resumed: %d of %d images are done", len(record.done), len(mine))
+                self._certify(plan, fitted, task, mine, record)
+                log.info("finished: %d images", len(record.done))
+        finally:
+            record.close()
+        return read_run(record.path, self.shard)
+
+    def _extra(
+        self, plan: Plan, tried: list[dict[str, Any]], fitted: fitting.Fitted, indices: list[int]
+    ) -> dict[str, Any]:
+        """What a record says beside its identity."""
+        shared = self.materials(plan)
         right = None  # a base of other classes is neither right nor wrong
         if shared.base.classes == len(plan.card.classes):
             right, _ = shared.base.accuracy(shared.certified(plan), indices)
-        extra = {
-            "environment": here,
+        return {
+            "environment": environment.describe(self.device),
             "arguments": plan.arguments,
             "radii": list(plan.card.radii),
             "preset": plan.preset,
@@ -166,21 +198,14 @@ class Session:
                 "weights_file": plan.weights and plan.weights.name,
             },
         }
-        record = Run(self.out, _name(plan), identity, extra, self.shard)
-        try:
-            if record.info["status"] == "complete":
-                own_log.discard()
-                self.reporter.say(f"{record.path}: already complete, nothing to do")
-            else:
-                own_log.move_into(record.path)
-                mine = self._indices(plan, shared.certified(plan))
-                if record.done:
-                    log.info("resumed: %d of %d images are done", len(record.done), len(mine))
-                self._certify(plan, fitted, task, mine, record)
-                log.info("finished: %d images", len(record.done))
-        finally:
-            record.close()
-        return read_run(record.path, self.shard)
+
+    def ready(self, plan: Plan) -> tuple[Ready, Certifier]:
+        """All of a plan's run that comes before its first vote, and what is certified: for another process."""
+        plan, tried = self.searched(plan)
+        identity, _, fitted = self.prepare(plan)
+        extra = self._extra(plan, tried, fitted, identity["indices"])
+        certifier = Certifier(plan.defense, fitted.defense, self.materials(plan).base, plan.arithmetic)
+        return Ready(plan, identity, extra, training_cost(fitted)), certifier
 
     def _indices(self, plan: Plan, split: Split) -> list[int]:
         """The images to certify: those of the plan, or of its shard. Raises BenchError where a shard has none."""
@@ -268,39 +293,52 @@ class Session:
             with fitting.blame(plan.defense, "in the check of its rows"):
                 seconds = check_rows(model, task, indices[0])
             per_vote = cost_per_vote(fitted.defense, task, indices[0])  # operations are counted, not compiled
+            base = self.materials(plan).base
+            more = self.devices[1:] if isinstance(base, LocalBase) else []
+            here = Certifier(plan.defense, fitted.defense, base, plan.arithmetic)
+            others = [here.replica(task, device) for device in more]
+            for copied, there in others:
+                check_rows(copied, there, indices[0])
             votes = len(left) * plan.procedure.most
             self.reporter.say(
                 f"{record.path.relative_to(self.out)}: {len(left)} images, {plan.procedure.kind} procedure, "
-                f"at most {votes:,} votes, about {duration(votes * seconds / task.block)} at most"
+                f"at most {votes:,} votes, about {duration(votes * seconds / task.block / (1 + len(others)))} at most"
             )
             # Seconds of a resumed run are of several processes, which one calibration says nothing of.
             calibration = None if finished else environment.calibration_seconds(self.device)
             correct = sum(c.predicted == c.label for c in record.done)
             with self.reporter.certifying(registry.short_name(plan.defense), len(indices), len(finished)) as progress:
                 progress(len(finished), correct)
-                for certificate in certify(model, task, start, left):
+                for certificate in certify(model, task, start, left, others):
                     record.append(certificate)
                     correct += certificate.predicted == certificate.label
                     progress(len(record.done), correct)
             self.materials(plan).base.check_unchanged(plan.defense)
             if not torch.equal(blocks.check_logits(model, task, indices[0]).nan_to_num(), reference.nan_to_num()):
-                raise DefenseFault(f"{_DRIFT} in {record.set_aside()}", plan.defense)
+                raise DefenseFault(f"{DRIFT} in {record.set_aside()}", plan.defense)
         cost = {
-            "train_seconds": fitted.train_seconds,
+            **training_cost(fitted),
             "certify_seconds": sum(c.seconds for c in record.done),
             "calibration_seconds": calibration,
             "votes": (total := sum(c.votes for c in record.done)),
             "base_forwards": round(total * per_vote.base_forwards),
-            "queries": fitted.queries,
-            "trainable_nominal": fitted.nominal,
-            "trainable_updated": fitted.updated,
-            "trained_here": fitted.here,
-            "trained_elsewhere": fitted.elsewhere,
             "parameters": None if per_vote.flops is None else distinct([fitted.defense, *per_vote.classifiers]),
             "flops_per_vote": per_vote.flops,
             "peak_memory": environment.peak_memory(self.device),
         }
         record.finish(cost, metrics.summarise(record.done, plan.card.radii))
+
+
+def training_cost(fitted: fitting.Fitted) -> dict[str, Any]:
+    """What a record says of the training's cost."""
+    return {
+        "train_seconds": fitted.train_seconds,
+        "queries": fitted.queries,
+        "trainable_nominal": fitted.nominal,
+        "trainable_updated": fitted.updated,
+        "trained_here": fitted.here,
+        "trained_elsewhere": fitted.elsewhere,
+    }
 
 
 def _name(plan: Plan) -> str:

@@ -1,0 +1,327 @@
+"""``--executor ray``: the runs of one command share a Ray cluster.
+
+This process trains nothing and draws no vote. It schedules, and is the only one that writes records.
+A worker or a node may go at any moment: what it had is drawn elsewhere, from the same keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from bench.cards import load_split
+from bench.certification import Filling, Measured, Ready
+from bench.certify import Pixels, Task
+from bench.dispatch import Dispatcher, blocks_each
+from bench.errors import BenchError, one_line
+from bench.http_base import is_url
+from bench.plan import Plan
+from bench.ray_crew import LOSSES, Actor, Crew, why
+from bench.ray_worker import Failed, Place, pack, prepare, unpack
+from bench.registry import short_name, sources
+from bench.run import make_task
+from bench.runlog import Reporter
+from bench.scheduler import Batch, Scheduler
+from bench.store import Record, read_run
+
+LOOK = 2.0  # seconds between two looks at what the cluster has
+
+_VARIABLES = ("CERTBENCH_CACHE", "CERTBENCH_DATA")  # absolute once they are sent
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A connection to the cluster at ``address``, to the one Ray finds by itself, or to one started here for the time.
+
+    Raises BenchError where none is at the address.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except Exception as e:  # Ray raises what it likes, a bare Exception among it
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise BenchError(f"no Ray cluster at {where}: {one_line(e)}; start one with: ray start --head") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def pick_device(name: str) -> torch.device:
+    """The kind of device of ``--device`` on the cluster. Raises BenchError where it has none of the kind."""
+    has_gpus = cast(Any, ray).cluster_resources().get("GPU", 0) > 0
+    if name == "auto":
+        name = "cuda" if has_gpus else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not has_gpus):
+        raise BenchError(f"--device {name}: not on this Ray cluster; there is cpu{', cuda' if has_gpus else ''}")
+    return torch.device(name)
+
+
+def run(plans: Sequence[Plan], out: Path, reporter: Reporter, device: str, address: str | None) -> list[Record]:
+    """Do all the runs, or what is left of them; their records, in order.
+
+    Raises BenchError where something is missing, or for the first run that failed, once the others are done.
+    """
+    if served := next((plan.base for plan in plans if is_url(plan.base)), None):
+        raise BenchError(f"--executor ray: base {served} is served elsewhere, and asked by one process; leave it out")
+    with connected(address):
+        driver = _Driver(plans, out, reporter, pick_device(device))
+        try:
+            return driver.run()
+        finally:
+            driver.close()
+
+
+@dataclass
+class _Run:
+    """A run that is being certified."""
+
+    filling: Filling
+    scheduler: Scheduler
+    task: Task
+    pixels: Pixels
+    sent: tuple[Any, Any]  # what certifies and the task, packed, in the object store
+    measured: Measured | None = None
+    peak: int = 0
+    letting_go: set[Actor] | None = None  # once all is certified: workers that hold it still
+    losses: Counter[int] = field(default_factory=Counter)  # workers that died with a batch
+    machines: Counter[str] = field(default_factory=Counter)  # workers that held it, by their device's name
+
+
+class _Driver:
+    def __init__(self, plans: Sequence[Plan], out: Path, reporter: Reporter, device: torch.device) -> None:
+        self._plans, self._out, self._reporter, self._device = plans, out, reporter, device
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        variables = {k: os.path.abspath(os.environ[k]) for k in _VARIABLES if os.environ.get(k)}
+        plugins = sources(plan.defense for plan in plans)
+        self._place = Place(os.getcwd(), variables, plugins, threads, device.type)
+        self._crew = Crew(self._place, self.send, self._when, self._joined, self._left)
+        self._back: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._preparing: set[int] = set()
+        self._runs: dict[int, _Run] = {}
+        self._records: dict[int, Path] = {}
+        self._failed: dict[int, str] = {}
+        self._dispatcher = Dispatcher()
+        self._bars, self._shown = ExitStack(), -1
+        self._update: Callable[..., None] = print
+
+    def run(self) -> list[Record]:
+        """All runs, to their end."""
+        for number, plan in enumerate(self._plans):
+            task = cast(Any, ray).remote(num_returns=2, max_retries=LOSSES, **self._crew.needs)(prepare)
+            ready, certifier = task.remote(self._place, pack(plan), self._out.resolve())
+            self._preparing.add(number)
+            self._when(ready, partial(self._prepared, number, certifier))
+        looked = -LOOK
+        while self._preparing or self._runs:
+            if time.monotonic() - looked > LOOK:
+                self._crew.look(len(self._preparing))
+                looked = time.monotonic()
+            self._dispatcher.fill()
+            self._show()
+            try:
+                self._back.get(timeout=LOOK)()
+            except queue.Empty:
+                continue
+        self._bars.close()
+        if self._failed:
+            raise BenchError(self._failed[min(self._failed)])
+        return [read_run(self._records[n]) for n in range(len(self._plans))]
+
+    def close(self) -> None:
+        """Let go of records and workers, finished or not."""
+        self._bars.close()
+        for run in self._runs.values():
+            run.filling.close()
+        for actor in self._crew.actors:
+            ray.kill(actor.handle)
+
+    def _when(self, reference: Any, then: Callable[[Any], None]) -> None:
+        """Have ``then`` called in the loop, with the future of what is waited for."""
+        reference.future().add_done_callback(lambda future: self._back.put(lambda: then(future)))
+
+    # Training -----------------------------------------------------------------------------------------
+
+    def _prepared(self, number: int, certifier: Any, future: Any) -> None:
+        self._preparing.discard(number)
+        try:
+            packed = future.result()
+            if isinstance(packed, Failed):
+                raise BenchError(packed.words)
+            ready: Ready = unpack(packed)
+            self._crew.check_versions(ready.extra["environment"])
+            filling = Filling(self._out, ready, self._reporter)
+        except RayTaskError:
+            raise
+        except (RayError, BenchError) as e:
+            name = short_name(self._plans[number].defense)
+            self._fail(number, str(e) if isinstance(e, BenchError) else f"the training of {name} died: {why(e)}")
+            return
+        self._records[number] = filling.record.path
+        if filling.complete:
+            filling.close()
+            return
+        split = load_split(ready.plan.card, ready.identity["split"])
+        task = replace(make_task(ready.plan, split, self._device), block=ready.identity["block"][0])
+        scheduler = Scheduler(filling.start, task.labels, task.classes, filling.left)
+        # Put here, so that a node which is removed takes no copy with it that is needed.
+        sent = ray.put(ray.get(certifier)), ray.put(pack(replace(task, images=_not_here, labels=_not_here)))
+        self._runs[number] = _Run(filling, scheduler, task, Pixels(task), sent)
+        self._dispatcher.open(number, scheduler, task.block)
+
+    # Workers ------------------------------------------------------------------------------------------
+
+    def _joined(self, actor: Actor) -> None:
+        self._dispatcher.join(actor)
+        self._resize()
+
+    def _left(self, actor: Actor) -> None:
+        """What a worker had goes to others."""
+        if actor not in self._dispatcher.workers:
+            return
+        for number, batch in self._dispatcher.leave(actor):
+            if number in self._runs:
+                self._runs[number].losses[batch] += 1
+        for number in actor.holds & set(self._runs):
+            self._let_go(number, actor)
+
+    def _resize(self) -> None:
+        """Fit the batches to the number of workers."""
+        for number, run in self._runs.items():
+            if run.measured and run.letting_go is None:
+                blocks = blocks_each(len(self._dispatcher.workers), run.measured.block_seconds)
+                self._dispatcher.resize(number, blocks * run.task.block)
+
+    # Votes --------------------------------------------------------------------------------------------
+
+    def send(self, actor: Actor, number: int, batch: Batch) -> None:
+        """Ask a worker for a batch; the first of a run comes after what it certifies."""
+        run = self._runs[number]
+        if number not in actor.holds:
+            actor.holds.add(number)
+            run.machines[actor.machine] += 1
+            first, calibrate = batch.spans[0].image, not run.filling.resumed and run.measured is None
+            loaded = actor.handle.load.remote(number, *run.sent, first, run.pixels[first], calibrate)
+            self._when(loaded, partial(self._loaded, actor, number))
+        images = {s.image: run.pixels[s.image] for s in batch.spans}
+        answer = actor.handle.draw.remote(number, batch, images)
+        self._when(answer, partial(self._answered, actor, number, batch.number))
+
+    def _value(self, actor: Actor, number: int, future: Any) -> Any:
+        """What a worker answered about a run, None where it is of no use: the worker died, or the run failed."""
+        try:
+            value = future.result()
+        except RayTaskError:
+            raise
+        except RayError as e:
+            self._crew.lose(actor)
+            run = self._runs.get(number)
+            if run and max(run.losses.values(), default=0) >= LOSSES:
+                self._fail(number, f"{run.filling.record.path}: a batch took {LOSSES} workers with it: {why(e)}")
+            return None
+        if isinstance(value, Failed):
+            if value.drifted and number in self._runs:
+                self._fail(number, f"{value.words} in {self._runs[number].filling.record.set_aside()}")
+            else:
+                self._fail(number, value.words)
+            return None
+        return value if number in self._runs else None
+
+    def _loaded(self, actor: Actor, number: int, future: Any) -> None:
+        measured = self._value(actor, number, future)
+        if measured is None:
+            return
+        run = self._runs[number]
+        if run.measured is None:
+            run.measured = measured
+            workers = max(1, len(self._dispatcher.workers))
+            run.filling.announce(measured.block_seconds / run.task.block / workers)
+            self._resize()
+
+    def _answered(self, actor: Actor, number: int, batch: int, future: Any) -> None:
+        value = self._value(actor, number, future)
+        if value is None:
+            self._dispatcher.free(actor, number, batch)
+            return
+        run, (voted, seconds) = self._runs[number], value
+        for certificate in self._dispatcher.answer(actor, number, batch, voted.astype(np.int64), seconds):
+            run.filling.add(certificate)
+            run.pixels.pop(certificate.index, None)
+            self._show()
+        if run.scheduler.done and run.letting_go is None:
+            self._dispatcher.close(number)
+            run.letting_go = {a for a in self._crew.actors if number in a.holds}
+            for holder in run.letting_go:
+                self._when(holder.handle.drop.remote(number), partial(self._dropped, holder, number))
+            self._let_go(number, None)
+
+    def _dropped(self, actor: Actor, number: int, future: Any) -> None:
+        peak = self._value(actor, number, future)
+        if peak is not None:
+            self._runs[number].peak = max(self._runs[number].peak, peak)
+            self._let_go(number, actor)
+
+    def _let_go(self, number: int, actor: Actor | None) -> None:
+        """A worker holds a run no more; the last ends it."""
+        run = self._runs[number]
+        if run.letting_go is None:
+            return
+        run.letting_go.discard(actor)
+        if not run.letting_go:
+            assert run.measured is not None
+            run.filling.finish(run.measured, run.peak, dict(run.machines))
+            run.filling.close()
+            del self._runs[number]
+
+    def _fail(self, number: int, words: str) -> None:
+        """Give up one run; the others go on."""
+        if number in self._failed:
+            return
+        self._failed[number] = words
+        run = self._runs.pop(number, None)
+        if run is not None:
+            if run.letting_go is None:
+                self._dispatcher.close(number)
+            run.filling.close()
+            for actor in self._crew.actors:
+                if number in actor.holds:
+                    actor.handle.drop.remote(number)
+        if self._runs or self._preparing:
+            self._reporter.say(f"{short_name(self._plans[number].defense)} failed, the other runs go on: {words}")
+
+    # What a person sees -------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        """The progress of the first run that is not done; while there is none, that of the trainings."""
+        first = min(self._runs, default=len(self._plans))
+        if first != self._shown:
+            self._bars.close()
+            self._shown = first
+            shown = (
+                self._runs[first].filling.progress()
+                if first in self._runs
+                else self._reporter.training(f"{len(self._plans)} defenses on the cluster")
+            )
+            self._update = self._bars.enter_context(shown)
+        if first in self._runs:
+            self._update(*self._runs[first].filling.so_far)
+        else:
+            self._update(len(self._plans) - len(self._preparing), len(self._plans), math.nan)
+
+
+def _not_here(*_: object) -> Any:
+    raise AssertionError("a worker is sent its images")

@@ -1,0 +1,185 @@
+"""``--executor ray``: the same records as in one process, whatever happens to workers, nodes and the command itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, Result, defense
+
+from bench.registry import names
+
+pytest.importorskip("ray")
+
+Bench = Callable[..., Result]
+
+
+def lines(out: Path) -> dict[str, list[dict[str, object]]]:
+    """Certificates by run folder, without their timing, by image."""
+    found = {}
+    for file in sorted(out.glob("*/certificates.jsonl")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        found[file.parent.name] = sorted(({**r, "seconds": 0} for r in rows), key=lambda r: r["index"])
+    return found
+
+
+def test_the_records_of_a_cluster_are_those_of_one_process(bench: Bench, tmp_path: Path) -> None:
+    """Two defenses, one of them a file, by the anytime procedure; a local run is finished on the cluster too."""
+    args = ["run", "--defense", f"full,{defense('half_space')}", "--dataset", TINY, "--procedure", "anytime"]
+    assert bench(*args, "--out", tmp_path / "local").code == 0
+    half_done = tmp_path / "ray" / next((tmp_path / "local").glob("tiny-full-*")).name
+    half_done.mkdir(parents=True)
+    info = json.loads((tmp_path / "local" / half_done.name / "run.json").read_text())
+    (half_done / "run.json").write_text(json.dumps({**info, "status": "started"}))
+    kept = (tmp_path / "local" / half_done.name / "certificates.jsonl").read_text().splitlines(keepends=True)[:3]
+    (half_done / "certificates.jsonl").write_text("".join(kept))
+
+    ran = bench(*args, "--out", tmp_path / "ray", "--executor", "ray", "--ray-address", "local", "--json")
+    assert ran.code == 0, ran.err
+    assert lines(tmp_path / "ray") == lines(tmp_path / "local")
+    assert (half_done / "certificates.jsonl").read_text().startswith("".join(kept))
+    for record in json.loads(ran.out):
+        alone = json.loads((tmp_path / "local" / Path(record["path"]).name / "run.json").read_text())
+        assert record["metrics"] == alone["metrics"]
+        same = ("votes", "base_forwards", "flops_per_vote", "parameters", "trainable_updated", "trained_here")
+        assert {k: record["cost"][k] for k in same} == {k: alone["cost"][k] for k in same}
+        assert sum(record["environment"]["workers"].values()) >= 1
+    assert "at most" in ran.err
+
+
+def test_ray_is_asked_for_by_name(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path)
+    wrong = bench(*args, "--executor", "rya")
+    assert (wrong.code, wrong.err) == (2, "bench: unknown --executor 'rya'; did you mean ray?\n")
+    alone = bench(*args, "--ray-address", "somewhere:6379")
+    assert (alone.code, alone.err) == (2, "bench: --ray-address somewhere:6379: give --executor ray too\n")
+    served = bench(*args, "--executor", "ray", "--base", "http://localhost:1/v2/models/m")
+    assert served.code == 2 and "served elsewhere" in served.err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    missing = bench(*args, "--executor", "ray")
+    assert (missing.code, missing.err) == (
+        2,
+        "bench: --executor ray: Ray is not installed; pip install 'certbench[ray]'\n",
+    )
+
+
+@pytest.mark.parametrize("name", [*names(), defense("randomised")])
+def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
+    """With the base that it asks, and without the training data."""
+    import torch
+
+    from bench import fitting, run
+    from bench.bases import untrained_base
+    from bench.cards import load_splits
+    from bench.certification import Certifier
+    from bench.context import Workshop
+    from bench.noise import Vote, VoteDraw
+    from bench.plan import make_plans
+    from bench.ray_worker import pack, unpack
+
+    cpu = torch.device("cpu")
+    (plan,) = make_plans(defenses=name, dataset=TINY)
+    base = untrained_base(plan.card, plan.base, cpu, probe=not plan.cls.adapts)
+    train, test = load_splits(plan.card, "train", "test")
+    built = fitting.construct(plan, base, cpu)
+    built.context._workshop = Workshop(train, lambda *_: None)  # type: ignore[attr-defined]
+    built.merge()
+    here = Certifier(name, built.eval(), base)
+    task = run.make_task(plan, test, cpu)
+    packed = pack(here), pack(replace(task, images=None, labels=None))  # type: ignore[arg-type]
+    assert sum(map(len, packed)) < 5e6
+    there, their_task = map(unpack, packed)
+    votes = [Vote("estimate", 0, i) for i in range(task.block)]
+    with torch.inference_mode():
+        logits = [
+            c.model(cpu)(t.noisy(task.repeated(0), votes), VoteDraw(t.noise, votes, t.sigma, cpu))
+            for c, t in ((here, task), (there, their_task))
+        ]
+    assert torch.equal(*logits)
+
+
+class Nodes:
+    """A cluster of real nodes on this machine, each with processes of its own."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address = str(self._cluster.address)
+        self._nodes = [self.add(), self.add()]
+
+    def add(self) -> Any:
+        return self._cluster.add_node(num_cpus=1)
+
+    def remove_one(self) -> None:
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def kill_one(self, name: str) -> bool:
+        """SIGKILL one of the cluster's processes of that name, whatever it is doing."""
+        listed = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+        raylets = {pid for pid, _, args in rows if "raylet/raylet" in args and self.address in args}
+        for pid, parent, args in rows:
+            if parent in raylets and args.startswith(f"ray::{name}"):
+                os.kill(int(pid), signal.SIGKILL)
+                return True
+        return False
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+def done(out: Path) -> int:
+    return sum(len(f.read_text().splitlines()) for f in out.glob("*/certificates.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_workers_nodes_and_commands_lose_nothing(tmp_path: Path) -> None:
+    """In the middle of a run a training, a worker, a node and the command itself are killed without warning."""
+    args = [sys.executable, "-m", "bench", "run", "--defense", "full,none", "--dataset", TINY, "--examples", "40"]
+    args += ["--n", "4000", "--set", "epochs=40"]
+
+    def start(out: str, *more: str) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CERTBENCH_CACHE": str(tmp_path / f"cache-{out}")}
+        with (tmp_path / f"{out}.err").open("ab") as err:
+            return subprocess.Popen([*args, "--out", str(tmp_path / out), *more], env=env, stdout=err, stderr=err)
+
+    def said(out: str) -> str:
+        return (tmp_path / f"{out}.err").read_text()
+
+    nodes = Nodes()
+    try:
+        on_ray = ("ray", "--executor", "ray", "--ray-address", nodes.address)
+        command = start(*on_ray)
+        disturbances = [
+            (0, lambda: nodes.kill_one("prepare")),
+            (5, lambda: nodes.kill_one("VoteWorker")),
+            (20, lambda: nodes.remove_one() or True),
+            (35, lambda: command.kill() or True),
+        ]
+        for wanted, disturb in disturbances:
+            while done(tmp_path / "ray") < wanted or not disturb():
+                assert command.poll() is None, said("ray")
+                time.sleep(0.05)
+        command.wait()
+        kept = {f: f.read_text() for f in tmp_path.glob("ray/*/certificates.jsonl")}
+        assert 35 <= sum(len(text.splitlines()) for text in kept.values()) < 80
+        nodes.add()
+        assert start(*on_ray).wait() == 0, said("ray")
+        for file, text in kept.items():
+            assert file.read_text().startswith(text[: text.rfind("\n") + 1])
+    finally:
+        nodes.close()
+    assert start("local").wait() == 0, said("local")
+    assert lines(tmp_path / "ray") == lines(tmp_path / "local")
+    assert [len(rows) for rows in lines(tmp_path / "ray").values()] == [40, 40]
