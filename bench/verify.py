@@ -91,7 +91,7 @@ def draw_again(
     every = max(1, len(record.counted) // SAMPLE)
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
     chosen = list(kept)
-    tau = record.identity["noise"]["tau"]
+    tau = record.identity["noise"].get("tau", 0.0)
     model = arithmetic.model(fitted.defense, plan.arithmetic, session.device)
     with steady(), torch.inference_mode():
         again = list(certify(model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
@@ -195,7 +195,7 @@ def _at_high_precision(identity: dict[str, Any], c: Certificate) -> str:
     """
     with mpmath.workdps(40):
         alpha = mpmath.mpf(identity["procedure"]["alpha"])
-        p = mpmath.mpf(c.p_lower) + mpmath.mpf(identity["noise"]["tau"])
+        p = mpmath.mpf(c.p_lower) + mpmath.mpf(identity["noise"].get("tau", 0.0))
         if not p < 1 or binomial_tail(p, c.top_count, c.n) > alpha:
             return f"{c.top_count} of {c.n} votes do not support p_lower {c.p_lower} at alpha {float(alpha):g}"
         if mpmath.ncdf(mpmath.mpf(c.radius) / mpmath.mpf(identity["sigma"])) > mpmath.mpf(c.p_lower):
@@ -219,7 +219,7 @@ def binomial_tail(p: Any, top: int, n: int) -> Any:
 def _radius(identity: dict[str, Any], c: Certificate) -> str:
     procedure = procedure_of(identity)
     try:
-        p_lower, radius = procedure.recompute(identity["sigma"], c.n, c.top_count, identity["noise"]["tau"])
+        p_lower, radius = procedure.recompute(identity["sigma"], c.n, c.top_count, identity["noise"].get("tau", 0.0))
     except ValueError as e:
         return str(e)
     if p_lower > 0.5 and (problem := _at_high_precision(identity, c)):

@@ -133,7 +133,7 @@ class DiffusionDenoised(Defense):
         classifier: str = ""
         width: int = 16
         epochs: float = 80
-        batch: int = 32
+        batch: int = 64
         lr: float = 4e-3
         weight_decay: float = 0.0
         warmup: float = 0.1

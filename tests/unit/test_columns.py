@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import stated
 
 from bench import metrics
 from bench.certify import Certificate
 from bench.columns import NULL, Columns, column
 from bench.errors import BenchError
-from bench.store import Claim, read_run
+from bench.store import SCHEMA, Claim, read_run
 
 LARGE = st.integers(NULL + 1, 2**63 - 1)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -87,6 +88,12 @@ def test_a_summary_is_what_counting_one_by_one_gives(
 GOOD = vars(Certificate(1, 0.1, 10, 100, 90, None, 0, 0.8, 110, index=1, label=1, seconds=0.5))
 
 
+def _begun(folder: Path, count: int) -> None:
+    """A run.json of so many images, none of them done."""
+    identity, extra = stated(count)
+    (folder / "run.json").write_text(json.dumps({"schema": SCHEMA, "status": "started", "identity": identity, **extra}))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -110,8 +117,7 @@ GOOD = vars(Certificate(1, 0.1, 10, 100, 90, None, 0, 0.8, 110, index=1, label=1
     ids=str,
 )
 def test_what_is_of_another_type_is_refused_with_its_line(tmp_path: Path, change: dict[str, object]) -> None:
-    info = {"schema": 1, "status": "complete", "identity": {"indices": [1, 2]}}
-    (tmp_path / "run.json").write_text(json.dumps(info))
+    _begun(tmp_path, 3)
     lines = [json.dumps(GOOD | {"index": 2}), json.dumps(GOOD | change)]
     (tmp_path / "certificates.jsonl").write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(BenchError, match=r"certificates.jsonl:2: not a certificate: .{5,}"):
@@ -120,8 +126,7 @@ def test_what_is_of_another_type_is_refused_with_its_line(tmp_path: Path, change
 
 @pytest.mark.parametrize("line", [b"\xff\xfe", b"[" * 100_000, b"[]", b"1", b"", json.dumps({"index": 1}).encode()])
 def test_a_line_that_is_no_row_is_refused(tmp_path: Path, line: bytes) -> None:
-    info = {"schema": 1, "status": "complete", "identity": {"indices": [1]}}
-    (tmp_path / "run.json").write_text(json.dumps(info))
+    _begun(tmp_path, 2)
     (tmp_path / "certificates.jsonl").write_bytes(line + b"\n")
     with pytest.raises(BenchError, match=r"certificates.jsonl:1: not a certificate"):
         read_run(tmp_path)
@@ -136,8 +141,7 @@ def test_a_claim_knows_no_counts() -> None:
 def test_a_certificate_takes_little_memory(tmp_path: Path) -> None:
     """At most 110 bytes each once read (twelve numbers of eight, and the room arrays grow by), 150 while reading."""
     rows, one = 20_000, Certificate(1, 0.1, 100, 1000, 900, 0, 100, 0.8, 1100, label=1, seconds=0.5)
-    info = {"schema": 1, "status": "complete", "identity": {"indices": []}}
-    (tmp_path / "run.json").write_text(json.dumps(info))
+    _begun(tmp_path, rows)
     with (tmp_path / "certificates.jsonl").open("w") as f:
         f.writelines(json.dumps(vars(replace(one, index=i))) + "\n" for i in range(rows))
     read_run(tmp_path)
