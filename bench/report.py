@@ -37,7 +37,7 @@ def columns(group: Sequence[Record]) -> pd.DataFrame:
             for row in rows
         ]
     shown |= {
-        "family": list(frame["family"]),
+        "family": [v or DASH for v in frame["family"]],
         "trains": list(frame["trains"]),
         "base, clean": _numbers(frame["base_clean_accuracy"], ".1%"),
         "abstained": _numbers(frame["abstained"], ".1%"),
