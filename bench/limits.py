@@ -16,10 +16,11 @@ CERTIFICATE = 10_000  # bytes of a line of certificates.jsonl
 
 def contents(path: Path, most: int, mend: str = "the most that is read of such a file; make it smaller") -> bytes:
     """The bytes of a file. Raises BenchError where it is no file or has more than ``most`` bytes, else OSError."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may give bytes for ever, or none
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device may give bytes for ever, or none
         raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
     with path.open("rb") as f:
-        data = f.read(most + 1)
+        data = f.read(min(most, found.st_size) + 1)  # a buffer of that size is made, whatever there is to read
     if len(data) > most:
         raise BenchError(f"{path}: larger than {most // MB} MB, {mend}")
     return data

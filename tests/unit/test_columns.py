@@ -128,7 +128,7 @@ def test_what_is_of_another_type_is_refused_with_its_line(tmp_path: Path, change
 def test_a_line_that_is_no_row_is_refused(tmp_path: Path, line: bytes) -> None:
     _begun(tmp_path, 2)
     (tmp_path / "certificates.jsonl").write_bytes(line + b"\n")
-    with pytest.raises(BenchError, match=r"certificates.jsonl:1: not a certificate"):
+    with pytest.raises(BenchError, match=r"certificates.jsonl:1: (not a certificate|a line of more than)"):
         read_run(tmp_path)
 
 
@@ -139,7 +139,11 @@ def test_a_claim_knows_no_counts() -> None:
 
 
 def test_a_certificate_takes_little_memory(tmp_path: Path) -> None:
-    """At most 110 bytes each once read (twelve numbers of eight, and the room arrays grow by), 150 while reading."""
+    """At most 150 bytes each once read, 400 while reading.
+
+    Twelve numbers of eight and the room that arrays grow by are 110, the identity's list of images 36; checking
+    run.json takes its text and a second copy of that list for the time.
+    """
     rows, one = 20_000, Certificate(1, 0.1, 100, 1000, 900, 0, 100, 0.8, 1100, label=1, seconds=0.5)
     _begun(tmp_path, rows)
     with (tmp_path / "certificates.jsonl").open("w") as f:
@@ -152,5 +156,5 @@ def test_a_certificate_takes_little_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert len(record.certificates) == rows
-    assert held <= 110 * rows
-    assert most <= 150 * rows
+    assert held <= 150 * rows
+    assert most <= 400 * rows
