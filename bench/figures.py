@@ -16,7 +16,7 @@ from bench.tables import heading, method_name, methods, pooled, reach
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
-MOST = 12  # rows in one figure: of more neither the lines nor the legend can be read
+MOST = 20  # rows in one figure: of more neither the lines nor the legend can be read
 WIDTH, HEIGHT = 3.4, 2.7  # inches, the legend not counted: a column of a two-column paper
 TRADEOFF = "certified accuracy against the cost of a vote"
 
@@ -54,6 +54,8 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
         ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=colour(i), capsize=2, label=label)
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("" if free else "{x:g}")
     _legend(ax, "bars: 95% interval")
     return _save(fig, out, f"{name}-cost")
 
