@@ -90,11 +90,14 @@ def test_certify(benchmark: Any) -> None:
 
 
 def test_reading_certificates(benchmark: Any, tmp_path: Path) -> None:
+    from records import stated
+
     from bench.store import read_run
 
     line = {"label": 1, "predicted": 1, "radius": 0.1, "n0": 100, "n": 1000, "top_count": 900, "runner_up": 0}
     line |= {"runner_up_count": 100, "p_lower": 0.8, "votes": 1100, "seconds": 0.5}
     (tmp_path / "certificates.jsonl").write_text("".join(json.dumps({"index": i} | line) + "\n" for i in range(5_000)))
-    info = {"schema": 1, "status": "complete", "identity": {"indices": list(range(5_000))}}
+    identity, extra = stated(5_000)
+    info = {"schema": 3, "status": "started", "identity": identity, **extra}
     (tmp_path / "run.json").write_text(json.dumps(info))
     assert len(benchmark(read_run, tmp_path).certificates) == 5_000
