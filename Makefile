@@ -19,6 +19,7 @@ demo: install
 # The README's table and figure, from the demo's runs.
 readme: demo
 	$(BIN)/bench report --out reports/digits-quick
+	rm -f reports/digits-quick/*.pdf
 	sed -n '/^|/p' reports/digits-quick/report.md > demo/table
 	sed -i.old -e '/<!-- table/,/<!-- end/{/^|/d;}' -e '/<!-- table/r demo/table' README.md && rm README.md.old
 
