@@ -51,7 +51,7 @@ class Job:
     def reach(self, phase: int) -> None:
         """Wait until the process works at that phase, or is beyond it."""
         while self._process.is_alive():
-            log = self.log.read_text() if self.log.exists() else ""
+            log = self.said()
             resumed = "already complete" in log or self._from < 2
             if phase == 0 or (self.phase() == 2 and resumed) or (phase == 1 and "procedure, at most" in log):
                 break
@@ -68,6 +68,10 @@ class Job:
         self._process.join()
         assert self._process.exitcode == 0, self.log.read_text()
 
+    def said(self) -> str:
+        """What the process printed; it may be killed before it has a log."""
+        return self.log.read_text() if self.log.exists() else ""
+
     def check(self) -> None:
         """All that is on disk is whole, and what was certified before is there as it was."""
         now = whole_lines(self.out)
@@ -77,7 +81,7 @@ class Job:
             assert file_sha256(meta.with_name("weights.safetensors")) == json.loads(meta.read_text())["sha256"]
         for file in [*self.report.glob("[!.]*"), *self.baseline.parent.glob("baseline.json")]:
             assert self._written.setdefault(file, file.read_bytes()) == file.read_bytes()
-        assert "Traceback" not in self.log.read_text()
+        assert "Traceback" not in self.said()
 
     def result(self) -> tuple[list[dict[str, object]], list[str]]:
         """Certificates by image, without seconds, and the names of all files."""
