@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.errors import shown
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of run folders.")]
 
@@ -35,7 +37,7 @@ def print_table(rows: list[dict[str, Any]], nothing: str) -> None:
     for column in rows[0]:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*(str(v) for v in row.values()))
+        grid.add_row(*(shown(str(v)) for v in row.values()))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:  # whoever reads it wants lines whole
         console.width = 300

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import metrics
+from bench import metrics, wellformed
 from bench.cache import digest, file_sha256
 from bench.errors import BenchError
 from bench.plan import command
@@ -44,6 +44,10 @@ def _merge(run: Path) -> list[str]:
     by_number: dict[int, dict[Shard, Record]] = {}
     for shard, folder in shards_in(run).items():
         by_number.setdefault(shard.of, {})[shard] = _read(run, shard, folder)
+    records = [record for some in by_number.values() for record in some.values()]
+    for other in records:  # their hashes were looked at, of which a name has 32 bits alone
+        if other.identity != records[0].identity:
+            raise BenchError(f"{other.path}: a shard of another run than {records[0].path.name}; move one away")
     lacks: list[str] = []
     for of, records in by_number.items():
         wanted = [Shard(i, of) for i in range(1, of + 1)]
@@ -57,6 +61,8 @@ def _merge(run: Path) -> list[str]:
 
 def _read(run: Path, shard: Shard, folder: Path) -> Record:
     record = read_run(folder, shard)
+    if record.imported:
+        raise BenchError(f"{folder}: an imported log, of which there are no shards; move it away")
     wanted = digest(record.identity)[:8]
     if not run.resolve().name.endswith(f"-{wanted}"):
         raise BenchError(f"{folder}: its identity's hash is {wanted}, so it is a shard of another run; move it away")
@@ -76,7 +82,7 @@ def _lack(run: Path, shard: Shard, records: dict[Shard, Record]) -> str:
     state = f"{len(records[shard].certificates)} of {len(share)} images" if shard in records else "not begun"
     if shard in records and held(records[shard].path / NAME):
         return f"{run}: shard {shard}: running, {state}"
-    where = ["--device", one.identity["device"], "--out", str(run.parent), "--shard", str(shard)]
+    where = ["--device", one.identity.get("device") or "auto", "--out", str(run.parent), "--shard", str(shard)]
     return f"{run}: shard {shard}: {state}; finish it: {command(one.info['arguments'], *where)}"
 
 
@@ -89,13 +95,19 @@ def _write(run: Path, shards: Sequence[Record]) -> None:
     }
     extra["environment"] = _agreed(environments)
     extra["shards"] = [{k: s.info[k] for k in ("shard", "environment", "cost")} for s in shards]
+    lines = [done[i] for i in identity["indices"]]
+    cost, summary = _cost([record.info["cost"] for record in shards]), metrics.summarise(lines, first["radii"])
+    whole = extra | {"status": "complete", "identity": identity, "cost": cost, "metrics": summary}
+    try:
+        wellformed.check(whole | {"certificates_sha256": None})
+    except BenchError as e:  # sums may leave the range that each of them is in
+        raise BenchError(f"{run}: its shards together make no run: {e}; move away what bench did not write") from None
     name = run.resolve().name.removesuffix(f"-{digest(identity)[:8]}")
     merged = Run(run.parent, name, identity, extra)
     try:
         merged.info |= extra  # in place of what an unfinished run in one process wrote of itself
-        merged.write(done[i] for i in identity["indices"])
-        lines = [done[i] for i in identity["indices"]]
-        merged.finish(_cost([record.info["cost"] for record in shards]), metrics.summarise(lines, first["radii"]))
+        merged.write(lines)
+        merged.finish(cost, summary)
     finally:
         merged.close()
 
@@ -103,8 +115,13 @@ def _write(run: Path, shards: Sequence[Record]) -> None:
 def _cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the whole: certified in shares, trained once."""
     total = _agreed(costs)
-    total |= {k: sum(cost[k] for cost in costs) for k in ADDED}
-    return total | {k: max(cost[k] for cost in costs) for k in MOST} | dict.fromkeys(OWN)
+    total |= {k: _known(sum, [cost[k] for cost in costs]) for k in ADDED}
+    return total | {k: _known(max, [cost[k] for cost in costs]) for k in MOST} | dict.fromkeys(OWN)
+
+
+def _known(of: Callable[[list[Any]], Any], values: list[Any]) -> Any:
+    """None where one of the values is."""
+    return None if None in values else of(values)
 
 
 def _agreed(values: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -289,7 +289,8 @@ def _folder(card: Card, source: Folder, part: PartName) -> Part:
             state = (base / files[row]).stat()
         except OSError as e:
             raise BenchError(f"{base / files[row]}: {e.strerror}") from None
-        return f"{files[row]}|{state.st_size}|{state.st_mtime_ns}".encode()
+        # A file's name may be bytes that are no text.
+        return os.fsencode(files[row]) + f"|{state.st_size}|{state.st_mtime_ns}".encode()
 
     def picture(row: int) -> NDArray[np.uint8]:
         path = base / files[row]

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -76,9 +77,8 @@ class RunLog(logging.Handler):
         old, kept, file = self._stream, self._file, folder / NAME
         try:
             old.seek(0)
-            text = old.read()
             self._stream, self._file = _opened(file), file
-            self._stream.write(text)
+            shutil.copyfileobj(old, self._stream)
             self._stream.flush()
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
@@ -107,7 +107,9 @@ class RunLog(logging.Handler):
 
 
 def _opened(file: Path) -> IO[str]:
-    """The file, open to append, its lock held. Raises BenchError where another process holds it."""
+    """The file, open to append, its lock held. Raises BenchError where another process holds it, or it is no file."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):  # a stranger's folder may lead elsewhere
+        raise BenchError(f"{file} is a link or no file, through which nothing is written; move it away")
     stream = file.open("a+", encoding="utf-8", errors="backslashreplace")
     for _ in range(20):
         try:
@@ -128,6 +130,8 @@ def _opened(file: Path) -> IO[str]:
 
 def held(file: Path) -> bool:
     """Whether a living process writes the log ``file``, as far as this file system's locks tell."""
+    if not file.is_file():  # to open a pipe would take for ever
+        return False
     try:
         with file.open("rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)

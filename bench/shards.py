@@ -48,7 +48,8 @@ def shards_in(run: Path) -> dict[Shard, Path]:
     """The folders of shards in a run's folder, in order."""
     found = {}
     for file in run.glob("shard-*-of-*/run.json"):
-        numbers = re.fullmatch(r"shard-([0-9]{1,6})-of-([0-9]{1,6})", file.parent.name)
-        if numbers:
+        # No zeros in front, so that a shard has one name.
+        numbers = re.fullmatch(r"shard-([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})", file.parent.name)
+        if numbers and int(numbers[1]) <= int(numbers[2]):
             found[Shard(int(numbers[1]), int(numbers[2]))] = file.parent
     return dict(sorted(found.items()))

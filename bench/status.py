@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import bounds
+from bench import bounds, limits
 from bench.console import duration
-from bench.errors import BenchError, one_line
+from bench.errors import BenchError, one_line, shown
 from bench.runlog import CERTIFY, NAME, STARTED, held
 from bench.shards import Shard, shards_in
 
@@ -25,7 +26,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
     ``seconds`` are since anything was written. Shards are left out once the whole run is complete.
     """
     # Logs first: one that is gone a moment later has become the log of a folder.
-    found = [_begun(log) for log in sorted(root.glob("*.log")) if _log_lines(log)]
+    found = [row for log in sorted(root.glob("*.log")) for row in _begun(log)]
     for folder in [root] if (root / "run.json").exists() else sorted(p for p in root.glob("*") if p.is_dir()):
         whole = [_row(folder, folder.name)] if (folder / "run.json").exists() else []
         found += whole
@@ -48,9 +49,8 @@ def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str
         }
         for r in rows
     ]
-    return table, [
-        f"{r['run']}: {r['note']}" for r in rows if r["note"] and not (r["state"] == "running" and r["images"])
-    ]
+    said = [r for r in rows if r["note"] and not (r["state"] == "running" and r["images"])]
+    return table, [shown(f"{r['run']}: {r['note']}") for r in said]
 
 
 def _blank(name: str, state: str, note: str, files: list[Path]) -> dict[str, Any]:
@@ -63,76 +63,100 @@ def _written(file: Path) -> float:
     """When it was last written, in seconds since 1970; 0 where it is not there."""
     try:
         return file.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0
 
 
-def _begun(log: Path) -> dict[str, Any]:
-    """A run whose identity is not known yet: its data are being loaded or its weights trained."""
-    state, note = _state(log)
-    return _blank(log.stem, state, note, [log])
+def _begun(file: Path) -> list[dict[str, Any]]:
+    """A run whose identity is not known yet: its data are being loaded or its weights trained. None of another log."""
+    try:
+        log = _read_log(file)
+        return [_blank(file.stem, *_state(file, log), [file])] if log.text else []
+    except (OSError, BenchError):  # anything may be named so
+        return []
 
 
 def _row(folder: Path, name: str) -> dict[str, Any]:
-    file, lines, log = folder / "run.json", folder / "certificates.jsonl", folder / NAME
+    file, lines = folder / "run.json", folder / "certificates.jsonl"
     try:
-        info = json.loads(file.read_text())
+        info = json.loads(limits.contents(file, limits.RUN))
         indices = info["identity"]["indices"]
         images = len(Shard.parse(info["shard"]).part(indices) if "shard" in info else indices)
-        state, note = ("complete", "") if info["status"] == "complete" else _state(log)
-        done = [json.loads(line) for line in _whole_lines(lines)]
-        right = sum(c["predicted"] == c["label"] for c in done)
-        votes = [c["votes"] for c in done]
-    except (OSError, ValueError, TypeError, KeyError, BenchError) as e:  # the others are still to be shown
-        return _blank(name, "unreadable", one_line(e), [file])
-    row = _blank(name, state, note, [file, lines, log])
-    row |= {"done": len(done), "images": images}
+        log = _read_log(folder / NAME)
+        state, note = ("complete", "") if info["status"] == "complete" else _state(folder / NAME, log)
+        done, right, votes = _counts(lines, images, log.before)
+    # The others are still to be shown.
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, BenchError) as e:
+        return _blank(name, "unreadable", str(e) if isinstance(e, BenchError) else one_line(e), [file])
+    row = _blank(name, state, note, [file, lines, folder / NAME])
+    row |= {"done": done, "images": images}
     if done:
-        low, high = bounds.interval(right, len(done))
-        row |= {"accuracy": right / len(done), "low": low, "high": high}
-    began, before = _certifying_since(log)
-    if began and len(done) > before:
-        seconds = max(lines.stat().st_mtime - began, 1e-3)
-        row["votes_per_second"] = sum(votes[before:]) / seconds
+        low, high = bounds.interval(right, done)
+        row |= {"accuracy": right / done, "low": low, "high": high}
+    if log.certifying and done > log.before:
+        seconds = max(_written(lines) - log.certifying, 1e-3)
+        row["votes_per_second"] = votes / seconds
         if state == "running":
-            row["eta"] = (images - len(done)) * seconds / (len(done) - before)
+            row["eta"] = (images - done) * seconds / (done - log.before)
     return row
 
 
-def _whole_lines(file: Path) -> Iterator[str]:
-    if file.exists():
-        with file.open() as f:
-            yield from (line for line in f if line.endswith("\n"))
+def _counts(file: Path, images: int, before: int) -> tuple[int, int, int]:
+    """How many images are done, how many of them are right, and the votes of those after the first ``before``."""
+    done = right = votes = 0
+    for line in limits.lines(file, limits.CERTIFICATE) if file.exists() else ():
+        if not line.endswith(b"\n"):  # being written
+            break
+        c = json.loads(line)
+        if done == images:
+            raise ValueError(f"more certificates than images, {images}")
+        if type(c["votes"]) is not int or not 0 <= c["votes"] < 2**63:
+            raise ValueError(f"votes of a certificate are {str(c['votes'])[:40]}")
+        done += 1
+        right += c["predicted"] == c["label"]
+        votes += c["votes"] if done > before else 0
+    return done, right, votes
 
 
-def _log_lines(log: Path) -> list[tuple[str, str, str]]:
-    """Time, level and text of the lines since the last start; none where it is no run's log."""
-    found: list[tuple[str, str, str]] = []
+@dataclass(frozen=True)
+class _Log:
+    """What a log says since the last start; ``text`` is empty where it tells of none."""
+
+    level: str = ""  # of the last line
+    text: str = ""
+    certifying: float | None = None  # since when, in seconds since 1970
+    before: int = 0  # images that were done then
+
+
+def _read_log(file: Path) -> _Log:
+    """The end of a log, as far as ``limits.LOG``. Raises BenchError or OSError where it is no file that can be read."""
+    found = _Log()
     try:
-        text = log.read_text(encoding="utf-8", errors="replace")
+        end = limits.tail(file, limits.LOG)
     except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        part = _LINE.fullmatch(line)
+        return found
+    for line in io.BytesIO(end):
+        part = _LINE.fullmatch(line.decode(errors="replace").rstrip("\n"))
         if part and part[3].startswith(STARTED):
-            found = [(part[1], part[2], part[3])]
-        elif part and found:
-            found.append((part[1], part[2], part[3]))
+            found = _Log(part[2], part[3])
+        elif part and found.text:
+            found = replace(found, level=part[2], text=part[3])
+            count = part[3].startswith(CERTIFY) and re.search(r": ([0-9]{1,15}) of [0-9]+ images, [0-9]+ right", part[3])
+            if count and found.certifying is None:
+                found = replace(found, certifying=_seconds(part[1]), before=int(count[1]))
     return found
 
 
-def _state(log: Path) -> tuple[str, str]:
+def _seconds(when: str) -> float | None:
+    """Since 1970; None where it is no time."""
+    try:
+        return datetime.fromisoformat(when).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _state(file: Path, log: _Log) -> tuple[str, str]:
     """Of a run that is not complete: running, failed or stopped, and the last line of its log."""
-    _, level, text = (_log_lines(log) or [("", "", "")])[-1]
-    if held(log):
-        return "running", text
-    return ("failed" if level == "ERROR" else "stopped"), text
-
-
-def _certifying_since(log: Path) -> tuple[float | None, int]:
-    """When the last start came to certify (seconds since 1970), and how many images were done before."""
-    for when, _, text in _log_lines(log):
-        count = re.search(r": (\d+) of \d+ images, \d+ right", text)
-        if text.startswith(CERTIFY) and count:
-            return datetime.fromisoformat(when).timestamp(), int(count[1])
-    return None, 0
+    if held(file):
+        return "running", log.text
+    return ("failed" if log.level == "ERROR" else "stopped"), log.text

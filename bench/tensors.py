@@ -17,6 +17,7 @@ from bench.errors import BenchError, one_line
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz")
 # A zip (torch.save since 1.6, npz), then pickles of protocol 2 to 5 (torch.save before that).
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -59,13 +60,15 @@ def read(path: Path) -> Stored:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         with safe_open(path, framework="pt") as file:
             stored = Stored({k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}, sha256)  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, struct.error) as e:
+    except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as e:  # torch's: shapes it cannot have
         raise BenchError(f"{path}: not a whole safetensors file: {one_line(e)}") from None
     if not stored.tensors:
         raise BenchError(f"{path}: holds no tensors")
     for key, value in stored.tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise BenchError(f"{path}: {key} holds values that are not finite")
+        if value.is_complex() or (value.is_floating_point() and value.dtype not in _FLOATS):
+            raise BenchError(f"{path}: {key} holds {value.dtype}; save it as float32, float16 or bfloat16")
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():  # as the model will have them
+            raise BenchError(f"{path}: {key} holds values that are not finite in float32")
     return stored
 
 

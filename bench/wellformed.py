@@ -77,6 +77,7 @@ class _Identity(_Part):
     card: str | None
     split: str
     indices: Annotated[list[Whole], Field(min_length=1)]
+    device: str | None = None
     images: str | None
     base: _Base | None
     defense: _Defense
@@ -226,6 +227,8 @@ def _together(run: _Run) -> None:
     procedure, counted = identity.procedure, "imported" not in identity.model_fields_set
     if not counted and identity.imported is None:
         raise BenchError("identity.imported: null; it says what the log was, or is not there")
+    if len(set(identity.indices)) < len(identity.indices):
+        raise BenchError("identity.indices: an image is there twice")
     if len({f"{r:g}" for r in run.radii}) < len(run.radii):
         raise BenchError("radii: two of them are printed alike")
     if counted and (identity.base is None or run.base is None or identity.seed is None or procedure.n0 is None):
