@@ -202,7 +202,7 @@ def _file(card: Card, path: Path) -> Blueprint:
         fitting = _fitting_recipe(card, path, unwrap(stored.tensors)[0])
         return replace(fitting, weights=replace(weights, adapt=False), name=path.name)
     stated = config.get("pretrained_cfg") or {}
-    if "mean" not in stated:
+    if isinstance(stated, dict) and "mean" not in stated:  # else from_config says what is wrong
         config = {**config, "pretrained_cfg": {**stated, "mean": card.mean, "std": card.std}}
     return from_config(card, path.name, config, weights)
 

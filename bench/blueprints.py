@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bench import tensors
 from bench.base import Classifier, LocalBase
 from bench.cards import Card, Split
-from bench.errors import BenchError, one_line
+from bench.errors import BenchError, one_line, unknown
 from bench.interface import Schedule
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value a channel
@@ -77,15 +77,17 @@ class Blueprint:
             tensors.check(f"{record['file']} does not fit base {self.name}", model.state_dict(), stored)
             model.load_state_dict(stored)
         mean, std = normalisation or (self.mean, self.std)
-        module = Classifier(model, mean, std, self.size).eval()
         with torch.inference_mode():
             try:
+                module = Classifier(model, mean, std, self.size).eval()
                 out = module(torch.zeros(1, *self.card.shape))
-            except (RuntimeError, AssertionError, ValueError) as e:
+            except Exception as e:  # here too
                 shape = "x".join(map(str, self.card.shape))
                 raise BenchError(f"base {self.name} cannot take {shape} images: {one_line(e)}") from None
         if self.classes and tuple(out.shape) != (1, self.classes):
             raise BenchError(f"base {self.name} gives {list(out.shape)} for an image, not [1, {self.classes}] logits")
+        if not out.isfinite().all():
+            raise BenchError(f"base {self.name} gives logits that are not finite; are its mean and std right?")
         return module, record
 
     def base(self, module: Classifier, meta: dict[str, Any], device: torch.device) -> LocalBase:
@@ -117,7 +119,7 @@ class Blueprint:
                 num_classes=classes,
                 **self.args,
             )
-        except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as e:
+        except Exception as e:  # timm's models raise whatever they stumble over
             # torch names the key that does not fit on the second line.
             lines = [line.strip() for line in str(e).splitlines()[:2]]
             why = " ".join(lines)[:300] or type(e).__name__
@@ -134,6 +136,8 @@ def from_config(card: Card, name: str, config: dict[str, Any], weights: Weights)
     """
     from timm.models import PretrainedCfg
 
+    if odd := [k for k in ("model_args", "pretrained_cfg") if not isinstance(config.get(k) or {}, dict)]:
+        raise BenchError(f"base {name}: {odd[0]} in its config must be an object; fetch the config again")
     architecture, args = config.get("architecture"), dict(config.get("model_args") or {})
     if not isinstance(architecture, str):
         raise BenchError(f"base {name}: its config states no timm architecture; only timm models can be bases")
@@ -141,9 +145,9 @@ def from_config(card: Card, name: str, config: dict[str, Any], weights: Weights)
     stated = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k != "architecture"}
     classes = config.get("num_classes", args.pop("num_classes", stated.get("num_classes")))
     known = {f.name for f in fields(PretrainedCfg)}
+    check_source(f"base {name}: model_args", architecture, args)
     merged = architecture_config(architecture, f"base {name}") | {k: v for k, v in stated.items() if k in known}
     merged |= {} if classes is None else {"num_classes": classes}
-    check_source(f"base {name}: model_args", architecture, args)
     return from_pretrained_cfg(card, name, architecture, args, merged, weights)
 
 
@@ -156,6 +160,8 @@ def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None
 
     if re.search(r"[:/\\]", architecture):
         raise BenchError(f"{where}: {architecture!r} is an address; give the name of a timm model")
+    if not timm.is_model(architecture):  # timm would say so too, but first write the name on the terminal as it is
+        raise BenchError(f"{where}: {unknown('timm model', architecture, timm.list_models())}")
     own = {*signature(timm.create_model).parameters, "pretrained_strict", "pretrained_filter_fn"}
     if forbidden := sorted(own & set(args)):
         raise BenchError(f"{where} may not set {forbidden[0]}")
@@ -176,7 +182,7 @@ def from_pretrained_cfg(
         channels = int(args.get("in_chans") or config["input_size"][0])
         mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
         size, classes = input_size(card, args, config), int(config["num_classes"])
-    except (KeyError, TypeError, ValueError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
         raise BenchError(f"base {name}: its config is not timm's: {one_line(e)}") from None
     if not len(mean) == len(std) == channels:
         raise BenchError(f"base {name}: {channels} channels and a mean of {len(mean)} and std of {len(std)} values")

@@ -141,7 +141,9 @@ def _read_log(file: Path) -> _Log:
             found = _Log(part[2], part[3])
         elif part and found.text:
             found = replace(found, level=part[2], text=part[3])
-            count = part[3].startswith(CERTIFY) and re.search(r": ([0-9]{1,15}) of [0-9]+ images, [0-9]+ right", part[3])
+            count = part[3].startswith(CERTIFY) and re.search(
+                r": ([0-9]{1,15}) of [0-9]+ images, [0-9]+ right", part[3]
+            )
             if count and found.certifying is None:
                 found = replace(found, certifying=_seconds(part[1]), before=int(count[1]))
     return found

@@ -67,7 +67,8 @@ def read(path: Path) -> Stored:
     for key, value in stored.tensors.items():
         if value.is_complex() or (value.is_floating_point() and value.dtype not in _FLOATS):
             raise BenchError(f"{path}: {key} holds {value.dtype}; save it as float32, float16 or bfloat16")
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():  # as the model will have them
+        finite = not value.is_floating_point() or not value.numel() or torch.isfinite(value.float()).all()
+        if not finite:  # as the model will have them
             raise BenchError(f"{path}: {key} holds values that are not finite in float32")
     return stored
 

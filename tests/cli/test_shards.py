@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, Result
 from filelock import FileLock
+from records import costs, made_up
+
+from bench import merge
+from bench.cache import digest
+from bench.shards import shards_in
 
 Bench = Callable[..., Result]
 ONE = ("run", "--defense", "none", "--dataset", TINY)
@@ -22,8 +29,8 @@ def certificates(run: Path) -> list[dict[str, object]]:
     return [{**json.loads(line), "seconds": 0} for line in (run / "certificates.jsonl").read_text().splitlines()]
 
 
-def info(run: Path) -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = json.loads((run / "run.json").read_text())
+def info(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "run.json").read_text())
     return found
 
 
@@ -216,3 +223,51 @@ def test_one_trains_and_the_others_wait_and_say_so(bench: Bench, tmp_path: Path)
     assert (entry / "weights.safetensors").stat().st_mtime_ns == trained
     (log,) = (tmp_path / "second").glob("*/*/log.txt")
     assert "WARNING another process is training" in log.read_text()
+
+
+def shares(out: Path, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
+    """A made-up run in two shards, what ``changes`` says of both, and what run.json of each holds."""
+    whole = made_up(out / "whole", [0.1, 0.2, 0.3])
+    text = (whole / "certificates.jsonl").read_text().splitlines(keepends=True)
+    told, run = info(whole) | changes, out / "runs" / whole.name
+    for i in (1, 2):
+        lines = "".join(text[i - 1 :: 2])
+        shard = run / f"shard-{i}-of-2"
+        shard.mkdir(parents=True)
+        (shard / "certificates.jsonl").write_text(lines)
+        sha256 = hashlib.sha256(lines.encode()).hexdigest()
+        (shard / "run.json").write_text(json.dumps(told | {"shard": f"{i}/2", "certificates_sha256": sha256}))
+    return run, [info(shard) for shard in shards_in(run).values()]
+
+
+def test_costs_that_are_not_known_stay_so(bench: Bench, tmp_path: Path) -> None:
+    cost = costs(300) | {"base_forwards": None, "queries": None}
+    run, _ = shares(tmp_path, cost=cost)
+    assert bench("merge", run).code == 0
+    merged = info(run)["cost"]
+    assert (merged["votes"], merged["base_forwards"], merged["queries"]) == (600, None, None)
+
+
+def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told = shares(tmp_path, cost=costs(2**62))
+    wrong = bench("merge", run)
+    assert wrong.code == 2 and "its shards together make no run: cost.votes" in wrong.err
+    second = run / "shard-2-of-2" / "run.json"
+    other = told[1] | {"identity": told[1]["identity"] | {"seed": 1}}
+    second.write_text(json.dumps(other))
+    with monkeypatch.context() as patch:  # 32 bits are soon found
+        patch.setattr(merge, "digest", lambda _: run.name[-8:])
+        wrong = bench("merge", run)
+    assert wrong.code == 2 and "a shard of another run than shard-1-of-2" in wrong.err
+    for i, name in enumerate(("shard-0-of-0", "shard-2-of-1", "shard-02-of-2")):
+        shutil.copytree(run / "shard-1-of-2", run / name)
+        assert len(shards_in(run)) == 2, i
+    shutil.rmtree(run)
+    imported = {"format": "cohen", "sha256": "0"}
+    identity = told[0]["identity"] | {"imported": imported}
+    run = run.with_name(f"x-{digest(identity)[:8]}")
+    (run / "shard-1-of-1").mkdir(parents=True)
+    (run / "shard-1-of-1" / "run.json").write_text(json.dumps(told[0] | {"identity": identity, "shard": "1/1"}))
+    wrong = bench("merge", run)
+    assert wrong.code == 2 and "of which there are no shards" in wrong.err
+    assert not list(tmp_path.glob("runs/*/run.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY, Result, defense
+from records import made_up
 
 from bench import bounds, runlog, status
 
@@ -203,3 +205,66 @@ def test_status_of_nothing_and_of_damaged_folders(bench: Bench, tmp_path: Path) 
     assert damaged["state"] == "unreadable" and "JSONDecodeError" in damaged["note"]
     assert shard["run"].endswith("/shard-2-of-3")
     assert (shard["state"], shard["done"], shard["images"]) == ("complete", 3, 3)
+
+
+START = "2026-03-01T10:00:00.000+00:00 INFO started: bench run\n"
+
+
+def unfinished(out: Path, log: bytes = b"", **changes: Any) -> Path:
+    """A run that is begun, two of its images done."""
+    run = made_up(out, [0.1, 0.2])
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"status": "started"} | changes))
+    (run / "log.txt").write_bytes(log)
+    return run
+
+
+def test_a_log_of_a_terabyte_is_read_from_its_end(bench: Bench, tmp_path: Path) -> None:
+    run = unfinished(tmp_path)
+    for file in (run / "log.txt", tmp_path / "begun.log", tmp_path / "foreign.log"):
+        os.truncate(file, 0) if file.exists() else file.touch()
+        os.truncate(file, 2**40)
+        if file.name != "foreign.log":
+            with file.open("a") as f:
+                f.write(f"\n{START}2026-03-01T10:00:01.000+00:00 ERROR no room\n")
+    assert [(r["state"], r["note"]) for r in rows(bench, tmp_path)] == [("failed", "no room")] * 2
+
+
+def test_logs_that_bench_did_not_write(bench: Bench, tmp_path: Path) -> None:
+    certify = "certify lora: 1 of 2 images, 1 right"
+    lines = [
+        "2026-99-99T10:00 INFO " + certify,
+        f"x INFO {certify}",
+        f"2026-03-01T10:00 INFO {certify.replace('1', '9' * 5000)}",
+    ]
+    run = unfinished(tmp_path, (START + "\n".join([*lines, "2026-03-01T10:00 INFO \x1b[2J\n"])).encode())
+    shown = bench("status", tmp_path)
+    assert shown.code == 0 and "\x1b" not in shown.out and "x1b[2J" in shown.out
+    (row,) = rows(bench, tmp_path)
+    assert (row["state"], row["done"], row["votes_per_second"]) == ("stopped", 2, None)
+    (run / "log.txt").unlink()
+    os.mkfifo(run / "log.txt")  # to wait for it would be for ever
+    os.mkfifo(tmp_path / "pipe.log")
+    (tmp_path / "folder.log").mkdir()
+    (row,) = rows(bench, tmp_path)
+    assert row["state"] == "unreadable" and "log.txt: not a regular file" in row["note"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("run.json", "[" * 9000, "RecursionError"),
+        ("certificates.jsonl", "[" * 9000 + "\n", "RecursionError"),
+        ("certificates.jsonl", '{"label": 1, "predicted": 1, "votes": "x"}\n', "votes of a certificate are x"),
+        ("certificates.jsonl", '{"label": 1, "predicted": 1, "votes": 1}\n' * 3, "more certificates than images, 2"),
+        ("certificates.jsonl", "x" * 10**6, "a line of more than 10,000 bytes"),
+    ],
+)
+def test_one_damaged_run_does_not_hide_the_others(
+    bench: Bench, tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (unfinished(tmp_path, START.encode()) / name).write_text(text)
+    made_up(tmp_path, [0.1], name="none")
+    damaged, good = rows(bench, tmp_path)
+    assert damaged["state"] == "unreadable" and words in damaged["note"]
+    assert good["state"] == "complete"

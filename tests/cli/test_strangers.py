@@ -27,6 +27,7 @@ from bench import http_client, hub, limits, registry, tensors
 from bench.cards import load_card, load_split
 from bench.errors import BenchError
 from bench.http_client import Client
+from bench.runlog import RunLog
 from bench.store import Run, read_run
 
 Bench = Callable[..., Result]
@@ -223,6 +224,17 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(kept)
     assert "is a link" in refused(lambda: Run(run.parent, "digits-lora-s0.25", info["identity"], {}))
+    assert kept.read_text() == "precious"
+
+
+def test_no_log_is_written_through_a_link(tmp_path: Path) -> None:
+    kept, file = tmp_path / "kept", tmp_path / "x.log"
+    kept.write_text("precious")
+    file.symlink_to(kept)
+    assert "is a link" in refused(lambda: RunLog(file))
+    file.unlink()
+    os.mkfifo(file)
+    assert "no file" in refused(lambda: RunLog(file))
     assert kept.read_text() == "precious"
 
 

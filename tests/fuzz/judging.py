@@ -135,6 +135,7 @@ def changed(value: Any, changes: list[tuple[int, str, Any]]) -> Any:
     """A copy of a JSON value with each change made somewhere in it."""
     value = copy.deepcopy(value)
     for at, how, new in changes:
+        new = copy.deepcopy(new)  # NASTY's own lists are not to be changed by a second change
         places = list(_places(value))
         if not places:
             return new

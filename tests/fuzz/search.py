@@ -1,17 +1,20 @@
 """Inputs without end: python tests/fuzz/search.py PROPERTY[,PROPERTY...] SECONDS [--guided] [--seed N]
 
 Tries random inputs of a property of this folder, or with --guided such as reach new code of bench (atheris; Linux only:
-pip install atheris). Goes on after a failure. Prints how many were tried, and each distinct failure with the input
-that showed it; exit code 1 where there was one.
+pip install atheris). Goes on after a failure. Prints how many were tried (bytes that hypothesis can make no input of
+are not counted) and what was read or refused of them, and each distinct failure with the input that showed it; exit
+code 1 where there was one.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,23 +26,25 @@ failures: Counter[str] = Counter()
 shown: dict[str, str] = {}
 
 
-def attempt(prop: Any, data: bytes) -> None:
-    """One input; a failure is kept under the place that raised it."""
+def attempt(prop: Any, data: bytes) -> bool:
+    """Whether the bytes made an input; a failure is kept under the place that raised it."""
     try:
-        prop.hypothesis.fuzz_one_input(data)
+        return prop.hypothesis.fuzz_one_input(data) is not None
     except Exception as e:
         frames = [f for f in traceback.extract_tb(e.__traceback__) if "hypothesis" not in f.filename]
         inside = [f for f in frames if "/bench/" in f.filename] or frames
         key = f"{type(e).__name__} at {Path(inside[-1].filename).name}:{inside[-1].lineno} {inside[-1].line}"
         failures[key] += 1
         shown.setdefault(key, f"{e!s:.300}\n    {data.hex()[:200]}\n    " + "\n    ".join(map(str, frames[-6:])))
+        return True
 
 
 def report(name: str, began: float, tried: int) -> None:
     """What was tried, and what came of it."""
     from fuzz.judging import outcomes
 
-    print(f"{name}: {tried:,} inputs in {time.monotonic() - began:.0f} s; {dict(sorted(outcomes.items()))}")
+    said = ", ".join(f"{what} {count:,}" for what, count in sorted(outcomes.items()))
+    print(f"{name}: {tried:,} inputs in {time.monotonic() - began:.0f} s; {said}; {len(failures)} distinct failures")
     for key, count in failures.most_common():
         print(f"  {count} x {key}\n    {shown[key]}")
     sys.stdout.flush()
@@ -53,22 +58,27 @@ def main() -> None:
     args.add_argument("--guided", action="store_true")
     args.add_argument("--seed", type=int, default=0)
     given = args.parse_args()
+    warnings.simplefilter("ignore")  # Pillow's, of pictures that are not whole
+    logging.getLogger("timm").setLevel(logging.ERROR)
     if given.guided:
         import atheris
 
         with atheris.instrument_imports(include=["bench"]):
-            from fuzz import cards_and_logs, folders, judging, served
+            from fuzz import cards_and_logs, data, folders, judging, progress, served
     else:
-        from fuzz import cards_and_logs, folders, judging, served
-    known = {name: prop for module in (cards_and_logs, folders, served) for name, prop in vars(module).items()}
+        from fuzz import cards_and_logs, data, folders, judging, progress, served
+    known = {
+        name: prop
+        for module in (cards_and_logs, data, folders, progress, served)
+        for name, prop in vars(module).items()
+    }
     names = given.property.split(",")
     began, tried = time.monotonic(), 0
     prop = known[names[0]]
 
     def one(data: bytes) -> None:
         nonlocal tried
-        tried += 1
-        attempt(prop, data)
+        tried += attempt(prop, data)
 
     if given.guided:
         import atexit

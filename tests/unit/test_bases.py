@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import socket
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,6 +258,24 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "shape", "size", "says"),
+    [
+        ("F8_E4M3", [4], 4, "holds torch.float8_e4m3fn; save it as float32"),
+        ("F4", [8], 4, "holds torch.float4_e2m1fn_x2; save it as"),
+        ("C64", [1], 8, "holds torch.complex64; save it as"),
+        ("F64", [1], 8, "not finite in float32"),
+        ("F32", [0, 2**40, 2**40], 0, "fits no base recipe"),
+        ("F32", [1] * 100, 4, "not a whole safetensors file"),
+    ],
+)
+def test_tensors_that_no_base_has(tmp_path: Path, dtype: str, shape: list[int], size: int, says: str) -> None:
+    head = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    data = struct.pack("<d", 1e300) if dtype == "F64" else bytes(size)
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
+    assert says in refusal(rgb_card(), str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [
         ("vti", "did you mean vit?"),
@@ -280,6 +300,11 @@ def test_a_base_nobody_knows(name: str, says: str) -> None:
         ({"pretrained_cfg": {"mean": 3}}, "config is not timm's"),
         ({"pretrained_cfg": {"mean": [0.5]}}, "3 channels and a mean of 1"),
         ({"num_classes": 7}, "head"),
+        ({"num_classes": math.inf}, "config is not timm's"),
+        ({"pretrained_cfg": [1]}, "pretrained_cfg in its config must be an object"),
+        ({"model_args": 3}, "model_args in its config must be an object"),
+        ({"model_args": {**ARGS, "patch_size": 0}}, "timm cannot make"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.0] * 3}}, "logits that are not finite"),
     ],
 )
 def test_a_config_that_does_not_fit(tmp_path: Path, change: dict[str, object], says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -132,3 +133,12 @@ def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
     assert "each class is a folder of pictures" in line()
     (photos / "photos.toml").write_text(PHOTOS.replace('test = "val"', 'test = "../../etc"'))
     assert "must be a path below the data folder" in line()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system whose names are any bytes")
+def test_names_that_are_no_text(photos: Path) -> None:
+    for name in sorted((photos / "photos").glob("*/n01/*")):
+        os.rename(name, os.fsencode(name.parent) + b"/\xff" + os.fsencode(name.name))
+    split = load_split(load_card(str(photos / "photos.toml")), "test")
+    assert len(split.sha256()) == 64
+    assert split.images[[0]].shape == (1, 3, 24, 24)
