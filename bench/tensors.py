@@ -18,6 +18,7 @@ from bench.errors import BenchError, one_line
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz")
 # A zip (torch.save since 1.6, npz), then pickles of protocol 2 to 5 (torch.save before that).
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SIDES = 8  # dimensions of a tensor, of which torch can compute with 64
 _MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -67,6 +68,8 @@ def read(path: Path) -> Stored:
     for key, value in stored.tensors.items():
         if value.is_complex() or (value.is_floating_point() and value.dtype not in _FLOATS):
             raise BenchError(f"{path}: {key} holds {value.dtype}; save it as float32, float16 or bfloat16")
+        if value.ndim > _SIDES:
+            raise BenchError(f"{path}: {key} has {value.ndim} dimensions; no layer's weights have more than {_SIDES}")
         finite = not value.is_floating_point() or not value.numel() or torch.isfinite(value.float()).all()
         if not finite:  # as the model will have them
             raise BenchError(f"{path}: {key} holds values that are not finite in float32")

@@ -16,6 +16,7 @@ from records import made_up
 from bench import baseline, check, compare, listing, report, tables
 from bench.anytime import Anytime, describe
 from bench.cache import digest
+from bench.errors import BenchError
 from bench.flaws import Stated
 from bench.importing import import_log
 from bench.logs import export_log
@@ -70,6 +71,8 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
 
         def report_all() -> None:
             records.extend(tables.load_records(folder / "a")[0])
+            if not records:  # as the command says
+                raise BenchError("no finished run")
             for form in ("md", "csv", "json", "latex"):
                 report.render(records, form, published=form == "md").encode(errors="backslashreplace")
 
@@ -90,7 +93,7 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
         judge("run folder, export", lambda: export_log(read_run(run)))
 
 
-@given(st.sampled_from(RUNS), edits, edits, st.sampled_from(["run", "lines", "both"]), cuts)
+@given(st.sampled_from(RUNS), edits, edits, st.sampled_from(["run", "lines", "lines", "both"]), cuts)
 def run_folders(run: Any, changes: list[Any], others: list[Any], where: str, torn: list[Any]) -> None:
     """A run folder with fields of run.json or certificates changed, and a file torn."""
     name, info, lines = run

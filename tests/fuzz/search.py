@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
+import resource
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+LENGTHS = [64, 256, 1024, 4096]  # of the bytes that hypothesis makes an input of
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 failures: Counter[str] = Counter()
@@ -43,8 +48,10 @@ def report(name: str, began: float, tried: int) -> None:
     """What was tried, and what came of it."""
     from fuzz.judging import outcomes
 
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process; on Linux in kilobytes
     said = ", ".join(f"{what} {count:,}" for what, count in sorted(outcomes.items()))
-    print(f"{name}: {tried:,} inputs in {time.monotonic() - began:.0f} s; {said}; {len(failures)} distinct failures")
+    spent = time.monotonic() - began
+    print(f"{name}: {tried:,} inputs in {spent:.0f} s; {said}; {len(failures)} distinct failures; peak {peak:,} MB")
     for key, count in failures.most_common():
         print(f"  {count} x {key}\n    {shown[key]}")
     sys.stdout.flush()
@@ -80,19 +87,28 @@ def main() -> None:
         nonlocal tried
         tried += attempt(prop, data)
 
+    source = random.Random(given.seed)
     if given.guided:
-        import atexit
+        folder = tempfile.mkdtemp(prefix="fuzz-")
+        for number in range(100):  # from nothing it would take long to reach the length of any valid input
+            (Path(folder) / str(number)).write_bytes(source.randbytes(source.choice(LENGTHS)))
+        flags = [f"-max_len={LENGTHS[-1]}", "-len_control=0", f"-seed={given.seed + 1}", "-verbosity=0", folder]
 
-        atexit.register(lambda: report(given.property, began, tried))
-        flags = ["-max_len=4096", f"-max_total_time={given.seconds:.0f}", f"-seed={given.seed + 1}", "-verbosity=0"]
-        atheris.Setup([sys.argv[0], *flags], one)
+        def timed(data: bytes) -> None:
+            one(data)
+            if time.monotonic() - began > given.seconds:
+                report(given.property, began, tried)
+                shutil.rmtree(folder)
+                os._exit(bool(failures))  # as libFuzzer ends: nothing that is registered for the end is called
+
+        atheris.Setup([sys.argv[0], *flags], timed)
         atheris.Fuzz()
-        return
     failed = False
     for name in names:
-        source, prop, began, tried = random.Random(given.seed), known[name], time.monotonic(), 0
+        prop, began, tried = known[name], time.monotonic(), 0
+        source.seed(given.seed)
         while time.monotonic() - began < given.seconds:
-            one(source.randbytes(source.choice([64, 256, 1024, 4096])))
+            one(source.randbytes(source.choice(LENGTHS)))
         report(name, began, tried)
         failed |= bool(failures)
         for kept in (failures, shown, judging.outcomes):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fuzz import cards_and_logs, folders, served
+from fuzz import cards_and_logs, data, folders, judging, progress, served
 from hypothesis import HealthCheck, Phase, settings
 
 QUICK = {
@@ -14,13 +14,20 @@ QUICK = {
     cards_and_logs.random_cards: 50,
     cards_and_logs.logs: 60,
     cards_and_logs.random_logs: 40,
-    folders.run_folders: 20,
+    folders.run_folders: 60,
     folders.random_run_folders: 10,
     folders.baselines: 20,
+    progress.logs_of_runs: 60,
+    progress.shards: 80,
+    data.picture_folders: 60,
+    data.parquets: 80,
+    data.weights: 60,
     served.answers: 150,
-    served.raw_replies: 40,
+    served.raw_replies: 100,
     served.models: 20,
 }
+# Bytes without any structure: nothing of them is ever read.
+REFUSED = {cards_and_logs.random_cards, cards_and_logs.random_logs}
 
 
 def tried(prop: Callable[..., None], examples: int, same: bool) -> None:
@@ -43,7 +50,11 @@ def name(prop: Any) -> str:
 
 @pytest.mark.parametrize("prop", QUICK, ids=name)
 def test_a_result_or_one_clear_line(prop: Callable[..., None]) -> None:
+    judging.outcomes.clear()
     tried(prop, QUICK[prop], same=True)
+    if prop not in REFUSED:  # what refuses every input says nothing of what it reads
+        first = next(iter(judging.outcomes)).rpartition(": ")[0]
+        assert judging.outcomes[f"{first}: read"], judging.outcomes
 
 
 @pytest.mark.slow
