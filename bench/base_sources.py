@@ -109,7 +109,7 @@ def file_weights(path: Path, adapt: bool) -> Weights:
 
 def _recipe(card: Card, name: str) -> Blueprint:
     recipe = card.bases[name]
-    check_source(f"card {card.name}: bases.{name}.args", recipe.model, recipe.args)
+    check_source(f"card {card.name}: bases.{name}", recipe.model, recipe.args)
     try:
         schedule = TypeAdapter(Schedule).validate_python(recipe.schedule)
     except ValidationError as e:

@@ -77,13 +77,13 @@ class Blueprint:
             tensors.check(f"{record['file']} does not fit base {self.name}", model.state_dict(), stored)
             model.load_state_dict(stored)
         mean, std = normalisation or (self.mean, self.std)
-        with torch.inference_mode():
-            try:
-                module = Classifier(model, mean, std, self.size).eval()
+        try:
+            module = Classifier(model, mean, std, self.size).eval()
+            with torch.inference_mode():
                 out = module(torch.zeros(1, *self.card.shape))
-            except Exception as e:  # here too
-                shape = "x".join(map(str, self.card.shape))
-                raise BenchError(f"base {self.name} cannot take {shape} images: {one_line(e)}") from None
+        except Exception as e:  # here too
+            shape = "x".join(map(str, self.card.shape))
+            raise BenchError(f"base {self.name} cannot take {shape} images: {one_line(e)}") from None
         if self.classes and tuple(out.shape) != (1, self.classes):
             raise BenchError(f"base {self.name} gives {list(out.shape)} for an image, not [1, {self.classes}] logits")
         if not out.isfinite().all():
@@ -145,7 +145,7 @@ def from_config(card: Card, name: str, config: dict[str, Any], weights: Weights)
     stated = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k != "architecture"}
     classes = config.get("num_classes", args.pop("num_classes", stated.get("num_classes")))
     known = {f.name for f in fields(PretrainedCfg)}
-    check_source(f"base {name}: model_args", architecture, args)
+    check_source(f"base {name}: its config", architecture, args)
     merged = architecture_config(architecture, f"base {name}") | {k: v for k, v in stated.items() if k in known}
     merged |= {} if classes is None else {"num_classes": classes}
     return from_pretrained_cfg(card, name, architecture, args, merged, weights)

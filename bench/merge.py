@@ -44,10 +44,10 @@ def _merge(run: Path) -> list[str]:
     by_number: dict[int, dict[Shard, Record]] = {}
     for shard, folder in shards_in(run).items():
         by_number.setdefault(shard.of, {})[shard] = _read(run, shard, folder)
-    records = [record for some in by_number.values() for record in some.values()]
-    for other in records:  # their hashes were looked at, of which a name has 32 bits alone
-        if other.identity != records[0].identity:
-            raise BenchError(f"{other.path}: a shard of another run than {records[0].path.name}; move one away")
+    first, *others = [record for found in by_number.values() for record in found.values()]
+    for other in others:  # a folder's name has 32 bits of the identity's hash alone
+        if other.identity != first.identity:
+            raise BenchError(f"{other.path}: a shard of another run than {first.path.name}; move one away")
     lacks: list[str] = []
     for of, records in by_number.items():
         wanted = [Shard(i, of) for i in range(1, of + 1)]

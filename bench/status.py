@@ -17,7 +17,7 @@ from bench.errors import BenchError, one_line, shown
 from bench.runlog import CERTIFY, NAME, STARTED, held
 from bench.shards import Shard, shards_in
 
-_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\S+) ([A-Z]+) (.*)")
+_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\S+) ([A-Z]+) (.+)")
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
@@ -110,11 +110,12 @@ def _counts(file: Path, images: int, before: int) -> tuple[int, int, int]:
         c = json.loads(line)
         if done == images:
             raise ValueError(f"more certificates than images, {images}")
-        if type(c["votes"]) is not int or not 0 <= c["votes"] < 2**63:
-            raise ValueError(f"votes of a certificate are {str(c['votes'])[:40]}")
+        spent = 0 if c["votes"] is None else c["votes"]  # an imported log need not say
+        if type(spent) is not int or not 0 <= spent < 2**63:
+            raise ValueError(f"votes of a certificate are {spent!s:.40}")
         done += 1
         right += c["predicted"] == c["label"]
-        votes += c["votes"] if done > before else 0
+        votes += spent if done > before else 0
     return done, right, votes
 
 

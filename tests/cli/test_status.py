@@ -230,6 +230,14 @@ def test_a_log_of_a_terabyte_is_read_from_its_end(bench: Bench, tmp_path: Path) 
     assert [(r["state"], r["note"]) for r in rows(bench, tmp_path)] == [("failed", "no room")] * 2
 
 
+def test_an_imported_log_is_a_run_too(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "log.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.2\t1\t0:00:01\n")
+    stated = ("--dataset", "x", "--sigma", ".25", "--alpha", ".001", "--n", "1000")
+    bench("import", tmp_path / "log.tsv", *stated, "--out", tmp_path / "runs")
+    (row,) = rows(bench, tmp_path / "runs")
+    assert (row["state"], row["done"], row["accuracy"]) == ("complete", 1, 1.0)
+
+
 def test_logs_that_bench_did_not_write(bench: Bench, tmp_path: Path) -> None:
     certify = "certify lora: 1 of 2 images, 1 right"
     lines = [

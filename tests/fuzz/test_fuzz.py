@@ -48,6 +48,9 @@ def name(prop: Any) -> str:
     return str(prop.__name__)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # of pictures that are not whole
+
+
 @pytest.mark.parametrize("prop", QUICK, ids=name)
 def test_a_result_or_one_clear_line(prop: Callable[..., None]) -> None:
     judging.outcomes.clear()
