@@ -7,6 +7,8 @@ comparison of logits stay float32 too, so F in another arithmetic is another cla
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +20,6 @@ from bench.interface import Draw, Logits
 
 # What may be asked for, several at a time; float32 alone is the default, and no part of an identity.
 WORDS = ("float32", "bfloat16", "channels-last", "compile")
-
-_compiler = threading.Lock()  # its stance is one for all threads, each of which may feed a device
 
 
 def parse(text: str) -> tuple[str, ...]:
@@ -52,6 +52,23 @@ def model(defense: nn.Module, words: tuple[str, ...], device: torch.device) -> L
     return logits
 
 
+@contextmanager
+def steady() -> Iterator[None]:
+    """Arithmetic that is the same at every call: no TF32, nothing chosen by timing, on a CPU one thread a block."""
+    benchmark = torch.backends.cudnn.benchmark
+    tf32 = torch.backends.cudnn.allow_tf32
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+
+
 def _compiled(defense: nn.Module) -> Logits:
     """The defense through torch.compile, all at the first call.
 
@@ -81,9 +98,40 @@ def _compiled(defense: nn.Module) -> Logits:
 
     def logits(x: Tensor, draw: Draw) -> Tensor:
         nonlocal done
-        with _compiler, torch.compiler.set_stance("fail_on_recompile" if done else "default"):
+        with _stance.as_compiled() if done else _stance.compiling():
             out: Tensor = call(x, Opaque(draw))
         done = True
         return out
 
     return logits
+
+
+class _Stance:
+    """torch's compiler has one stance for all threads: it stays while any of them runs what is compiled."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._kept = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """For the first call of a defense, before any votes: one at a time."""
+        with self._lock:
+            yield
+
+    @contextmanager
+    def as_compiled(self) -> Iterator[None]:
+        """Nothing is compiled within this context, and what would be raises RuntimeError."""
+        with self._lock:
+            self._running += 1
+            if self._running == 1:
+                self._kept.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    self._kept.close()
+
+
+_stance = _Stance()

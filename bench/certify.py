@@ -6,9 +6,9 @@ device or on several. The engine knows nothing of defenses or records.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -25,7 +25,10 @@ from bench.noise import Noise, Vote, VoteDraw
 from bench.procedures import Procedure
 from bench.scheduler import TILE, Batch, Certificate, Scheduler, Voted
 
-__all__ = ["TILE", "Certificate", "Model", "Task", "block_rows", "certify", "check_rows", "vote"]
+__all__ = ["TILE", "Certificate", "Device", "Model", "Task", "block_rows", "certify", "check_rows"]
+
+BLOCKS = 4  # of a batch, for each thread of a device: its threads wait for one another at a batch's end only
+PATIENCE = 5.0  # seconds that threads are given to end their blocks once the command is to end
 
 Model = Callable[[Tensor, Draw], Tensor]
 Noisy = Callable[[Tensor, Sequence[Vote]], Tensor]  # images and their votes -> float32 noisy pixels, unclipped
@@ -71,95 +74,150 @@ class Pixels(dict[int, NDArray[Any]]):
         return image
 
 
-def vote(model: Model, task: Task, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Voted:
-    """The class that each row of a batch is for, ``task.classes`` where its logits hold a NaN: [batch.rows].
+@dataclass(frozen=True)
+class Device:
+    """Where votes are drawn: the task there, and the model once for each thread that computes blocks."""
 
-    Drawn in blocks of ``task.block`` rows, the last filled up with copies of its first row, whose votes nobody counts.
-    """
-    keys = [Vote(s.purpose, s.image, s.first + i) for s in batch.spans for i in range(s.rows)]
-    images = torch.from_numpy(np.stack([pixels[s.image] for s in batch.spans])).to(task.device)
-    at = np.repeat(np.arange(len(batch.spans)), [s.rows for s in batch.spans])
-    voted = np.empty(len(keys), np.int64)
-    for begin in range(0, len(keys), task.block):
-        block, rows = keys[begin : begin + task.block], at[begin : begin + task.block]
-        used = len(block)
-        block += block[:1] * (task.block - used)
-        rows = np.append(rows, np.repeat(rows[:1], task.block - used))
-        x = task.noisy(images[torch.from_numpy(rows).to(task.device)], block)
-        logits = model(x, VoteDraw(task.noise, block, task.sigma, task.device))
-        classes = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1))
-        voted[begin : begin + used] = classes.cpu().numpy()[:used]
-    return voted
+    task: Task
+    models: Sequence[Model]
+
+    @property
+    def rows(self) -> int:
+        """Votes of a batch that keep it busy for a while."""
+        threads = len(self.models)
+        return self.task.block * (1 if threads == 1 else BLOCKS * threads)
+
+    def vote(self, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Voted:
+        """The class that each row of a batch is for, ``task.classes`` where its logits hold a NaN: [batch.rows].
+
+        In blocks of ``task.block`` rows, the last filled up with copies of its first row, whose votes nobody counts.
+        """
+        task = self.task
+        keys = [Vote(s.purpose, s.image, s.first + i) for s in batch.spans for i in range(s.rows)]
+        images = torch.from_numpy(np.stack([pixels[s.image] for s in batch.spans])).to(task.device)
+        at = np.repeat(np.arange(len(batch.spans)), [s.rows for s in batch.spans])
+        voted = np.empty(len(keys), np.int64)
+
+        def draw(model: Model, begin: int) -> None:
+            block, rows = keys[begin : begin + task.block], at[begin : begin + task.block]
+            used = len(block)
+            block += block[:1] * (task.block - used)
+            rows = np.append(rows, np.repeat(rows[:1], task.block - used))
+            x = task.noisy(images[torch.from_numpy(rows).to(task.device)], block)
+            logits = model(x, VoteDraw(task.noise, block, task.sigma, task.device))
+            classes = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1))
+            voted[begin : begin + used] = classes.cpu().numpy()[:used]
+
+        _share_out(draw, self.models, range(0, len(keys), task.block))
+        return voted
+
+
+def _share_out(draw: Callable[[Model, int], None], models: Sequence[Model], begins: range) -> None:
+    """Call ``draw`` for every block, in a thread for each model. Raises what one of them raises."""
+    left, raised = iter(begins), list[BaseException]()
+
+    def work(model: Model) -> None:
+        try:
+            with torch.inference_mode():
+                for begin in left:
+                    if raised:
+                        return
+                    draw(model, begin)
+        except BaseException as e:
+            raised.append(e)
+
+    if len(models) == 1 or len(begins) == 1:
+        work(models[0])
+    else:
+        # Threads of their own, since one that hangs must not keep the process from its end.
+        threads = [threading.Thread(target=work, args=(m,), daemon=True) for m in models[: len(begins)]]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as e:
+            raised.append(e)
+            ends = time.monotonic() + PATIENCE
+            for thread in threads:
+                thread.join(max(0.0, ends - time.monotonic()))
+    if raised:
+        raise raised[0]
 
 
 def certify(
-    model: Model,
-    task: Task,
-    start: Callable[[int], Procedure],
-    indices: Iterable[int],
-    others: Sequence[tuple[Model, Task]] = (),
+    devices: Sequence[Device], start: Callable[[int], Procedure], indices: Iterable[int]
 ) -> Iterator[Certificate]:
     """Certify the images in about their order; yields each as soon as it is decided.
 
-    ``start(label)`` makes the procedure of one image. Memory depends on the block alone, not on the
-    votes or the number of images. Counts depend on (identity, image) alone, whatever the order,
-    subset or packing. ``others`` are the same model and task on further devices, which share the work.
+    ``start(label)`` makes the procedure of one image. The devices hold the same model and task and share the work.
+    Memory depends on their blocks alone, not on the votes or the number of images. Counts depend on
+    (identity, image) alone, whatever the order, subset, packing or number of devices and threads.
     """
+    task = devices[0].task
     if task.block % TILE:
         raise ValueError(f"block must be a multiple of {TILE}, not {task.block}")
     scheduler = Scheduler(start, task.labels, task.classes, indices)
-    if others:
-        return _on_several([(model, task), *others], scheduler)
-    return _on_one(model, task, scheduler)
+    return _on_one(devices[0], scheduler) if len(devices) == 1 else _on_several(devices, scheduler)
 
 
-def _on_one(model: Model, task: Task, scheduler: Scheduler) -> Iterator[Certificate]:
-    pixels = Pixels(task)
+def _on_one(device: Device, scheduler: Scheduler) -> Iterator[Certificate]:
+    pixels = Pixels(device.task)
     while not scheduler.done:
         began = time.perf_counter()
-        batch = scheduler.next(task.block)
+        batch = scheduler.next(device.rows)
         assert batch is not None  # with nothing out, an image that is not decided misses votes
-        voted = vote(model, task, batch, pixels)
+        voted = device.vote(batch, pixels)
         for certificate in scheduler.take(batch.number, voted, time.perf_counter() - began):
-            del pixels[certificate.index]
+            pixels.pop(certificate.index, None)
             yield certificate
 
 
-class _Thread:
-    """A thread that draws votes on a device of its own; satisfies ``dispatch.Worker``."""
+class _Feeder:
+    """A thread that has batches drawn on one of several devices; satisfies ``dispatch.Worker``."""
 
-    def __init__(self, model: Model, task: Task, pixels: Pixels, back: SimpleQueue[tuple[_Thread, int, Future[Any]]]):
-        self._model, self._task, self._pixels, self._back = model, task, pixels, back
-        self.pool = ThreadPoolExecutor(1)
+    def __init__(self, device: Device, pixels: Pixels, back: SimpleQueue[tuple[_Feeder, int, Any]]) -> None:
+        self._device, self._pixels, self._back = device, pixels, back
+        self._asked: SimpleQueue[tuple[Batch, Mapping[int, NDArray[Any]]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
 
     def send(self, run: int, batch: Batch) -> None:
-        held = {s.image: self._pixels[s.image] for s in batch.spans}  # read here: this is the caller's thread
-        future = self.pool.submit(self._draw, batch, held)
-        future.add_done_callback(lambda f: self._back.put((self, batch.number, f)))
+        # Pixels are read here: this is the caller's thread.
+        self._asked.put((batch, {s.image: self._pixels[s.image] for s in batch.spans}))
 
-    def _draw(self, batch: Batch, held: Mapping[int, NDArray[Any]]) -> tuple[Voted, float]:
-        began = time.perf_counter()
-        with torch.inference_mode():
-            return vote(self._model, self._task, batch, held), time.perf_counter() - began
+    def close(self) -> None:
+        """Have the thread end after what it was sent."""
+        self._asked.put(None)
+
+    def _work(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            began = time.perf_counter()
+            try:
+                answer: Any = self._device.vote(*asked), time.perf_counter() - began
+            except BaseException as e:
+                answer = e
+            self._back.put((self, asked[0].number, answer))
 
 
-def _on_several(replicas: Sequence[tuple[Model, Task]], scheduler: Scheduler) -> Iterator[Certificate]:
-    pixels, back = Pixels(replicas[0][1]), SimpleQueue[tuple[_Thread, int, Future[Any]]]()
-    threads = [_Thread(model, task, pixels, back) for model, task in replicas]
+def _on_several(devices: Sequence[Device], scheduler: Scheduler) -> Iterator[Certificate]:
+    pixels, back = Pixels(devices[0].task), SimpleQueue[tuple[_Feeder, int, Any]]()
+    feeders = [_Feeder(device, pixels, back) for device in devices]
     dispatcher = Dispatcher()
-    dispatcher.open(0, scheduler, replicas[0][1].block)
-    for thread in threads:
-        dispatcher.join(thread)
+    dispatcher.open(0, scheduler, devices[0].rows)
+    for feeder in feeders:
+        dispatcher.join(feeder)
     try:
         while not scheduler.done:
             dispatcher.fill()
-            thread, number, future = back.get()
-            for certificate in dispatcher.answer(thread, 0, number, *future.result()):
+            feeder, number, answer = back.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            for certificate in dispatcher.answer(feeder, 0, number, *answer):
                 pixels.pop(certificate.index, None)
                 yield certificate
     finally:
-        for thread in threads:
-            thread.pool.shutdown(cancel_futures=True)
+        for feeder in feeders:
+            feeder.close()
 
 
 def check_rows(model: Model, task: Task, index: int) -> float:

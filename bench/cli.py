@@ -177,14 +177,16 @@ def run(
             if on_ray:
                 from bench import ray_executor
 
-                records = ray_executor.run(plans, out, reporter, device, ray_address)
-            for plan in [] if on_ray else plans:
-                try:
-                    records.append(session.run(plan))
-                except DefenseFault as e:
-                    faults.append(str(e))
-                    if len(plans) > 1:
-                        note(f"run {len(records) + len(faults)} of {len(plans)} failed, the others go on: {e}")
+                outcomes = ray_executor.run(plans, out, reporter, device, ray_address, timeout)
+            else:
+                outcomes = session.runs(plans)
+            for outcome in outcomes:
+                if not isinstance(outcome, DefenseFault):
+                    records.append(outcome)
+                    continue
+                faults.append(str(outcome))
+                if len(plans) > 1:
+                    note(f"run {len(records) + len(faults)} of {len(plans)} failed, the others go on: {outcome}")
     except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
         raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
     if as_json:

@@ -9,12 +9,12 @@ from typing import Protocol
 
 from bench.scheduler import Batch, Certificate, Scheduler, Voted
 
-MESSAGES = 300  # batches a second that one process asks for at most: with more workers, batches of more blocks
+MESSAGES = 300  # batches a second that one process asks for at most: with more workers, larger batches
 
 
-def blocks_each(workers: int, block_seconds: float) -> int:
-    """How many blocks a batch has, so that ``workers`` send back no more than ``MESSAGES`` batches a second."""
-    return max(1, math.ceil(workers / (MESSAGES * block_seconds)))
+def enlarged(workers: int, batch_seconds: float) -> int:
+    """By how much batches are enlarged, so that ``workers`` send back no more than ``MESSAGES`` of them a second."""
+    return max(1, math.ceil(workers / (MESSAGES * batch_seconds)))
 
 
 class Worker(Hashable, Protocol):

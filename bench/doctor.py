@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench import fitting, run
+from bench import fitting
+from bench.arithmetic import steady
 from bench.bases import untrained_base
 from bench.cache import scratch_cache
 from bench.cards import choose, load_splits
-from bench.certify import Certificate, Task, certify, check_rows
+from bench.certify import Certificate, Device, Task, certify, check_rows
 from bench.context import Workshop
 from bench.errors import BenchError
+from bench.identity import make_task
 from bench.interface import Schedule
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan
@@ -44,12 +46,12 @@ def examine(plan: Plan) -> Iterator[Finding]:
         config = replace(config, batch=16, epochs=STEPS * 16 / len(train))
     plan = replace(plan, config=config)
     base = untrained_base(plan.card, plan.base, device, probe=not plan.cls.adapts)
-    task = replace(run.make_task(plan, test, device), block=64)
+    task = replace(make_task(plan, test, device), block=64)
 
     check = ""
     try:
         # A cache of its own, so that training really happens.
-        with scratch_cache(), fitting.blame(plan.defense, "under examination"), run.steady():
+        with scratch_cache(), fitting.blame(plan.defense, "under examination"), steady():
             check = "it is built, and asks the base for no more than its access"
             # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
             defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))
@@ -85,7 +87,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
 def _counts(defense: torch.nn.Module, task: Task, order: list[int]) -> dict[int, Certificate]:
     fixed = Fixed(n0=20, n=40, alpha=0.001)
     with torch.inference_mode():
-        found = certify(defense, task, lambda label: fixed.certify(task.sigma, label), order)
+        found = certify([Device(task, [defense])], lambda label: fixed.certify(task.sigma, label), order)
         return {c.index: replace(c, seconds=0) for c in found}
 
 

@@ -111,6 +111,16 @@ def same_kind(device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
+def threads(device: torch.device) -> int:
+    """In how many threads votes are drawn on a device: on a CPU as many as torch would take for one block
+    (``OMP_NUM_THREADS``); for a GPU its share of the cores, up to 8, since noise is drawn on the CPU."""
+    if device.type == "cpu":
+        return torch.get_num_threads()
+    if device.type == "cuda":
+        return max(1, min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())))
+    return 1
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of peak memory, where the system allows one."""
     if device.type == "cuda":

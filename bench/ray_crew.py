@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +26,27 @@ class Actor:
 
     handle: Any
     ask: Callable[[Actor, int, Batch], None]
+    when: When
     machine: str = ""
     holds: set[int] = field(default_factory=set)  # runs
+    _out: int = 0  # calls that are not answered
+    _since: float = 0.0  # when it began the first of them
 
     def send(self, run: int, batch: Batch) -> None:
         self.ask(self, run, batch)
+
+    def call(self, method: Any, *args: Any, then: Callable[[Any], None]) -> None:
+        """Have a method of it called after those called before, and ``then`` with the future of the answer."""
+        if not self._out:
+            self._since = time.monotonic()
+        self._out += 1
+        self.when(method.remote(*args), then)
+
+    def answered(self) -> float:
+        """Note that a call is answered, or never will be; how many seconds it was under way."""
+        took, self._since = time.monotonic() - self._since, time.monotonic()
+        self._out -= 1
+        return took
 
 
 class Crew:
@@ -69,7 +86,7 @@ class Crew:
             ray.kill(actor.handle)
         for _ in range(wanted - len(self.actors)):
             handle = cast(Any, ray).remote(max_restarts=0, **self.needs)(VoteWorker).remote(self._place)
-            actor = Actor(handle, self._ask)
+            actor = Actor(handle, self._ask, self._when)
             self.actors.append(actor)
             self._when(handle.here.remote(), partial(self._arrived, actor))
 

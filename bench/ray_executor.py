@@ -13,7 +13,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,17 +25,18 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from bench.cards import load_split
-from bench.certification import Filling, Measured, Ready
+from bench.certification import Drifted, Filling, Measured, Ready
 from bench.certify import Pixels, Task
-from bench.dispatch import Dispatcher, blocks_each
-from bench.errors import BenchError, one_line
+from bench.dispatch import Dispatcher, enlarged
+from bench.errors import BenchError, DefenseFault, one_line
 from bench.http_base import is_url
+from bench.identity import make_task
 from bench.plan import Plan
 from bench.ray_crew import LOSSES, Actor, Crew, why
-from bench.ray_worker import Failed, Place, pack, prepare, unpack
+from bench.ray_worker import Place, pack, prepare, unpack
 from bench.registry import short_name, sources
-from bench.run import make_task
-from bench.runlog import Reporter
+from bench.run import Session
+from bench.runlog import Reporter, RunLog
 from bench.scheduler import Batch, Scheduler
 from bench.store import Record, read_run
 
@@ -71,17 +72,25 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def run(plans: Sequence[Plan], out: Path, reporter: Reporter, device: str, address: str | None) -> list[Record]:
-    """Do all the runs, or what is left of them; their records, in order.
+def run(
+    plans: Sequence[Plan], out: Path, reporter: Reporter, device: str, address: str | None, timeout: float
+) -> Iterator[Record | DefenseFault]:
+    """Do all the runs, or what is left of them; yields the record of each, or its fault, as soon as it ended.
 
-    Raises BenchError where something is missing, or for the first run that failed, once the others are done.
+    Raises BenchError where something is missing that they all need.
     """
     if served := next((plan.base for plan in plans if is_url(plan.base)), None):
         raise BenchError(f"--executor ray: base {served} is served elsewhere, and asked by one process; leave it out")
     with connected(address):
-        driver = _Driver(plans, out, reporter, pick_device(device))
+        driver = _Driver(plans, out, reporter, pick_device(device), timeout)
         try:
-            return driver.run()
+            yield from driver.run()
+        except KeyboardInterrupt:
+            driver.note("interrupted", logging.INFO)
+            raise
+        except Exception as e:
+            driver.note(str(e) if isinstance(e, BenchError) else one_line(e), logging.ERROR)
+            raise
         finally:
             driver.close()
 
@@ -91,6 +100,7 @@ class _Run:
     """A run that is being certified."""
 
     filling: Filling
+    log: RunLog
     scheduler: Scheduler
     task: Task
     pixels: Pixels
@@ -101,29 +111,35 @@ class _Run:
     losses: Counter[int] = field(default_factory=Counter)  # workers that died with a batch
     machines: Counter[str] = field(default_factory=Counter)  # workers that held it, by their device's name
 
+    def close(self) -> None:
+        """Let another process write."""
+        self.filling.close()
+        self.log.close()
+
 
 class _Driver:
-    def __init__(self, plans: Sequence[Plan], out: Path, reporter: Reporter, device: torch.device) -> None:
-        self._plans, self._out, self._reporter, self._device = plans, out, reporter, device
+    def __init__(
+        self, plans: Sequence[Plan], out: Path, reporter: Reporter, device: torch.device, timeout: float
+    ) -> None:
+        self._plans, self._session, self._reporter = plans, Session(device, out, reporter), reporter
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         variables = {k: os.path.abspath(os.environ[k]) for k in _VARIABLES if os.environ.get(k)}
         plugins = sources(plan.defense for plan in plans)
-        self._place = Place(os.getcwd(), variables, plugins, threads, device.type)
+        self._place = Place(os.getcwd(), variables, plugins, threads, device.type, timeout)
         self._crew = Crew(self._place, self.send, self._when, self._joined, self._left)
         self._back: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparing: set[int] = set()
         self._runs: dict[int, _Run] = {}
-        self._records: dict[int, Path] = {}
-        self._failed: dict[int, str] = {}
+        self._ended: list[Record | DefenseFault] = []
         self._dispatcher = Dispatcher()
         self._bars, self._shown = ExitStack(), -1
         self._update: Callable[..., None] = print
 
-    def run(self) -> list[Record]:
+    def run(self) -> Iterator[Record | DefenseFault]:
         """All runs, to their end."""
         for number, plan in enumerate(self._plans):
             task = cast(Any, ray).remote(num_returns=2, max_retries=LOSSES, **self._crew.needs)(prepare)
-            ready, certifier = task.remote(self._place, pack(plan), self._out.resolve())
+            ready, certifier = task.remote(self._place, pack(plan), self._session.out.resolve())
             self._preparing.add(number)
             self._when(ready, partial(self._prepared, number, certifier))
         looked = -LOOK
@@ -137,16 +153,19 @@ class _Driver:
                 self._back.get(timeout=LOOK)()
             except queue.Empty:
                 continue
-        self._bars.close()
-        if self._failed:
-            raise BenchError(self._failed[min(self._failed)])
-        return [read_run(self._records[n]) for n in range(len(self._plans))]
+            ended, self._ended = self._ended, []
+            yield from ended
+
+    def note(self, text: str, level: int) -> None:
+        """Write what ends the command into the log of every run under way."""
+        for run in self._runs.values():
+            run.log.write(text, level)
 
     def close(self) -> None:
         """Let go of records and workers, finished or not."""
         self._bars.close()
         for run in self._runs.values():
-            run.filling.close()
+            run.close()
         for actor in self._crew.actors:
             ray.kill(actor.handle)
 
@@ -158,30 +177,34 @@ class _Driver:
 
     def _prepared(self, number: int, certifier: Any, future: Any) -> None:
         self._preparing.discard(number)
+        plan, name = self._plans[number], short_name(self._plans[number].defense)
         try:
             packed = future.result()
-            if isinstance(packed, Failed):
-                raise BenchError(packed.words)
-            ready: Ready = unpack(packed)
-            self._crew.check_versions(ready.extra["environment"])
-            filling = Filling(self._out, ready, self._reporter)
         except RayTaskError:
             raise
-        except (RayError, BenchError) as e:
-            name = short_name(self._plans[number].defense)
-            self._fail(number, str(e) if isinstance(e, BenchError) else f"the training of {name} died: {why(e)}")
+        except RayError as e:
+            packed = DefenseFault(f"its training died: {why(e)}", name)
+            with closing(RunLog(self._session.log_file(plan))) as log:
+                log.write(str(packed), logging.ERROR)
+        if isinstance(packed, BenchError):
+            self._fail(number, packed)
             return
-        self._records[number] = filling.record.path
-        if filling.complete:
-            filling.close()
-            return
+        ready: Ready = unpack(packed)
+        self._crew.check_versions(ready.extra["environment"])
+        with ExitStack() as failed:
+            log = failed.enter_context(closing(RunLog(self._session.log_file(plan))))
+            filling = failed.enter_context(closing(Filling(self._session.out, ready, log, self._reporter)))
+            if filling.complete:
+                self._ended.append(read_run(filling.record.path))
+                return
+            failed.pop_all()
         split = load_split(ready.plan.card, ready.identity["split"])
-        task = replace(make_task(ready.plan, split, self._device), block=ready.identity["block"][0])
+        task = replace(make_task(ready.plan, split, self._session.device), block=ready.identity["block"][0])
         scheduler = Scheduler(filling.start, task.labels, task.classes, filling.left)
         # Put here, so that a node which is removed takes no copy with it that is needed.
         sent = ray.put(ray.get(certifier)), ray.put(pack(replace(task, images=_not_here, labels=_not_here)))
-        self._runs[number] = _Run(filling, scheduler, task, Pixels(task), sent)
-        self._dispatcher.open(number, scheduler, task.block)
+        self._runs[number] = _Run(filling, log, scheduler, task, Pixels(task), sent)
+        self._dispatcher.open(number, scheduler, self._rows(self._runs[number]))
 
     # Workers ------------------------------------------------------------------------------------------
 
@@ -202,9 +225,15 @@ class _Driver:
     def _resize(self) -> None:
         """Fit the batches to the number of workers."""
         for number, run in self._runs.items():
-            if run.measured and run.letting_go is None:
-                blocks = blocks_each(len(self._dispatcher.workers), run.measured.block_seconds)
-                self._dispatcher.resize(number, blocks * run.task.block)
+            if run.letting_go is None:
+                self._dispatcher.resize(number, self._rows(run))
+
+    def _rows(self, run: _Run) -> int:
+        """Votes of a batch: enough to keep a worker busy, and to have no more answers a second than can be taken."""
+        if run.measured is None:
+            return run.task.block
+        seconds = run.measured.block_seconds * run.measured.rows / run.task.block
+        return run.measured.rows * enlarged(len(self._dispatcher.workers), seconds)
 
     # Votes --------------------------------------------------------------------------------------------
 
@@ -215,31 +244,31 @@ class _Driver:
             actor.holds.add(number)
             run.machines[actor.machine] += 1
             first, calibrate = batch.spans[0].image, not run.filling.resumed and run.measured is None
-            loaded = actor.handle.load.remote(number, *run.sent, first, run.pixels[first], calibrate)
-            self._when(loaded, partial(self._loaded, actor, number))
+            load = (number, *run.sent, first, run.pixels[first], calibrate)
+            actor.call(actor.handle.load, *load, then=partial(self._loaded, actor, number))
         images = {s.image: run.pixels[s.image] for s in batch.spans}
-        answer = actor.handle.draw.remote(number, batch, images)
-        self._when(answer, partial(self._answered, actor, number, batch.number))
+        answered = partial(self._answered, actor, number, batch.number)
+        actor.call(actor.handle.draw, number, batch, images, then=answered)
 
     def _value(self, actor: Actor, number: int, future: Any) -> Any:
         """What a worker answered about a run, None where it is of no use: the worker died, or the run failed."""
+        run = self._runs.get(number)
+        silence = actor.answered()
         try:
             value = future.result()
         except RayTaskError:
             raise
         except RayError as e:
             self._crew.lose(actor)
-            run = self._runs.get(number)
-            if run and max(run.losses.values(), default=0) >= LOSSES:
-                self._fail(number, f"{run.filling.record.path}: a batch took {LOSSES} workers with it: {why(e)}")
+            if run and self._place.timeout and silence > self._place.timeout:
+                self._fail(number, DefenseFault(f"no answer for {silence:.0f} s; {why(e)}", run.filling.name))
+            elif run and max(run.losses.values(), default=0) >= LOSSES:
+                self._fail(number, DefenseFault(f"a batch took {LOSSES} workers with it: {why(e)}", run.filling.name))
             return None
-        if isinstance(value, Failed):
-            if value.drifted and number in self._runs:
-                self._fail(number, f"{value.words} in {self._runs[number].filling.record.set_aside()}")
-            else:
-                self._fail(number, value.words)
+        if run and isinstance(value, BenchError):
+            self._fail(number, run.filling.refuse(value) if isinstance(value, Drifted) else value)
             return None
-        return value if number in self._runs else None
+        return value if run else None
 
     def _loaded(self, actor: Actor, number: int, future: Any) -> None:
         measured = self._value(actor, number, future)
@@ -248,8 +277,7 @@ class _Driver:
         run = self._runs[number]
         if run.measured is None:
             run.measured = measured
-            workers = max(1, len(self._dispatcher.workers))
-            run.filling.announce(measured.block_seconds / run.task.block / workers)
+            run.filling.announce(measured, max(1, len(self._dispatcher.workers)))
             self._resize()
 
     def _answered(self, actor: Actor, number: int, batch: int, future: Any) -> None:
@@ -266,7 +294,7 @@ class _Driver:
             self._dispatcher.close(number)
             run.letting_go = {a for a in self._crew.actors if number in a.holds}
             for holder in run.letting_go:
-                self._when(holder.handle.drop.remote(number), partial(self._dropped, holder, number))
+                holder.call(holder.handle.drop, number, then=partial(self._dropped, holder, number))
             self._let_go(number, None)
 
     def _dropped(self, actor: Actor, number: int, future: Any) -> None:
@@ -284,24 +312,25 @@ class _Driver:
         if not run.letting_go:
             assert run.measured is not None
             run.filling.finish(run.measured, run.peak, dict(run.machines))
-            run.filling.close()
+            run.close()
             del self._runs[number]
+            self._ended.append(read_run(run.filling.record.path))
 
-    def _fail(self, number: int, words: str) -> None:
-        """Give up one run; the others go on."""
-        if number in self._failed:
-            return
-        self._failed[number] = words
-        run = self._runs.pop(number, None)
+    def _fail(self, number: int, fault: BenchError) -> None:
+        """Give up one run; the others go on. Raises what is no defense's fault, and so would stop them too."""
+        run = self._runs.get(number)
         if run is not None:
+            run.log.write(str(fault), logging.ERROR)
+            run.close()
+            del self._runs[number]
             if run.letting_go is None:
                 self._dispatcher.close(number)
-            run.filling.close()
             for actor in self._crew.actors:
                 if number in actor.holds:
                     actor.handle.drop.remote(number)
-        if self._runs or self._preparing:
-            self._reporter.say(f"{short_name(self._plans[number].defense)} failed, the other runs go on: {words}")
+        if not isinstance(fault, DefenseFault):
+            raise fault
+        self._ended.append(fault)
 
     # What a person sees -------------------------------------------------------------------------------
 

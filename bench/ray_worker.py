@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray import cloudpickle
-from torch import Tensor
 
-from bench import blocks, environment, registry
-from bench.certification import Certifier, measure
-from bench.certify import Model, Task, vote
+from bench import environment, registry, watchdog
+from bench.arithmetic import steady
+from bench.certification import Certifier, Placed
+from bench.certify import Task
 from bench.errors import BenchError, one_line
-from bench.run import DRIFT, Session, steady
+from bench.run import Session
+from bench.runlog import recording
 from bench.scheduler import Batch
-
-_written: list[tempfile.TemporaryDirectory[str]] = []  # plug-ins' files: their source is part of what they train
 
 
 def pack(thing: Any) -> bytes:
@@ -49,25 +49,19 @@ class Place:
     plugins: dict[str, bytes]  # see ``registry.sources``
     threads: int
     device: str  # its kind
+    timeout: float
 
-    def enter(self) -> torch.device:
-        """Make this process such a one. Raises BenchError where a plug-in cannot be imported."""
+    @contextmanager
+    def entered(self) -> Iterator[torch.device]:
+        """Within it this process is such a one; its device. Raises BenchError where a plug-in cannot be imported."""
         os.environ.update(self.variables)
         if os.path.isdir(self.folder):  # a node without it can still draw votes
             os.chdir(self.folder)
         torch.set_num_threads(self.threads)
-        if self.plugins:
-            _written.append(tempfile.TemporaryDirectory())
-            registry.import_sources(self.plugins, Path(_written[-1].name))
-        return torch.device(self.device)
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A BenchError of another process, in its own words."""
-
-    words: str
-    drifted: bool = False  # nothing that it certified holds
+        with tempfile.TemporaryDirectory() as folder, watchdog.limit(self.timeout):
+            if self.plugins:  # as files, since their source is part of what they train
+                registry.import_sources(self.plugins, Path(folder))
+            yield torch.device(self.device)
 
 
 class _Silent:
@@ -87,68 +81,66 @@ class _Silent:
     def __exit__(self, *_: object) -> None: ...
 
 
-def prepare(place: Place, plan: bytes, out: Path) -> tuple[bytes | Failed, bytes]:
-    """A task: train what a plan needs, or take it from the cache. Its ``Ready`` and its ``Certifier``, packed."""
+def prepare(place: Place, plan: bytes, out: Path) -> tuple[bytes | BenchError, bytes]:
+    """A task: train what a plan needs, or take it from the cache. Its ``Ready`` and its ``Certifier``, packed.
+
+    It writes the run's log, which the command's own process goes on with.
+    """
     try:
-        device = place.enter()
-        ready, certifier = Session(device, out, _Silent()).ready(unpack(plan))
+        with place.entered() as device:
+            session, known = Session(device, out, _Silent()), unpack(plan)
+            with recording(session.log_file(known), session.reporter.aloud):
+                ready, certifier = session.ready(known)
+            return pack(ready), pack(certifier.to(torch.device("cpu")))
     except BenchError as e:
-        return Failed(str(e)), b""
-    return pack(ready), pack(certifier.to(torch.device("cpu")))
+        return e, b""
 
 
 class VoteWorker:
-    """An actor: holds what is certified once on its own GPU or cores, and draws the votes it is asked for."""
+    """An actor: holds what is certified once on its own GPU or cores, and draws the votes it is asked for.
+
+    What it raises that a user can mend it returns, so that whatever else it raises is a fault of certbench.
+    """
 
     def __init__(self, place: Place) -> None:
-        self._device = place.enter()
-        self._held: dict[int, tuple[Certifier, Model, Task, Tensor | None]] = {}
+        self._here = ExitStack()  # until the process ends
+        self._device = self._here.enter_context(place.entered())
+        self._threads = environment.threads(self._device)
+        self._held: dict[int, Placed] = {}
 
     def here(self) -> dict[str, Any]:
         """The machine and versions it runs on."""
         return environment.describe(self._device)
 
     def load(self, run: int, certifier: bytes, task: bytes, index: int, image: NDArray[Any], calibrate: bool) -> Any:
-        """Hold what a run certifies, and check it on one image: its ``Measured``, or ``Failed``."""
+        """Hold what a run certifies, and check it on one image: its ``Measured``."""
         try:
             held: Certifier = unpack(certifier).to(self._device)
             there: Task = replace(unpack(task), images=lambda _: image[None], device=self._device)
         except (ImportError, AttributeError) as e:
-            return Failed(f"a Ray worker cannot rebuild the defense: {one_line(e)}; install the same on every node")
-        environment.reset_peak_memory(self._device)
-        model = held.model(self._device)
-        self._held[run] = held, model, there, None
+            return BenchError(f"a Ray worker cannot rebuild the defense: {one_line(e)}; install the same on every node")
         try:
-            with steady(), torch.inference_mode():
-                reference = blocks.check_logits(model, there, index)
-                self._held[run] = held, model, replace(there, labels=lambda _: index), reference
-                return measure(held, model, there, index, calibrate)
+            placed = Placed(held, there, index)
+            placed.widen(self._threads)
+            self._held[run] = placed
+            return placed.measure(calibrate)
         except BenchError as e:
-            return Failed(str(e))
+            return e
 
     def draw(self, run: int, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Any:
-        """A batch's votes (see ``certify.vote``), as 32-bit integers, and the seconds they took; or ``Failed``."""
-        _, model, task, _ = self._held[run]
+        """A batch's votes (see ``Device.vote``), as 32-bit integers, and the seconds they took."""
         began = time.perf_counter()
         try:
-            with steady(), torch.inference_mode():
-                voted = vote(model, task, batch, pixels)
+            with steady():
+                voted = self._held[run].device.vote(batch, pixels)
         except BenchError as e:
-            return Failed(str(e))
+            return e
         return voted.astype(np.int32), time.perf_counter() - began
 
-    def drop(self, run: int) -> int | Failed:
-        """Let go of a run: the peak of memory in bytes, or ``Failed`` where its base is no longer what it was."""
-        if run not in self._held:
-            return 0
-        certifier, model, task, reference = self._held.pop(run)
+    def drop(self, run: int) -> int | BenchError:
+        """Let go of a run: the peak of memory in bytes, or why its certificates do not hold."""
+        placed = self._held.pop(run, None)
         try:
-            certifier.base.check_unchanged(certifier.name)
-            if reference is not None:
-                with steady(), torch.inference_mode():
-                    again = blocks.check_logits(model, task, task.labels(0))
-                if not torch.equal(again.nan_to_num(), reference.nan_to_num()):
-                    return Failed(f"defense {certifier.name}: {DRIFT}", drifted=True)
+            return placed.finish() if placed else 0
         except BenchError as e:
-            return Failed(str(e))
-        return environment.peak_memory(self._device)
+            return e

@@ -85,6 +85,10 @@ class RunLog(logging.Handler):
         kept.unlink(missing_ok=True)
         old.close()
 
+    def write(self, text: str, level: int = logging.INFO) -> None:
+        """Add a line."""
+        self.handle(log.makeRecord(log.name, level, "", 0, text, (), None))
+
     def discard(self) -> None:
         """Remove the file: nothing happened that is worth keeping."""
         self._file.unlink(missing_ok=True)
@@ -156,8 +160,7 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        text = " ".join(str(message).split())
-        handler.handle(log.makeRecord(log.name, logging.WARNING, filename, lineno, text, (), None))
+        handler.write(" ".join(str(message).split()), logging.WARNING)
         shown(message, category, filename, lineno, file, line)
 
     log.addHandler(handler)
@@ -191,51 +194,29 @@ class _Aloud(logging.Handler):
 
 
 class Logged:
-    """A reporter that is also written to the log: progress at its beginning and every half a minute."""
+    """A reporter of one run that is also written to its log; of training every half a minute."""
 
-    def __init__(self, reporter: Reporter) -> None:
-        self.aloud = reporter
+    def __init__(self, reporter: Reporter, write: Callable[[str], None]) -> None:
+        self.aloud, self._write = reporter, write
 
     def say(self, text: str) -> None:
-        log.info("%s", text)
+        self._write(text)
         self.aloud.say(text)
 
     @contextmanager
     def training(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
         with self.aloud.training(what) as update:
-            due = _every(PERIOD)
+            spoke = -math.inf
 
             def both(done: int, total: int, loss: float) -> None:
+                nonlocal spoke
                 update(done, total, loss)
-                if due():
+                if time.monotonic() - spoke >= PERIOD:
+                    spoke = time.monotonic()
                     note = "" if math.isnan(loss) else f", loss {loss:.3f}"
-                    log.info("train %s: %d of %d%s", what, done, total, note)
+                    self._write(f"train {what}: {done} of {total}{note}")
 
             yield both
 
-    @contextmanager
-    def certifying(self, what: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
-        with self.aloud.certifying(what, total, done) as update:
-            due = _every(PERIOD)
-
-            def both(images: int, correct: int) -> None:
-                update(images, correct)
-                if due():
-                    log.info("%s%s: %d of %d images, %d right", CERTIFY, what, images, total, correct)
-
-            yield both
-
-
-def _every(seconds: float) -> Callable[[], bool]:
-    """A function that is true at its first call, and then after every so many seconds."""
-    last = -math.inf
-
-    def due() -> bool:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < seconds:
-            return False
-        last = now
-        return True
-
-    return due
+    def certifying(self, what: str, total: int, done: int) -> Any:
+        return self.aloud.certifying(what, total, done)

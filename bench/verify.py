@@ -19,15 +19,17 @@ import torch
 from pydantic import ValidationError, validate_call
 from scipy import stats
 
-from bench import arithmetic, environment, importing, metrics, registry
+from bench import environment, importing, metrics, registry
 from bench.anytime import procedure_of
+from bench.arithmetic import steady
 from bench.cache import digest, file_sha256, stored
+from bench.certification import Certifier, Placed
 from bench.certify import Certificate, certify
 from bench.doctor import Finding
 from bench.errors import BenchError
 from bench.http_base import is_url
 from bench.plan import Plan, make_plans
-from bench.run import Session, steady
+from bench.run import Session
 from bench.store import Record, read_run
 
 SAMPLE = 5  # images drawn again without --deep
@@ -92,9 +94,11 @@ def draw_again(
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
     chosen = list(kept)
     tau = record.identity["noise"].get("tau", 0.0)
-    model = arithmetic.model(fitted.defense, plan.arithmetic, session.device)
+    certifier = Certifier(plan.defense, fitted.defense, session.materials(plan).base, plan.arithmetic)
+    placed = Placed(certifier, task, chosen[0])
+    placed.widen(session.threads)
     with steady(), torch.inference_mode():
-        again = list(certify(model, task, lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
+        again = list(certify([placed.device], lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
     here = environment.describe(session.device)
     exactly = all(here[k] == record.info["environment"].get(k) for k in ("device", "platform", "packages"))
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"

@@ -21,22 +21,51 @@ GRACE = 10.0  # seconds from the signal to the end of the process
 
 
 @dataclass
+class _Waits:
+    """What one thread waits for (innermost last), and since when."""
+
+    since: float = 0.0
+    doing: list[tuple[str, str]] = field(default_factory=list)  # a defense and what it is asked for
+
+
+@dataclass
 class _Watch:
-    """What is waited for (innermost last), and since when."""
+    """All that is waited for, by thread."""
 
     seconds: float
-    doing: list[tuple[str, str]] = field(default_factory=list)  # a defense and what it is asked for
-    since: float = 0.0
+    threads: dict[int, _Waits] = field(default_factory=dict)
+    abandoned: bool = False  # a thread was left to itself
+
+    def mine(self) -> _Waits:
+        """Of the calling thread, alive now."""
+        waits = self.threads.setdefault(threading.get_ident(), _Waits())
+        waits.since = time.monotonic()
+        return waits
+
+    def end(self) -> None:
+        """The calling thread waits for one thing less."""
+        waits = self.mine()
+        if waits.doing:  # else it was given up
+            waits.doing.pop()
+        if not waits.doing:
+            del self.threads[threading.get_ident()]
 
     def overdue(self) -> float:
-        """Seconds past the limit; negative within it, and where nothing is waited for."""
-        return time.monotonic() - self.since - self.seconds if self.doing else -self.seconds
+        """Seconds past the limit of the thread that waits longest; negative within it, and where none waits."""
+        longest = min((w.since for w in list(self.threads.values()) if w.doing), default=None)
+        return -self.seconds if longest is None else time.monotonic() - longest - self.seconds
 
-    def fault(self) -> DefenseFault:
-        """What to tell the user."""
-        name, doing = self.doing[-1]
-        mend = "mend it, or give it longer with --timeout"
-        return DefenseFault(f"no answer for {self.seconds:g} s {doing}; {mend}", name)
+    def give_up(self) -> DefenseFault | None:
+        """What to tell the user of the thread that is overdue, None where none is; then nothing is waited for."""
+        overdue = time.monotonic() - self.seconds
+        for thread, waits in list(self.threads.items()):
+            if waits.doing and waits.since < overdue:
+                self.abandoned = self.abandoned or thread != threading.main_thread().ident
+                self.threads = {}
+                name, doing = waits.doing[-1]
+                mend = "mend it, or give it longer with --timeout"
+                return DefenseFault(f"no answer for {self.seconds:g} s {doing}; {mend}", name)
+        return None
 
 
 _watch: _Watch | None = None
@@ -56,8 +85,8 @@ def limit(seconds: float) -> Iterator[None]:
     over = threading.Event()
 
     def interrupt(_: int, __: FrameType | None) -> None:
-        if watch.overdue() > 0:  # it may have come back meanwhile
-            raise watch.fault()
+        if (fault := watch.give_up()) is not None:  # it may have come back meanwhile
+            raise fault
 
     before = signal.signal(signal.SIGALRM, interrupt)
     threading.Thread(target=_observe, args=(watch, over, threading.main_thread().ident), daemon=True).start()
@@ -74,7 +103,7 @@ def _observe(watch: _Watch, over: threading.Event, main: int) -> None:
         if watch.overdue() > 0:
             signal.pthread_kill(main, signal.SIGALRM)
             if watch.overdue() > GRACE:
-                note(f"{watch.fault()}; all certified before is kept")
+                note(f"{watch.give_up()}; all certified before is kept")
                 os._exit(2)
 
 
@@ -85,13 +114,11 @@ def watched(defense: str, doing: str) -> Iterator[None]:
     if watch is None:
         yield
         return
-    watch.since = time.monotonic()
-    watch.doing.append((defense, doing))
+    watch.mine().doing.append((defense, doing))
     try:
         yield
     finally:
-        watch.doing.pop()
-        watch.since = time.monotonic()
+        watch.end()
 
 
 @contextmanager
@@ -101,15 +128,15 @@ def paused() -> Iterator[None]:
     if watch is None:
         yield
         return
-    held, watch.doing = watch.doing, []
+    waits = watch.mine()
+    held, waits.doing = waits.doing, []
     try:
         yield
     finally:
-        watch.since = time.monotonic()
-        watch.doing = held
+        watch.mine().doing = held
 
 
 def alive() -> None:
     """A sign of life: the clock starts anew."""
     if _watch is not None:
-        _watch.since = time.monotonic()
+        _watch.mine()

@@ -22,7 +22,7 @@ import numpy as np
 from scipy import special
 
 from bench.anytime import Anytime
-from bench.dispatch import Dispatcher, blocks_each
+from bench.dispatch import Dispatcher, enlarged
 from bench.procedures import Fixed
 from bench.scheduler import Batch, Certificate, Scheduler, Span, Voted
 
@@ -80,7 +80,7 @@ def simulate(
     rng = np.random.default_rng(seed)
     p = special.ndtr(rng.normal(1.0, 1.2, (runs, images)))  # each image's probability of its label
     clock, dispatcher = Clock(), Dispatcher()
-    rows = blocks_each(workers, SECONDS) * BLOCK
+    rows = enlarged(workers, SECONDS) * BLOCK
     schedulers = [
         Scheduler(lambda label: procedure.certify(SIGMA, label), lambda i: 0, CLASSES, range(images))
         for _ in range(runs)

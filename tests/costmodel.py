@@ -27,16 +27,16 @@ from convnets import resnet20
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from bench.arithmetic import steady
 from bench.bases import untrained_base
 from bench.cards import load_card
-from bench.certify import TILE, Task, block_rows, certify
+from bench.certify import TILE, Device, Task, block_rows, certify
 from bench.console import duration
 from bench.costs import cost_per_vote
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
 from bench.noise import Noise, Vote
 from bench.procedures import Fixed
-from bench.run import steady
 
 CPU = torch.device("cpu")
 SIGMA, ALPHA, N0 = 0.25, 0.001, 100
@@ -101,7 +101,9 @@ class Subject:
         """Seconds of certifying so many images."""
         fixed = Fixed(N0, n, ALPHA)
         began = time.process_time()
-        found = list(certify(self.model, self.task, lambda label: fixed.certify(SIGMA, label), range(images)))
+        found = list(
+            certify([Device(self.task, [self.model])], lambda label: fixed.certify(SIGMA, label), range(images))
+        )
         assert len(found) == images
         return time.process_time() - began
 

@@ -23,9 +23,9 @@ from PIL import Image
 
 from bench import report, tables
 from bench.cards import load_split
+from bench.identity import make_task
 from bench.noise import Vote
 from bench.plan import make_plans
-from bench.run import make_task
 
 Bench = Callable[..., Result]
 NASTY = "</script><script>window.pwned=1</script><img src=x onerror=\"window.pwned=1\"> %{x} 'é漢' & $"

@@ -79,11 +79,12 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
     """With the base that it asks, and without the training data."""
     import torch
 
-    from bench import fitting, run
+    from bench import fitting
     from bench.bases import untrained_base
     from bench.cards import load_splits
     from bench.certification import Certifier
     from bench.context import Workshop
+    from bench.identity import make_task
     from bench.noise import Vote, VoteDraw
     from bench.plan import make_plans
     from bench.ray_worker import pack, unpack
@@ -96,7 +97,7 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
     built.context._workshop = Workshop(train, lambda *_: None)  # type: ignore[attr-defined]
     built.merge()
     here = Certifier(name, built.eval(), base)
-    task = run.make_task(plan, test, cpu)
+    task = make_task(plan, test, cpu)
     packed = pack(here), pack(replace(task, images=None, labels=None))  # type: ignore[arg-type]
     assert sum(map(len, packed)) < 5e6
     there, their_task = map(unpack, packed)

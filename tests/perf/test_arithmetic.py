@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from turns import paired
 
 from bench import arithmetic, fitting
+from bench.arithmetic import steady
 from bench.bases import untrained_base
 from bench.certify import block_rows
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan, make_plans
-from bench.run import steady
 
 CPU = torch.device("cpu")
 ROUNDS = 15

@@ -16,7 +16,7 @@ from convnets import resnet20
 from torch import Tensor
 from turns import paired
 
-from bench.certify import Task, block_rows, certify
+from bench.certify import Device, Task, block_rows, certify
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
 from bench.noise import Noise, add_float
@@ -45,7 +45,10 @@ def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture
 
     def engine() -> None:
         with torch.inference_mode():
-            assert len(list(certify(f, task, lambda label: fixed.certify(0.25, label), range(IMAGES)))) == IMAGES
+            assert (
+                len(list(certify([Device(task, [f])], lambda label: fixed.certify(0.25, label), range(IMAGES))))
+                == IMAGES
+            )
 
     def bare() -> None:
         with torch.inference_mode():

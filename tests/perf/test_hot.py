@@ -57,7 +57,7 @@ def test_bound_and_radius(benchmark: Any) -> None:
 
 
 def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any, images: int, n: int) -> None:
-    from bench.certify import Task, certify
+    from bench.certify import Device, Task, certify
     from bench.noise import Noise
     from bench.procedures import Fixed
 
@@ -66,7 +66,7 @@ def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any
 
     def run() -> int:
         with torch.inference_mode():
-            return len(list(certify(model, task, lambda label: fixed.certify(0.25, label), range(images))))
+            return len(list(certify([Device(task, [model])], lambda label: fixed.certify(0.25, label), range(images))))
 
     assert benchmark(run) == images
 

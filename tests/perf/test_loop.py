@@ -17,7 +17,8 @@ from scipy.stats import beta, norm
 from turns import paired
 
 from bench import metrics, run
-from bench.certify import Certificate, certify
+from bench.arithmetic import steady
+from bench.certify import Certificate, Device, certify
 from bench.console import ConsoleReporter
 from bench.noise import Noise, TrainDraw
 from bench.plan import make_plans
@@ -61,8 +62,10 @@ def test_engine_against_the_shipped_loop(
     tables: dict[str, list[float]] = {}
 
     def ours() -> None:
-        with run.steady(), torch.inference_mode():
-            found = list(certify(fitted.defense, task, lambda y: plan.procedure.certify(SIGMA, y, tau), images))
+        with steady(), torch.inference_mode():
+            found = list(
+                certify([Device(task, [fitted.defense])], lambda y: plan.procedure.certify(SIGMA, y, tau), images)
+            )
         tables["ours"] = certified(found)
 
     def theirs() -> None:

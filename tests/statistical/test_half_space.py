@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from bench.certify import Certificate, Task, certify
+from bench.certify import Certificate, Device, Task, certify
 from bench.interface import Draw
 from bench.noise import Noise, add_float
 from bench.procedures import Fixed
@@ -37,7 +37,9 @@ def run(radii: np.ndarray, n: int, alpha: float, n0: int = 32, seed: int = 0) ->
     task = Task(lambda i: pixels[i], lambda i: 1, noisy, SHAPE, 2, SIGMA, noise, 256, torch.device("cpu"))
     with torch.inference_mode():
         found = list(
-            certify(half_space, task, lambda label: Fixed(n0, n, alpha).certify(SIGMA, label), range(len(radii)))
+            certify(
+                [Device(task, [half_space])], lambda label: Fixed(n0, n, alpha).certify(SIGMA, label), range(len(radii))
+            )
         )
     return sorted(found, key=lambda c: c.index)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench import bounds
 from bench.anytime import Anytime
-from bench.certify import TILE, Certificate, Task, block_rows, certify, check_rows
+from bench.certify import TILE, Certificate, Device, Task, block_rows, certify, check_rows
 from bench.errors import BenchError
 from bench.interface import Draw
 from bench.noise import Noise, Vote, add_float
@@ -43,7 +43,7 @@ def certificates(
     model: Callable[[Tensor, Draw], Tensor], t: Task, order: list[int], fixed: Fixed
 ) -> dict[int, Certificate]:
     with torch.inference_mode():
-        found = list(certify(model, t, lambda label: fixed.certify(t.sigma, label), order))
+        found = list(certify([Device(t, [model])], lambda label: fixed.certify(t.sigma, label), order))
     assert len({c.index for c in found}) == len(found) == len(order)
     return {c.index: replace(c, seconds=0.0) for c in found}
 
@@ -201,7 +201,7 @@ def test_votes_drawn_ahead_change_no_certificate(order: list[int], block: int) -
 
     def found(order: list[int], block: int) -> dict[int, Certificate]:
         t = task(block)
-        certified = certify(model, t, lambda label: ANYTIME.certify(t.sigma, label), order)
+        certified = certify([Device(t, [model])], lambda label: ANYTIME.certify(t.sigma, label), order)
         return {c.index: replace(c, seconds=0.0) for c in certified}
 
     together = found(order, block)
@@ -221,7 +221,7 @@ def test_stragglers_do_not_leave_blocks_empty(images: int) -> None:
         return torch.stack([draw.normal() + 0.55, torch.zeros(len(x)), torch.full((len(x),), -9.0)], 1)
 
     t = task(256)
-    certified = list(certify(model, t, lambda label: ANYTIME.certify(t.sigma, label), range(images)))
+    certified = list(certify([Device(t, [model])], lambda label: ANYTIME.certify(t.sigma, label), range(images)))
     votes = sum(c.votes for c in certified)
     assert votes > 1000 * images
     assert rows < votes + 4 * 256

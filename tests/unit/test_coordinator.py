@@ -19,11 +19,12 @@ from conftest import TINY, Result
 from safetensors.torch import save_file
 from torch import nn
 
-from bench import fitting, run, search, training
+from bench import fitting, search, training
 from bench.bases import load_base, untrained_base
 from bench.cache import cache_root
 from bench.cards import load_splits
 from bench.doctor import examine
+from bench.identity import make_task
 from bench.interface import Access
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan, make_plans
@@ -322,7 +323,7 @@ def test_on_digits_it_helps_more_than_clipping_and_less_than_with_gradients() ->
     made = plan(dataset="digits")
     train, validation = load_splits(made.card, "train", "validation")
     base = load_base(made.card, made.base, train, validation, CPU, lambda *_: None)
-    task = run.make_task(made, validation, CPU)
+    task = make_task(made, validation, CPU)
 
     def score(made: Plan) -> float:
         fitted = fitting.fit(made, base, train, CPU, lambda *_: None)

@@ -1,22 +1,24 @@
-"""Several devices in one process: the counts of one. Two CPU "devices" stand for GPUs, each with a copy of its own."""
+"""Several threads and devices in one process: the counts of one. Two CPU "devices" stand for GPUs."""
 
 from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, defense
 from torch import Tensor
 
 from bench import certify, run
 from bench.certification import Certifier
 from bench.console import ConsoleReporter
 from bench.errors import BenchError
+from bench.gridnoise import GridNoise
 from bench.interface import Draw
 from bench.noise import Noise, Vote, add_float
 from bench.plan import make_plans
@@ -31,39 +33,123 @@ def certificates(record: Record) -> dict[int, Certificate]:
     return {c.index: replace(c, seconds=0.0) for c in record.counted}
 
 
+class Quiet(ConsoleReporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Torch takes three threads, and so do votes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The threads that draw the noise of votes which count."""
+    found: set[int] = set()
+    inputs = GridNoise.inputs
+
+    def noted(self: GridNoise, integers: Tensor, votes: Sequence[Vote]) -> Tensor:
+        if votes[0].purpose == "estimate":
+            found.add(threading.get_ident())
+        return inputs(self, integers, votes)
+
+    monkeypatch.setattr(GridNoise, "inputs", noted)
+    return found
+
+
 @pytest.mark.parametrize("procedure", ["fixed", "anytime"])
-def test_two_devices_certify_as_one(procedure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_devices_certify_as_one(procedure: str, tmp_path: Path, drawn_by: set[int]) -> None:
     (plan,) = make_plans(defenses="none", dataset=TINY, procedure=procedure, n=1000)
-    threads: set[int] = set()
-    drawn = certify.vote
-
-    def vote(*args: object) -> object:
-        threads.add(threading.get_ident())
-        return drawn(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(certify, "vote", vote)
-    alone = run.Session(CPU, tmp_path / "one", ConsoleReporter()).run(plan)
-    assert threads == {threading.get_ident()}
-    threads.clear()
-    together = run.Session(CPU, tmp_path / "two", ConsoleReporter(), devices=[CPU, CPU]).run(plan)
-    assert len(threads) == 2 and threading.get_ident() not in threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = run.Session(CPU, tmp_path / "one", Quiet()).run(plan)
+        assert drawn_by == {threading.get_ident()}
+        drawn_by.clear()
+        together = run.Session(CPU, tmp_path / "two", Quiet(), devices=[CPU, CPU]).run(plan)
+    finally:
+        torch.set_num_threads(before)
+    assert len(drawn_by) == 2 and threading.get_ident() not in drawn_by
     assert together.path.name == alone.path.name
     assert certificates(together) == certificates(alone)
 
 
-def test_what_one_device_raises_stops_the_run() -> None:
-    def broken(x: Tensor, draw: Draw) -> Tensor:
-        raise BenchError("the second device is broken")
+@pytest.mark.parametrize("procedure", ["fixed", "anytime"])
+@pytest.mark.parametrize("name", ["none", defense("leaves_notes")])
+def test_threads_certify_as_one(
+    name: str, procedure: str, tmp_path: Path, threads: None, drawn_by: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block in each thread, each with modules of its own: one that leaves notes on itself is not disturbed."""
+    (plan,) = make_plans(defenses=name, dataset=TINY, procedure=procedure, n=3000)
+    reporter = Quiet()
+    together = run.Session(CPU, tmp_path / "three", reporter).run(plan)
+    assert len(drawn_by) >= 2 and threading.get_ident() not in drawn_by
+    assert torch.get_num_threads() == 3
+    assert not any("one thread" in line for line in reporter.said)
+    torch.set_num_threads(1)
+    alone = run.Session(CPU, tmp_path / "one", Quiet()).run(plan)
+    assert together.path.name == alone.path.name
+    assert certificates(together) == certificates(alone)
 
-    noise, shape = Noise(0, "test"), (1, 4, 4)
-    images = np.zeros((30, *shape), np.float32)
-    task = certify.Task(lambda i: images[i], lambda i: 0, add_float(noise, 0.5), shape, 3, 0.5, noise, 64, CPU)
-    fixed = Fixed(20, 2000, 0.001)
-    found = certify.certify(
-        lambda x, d: x.flatten(1)[:, :3], task, lambda y: fixed.certify(0.5, y), range(30), [(broken, task)]
+
+def test_what_cannot_be_copied_votes_in_one_thread(tmp_path: Path, threads: None) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        Path(defense("leaves_notes"))
+        .read_text()
+        .replace("self.note = None", "self.note = __import__('_thread').allocate_lock()")
     )
-    with pytest.raises(BenchError, match="second device"):
-        list(found)
+    (plan,) = make_plans(defenses=str(mine), dataset=TINY)
+    reporter = Quiet()
+    run.Session(CPU, tmp_path / "three", reporter).run(plan)
+    assert any("votes in one thread, not 3: TypeError" in line for line in reporter.said)
+
+
+def task_of(images: int) -> certify.Task:
+    noise, shape = Noise(0, "test"), (1, 4, 4)
+    pixels = np.zeros((images, *shape), np.float32)
+    return certify.Task(lambda i: pixels[i], lambda i: 0, add_float(noise, 0.5), shape, 3, 0.5, noise, 64, CPU)
+
+
+@pytest.mark.parametrize("where", ["device", "thread"])
+def test_what_one_of_them_raises_stops_the_run(where: str) -> None:
+    def sound(x: Tensor, draw: Draw) -> Tensor:
+        return x.flatten(1)[:, :3]
+
+    def broken(x: Tensor, draw: Draw) -> Tensor:
+        raise BenchError("the second is broken")
+
+    task, fixed = task_of(30), Fixed(20, 2000, 0.001)
+    device, two = certify.Device, [sound, broken]
+    devices = [device(task, two)] if where == "thread" else [device(task, [model]) for model in two]
+    with pytest.raises(BenchError, match="second is broken"):
+        list(certify.certify(devices, lambda y: fixed.certify(0.5, y), range(30)))
+
+
+def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (plan,) = make_plans(defenses="none", dataset=TINY)
+    copied = Certifier.copy
+
+    def other(self: Certifier, share_weights: bool) -> Certifier:
+        there = copied(self, share_weights)
+        with torch.no_grad():
+            there.base.module.head().bias += torch.arange(10.0)  # type: ignore[operator]
+        return there
+
+    monkeypatch.setattr(Certifier, "copy", other)
+    with pytest.raises(BenchError, match="computes other logits"):
+        run.Session(CPU, tmp_path, Quiet(), devices=[CPU, CPU]).run(plan)
 
 
 def test_a_copy_asks_the_copy_of_its_base(tmp_path: Path) -> None:

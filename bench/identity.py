@@ -1,0 +1,96 @@
+"""What decides a run's certificates: its images, its task for the engine, and its identity in the record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from bench import gridnoise, noise, registry
+from bench.anytime import describe
+from bench.base import BaseModel
+from bench.cards import Split, choose
+from bench.certify import Task, block_rows
+from bench.fitting import Fitted
+from bench.interface import Defense
+from bench.noise import Noise
+from bench.plan import Plan
+
+
+def run_name(plan: Plan) -> str:
+    """What the run's folder is called, less its hash."""
+    return f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}"
+
+
+def examples(plan: Plan, split: Split) -> list[int]:
+    """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
+    asked = plan.examples
+    if plan.split == "validation" and plan.arguments["examples"] is None and asked.isdigit():
+        asked = str(min(int(asked), len(split)))
+    return choose(split, asked)
+
+
+def make_task(plan: Plan, split: Split, device: torch.device) -> Task:
+    """What the engine is given of a plan."""
+    source = Noise(plan.seed, split.name)
+    images: Callable[[list[int]], NDArray[Any]] = split.pixels
+    noisy = noise.add_float(source, plan.sigma)
+    if plan.noise == "grid":
+        images, noisy = split.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
+    return Task(
+        images=images,
+        labels=lambda i: int(split.labels[i]),
+        noisy=noisy,
+        shape=plan.card.shape,
+        classes=len(plan.card.classes),
+        sigma=plan.sigma,
+        noise=source,
+        block=block_rows(plan.card.shape, device),
+        device=device,
+    )
+
+
+def _noise(plan: Plan) -> dict[str, Any]:
+    """The kind of noise, and for grid noise what its sampling error costs the bound (``tau``)."""
+    found: dict[str, Any] = {"kind": plan.noise, "version": noise.VERSION, "tau": 0.0}
+    if plan.noise == "grid":
+        tau = gridnoise.tau(plan.sigma, plan.card.levels, math.prod(plan.card.shape))
+        found |= {"grid_version": gridnoise.VERSION, "levels": plan.card.levels, "tau": tau}
+    return found
+
+
+def identity(
+    plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task
+) -> dict[str, Any]:
+    """All that determines the certificates of the plan's run on ``indices`` of ``split``, JSON-able."""
+    uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
+    return {
+        "dataset": plan.card.name,
+        "card": plan.card.sha256(),
+        "split": plan.split,
+        "indices": indices,
+        "images": split.sha256(indices),
+        "base": base.identity(),
+        "defense": {
+            "name": registry.short_name(plan.defense),
+            "source": plan.source,
+            "config": asdict(plan.config),
+            "weights": fitted.sha256,
+            "parts": fitted.parts,
+            "objective": plan.objective if uses_objective else None,
+            **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
+        },
+        "train_sigma": plan.train_sigma,
+        "sigma": plan.sigma,
+        "noise": _noise(plan),
+        "procedure": describe(plan.procedure),
+        "bound": "clopper-pearson",
+        "seed": plan.seed,
+        "block": [task.block, *task.shape],
+        "dtype": "float32",
+        "device": task.device.type,
+    }

@@ -1,0 +1,20 @@
+"""Keeps on itself, while it computes, what it is about: sound alone, not with two threads in it at once."""
+
+import time
+
+from torch import Tensor
+
+from bench.interface import Access, Defense, Draw
+
+
+class LeavesNotes(Defense):
+    access = Access.QUERY
+
+    def build(self) -> None:
+        self.note = None
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        kept, self.note = self.note, x
+        time.sleep(1e-4)
+        x, self.note = self.note, kept
+        return self.context.base(x)
