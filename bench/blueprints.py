@@ -86,8 +86,8 @@ class Blueprint:
             raise BenchError(f"base {self.name} cannot take {shape} images: {one_line(e)}") from None
         if self.classes and tuple(out.shape) != (1, self.classes):
             raise BenchError(f"base {self.name} gives {list(out.shape)} for an image, not [1, {self.classes}] logits")
-        if not out.isfinite().all():
-            raise BenchError(f"base {self.name} gives logits that are not finite; are its mean and std right?")
+        if not all(v.isfinite().all() for v in (out, module.mean, module.std)):
+            raise BenchError(f"base {self.name}: its mean, std or logits are not finite; give the right mean and std")
         return module, record
 
     def base(self, module: Classifier, meta: dict[str, Any], device: torch.device) -> LocalBase:

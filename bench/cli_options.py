@@ -20,7 +20,9 @@ def print_findings(findings: list[Any], as_json: bool) -> None:
         print(json.dumps([vars(f) for f in findings], indent=1))
     else:
         for f in findings:
-            print(f"wrong: {f.check}\n       {f.problem}" if f.problem else f"ok:    {f.check}")
+            print(shown(f"wrong: {f.check}" if f.problem else f"ok:    {f.check}"))
+            if f.problem:
+                print(shown(f"       {f.problem}"))
     if any(f.problem for f in findings):
         raise typer.Exit(1)
 

@@ -79,12 +79,12 @@ def merge(
 
     whole, missing = merge.merge(runs)
     for line in missing:
-        print(f"bench: {line}", file=sys.stderr)
+        print(f"bench: {shown(line)}", file=sys.stderr)
     if as_json:
         print(json.dumps({"whole": [str(p) for p in whole], "missing": missing}, indent=1))
     else:
         for path in whole:
-            print(f"{path}: complete")
+            print(shown(f"{path}: complete"))
     if missing:
         raise typer.Exit(1)
 

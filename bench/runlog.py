@@ -134,9 +134,9 @@ def _opened(file: Path) -> IO[str]:
 
 def held(file: Path) -> bool:
     """Whether a living process writes the log ``file``, as far as this file system's locks tell."""
-    if not file.is_file():  # to open a pipe would take for ever
-        return False
     try:
+        if not file.is_file():  # to open a pipe would take for ever
+            return False
         with file.open("rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

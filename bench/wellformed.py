@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.anytime import procedure_of
 from bench.columns import NULL, Columns
-from bench.errors import BenchError
+from bench.errors import BenchError, one_line
 from bench.procedures import MOST
 
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
@@ -152,8 +152,8 @@ def check(info: dict[str, Any]) -> None:
         procedure_of(info["identity"])  # its constants, and no others
     except ValidationError as e:
         raise BenchError(_first(e)) from None
-    except (TypeError, ValueError) as e:
-        raise BenchError(f"identity.procedure: {e}") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise BenchError(f"identity.procedure: {one_line(e)}") from None
 
 
 class _Method(_Part):

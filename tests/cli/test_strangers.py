@@ -24,6 +24,7 @@ from inferenceserver import InferenceServer
 from records import made_up
 
 from bench import http_client, hub, limits, registry, tensors
+from bench.anytime import Anytime, describe
 from bench.cards import load_card, load_split
 from bench.errors import BenchError
 from bench.http_client import Client
@@ -264,6 +265,25 @@ def test_files_larger_than_any_that_bench_writes(tmp_path: Path) -> None:
     assert "larger than 64 MB" in refused(lambda: read_run(run))
 
 
+ANYTIME = describe(Anytime(100, 1000, 0.001, (0.25,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"indices": [0, 0]}, "identity.indices: an image is there twice"),
+        ({"procedure": {k: v for k, v in ANYTIME.items() if k != "radii"}}, "identity.procedure: KeyError: 'radii'"),
+        ({"device": 3}, "identity.device"),
+    ],
+)
+def test_identities_that_no_run_has(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    run = made_up(tmp_path, [0.1])
+    info = json.loads((run / "run.json").read_text())
+    info["identity"] |= change
+    (run / "run.json").write_text(json.dumps(info))
+    assert words in refused(lambda: read_run(run))
+
+
 def test_json_that_is_nested_without_end(tmp_path: Path) -> None:
     run = made_up(tmp_path, [0.1])
     for name in ("certificates.jsonl", "run.json"):
@@ -276,6 +296,15 @@ def test_a_name_cannot_command_the_terminal(bench: Bench, tmp_path: Path) -> Non
     shown = bench("report", tmp_path / "runs")
     assert shown.code == 0 and "\x1b" not in shown.out + shown.err and "x1b" in shown.out
     assert "\x1b" not in bench("verify", tmp_path / "\x1b[2J").err
+    verified = bench("verify", record(tmp_path / "verify", defenses="./\x1b[2J.py"))
+    assert "\x1b" not in verified.out + verified.err and "x1b" in verified.out, verified
+    run = record(tmp_path / "shards", dataset="\x1b[2J")
+    info = json.loads((run / "run.json").read_text())
+    (run / "shard-1-of-2").mkdir()
+    (run / "shard-1-of-2" / "run.json").write_text(json.dumps(info | {"shard": "1/2", "status": "started"}))
+    (run / "run.json").unlink()
+    merged = bench("merge", run)
+    assert merged.code == 1 and "\x1b" not in merged.err and "x1b" in merged.err, merged
 
 
 PARQUET = """

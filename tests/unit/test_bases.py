@@ -304,7 +304,8 @@ def test_a_base_nobody_knows(name: str, says: str) -> None:
         ({"pretrained_cfg": [1]}, "pretrained_cfg in its config must be an object"),
         ({"model_args": 3}, "model_args in its config must be an object"),
         ({"model_args": {**ARGS, "patch_size": 0}}, "timm cannot make"),
-        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.0] * 3}}, "logits that are not finite"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.0] * 3}}, "logits are not finite"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [math.inf] * 3}}, "std or logits are not finite"),
     ],
 )
 def test_a_config_that_does_not_fit(tmp_path: Path, change: dict[str, object], says: str) -> None:
