@@ -87,9 +87,9 @@ class Card:
     shape: tuple[_Side, _Side, _Side]
     levels: Annotated[int, Field(ge=2, le=256)] = 256
     classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or how many; default: names of folders
-    mean: tuple[float, ...] = ()
-    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    radii: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1, max_length=100)] = (
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] = ()  # pixels in [0, 1]; neither may end in infinity
+    std: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = ()
+    radii: Annotated[tuple[Annotated[float, Field(ge=0, le=1e30)], ...], Field(min_length=1, max_length=100)] = (
         *(0.0, 0.25, 0.5, 0.75, 1.0),
     )
     # Sizes of the splits that are cut from train, because the source has no such part.

@@ -52,6 +52,7 @@ def _use_card(data: bytes) -> None:
         def read() -> None:
             card = load_card(str(folder / "card.toml"))
             assert len(card.classes) >= 2 and card.radii and math.prod(card.shape) > 0
+            assert all(map(math.isfinite, (*card.mean, *card.std, *card.radii)))
             card.sha256()
             for name in card.bases:
                 blueprint(card, name)
