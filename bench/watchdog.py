@@ -1,7 +1,8 @@
 """A defense that gives no sign of life for too long is named and ended, in Python or in C.
 
-A thread watches the clock. First the main thread is interrupted by a signal, which ends Python code
-and waits of the system; code that does not come back even then is ended with its process.
+A thread watches the clock. First the main thread is interrupted by a signal, which ends Python code and waits of
+the system; code that does not come back even then is ended with its process. Where votes are drawn in other threads,
+the main thread only waits for them: the one that hangs is left to itself.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ class _Watch:
 
     seconds: float
     threads: dict[int, _Waits] = field(default_factory=dict)
-    abandoned: bool = False  # a thread was left to itself
 
     def mine(self) -> _Waits:
         """Of the calling thread, alive now."""
@@ -58,9 +58,8 @@ class _Watch:
     def give_up(self) -> DefenseFault | None:
         """What to tell the user of the thread that is overdue, None where none is; then nothing is waited for."""
         overdue = time.monotonic() - self.seconds
-        for thread, waits in list(self.threads.items()):
+        for waits in list(self.threads.values()):
             if waits.doing and waits.since < overdue:
-                self.abandoned = self.abandoned or thread != threading.main_thread().ident
                 self.threads = {}
                 name, doing = waits.doing[-1]
                 mend = "mend it, or give it longer with --timeout"

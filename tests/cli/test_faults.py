@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -261,6 +261,17 @@ def test_too_little_memory_for_any_block_names_the_defense(bench: Bench, tmp_pat
 # Defenses ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A faulty defense counts its calls, and so each thread's copy would."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("how", "after", "words", "kept"),
     [
@@ -274,7 +285,7 @@ def test_too_little_memory_for_any_block_names_the_defense(bench: Bench, tmp_pat
     ],
 )
 def test_a_defense_at_fault_is_named_and_no_vote_invented(
-    bench: Bench, tmp_path: Path, how: str, after: int, words: str, kept: int
+    bench: Bench, tmp_path: Path, one_thread: None, how: str, after: int, words: str, kept: int
 ) -> None:
     args = ("--dataset", TINY, "--set", f"how={how}", "--set", f"after={after}", "--timeout", "1", "--out", tmp_path)
     result = bench("run", "--defense", f"{FAULTY},none", *args)
@@ -290,6 +301,29 @@ def test_a_defense_at_fault_is_named_and_no_vote_invented(
     sound = {r["index"]: r for r in certificates_of(tmp_path, "none")}
     assert len(rows) == kept
     assert all({**json.loads(r), "seconds": 0} == sound[json.loads(r)["index"]] for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("raises", "out of ideas"), ("sleeps", "no answer for 1 s in certification")]
+)
+def test_a_fault_in_one_of_several_threads(
+    bench: Bench, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch, how: str, words: str
+) -> None:
+    import torch
+
+    from bench import certify
+
+    torch.set_num_threads(2)
+    monkeypatch.setattr(certify, "PATIENCE", 0.1)
+    args = ("--dataset", TINY, "--n", "8000", "--set", f"how={how}", "--set", "after=70", "--timeout", "1")
+    result = bench("run", "--defense", f"{FAULTY},none", *args, "--out", tmp_path)
+    assert result.code == 2
+    last = result.err.splitlines()[-1]
+    assert last.startswith(f"bench: 1 of 2 runs failed: defense {FAULTY}: ") and words in last
+    rows = certificates_of(tmp_path, "faulty")
+    sound = {r["index"]: r for r in certificates_of(tmp_path, "none")}
+    assert 0 < len(rows) < 8
+    assert all(r == sound[r["index"]] for r in rows)
 
 
 def certificates_of(out: Path, name: str) -> list[dict[str, object]]:
