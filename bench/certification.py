@@ -122,7 +122,7 @@ class Placed:
         if threads == 1 or not isinstance(self.certifier.base, LocalBase):
             return
         if device.type != "cpu":
-            self._models = [_in_turn(self._models[0])] * threads
+            self._models = [in_turn(self._models[0])] * threads
             return
         try:
             # Modules may keep in attributes what they are about, so each thread has modules of its own.
@@ -183,7 +183,7 @@ class Placed:
             found.append(_equal(self._look(model), self._reference))
 
         with steady():
-            side_by_side([partial(look, model) for model in models])
+            side_by_side([partial(look, model) for model in dict.fromkeys(models)])
         return all(found)
 
 
@@ -191,15 +191,15 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def _in_turn(model: Model) -> Model:
+def in_turn(model: Model) -> Model:
     """The model for several threads, one at a time: one block in memory, and modules may keep what they like."""
     lock = threading.Lock()
 
-    def in_turn(x: Tensor, draw: Draw) -> Tensor:
+    def alone(x: Tensor, draw: Draw) -> Tensor:
         with lock:
             return model(x, draw)
 
-    return in_turn
+    return alone
 
 
 class Filling:
