@@ -54,6 +54,6 @@ BASE ?= origin/main
 perf-ratio: install
 	$(BIN)/python tests/ratio.py "$(BASE)"
 
-# Half an hour: five million votes, and ten thousand records resumed over and over. Linux.
+# Some minutes: five million votes, and ten thousand records resumed over and over. Linux.
 soak: install
 	$(BIN)/python tests/soak.py --out reports/soak

@@ -9,8 +9,8 @@ import copy
 import math
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from bench import arithmetic, blocks, environment, fitting, metrics, registry
 from bench.arithmetic import steady
 from bench.base import BaseModel, LocalBase
-from bench.certify import Certificate, Device, Model, Task, check_rows
+from bench.certify import Certificate, Device, Model, Task, check_rows, side_by_side
 from bench.console import duration
 from bench.costs import cost_per_vote, distinct
 from bench.errors import BenchError, DefenseFault, one_line
@@ -122,7 +122,7 @@ class Placed:
         if threads == 1 or not isinstance(self.certifier.base, LocalBase):
             return
         if device.type != "cpu":
-            self._models = [_in_turn(self._models[0])] * threads
+            self._models = [in_turn(self._models[0])] * threads
             return
         try:
             # Modules may keep in attributes what they are about, so each thread has modules of its own.
@@ -174,27 +174,32 @@ class Placed:
 
     def _look(self, model: Model) -> Tensor:
         """Logits of a block that is always the same."""
-        with torch.inference_mode():
-            return blocks.check_logits(model, self.task, self._index)
+        return blocks.check_logits(model, self.task, self._index)
 
     def _unchanged(self, models: list[Model]) -> bool:
-        with steady(), ThreadPoolExecutor(len(models)) as pool:
-            return all(_equal(logits, self._reference) for logits in pool.map(self._look, models))
+        found: list[bool] = []
+
+        def look(model: Model, _: threading.Event) -> None:
+            found.append(_equal(self._look(model), self._reference))
+
+        with steady():
+            side_by_side([partial(look, model) for model in dict.fromkeys(models)])
+        return all(found)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def _in_turn(model: Model) -> Model:
+def in_turn(model: Model) -> Model:
     """The model for several threads, one at a time: one block in memory, and modules may keep what they like."""
     lock = threading.Lock()
 
-    def in_turn(x: Tensor, draw: Draw) -> Tensor:
+    def alone(x: Tensor, draw: Draw) -> Tensor:
         with lock:
             return model(x, draw)
 
-    return in_turn
+    return alone
 
 
 class Filling:
@@ -206,7 +211,7 @@ class Filling:
         """Open or make its folder, into which the log goes. Raises BenchError where another process writes it."""
         self._ready, self._reporter, self._log = ready, Logged(reporter, own_log.write), own_log
         plan = ready.plan
-        self.name = registry.short_name(plan.defense)
+        self._name = registry.short_name(plan.defense)
         self.record = Run(out, run_name(plan), ready.identity, ready.extra, shard)
         done = {c.index for c in self.record.done}
         self.indices = ready.identity["indices"]
@@ -249,7 +254,7 @@ class Filling:
 
     def progress(self) -> Any:
         """A context whose value is called with ``so_far``."""
-        return self._reporter.certifying(self.name, len(self.indices), len(self.record.done))
+        return self._reporter.certifying(self._name, len(self.indices), len(self.record.done))
 
     @property
     def so_far(self) -> tuple[int, int]:
@@ -266,7 +271,7 @@ class Filling:
     def _note_progress(self) -> None:
         self._spoke = time.monotonic()
         done, correct = self.so_far
-        self._log.write(f"{CERTIFY}{self.name}: {done} of {len(self.indices)} images, {correct} right")
+        self._log.write(f"{CERTIFY}{self._name}: {done} of {len(self.indices)} images, {correct} right")
 
     def refuse(self, drifted: Drifted) -> Drifted:
         """Take out of the record what does not hold; the error, saying where that is."""

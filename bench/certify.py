@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -28,7 +29,7 @@ from bench.scheduler import TILE, Batch, Certificate, Scheduler, Voted
 __all__ = ["TILE", "Certificate", "Device", "Model", "Task", "block_rows", "certify", "check_rows"]
 
 BLOCKS = 4  # of a batch, for each thread of a device: its threads wait for one another at a batch's end only
-PATIENCE = 5.0  # seconds that threads are given to end their blocks once the command is to end
+PATIENCE = 5.0  # seconds that threads are given to end their blocks once the run is to end
 
 Model = Callable[[Tensor, Draw], Tensor]
 Noisy = Callable[[Tensor, Sequence[Vote]], Tensor]  # images and their votes -> float32 noisy pixels, unclipped
@@ -108,36 +109,46 @@ class Device:
             classes = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1))
             voted[begin : begin + used] = classes.cpu().numpy()[:used]
 
-        _share_out(draw, self.models, range(0, len(keys), task.block))
+        left = iter(range(0, len(keys), task.block))
+
+        def work(model: Model, over: threading.Event) -> None:
+            for begin in left:
+                if over.is_set():
+                    return
+                draw(model, begin)
+
+        side_by_side([partial(work, model) for model in self.models[: -(-len(keys) // task.block)]])
         return voted
 
 
-def _share_out(draw: Callable[[Model, int], None], models: Sequence[Model], begins: range) -> None:
-    """Call ``draw`` for every block, in a thread for each model. Raises what one of them raises."""
-    left, raised = iter(begins), list[BaseException]()
+def side_by_side(jobs: Sequence[Callable[[threading.Event], None]]) -> None:
+    """Do each job in a thread of its own (one alone: in this one). Raises what one of them raises.
 
-    def work(model: Model) -> None:
+    A job may look at the event, which is set once another has raised or the process is interrupted.
+    """
+    raised, over = list[BaseException](), threading.Event()
+
+    def work(job: Callable[[threading.Event], None]) -> None:
         try:
             with torch.inference_mode():
-                for begin in left:
-                    if raised:
-                        return
-                    draw(model, begin)
+                job(over)
         except BaseException as e:
             raised.append(e)
+            over.set()
 
-    if len(models) == 1 or len(begins) == 1:
-        work(models[0])
+    if len(jobs) == 1:
+        work(jobs[0])
     else:
-        # Threads of their own, since one that hangs must not keep the process from its end.
-        threads = [threading.Thread(target=work, args=(m,), daemon=True) for m in models[: len(begins)]]
+        # None that the process waits for at its end, since one may hang.
+        threads = [threading.Thread(target=work, args=(job,), daemon=True) for job in jobs]
         for thread in threads:
             thread.start()
         try:
             for thread in threads:
                 thread.join()
-        except BaseException as e:
-            raised.append(e)
+        except BaseException as e:  # Ctrl-C, or the watchdog
+            raised.insert(0, e)
+            over.set()
             ends = time.monotonic() + PATIENCE
             for thread in threads:
                 thread.join(max(0.0, ends - time.monotonic()))

@@ -1,23 +1,54 @@
-"""The workers on a Ray cluster: as many as it has room for, whoever comes and goes."""
+"""A Ray cluster and the workers on it: as many as it has room for, whoever comes and goes."""
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import ray
+import torch
 from ray.exceptions import RayError
 
-from bench.errors import BenchError
+from bench.errors import BenchError, one_line
 from bench.ray_worker import Place, VoteWorker
 from bench.scheduler import Batch
 
 LOSSES = 5  # workers that may die over one thing before it is given up
 
 When = Callable[[Any, Callable[[Any], None]], None]  # a reference, and what is to be called with its future
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A connection to the cluster at ``address``, to the one Ray finds by itself, or to one started here for the time.
+
+    Raises BenchError where none is at the address.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except Exception as e:  # Ray raises what it likes, a bare Exception among it
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise BenchError(f"no Ray cluster at {where}: {one_line(e)}; start one with: ray start --head") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def pick_device(name: str) -> torch.device:
+    """The kind of device of ``--device`` on the cluster. Raises BenchError where it has none of the kind."""
+    has_gpus = cast(Any, ray).cluster_resources().get("GPU", 0) > 0
+    if name == "auto":
+        name = "cuda" if has_gpus else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not has_gpus):
+        raise BenchError(f"--device {name}: not on this Ray cluster; there is cpu{', cuda' if has_gpus else ''}")
+    return torch.device(name)
 
 
 @dataclass(eq=False)

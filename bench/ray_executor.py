@@ -13,7 +13,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,9 @@ from bench.errors import BenchError, DefenseFault, one_line
 from bench.http_base import is_url
 from bench.identity import make_task
 from bench.plan import Plan
-from bench.ray_crew import LOSSES, Actor, Crew, why
+from bench.ray_crew import LOSSES, Actor, Crew, connected, pick_device, why
 from bench.ray_worker import Place, pack, prepare, unpack
-from bench.registry import short_name, sources
+from bench.registry import sources
 from bench.run import Session
 from bench.runlog import Reporter, RunLog
 from bench.scheduler import Batch, Scheduler
@@ -43,33 +43,6 @@ from bench.store import Record, read_run
 LOOK = 2.0  # seconds between two looks at what the cluster has
 
 _VARIABLES = ("CERTBENCH_CACHE", "CERTBENCH_DATA")  # absolute once they are sent
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """A connection to the cluster at ``address``, to the one Ray finds by itself, or to one started here for the time.
-
-    Raises BenchError where none is at the address.
-    """
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except Exception as e:  # Ray raises what it likes, a bare Exception among it
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise BenchError(f"no Ray cluster at {where}: {one_line(e)}; start one with: ray start --head") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def pick_device(name: str) -> torch.device:
-    """The kind of device of ``--device`` on the cluster. Raises BenchError where it has none of the kind."""
-    has_gpus = cast(Any, ray).cluster_resources().get("GPU", 0) > 0
-    if name == "auto":
-        name = "cuda" if has_gpus else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not has_gpus):
-        raise BenchError(f"--device {name}: not on this Ray cluster; there is cpu{', cuda' if has_gpus else ''}")
-    return torch.device(name)
 
 
 def run(
@@ -177,13 +150,13 @@ class _Driver:
 
     def _prepared(self, number: int, certifier: Any, future: Any) -> None:
         self._preparing.discard(number)
-        plan, name = self._plans[number], short_name(self._plans[number].defense)
+        plan = self._plans[number]
         try:
             packed = future.result()
         except RayTaskError:
             raise
         except RayError as e:
-            packed = DefenseFault(f"its training died: {why(e)}", name)
+            packed = DefenseFault(f"its training died: {why(e)}", plan.defense)
             with closing(RunLog(self._session.log_file(plan))) as log:
                 log.write(str(packed), logging.ERROR)
         if isinstance(packed, BenchError):
@@ -260,10 +233,14 @@ class _Driver:
             raise
         except RayError as e:
             self._crew.lose(actor)
-            if run and self._place.timeout and silence > self._place.timeout:
-                self._fail(number, DefenseFault(f"no answer for {silence:.0f} s; {why(e)}", run.filling.name))
-            elif run and max(run.losses.values(), default=0) >= LOSSES:
-                self._fail(number, DefenseFault(f"a batch took {LOSSES} workers with it: {why(e)}", run.filling.name))
+            if run is None:
+                return None
+            run.log.write(f"a worker died, what it had is drawn again: {why(e)}", logging.WARNING)
+            name = self._plans[number].defense
+            if self._place.timeout and silence > self._place.timeout:
+                self._fail(number, DefenseFault(f"no answer for {silence:.0f} s; {why(e)}", name))
+            elif max(run.losses.values(), default=0) >= LOSSES:
+                self._fail(number, DefenseFault(f"a batch took {LOSSES} workers with it: {why(e)}", name))
             return None
         if run and isinstance(value, BenchError):
             self._fail(number, run.filling.refuse(value) if isinstance(value, Drifted) else value)
@@ -294,7 +271,7 @@ class _Driver:
             self._dispatcher.close(number)
             run.letting_go = {a for a in self._crew.actors if number in a.holds}
             for holder in run.letting_go:
-                holder.call(holder.handle.drop, number, then=partial(self._dropped, holder, number))
+                holder.call(holder.handle.finish, number, then=partial(self._dropped, holder, number))
             self._let_go(number, None)
 
     def _dropped(self, actor: Actor, number: int, future: Any) -> None:

@@ -137,10 +137,14 @@ class VoteWorker:
             return e
         return voted.astype(np.int32), time.perf_counter() - began
 
-    def drop(self, run: int) -> int | BenchError:
-        """Let go of a run: the peak of memory in bytes, or why its certificates do not hold."""
+    def finish(self, run: int) -> int | BenchError:
+        """Let go of a run that is done: the peak of memory in bytes, or why its certificates do not hold."""
         placed = self._held.pop(run, None)
         try:
             return placed.finish() if placed else 0
         except BenchError as e:
             return e
+
+    def drop(self, run: int) -> None:
+        """Let go of a run that failed."""
+        self._held.pop(run, None)

@@ -91,7 +91,7 @@ class Session:
         shared = self.materials(plan)
         name = f"{len(plan.candidates)} candidates of {registry.short_name(plan.defense)}"
         task = make_task(plan, shared.validation, self.device)
-        with self.reporter.training(name) as progress, steady():
+        with self.reporter.training(name) as progress:
             return search.best(plan, shared.base, shared.train, task, len(shared.validation), progress)
 
     def prepare(self, plan: Plan) -> tuple[dict[str, Any], Task, fitting.Fitted]:
@@ -184,10 +184,10 @@ class Session:
                 filling.add(certificate)
                 update(*filling.so_far)
         try:
-            peaks = [place.finish() for place in placed]
+            peak = max(place.finish() for place in placed)
         except Drifted as e:
             raise filling.refuse(e) from None
-        filling.finish(measured, peaks[0])
+        filling.finish(measured, peak)
 
     def _extra(
         self, plan: Plan, tried: list[dict[str, Any]], fitted: fitting.Fitted, indices: list[int]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bench import blocks, fitting, training, watchdog
+from bench.arithmetic import steady
 from bench.base import BaseModel
 from bench.cards import Split
 from bench.certify import Task
@@ -31,7 +32,7 @@ def best(
     scores: list[float] = []
     for values, config in plan.candidates:
         fitted = fitting.fit(replace(plan, config=config), base, train, task.device, progress)
-        with torch.inference_mode(), fitting.blame(plan.defense, "on the validation split"):
+        with steady(), torch.inference_mode(), fitting.blame(plan.defense, "on the validation split"):
             fits = blocks.fitting_block(fitted.defense, task, 0)
             score = accuracy_under_noise(fitted.defense, fits, min(images, IMAGES))
         scores.append(score)

@@ -129,7 +129,7 @@ splits = {{ validation = 100 }}
 [presets.quick]
 examples = {images}
 n0 = 16
-n = 16
+n = 200
 
 [bases.vit]
 model = "vit_tiny_patch16_224"

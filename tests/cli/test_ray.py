@@ -58,6 +58,48 @@ def test_the_records_of_a_cluster_are_those_of_one_process(bench: Bench, tmp_pat
     assert "at most" in ran.err
 
 
+@pytest.mark.slow
+def test_a_defense_at_fault_on_a_cluster_is_named_and_the_other_run_finished(bench: Bench, tmp_path: Path) -> None:
+    faulty = defense("faulty")
+    args = ["run", "--defense", f"{faulty},none", "--dataset", TINY, "--set", "faulty.how=sleeps"]
+    args += ["--set", "faulty.after=12", "--timeout", "2"]
+    ran = bench(*args, "--out", tmp_path, "--executor", "ray", "--ray-address", "local")
+    assert ran.code == 2
+    last = ran.err.splitlines()[-1]
+    assert last.startswith(f"bench: 1 of 2 runs failed: defense {faulty}: no answer for 2 s in certification")
+    assert "| none " in ran.out
+    states = {row["run"].split("-")[1]: row for row in json.loads(bench("status", tmp_path, "--json").out)}
+    assert {name: row["state"] for name, row in states.items()} == {"faulty": "failed", "none": "complete"}
+    assert "no answer for 2 s" in states["faulty"]["note"]
+    log = next(tmp_path.glob("tiny-none-*/log.txt")).read_text()
+    for words in ("started: bench run", "loading tiny", "8 images, fixed procedure", "finished: 8 images"):
+        assert log.count(words) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_cluster_says_how_to_resume(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "run", "--defense", "none", "--dataset", TINY, "--n", "400000"]
+    command += ["--out", str(tmp_path / "runs"), "--executor", "ray", "--ray-address", "local"]
+
+    def heed_ctrl_c() -> None:  # a suite started in the background has it ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CERTBENCH_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=-1, preexec_fn=heed_ctrl_c)
+    while not done(tmp_path / "runs") and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    err = process.stderr.read().decode()
+    assert process.wait() == 130
+    assert err.splitlines()[-1] == (
+        "bench: interrupted; all that is certified is kept: type the same command again to resume"
+    )
+    assert "Traceback" not in err
+    (log,) = (tmp_path / "runs").glob("*/log.txt")
+    assert log.read_text().splitlines()[-1].endswith("INFO interrupted")
+
+
 def test_ray_is_asked_for_by_name(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path)
     wrong = bench(*args, "--executor", "rya")

@@ -7,6 +7,8 @@ medians is printed, since seconds alone say little on a shared machine.
 from __future__ import annotations
 
 import statistics
+import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,52 +18,96 @@ from convnets import resnet20
 from torch import Tensor
 from turns import paired
 
-from bench.certify import Device, Task, block_rows, certify
+from bench.arithmetic import steady
+from bench.certify import Device, Model, Task, block_rows, certify, side_by_side
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
-from bench.noise import Noise, add_float
+from bench.noise import Noise, Vote, add_float
 from bench.procedures import Fixed
 
 SHAPE = (3, 32, 32)
+CPU = torch.device("cpu")
 IMAGES, N0, N = 1, 64, 192  # whole blocks, so that both do the same number of forward passes
+FIXED = Fixed(N0, N, 0.001)
+
+
+def subject(kind: str, images: int) -> tuple[Model, Task, Tensor]:
+    """A ResNet-20-size convnet, made-up images with that noise, and a block of them without any."""
+    net = resnet20()
+    pixels = np.random.default_rng(0).random((images, *SHAPE), np.float32)
+    rows = block_rows(SHAPE, CPU)
+    noise = Noise(0, "test")
+    noisy = add_float(noise, 0.25) if kind == "float" else GridNoise(noise, 0.25, 256).inputs
+    given = pixels if kind == "float" else (255 * pixels).astype(np.uint8)
+    task = Task(lambda i: given[i], lambda i: 0, noisy, SHAPE, 10, 0.25, noise, rows, CPU)
+
+    def model(x: Tensor, draw: Draw | None) -> Tensor:
+        out: Tensor = net(x)
+        return out
+
+    return model, task, torch.from_numpy(np.resize(pixels, (rows, *SHAPE)))
+
+
+def run(device: Device, images: int) -> None:
+    with torch.inference_mode():
+        assert len(list(certify([device], lambda label: FIXED.certify(0.25, label), range(images)))) == images
+
+
+def say(capsys: pytest.CaptureFixture[str], what: str, ratios: list[float]) -> float:
+    ratio = statistics.median(ratios)
+    with capsys.disabled():
+        print(f"\n{what}: median {ratio:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    return ratio
 
 
 @pytest.mark.parametrize(("kind", "most"), [("float", 1.03), ("grid", 1.08)])
 def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture[str], kind: str, most: float) -> None:
-    """At most 3% on top with float noise, 8% with grid noise (ResNet-20-size convnet, 2 cores)."""
-    model, device = resnet20(), torch.device("cpu")
-    pixels = np.random.default_rng(0).random((IMAGES, *SHAPE), np.float32)
-    rows = block_rows(SHAPE, device)
-    noise = Noise(0, "test")
-    noisy = add_float(noise, 0.25) if kind == "float" else GridNoise(noise, 0.25, 256).inputs
-    images = pixels if kind == "float" else (255 * pixels).astype(np.uint8)
-    task = Task(lambda i: images[i], lambda i: 0, noisy, SHAPE, 10, 0.25, noise, rows, device)
-    batch = torch.from_numpy(np.resize(pixels, (rows, *SHAPE)))
-    fixed = Fixed(N0, N, 0.001)
-
-    def f(x: Tensor, draw: Draw) -> Tensor:
-        out: Tensor = model(x)
-        return out
-
-    def engine() -> None:
-        with torch.inference_mode():
-            assert (
-                len(list(certify([Device(task, [f])], lambda label: fixed.certify(0.25, label), range(IMAGES))))
-                == IMAGES
-            )
+    """At most 3% on top with float noise, 8% with grid noise, of one thread."""
+    model, task, batch = subject(kind, IMAGES)
 
     def bare() -> None:
         with torch.inference_mode():
-            for _ in range(IMAGES * (N0 + N) // rows):
-                model(batch)
+            for _ in range(IMAGES * (N0 + N) // task.block):
+                model(batch, None)
 
-    assert IMAGES * (N0 + N) % rows == 0
-    ratios = paired(engine, bare, 41)
-    ratio = statistics.median(ratios)
-    with capsys.disabled():
-        print(
-            f"\n{kind} noise: engine / bare forwards: median {ratio:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}"
-        )
-    benchmark.extra_info["ratio"] = ratio
-    benchmark.pedantic(engine, rounds=3)
+    assert IMAGES * (N0 + N) % task.block == 0
+    with steady():
+        ratios = paired(lambda: run(Device(task, [model]), IMAGES), bare, 41)
+        benchmark.pedantic(lambda: run(Device(task, [model]), IMAGES), rounds=3)
+    benchmark.extra_info["ratio"] = ratio = say(capsys, f"{kind} noise: engine / bare forwards", ratios)
     assert ratio <= most
+
+
+def test_a_block_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds where torch's threads share each block, over those with a block in each: the same votes."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        pytest.skip("one core")
+    model, task, _ = subject("grid", images := 16)
+
+    def each() -> None:
+        with steady():
+            run(Device(task, [model] * threads), images)
+
+    ratios = paired(lambda: run(Device(task, [model]), images), each, 7)
+    benchmark.pedantic(each, rounds=3)
+    benchmark.extra_info["ratio"] = say(capsys, f"{threads} threads: blocks one after the other / one in each", ratios)
+
+
+def test_noise_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Grid noise of 224 x 224 images: seconds of one thread over those of several that share it."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        pytest.skip("one core")
+    grid = GridNoise(Noise(0, "test"), 0.25, 256)
+
+    def draw(blocks: range, _: threading.Event) -> None:
+        for i in blocks:
+            grid.draw([Vote("estimate", i, k) for k in range(16)], 3 * 224 * 224)
+
+    def each() -> None:
+        side_by_side([partial(draw, range(i, 8 * threads, threads)) for i in range(threads)])
+
+    ratios = paired(lambda: draw(range(8 * threads), threading.Event()), each, 7)
+    benchmark.pedantic(each, rounds=3)
+    benchmark.extra_info["ratio"] = say(capsys, f"noise in one thread / in {threads}", ratios)

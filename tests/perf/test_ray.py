@@ -16,7 +16,7 @@ from conftest import Result
 
 pytest.importorskip("ray")
 
-IMAGES, FEW, MANY = 100, 1000, 21_000
+IMAGES, FEW, MANY = 100, 1000, 6000
 
 
 def test_efficiency_of_one_and_two_workers(

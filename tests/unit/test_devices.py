@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import TINY, defense
 from torch import Tensor
 
 from bench import certify, run
-from bench.certification import Certifier
+from bench.certification import Certifier, in_turn
 from bench.console import ConsoleReporter
 from bench.errors import BenchError
 from bench.gridnoise import GridNoise
@@ -135,6 +136,23 @@ def test_what_one_of_them_raises_stops_the_run(where: str) -> None:
     devices = [device(task, two)] if where == "thread" else [device(task, [model]) for model in two]
     with pytest.raises(BenchError, match="second is broken"):
         list(certify.certify(devices, lambda y: fixed.certify(0.5, y), range(30)))
+
+
+def test_threads_of_one_gpu_take_turns() -> None:
+    """As on a GPU: one model in several threads, which leaves on itself what it is about."""
+    task, fixed = task_of(30), Fixed(20, 2000, 0.001)
+    held: list[Tensor] = []
+
+    def model(x: Tensor, draw: Draw) -> Tensor:
+        held.append(x)
+        time.sleep(1e-4)
+        return held.pop(0).flatten(1)[:, :3]
+
+    def run(models: list[certify.Model]) -> list[Certificate]:
+        found = certify.certify([certify.Device(task, models)], lambda y: fixed.certify(0.5, y), range(30))
+        return sorted((replace(c, seconds=0.0) for c in found), key=lambda c: c.index)
+
+    assert run([in_turn(model)] * 4) == run([model])
 
 
 def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
