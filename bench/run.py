@@ -225,6 +225,7 @@ class Session:
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, split, self.device), self._shared_out(plan, split)
         with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
+            defense.merge()  # as it certifies
             task = blocks.fitting_block(defense, task, indices[0])
             model = arithmetic.model(defense, plan.arithmetic, self.device)
             at_once = self.threads if self.device.type == "cpu" else 1

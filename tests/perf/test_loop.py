@@ -18,7 +18,8 @@ from turns import paired
 
 from bench import metrics, run
 from bench.arithmetic import steady
-from bench.certify import Certificate, Device, certify
+from bench.certification import Certifier, Placed
+from bench.certify import Certificate, certify
 from bench.console import ConsoleReporter
 from bench.noise import Noise, TrainDraw
 from bench.plan import make_plans
@@ -56,6 +57,8 @@ def test_engine_against_the_shipped_loop(
     session = run.Session(device, tmp_path, ConsoleReporter())
     identity, task, fitted = session.prepare(plan)
     images = identity["indices"][:IMAGES]
+    placed = Placed(Certifier("full", fitted.defense, session.materials(plan).base), task, images[0])
+    placed.widen(session.threads)
     tau = identity["noise"]["tau"]
     test = session.materials(plan).test
     unused = TrainDraw(Noise(0, "test"), 0, BATCH, SIGMA, device)  # this defense draws nothing
@@ -63,9 +66,7 @@ def test_engine_against_the_shipped_loop(
 
     def ours() -> None:
         with steady(), torch.inference_mode():
-            found = list(
-                certify([Device(task, [fitted.defense])], lambda y: plan.procedure.certify(SIGMA, y, tau), images)
-            )
+            found = list(certify([placed.device], lambda y: plan.procedure.certify(SIGMA, y, tau), images))
         tables["ours"] = certified(found)
 
     def theirs() -> None:
