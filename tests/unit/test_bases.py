@@ -314,6 +314,13 @@ def test_a_config_that_does_not_fit(tmp_path: Path, change: dict[str, object], s
     assert says in refusal(rgb_card(), str(path.parent))
 
 
+def test_timm_writes_no_name_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = folder(tmp_path / "m", tiny()) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "\x1b[2J"}))
+    assert "unknown timm model" in refusal(rgb_card(), str(path.parent))
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
 def test_a_config_cannot_send_timm_to_another_file(tmp_path: Path) -> None:
     path = folder(tmp_path / "m", tiny()) / "config.json"
     config = json.loads(path.read_text())
