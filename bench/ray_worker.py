@@ -106,6 +106,7 @@ class VoteWorker:
         self._here = ExitStack()  # until the process ends
         self._device = self._here.enter_context(place.entered())
         self._threads = environment.threads(self._device)
+        environment.keep_freed_memory()
         self._held: dict[int, Placed] = {}
 
     def here(self) -> dict[str, Any]:

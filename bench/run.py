@@ -55,6 +55,7 @@ class Session:
         """``devices``: all that share the certification, ``device`` first; the rest is done on it alone."""
         self.devices = list(devices) or [device]
         self.threads = environment.threads(device)
+        environment.keep_freed_memory()
         self.device, self.out, self.reporter, self.shard = device, out, Logged(reporter, log.info), shard
         self._materials: dict[tuple[str, str, str, Path | None, bool], _Materials] = {}
         self._splits: dict[str, list[Split]] = {}

@@ -34,6 +34,7 @@ from bench.cards import load_card
 from bench.certify import TILE, Device, Task, block_rows, certify
 from bench.console import duration
 from bench.costs import cost_per_vote
+from bench.environment import keep_freed_memory
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
 from bench.noise import Noise, Vote
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     with steady(), torch.inference_mode():
         found = list(subjects())
         measured = measure(found, given.rounds)

@@ -7,8 +7,11 @@ medians is printed, since seconds alone say little on a shared machine.
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from turns import paired
 
 from bench.arithmetic import steady
 from bench.certify import Device, Model, Task, block_rows, certify, side_by_side
+from bench.environment import keep_freed_memory
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
 from bench.noise import Noise, Vote, add_float
@@ -29,6 +33,11 @@ SHAPE = (3, 32, 32)
 CPU = torch.device("cpu")
 IMAGES, N0, N = 1, 64, 192  # whole blocks, so that both do the same number of forward passes
 FIXED = Fixed(N0, N, 0.001)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_in_a_run() -> None:
+    keep_freed_memory()
 
 
 def subject(kind: str, images: int) -> tuple[Model, Task, Tensor]:
@@ -111,3 +120,23 @@ def test_noise_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]
     ratios = paired(lambda: draw(range(8 * threads), threading.Event()), each, 7)
     benchmark.pedantic(each, rounds=3)
     benchmark.extra_info["ratio"] = say(capsys, f"noise in one thread / in {threads}", ratios)
+
+
+def test_freed_memory_is_kept(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds of processes that give freed memory back over those of processes that keep it: the same votes."""
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[2:]; import test_engine as e; from bench import environment\n"
+        "if sys.argv[1] == 'keep': environment.keep_freed_memory()\n"
+        "model, task, _ = e.subject('grid', 4); device = e.Device(task, [model])\n"
+        "with e.steady(): e.run(device, 4); began = time.process_time(); e.run(device, 4)\n"
+        "print(time.process_time() - began)"
+    )
+    here = Path(__file__).parent
+
+    def seconds(what: str) -> float:
+        command = [sys.executable, "-c", code, what, str(here), str(here.parent)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    ratios = [seconds("give back") / seconds("keep") for _ in range(3)]
+    benchmark.extra_info["ratio"] = say(capsys, "freed memory given back / kept", ratios)
+    benchmark.pedantic(lambda: None, rounds=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import platform
+import resource
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -194,3 +196,18 @@ def test_threads_share_a_noise_source() -> None:
         thread.join()
     assert len(found) == 8
     assert all(torch.equal(alone, f) for f in found)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_a_run_keeps_the_memory_that_it_frees(tmp_path: Path) -> None:
+    run.Session(CPU, tmp_path, Quiet())
+
+    def fill(rounds: int) -> None:
+        for _ in range(rounds):
+            _ = [torch.ones(5_000_000) for _ in range(3)]  # together more than glibc keeps by itself
+
+    fill(10)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    fill(20)
+    pages = 20 * 3 * 5_000_000 * 4 / resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 10
