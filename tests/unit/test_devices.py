@@ -204,10 +204,10 @@ def test_a_run_keeps_the_memory_that_it_frees(tmp_path: Path) -> None:
 
     def fill(rounds: int) -> None:
         for _ in range(rounds):
-            _ = [torch.ones(5_000_000) for _ in range(3)]  # together more than glibc keeps by itself
+            torch.ones(10_000_000)  # 40 MB: glibc by itself keeps no piece above 32
 
     fill(10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     fill(20)
-    pages = 20 * 3 * 5_000_000 * 4 / resource.getpagesize()
+    pages = 20 * 10_000_000 * 4 / resource.getpagesize()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 10
