@@ -88,7 +88,8 @@ class Measured:
     parameters: int | None
     calibration: float | None
     nan_rows: int  # of the first block
-    rows: int  # of a batch that keeps the device busy
+    rows: int  # votes of a batch that keep the device busy
+    at_once: int  # votes that it draws at the same time
 
 
 class Drifted(DefenseFault):
@@ -156,10 +157,16 @@ class Placed:
             per_vote = cost_per_vote(self.certifier.defense, self.task, self._index)  # counted, so not as compiled
             calibration = environment.calibration_seconds(self.task.device) / at_once if calibrate else None
         parameters = None if per_vote.flops is None else distinct([self.certifier.defense, *per_vote.classifiers])
-        nan_rows = int(self._reference.isnan().any(1).sum())
-        seconds = self._block_seconds / at_once
-        rows = self.device.rows
-        return Measured(seconds, per_vote.base_forwards, per_vote.flops, parameters, calibration, nan_rows, rows)
+        return Measured(
+            block_seconds=self._block_seconds / at_once,
+            base_forwards=per_vote.base_forwards,
+            flops=per_vote.flops,
+            parameters=parameters,
+            calibration=calibration,
+            nan_rows=int(self._reference.isnan().any(1).sum()),
+            rows=self.device.rows,
+            at_once=self.device.at_once,
+        )
 
     def finish(self) -> int:
         """The peak of memory in bytes. Raises Drifted, or BenchError where the base is no longer what it was."""

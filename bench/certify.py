@@ -83,10 +83,14 @@ class Device:
     models: Sequence[Model]
 
     @property
+    def at_once(self) -> int:
+        """Votes that its threads draw at the same time."""
+        return self.task.block * len(self.models)
+
+    @property
     def rows(self) -> int:
         """Votes of a batch that keep it busy for a while."""
-        threads = len(self.models)
-        return self.task.block * (1 if threads == 1 else BLOCKS * threads)
+        return self.at_once * (1 if len(self.models) == 1 else BLOCKS)
 
     def vote(self, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Voted:
         """The class that each row of a batch is for, ``task.classes`` where its logits hold a NaN: [batch.rows].
@@ -176,7 +180,7 @@ def _on_one(device: Device, scheduler: Scheduler) -> Iterator[Certificate]:
     pixels = Pixels(device.task)
     while not scheduler.done:
         began = time.perf_counter()
-        batch = scheduler.next(device.rows)
+        batch = scheduler.next(device.rows, at_once=device.at_once)
         assert batch is not None  # with nothing out, an image that is not decided misses votes
         voted = device.vote(batch, pixels)
         for certificate in scheduler.take(batch.number, voted, time.perf_counter() - began):
@@ -214,7 +218,7 @@ def _on_several(devices: Sequence[Device], scheduler: Scheduler) -> Iterator[Cer
     pixels, back = Pixels(devices[0].task), SimpleQueue[tuple[_Feeder, int, Any]]()
     feeders = [_Feeder(device, pixels, back) for device in devices]
     dispatcher = Dispatcher()
-    dispatcher.open(0, scheduler, devices[0].rows)
+    dispatcher.open(0, scheduler, devices[0].rows, devices[0].at_once)
     for feeder in feeders:
         dispatcher.join(feeder)
     try:

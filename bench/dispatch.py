@@ -29,6 +29,7 @@ class Worker(Hashable, Protocol):
 class _Run:
     scheduler: Scheduler
     rows: int
+    at_once: int | None
 
 
 class Dispatcher:
@@ -43,18 +44,21 @@ class Dispatcher:
         self._with: dict[Worker, set[tuple[int, int]]] = {}  # (run, number) of the batches that each has
         self._free: tuple[dict[Worker, None], dict[Worker, None]] = ({}, {})  # workers with none, and with one
 
-    def open(self, run: int, scheduler: Scheduler, rows: int) -> None:
-        """Share out a run from now on, in batches of ``rows`` votes. Runs are served in the order of their numbers."""
-        self._runs[run] = _Run(scheduler, rows)
+    def open(self, run: int, scheduler: Scheduler, rows: int, at_once: int | None = None) -> None:
+        """Share out a run from now on, in batches of ``rows`` votes, so many drawn ``at_once`` (default: all).
+
+        Runs are served in the order of their numbers.
+        """
+        self._runs[run] = _Run(scheduler, rows, at_once)
         self._runs = dict(sorted(self._runs.items()))
 
     def close(self, run: int) -> None:
         """Share out a run no more; answers still to come are of no use."""
         del self._runs[run]
 
-    def resize(self, run: int, rows: int) -> None:
-        """Share out a run in batches of ``rows`` votes from now on."""
-        self._runs[run].rows = rows
+    def resize(self, run: int, rows: int, at_once: int) -> None:
+        """Share out a run in batches of ``rows`` votes from now on, so many drawn ``at_once``."""
+        self._runs[run].rows, self._runs[run].at_once = rows, at_once
 
     def join(self, worker: Worker) -> None:
         """Give a worker batches from now on."""
@@ -90,7 +94,7 @@ class Dispatcher:
     def _next(self, spare: bool) -> tuple[int, Batch] | None:
         for bold in (False, True)[: 1 + spare]:
             for number, run in self._runs.items():
-                if (batch := run.scheduler.next(run.rows, bold)) is not None:
+                if (batch := run.scheduler.next(run.rows, bold, run.at_once)) is not None:
                     return number, batch
         return None
 

@@ -177,7 +177,7 @@ class _Driver:
         # Put here, so that a node which is removed takes no copy with it that is needed.
         sent = ray.put(ray.get(certifier)), ray.put(pack(replace(task, images=_not_here, labels=_not_here)))
         self._runs[number] = _Run(filling, log, scheduler, task, Pixels(task), sent)
-        self._dispatcher.open(number, scheduler, self._rows(self._runs[number]))
+        self._dispatcher.open(number, scheduler, *self._rows(self._runs[number]))
 
     # Workers ------------------------------------------------------------------------------------------
 
@@ -199,14 +199,18 @@ class _Driver:
         """Fit the batches to the number of workers."""
         for number, run in self._runs.items():
             if run.letting_go is None:
-                self._dispatcher.resize(number, self._rows(run))
+                self._dispatcher.resize(number, *self._rows(run))
 
-    def _rows(self, run: _Run) -> int:
-        """Votes of a batch: enough to keep a worker busy, and to have no more answers a second than can be taken."""
+    def _rows(self, run: _Run) -> tuple[int, int]:
+        """Votes of a batch, and how many are drawn at once.
+
+        Enough to keep a worker busy, and to have no more answers a second than can be taken.
+        """
         if run.measured is None:
-            return run.task.block
+            return run.task.block, run.task.block
         seconds = run.measured.block_seconds * run.measured.rows / run.task.block
-        return run.measured.rows * enlarged(len(self._dispatcher.workers), seconds)
+        times = enlarged(len(self._dispatcher.workers), seconds)
+        return run.measured.rows * times, run.measured.at_once * times
 
     # Votes --------------------------------------------------------------------------------------------
 

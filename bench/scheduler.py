@@ -168,12 +168,13 @@ class Scheduler:
         """Whether every image is decided."""
         return not self._waiting and not self._open
 
-    def next(self, rows: int, spare: bool = True) -> Batch | None:
+    def next(self, rows: int, spare: bool = True, at_once: int | None = None) -> Batch | None:
         """At most ``rows`` votes to draw (a multiple of TILE), None where there are none.
 
-        A batch that was lost comes first, as it was; then votes that images wait for; then new images. What
-        room is left goes to votes that images may ask for later. ``spare``: so does a whole batch where nobody
-        waits for votes, or else a copy of what is out longest, for somebody who would have nothing to do.
+        A batch that was lost comes first, as it was; then votes that images wait for; then new images. What room is
+        left, up to a multiple of the votes that are drawn ``at_once`` (default: all), goes to votes that images may
+        ask for later. ``spare``: so does a whole batch where nobody waits for votes, or else a copy of what is out
+        longest, for somebody who would have nothing to do.
         """
         while self._lost:
             out = self._out.get(self._lost.popleft())
@@ -185,6 +186,8 @@ class Scheduler:
             if not image.missing:
                 heapq.heappop(self._hungry)
         if packing.shares or spare:
+            at_once = at_once or rows
+            packing.room = min(packing.room, (packing.room - rows) % at_once if packing.shares else at_once)
             self._fill_ahead(packing)
         if not packing.shares:
             return self._copy() if spare else None

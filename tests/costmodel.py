@@ -45,7 +45,7 @@ SIGMA, ALPHA, N0 = 0.25, 0.001, 100
 IMAGENET_VALIDATION = 50_000  # images
 OTHER = "cifar10 ViT"
 THREADS = 8  # that draw noise for a GPU, each on a core of its own
-SIZES = ((1, 200), (3, 100), (2, 400))  # images and n of the runs predicted
+SIZES = ((2, 1000), (4, 400), (3, 2000))  # images and n of the runs predicted
 
 
 @dataclass(frozen=True)

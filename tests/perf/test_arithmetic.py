@@ -21,6 +21,7 @@ from bench import arithmetic, fitting
 from bench.arithmetic import steady
 from bench.bases import untrained_base
 from bench.certify import block_rows
+from bench.environment import keep_freed_memory
 from bench.interface import Draw
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan, make_plans
@@ -34,6 +35,7 @@ def one_thread() -> Iterator[None]:
     """So that seconds of the processor are those of an idle core, whoever else is at work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     yield
     torch.set_num_threads(before)
 

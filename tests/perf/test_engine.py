@@ -22,6 +22,8 @@ from torch import Tensor
 from turns import paired
 
 from bench.arithmetic import steady
+from bench.bases import untrained_base
+from bench.cards import load_card
 from bench.certify import Device, Model, Task, block_rows, certify, side_by_side
 from bench.environment import keep_freed_memory
 from bench.gridnoise import GridNoise
@@ -40,21 +42,23 @@ def as_in_a_run() -> None:
     keep_freed_memory()
 
 
-def subject(kind: str, images: int) -> tuple[Model, Task, Tensor]:
-    """A ResNet-20-size convnet, made-up images with that noise, and a block of them without any."""
-    net = resnet20()
-    pixels = np.random.default_rng(0).random((images, *SHAPE), np.float32)
-    rows = block_rows(SHAPE, CPU)
+def subject(kind: str, images: int, network: str = "ResNet-20 size") -> tuple[Model, Task, Tensor]:
+    """A network with random weights, made-up images with that noise, and a block of them without any."""
+    vit = network.removesuffix(" ViT")
+    net = resnet20() if vit == network else untrained_base(load_card(vit), "vit", CPU).module
+    shape = SHAPE if vit == network else load_card(vit).shape
+    pixels = np.random.default_rng(0).random((images, *shape), np.float32)
+    rows = block_rows(shape, CPU)
     noise = Noise(0, "test")
     noisy = add_float(noise, 0.25) if kind == "float" else GridNoise(noise, 0.25, 256).inputs
     given = pixels if kind == "float" else (255 * pixels).astype(np.uint8)
-    task = Task(lambda i: given[i], lambda i: 0, noisy, SHAPE, 10, 0.25, noise, rows, CPU)
+    task = Task(lambda i: given[i], lambda i: 0, noisy, shape, 10, 0.25, noise, rows, CPU)
 
     def model(x: Tensor, draw: Draw | None) -> Tensor:
         out: Tensor = net(x)
         return out
 
-    return model, task, torch.from_numpy(np.resize(pixels, (rows, *SHAPE)))
+    return model, task, torch.from_numpy(np.resize(pixels, (rows, *shape)))
 
 
 def run(device: Device, images: int) -> None:
@@ -87,12 +91,13 @@ def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture
     assert ratio <= most
 
 
-def test_a_block_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("network", ["ResNet-20 size", "cifar10 ViT", "digits ViT"])
+def test_a_block_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str], network: str) -> None:
     """Seconds where torch's threads share each block, over those with a block in each: the same votes."""
     threads = torch.get_num_threads()
     if threads == 1:
         pytest.skip("one core")
-    model, task, _ = subject("grid", images := 16)
+    model, task, _ = subject("grid", images := 32 if network == "digits ViT" else 12, network)
 
     def each() -> None:
         with steady():
@@ -100,7 +105,7 @@ def test_a_block_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[st
 
     ratios = paired(lambda: run(Device(task, [model]), images), each, 7)
     benchmark.pedantic(each, rounds=3)
-    benchmark.extra_info["ratio"] = say(capsys, f"{threads} threads: blocks one after the other / one in each", ratios)
+    benchmark.extra_info["ratio"] = say(capsys, f"{network}, {threads} threads on each block / on a block each", ratios)
 
 
 def test_noise_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ IMAGES, FEW, MANY = 100, 1000, 6000
 
 def test_efficiency_of_one_and_two_workers(
     benchmark: Any,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     bench: Callable[..., Result],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -55,7 +55,7 @@ def test_efficiency_of_one_and_two_workers(
         rates = {workers: on_ray(workers) for workers in (1, 2)}
     finally:
         torch.set_num_threads(threads)
-    with capsys.disabled():
+    with capfd.disabled():
         print(f"\none process of one core: {alone:,.0f} votes a second")
         for workers, rate in rates.items():
             print(f"Ray, {workers} workers: {rate:,.0f} votes a second, efficiency {rate / workers / alone:.0%}")

@@ -93,7 +93,9 @@ def test_any_workers_any_order_losses_and_duplicates(data: st.DataObject) -> Non
     runs = [scheduler(k, i) for k, i in zip(kinds, images, strict=True)]
     dispatcher = Dispatcher()
     for number, run in enumerate(runs):
-        dispatcher.open(number, run, data.draw(st.sampled_from([16, 48, 128])))
+        dispatcher.open(
+            number, run, data.draw(st.sampled_from([16, 48, 128])), data.draw(st.sampled_from([None, 16, 48]))
+        )
     workers = [Sloppy() for _ in range(data.draw(st.integers(1, 6)))]
     for worker in workers:
         dispatcher.join(worker)
