@@ -200,13 +200,13 @@ def draw(drawn: list[list[float]], resumed: list[list[float]], path: Path) -> No
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.plot([v / 1e6 for v in drawn[1]], drawn[2])
-    left.set(xlabel="votes (millions)", ylabel="resident memory (MiB)", ylim=(0, None))
+    left.set(xlabel="votes (millions)", ylabel="resident memory (MiB)", ylim=(0, 1.1 * max(drawn[2])))
     for axes, column, what in (
-        (middle, 1, "processor seconds to the first new record"),
+        (middle, 1, "processor seconds to a new record"),
         (right, 2, "resident memory (MiB)"),
     ):
         axes.plot(resumed[0][1:], resumed[column][1:], "o", ms=3)
-        axes.set(xlabel="records found when resumed", ylabel=what, ylim=(0, None))
+        axes.set(xlabel="records found when resumed", ylabel=what, ylim=(0, 1.1 * max(resumed[column])))
     figure.savefig(path, dpi=120)
 
 
