@@ -42,6 +42,16 @@ def scratch_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's threads, and so those that draw votes; afterwards they are as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def bench(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """The command ``bench`` with its exit code, stdout and stderr."""
     from bench.cli import main

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -261,17 +261,6 @@ def test_too_little_memory_for_any_block_names_the_defense(bench: Bench, tmp_pat
 # Defenses ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A faulty defense counts its calls, and so each thread's copy would."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("how", "after", "words", "kept"),
     [
@@ -285,8 +274,15 @@ def one_thread() -> Iterator[None]:
     ],
 )
 def test_a_defense_at_fault_is_named_and_no_vote_invented(
-    bench: Bench, tmp_path: Path, one_thread: None, how: str, after: int, words: str, kept: int
+    bench: Bench,
+    tmp_path: Path,
+    set_threads: Callable[[int], None],
+    how: str,
+    after: int,
+    words: str,
+    kept: int,
 ) -> None:
+    set_threads(1)  # the defense counts its calls, and so each thread's copy would
     args = ("--dataset", TINY, "--set", f"how={how}", "--set", f"after={after}", "--timeout", "1", "--out", tmp_path)
     result = bench("run", "--defense", f"{FAULTY},none", *args)
     assert result.code == 2
@@ -307,13 +303,16 @@ def test_a_defense_at_fault_is_named_and_no_vote_invented(
     ("how", "words"), [("raises", "out of ideas"), ("sleeps", "no answer for 1 s in certification")]
 )
 def test_a_fault_in_one_of_several_threads(
-    bench: Bench, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch, how: str, words: str
+    bench: Bench,
+    tmp_path: Path,
+    set_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    words: str,
 ) -> None:
-    import torch
-
     from bench import certify
 
-    torch.set_num_threads(2)
+    set_threads(2)
     monkeypatch.setattr(certify, "PATIENCE", 0.1)
     args = ("--dataset", TINY, "--n", "8000", "--set", f"how={how}", "--set", "after=70", "--timeout", "1")
     result = bench("run", "--defense", f"{FAULTY},none", *args, "--out", tmp_path)
@@ -332,7 +331,10 @@ def certificates_of(out: Path, name: str) -> list[dict[str, object]]:
     return [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
 
 
-def test_what_a_drifting_defense_certified_is_set_aside(bench: Bench, tmp_path: Path) -> None:
+def test_what_a_drifting_defense_certified_is_set_aside(
+    bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(1)
     args = ("run", "--defense", FAULTY, "--set", "how=drifts", "--set", "after=12", "--dataset", TINY)
     for _ in range(2):  # typed again it is no sounder
         result = bench(*args, "--out", tmp_path)

@@ -7,7 +7,7 @@ import platform
 import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,15 +48,6 @@ class Quiet(ConsoleReporter):
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Torch takes three threads, and so do votes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The threads that draw the noise of votes which count."""
     found: set[int] = set()
@@ -72,17 +63,15 @@ def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 
 @pytest.mark.parametrize("procedure", ["fixed", "anytime"])
-def test_two_devices_certify_as_one(procedure: str, tmp_path: Path, drawn_by: set[int]) -> None:
+def test_two_devices_certify_as_one(
+    procedure: str, tmp_path: Path, drawn_by: set[int], set_threads: Callable[[int], None]
+) -> None:
     (plan,) = make_plans(defenses="none", dataset=TINY, procedure=procedure, n=1000)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = run.Session(CPU, tmp_path / "one", Quiet()).run(plan)
-        assert drawn_by == {threading.get_ident()}
-        drawn_by.clear()
-        together = run.Session(CPU, tmp_path / "two", Quiet(), devices=[CPU, CPU]).run(plan)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(1)
+    alone = run.Session(CPU, tmp_path / "one", Quiet()).run(plan)
+    assert drawn_by == {threading.get_ident()}
+    drawn_by.clear()
+    together = run.Session(CPU, tmp_path / "two", Quiet(), devices=[CPU, CPU]).run(plan)
     assert len(drawn_by) == 2 and threading.get_ident() not in drawn_by
     assert together.path.name == alone.path.name
     assert certificates(together) == certificates(alone)
@@ -91,22 +80,24 @@ def test_two_devices_certify_as_one(procedure: str, tmp_path: Path, drawn_by: se
 @pytest.mark.parametrize("procedure", ["fixed", "anytime"])
 @pytest.mark.parametrize("name", ["none", defense("leaves_notes")])
 def test_threads_certify_as_one(
-    name: str, procedure: str, tmp_path: Path, threads: None, drawn_by: set[int], monkeypatch: pytest.MonkeyPatch
+    name: str, procedure: str, tmp_path: Path, drawn_by: set[int], set_threads: Callable[[int], None]
 ) -> None:
     """A block in each thread, each with modules of its own: one that leaves notes on itself is not disturbed."""
     (plan,) = make_plans(defenses=name, dataset=TINY, procedure=procedure, n=3000)
     reporter = Quiet()
+    set_threads(3)
     together = run.Session(CPU, tmp_path / "three", reporter).run(plan)
     assert len(drawn_by) >= 2 and threading.get_ident() not in drawn_by
     assert torch.get_num_threads() == 3
     assert not any("one thread" in line for line in reporter.said)
-    torch.set_num_threads(1)
+    set_threads(1)
     alone = run.Session(CPU, tmp_path / "one", Quiet()).run(plan)
     assert together.path.name == alone.path.name
     assert certificates(together) == certificates(alone)
 
 
-def test_what_cannot_be_copied_votes_in_one_thread(tmp_path: Path, threads: None) -> None:
+def test_what_cannot_be_copied_votes_in_one_thread(tmp_path: Path, set_threads: Callable[[int], None]) -> None:
+    set_threads(3)
     mine = tmp_path / "mine.py"
     mine.write_text(
         Path(defense("leaves_notes"))
