@@ -346,6 +346,16 @@ def test_what_a_drifting_defense_certified_is_set_aside(
     assert bench("report", tmp_path).code == 2
 
 
+def test_a_drift_in_one_of_several_threads_is_seen(
+    bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(2)
+    args = ("--set", "how=drifts", "--set", "after=70", "--dataset", TINY, "--n", "8000", "--out", tmp_path)
+    result = bench("run", "--defense", FAULTY, *args)
+    assert result.code == 2 and "other logits at the end of the run" in result.err
+    assert not list(tmp_path.glob("*/certificates.jsonl"))
+
+
 def test_nan_is_no_vote_for_any_class(bench: Bench, tmp_path: Path) -> None:
     result = bench(
         "run", "--defense", FAULTY, "--set", "how=nan", "--dataset", TINY, "--out", tmp_path, "--noise", "float"
