@@ -8,6 +8,7 @@ loses at most the line being written, which is dropped and redone.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -210,7 +211,10 @@ def read_run(path: Path, shard: Shard | None = None) -> Record:
     """
     file = path / "run.json"
     try:
-        info = json.loads(limits.contents(file, limits.RUN))
+        data = limits.contents(file, limits.RUN)
+        info = json.loads(data)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            info = _characters(info)
     except (FileNotFoundError, NotADirectoryError):
         if shards_in(path):
             raise BenchError(f"{path}: only shards of a run; bench merge {path} joins them") from None
@@ -234,6 +238,15 @@ def read_run(path: Path, shard: Shard | None = None) -> Record:
     except BenchError as e:
         raise BenchError(f"{file}: not as bench writes it, so move it away: {e}") from None
     return Record(path, info, _certificates(path / "certificates.jsonl", info))
+
+
+def _characters(value: Any) -> Any:
+    """The same with half a surrogate pair, which stands for no character and no file or table can hold, as U+FFFD."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_characters(k): _characters(v) for k, v in value.items()}
+    return [_characters(v) for v in value] if isinstance(value, list) else value
 
 
 def _migrated(info: dict[str, Any], schema: int) -> dict[str, Any]:
