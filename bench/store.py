@@ -241,9 +241,9 @@ def read_run(path: Path, shard: Shard | None = None) -> Record:
 
 
 def _characters(value: Any) -> Any:
-    """The same with half a surrogate pair, which stands for no character and no file or table can hold, as U+FFFD."""
+    """The same with half a surrogate pair, which no file or table can hold, written as its number."""
     if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value.encode(errors="backslashreplace").decode()
     if isinstance(value, dict):
         return {_characters(k): _characters(v) for k, v in value.items()}
     return [_characters(v) for v in value] if isinstance(value, list) else value

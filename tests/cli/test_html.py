@@ -237,7 +237,7 @@ def test_what_a_record_says_stays_text(bench: Bench, finished: Path, tmp_path: P
     assert [a for t, a in seen.tags if t == "img" and not str(a["src"]).startswith("data:image/png;base64,")] == []
     assert all(not k.startswith("on") for _, attrs in seen.tags for k in attrs)
     assert f"odd note={NASTY}" in seen.rows[1]
-    assert f"{NASTY}\\ud800" in seen.text.replace('\\"', '"') and "<b>torn & 'left'" in seen.text
+    assert f"{NASTY}\\\\ud800" in seen.text.replace('\\"', '"') and "<b>torn & 'left'" in seen.text
     curves, _, _, classes = seen.views.values()
     for text in (curves[""]["data"][1]["name"], classes["0"]["data"][0]["y"][0]):
         assert "&lt;img" in text and set(re.findall("<[^>]*>", text)) == {"<br>"} and "%" not in text
