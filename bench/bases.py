@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import objectives, training
+from bench import objectives, rng, training
 from bench.base import BaseModel, Classifier, state_sha256
 from bench.base_sources import blueprint, file_weights
 from bench.blueprints import Blueprint
@@ -62,7 +62,7 @@ def load_base(
     if weights is not None:
         plan = replace(plan, weights=file_weights(weights, adapt=False), schedule=None, classes=classes)
     if plan.weights is None:
-        with training.fixed_rng(0):
+        with rng.fixed_rng(0):
             module, source = plan.fresh(plan.classes), {"kind": "trained here"}
     else:
         module, source = plan.load()

@@ -13,9 +13,9 @@ from bench.errors import DefenseFault
 from bench.noise import Vote, VoteDraw
 
 
-def check_logits(model: Model, task: Task, index: int) -> Tensor:
-    """Logits of one block of an image's votes that decide nothing, always the same ones."""
-    votes = [Vote("check", index, i) for i in range(task.block)]
+def check_logits(model: Model, task: Task, index: int, number: int = 0) -> Tensor:
+    """Logits of one block of an image's votes that decide nothing, always the same ones for a ``number``."""
+    votes = [Vote("check", index, number * task.block + i) for i in range(task.block)]
     return model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
 
 

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
+import secrets
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import arithmetic, blocks, environment, fitting, metrics, registry
-from bench.arithmetic import steady
-from bench.base import BaseModel, LocalBase
-from bench.certify import Certificate, Device, Model, Task, check_rows, side_by_side
+from bench import arithmetic, audit, environment, fingerprint, fitting, metrics, registry
+from bench.audit import Audit
+from bench.base import BaseModel
+from bench.certify import Certificate, Model
 from bench.console import duration
-from bench.costs import cost_per_vote, distinct
-from bench.errors import BenchError, DefenseFault, one_line
+from bench.errors import DefenseFault
+from bench.fingerprint import Fingerprint
 from bench.identity import run_name
 from bench.interface import Defense, Draw
 from bench.plan import Plan
 from bench.procedures import Procedure
-from bench.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog, log
+from bench.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog
 from bench.shards import Shard
 from bench.store import Run
 
@@ -93,120 +93,7 @@ class Measured:
 
 
 class Drifted(DefenseFault):
-    """Other logits at the end of a run than at its start: nothing that was certified holds."""
-
-
-class Placed:
-    """What is certified, on one device and checked there."""
-
-    def __init__(self, certifier: Certifier, task: Task, index: int) -> None:
-        """Raises DefenseFault where logits are no function of one image (see ``check_rows``)."""
-        self.certifier, self.task, self._index = certifier, task, index
-        environment.reset_peak_memory(task.device)
-        self._models = [certifier.model(task.device)]
-        with steady(), torch.inference_mode():
-            self._reference = self._look(self._models[0])
-            with fitting.blame(certifier.name, "in the check of its rows"):
-                self._block_seconds = check_rows(self._models[0], task, index)
-
-    @property
-    def device(self) -> Device:
-        """As the engine takes it."""
-        return Device(self.task, self._models)
-
-    def widen(self, threads: int) -> None:
-        """Draw votes in so many threads: on a CPU a block in each, on a GPU noise in each beside one's forward pass.
-
-        On a CPU in one where the defense cannot be copied, or its copies do not fit into memory.
-        """
-        device, name = self.task.device, self.certifier.name
-        if threads == 1 or not isinstance(self.certifier.base, LocalBase):
-            return
-        if device.type != "cpu":
-            self._models = [in_turn(self._models[0])] * threads
-            return
-        try:
-            # Modules may keep in attributes what they are about, so each thread has modules of its own.
-            copies = [self.certifier.copy(share_weights=True).model(device) for _ in range(threads - 1)]
-            same = self._unchanged(copies)
-        except Exception as e:
-            if isinstance(e, BenchError) and not blocks.out_of_memory(e):
-                raise
-            log.warning("%s votes in one thread, not %d: %s", name, threads, one_line(e))
-            return
-        if not same:
-            raise DefenseFault("a copy of it gives other logits: keep all that decides them in its modules", name)
-        self._models += copies
-
-    def beside(self, device: torch.device) -> Placed:
-        """The same on another device. Raises BenchError where logits are others there, and so votes."""
-        there = Placed(
-            self.certifier.copy(share_weights=False).to(device), replace(self.task, device=device), self._index
-        )
-        if not _equal(there._reference.cpu(), self._reference.cpu()):
-            raise BenchError(
-                f"{device} computes other logits than {self.task.device}: counts would depend on who draws a vote; "
-                "choose GPUs of one kind with CUDA_VISIBLE_DEVICES"
-            )
-        return there
-
-    def measure(self, calibrate: bool) -> Measured:
-        """What a vote costs here and, if so asked, the unit of seconds elsewhere."""
-        at_once = len(self._models) if self.task.device.type == "cpu" else 1
-        with steady(), torch.inference_mode():
-            per_vote = cost_per_vote(self.certifier.defense, self.task, self._index)  # counted, so not as compiled
-            calibration = environment.calibration_seconds(self.task.device) / at_once if calibrate else None
-        parameters = None if per_vote.flops is None else distinct([self.certifier.defense, *per_vote.classifiers])
-        return Measured(
-            block_seconds=self._block_seconds / at_once,
-            base_forwards=per_vote.base_forwards,
-            flops=per_vote.flops,
-            parameters=parameters,
-            calibration=calibration,
-            nan_rows=int(self._reference.isnan().any(1).sum()),
-            rows=self.device.rows,
-            at_once=self.device.at_once,
-        )
-
-    def finish(self) -> int:
-        """The peak of memory in bytes. Raises Drifted, or BenchError where the base is no longer what it was."""
-        self.certifier.base.check_unchanged(self.certifier.name)
-        if not self._unchanged(self._models):
-            raise Drifted(
-                "other logits at the end of the run than at its start for the same image and draw: it keeps a state, "
-                "so nothing that it certified holds",
-                self.certifier.name,
-            )
-        return environment.peak_memory(self.task.device)
-
-    def _look(self, model: Model) -> Tensor:
-        """Logits of a block that is always the same."""
-        return blocks.check_logits(model, self.task, self._index)
-
-    def _unchanged(self, models: list[Model]) -> bool:
-        found: list[bool] = []
-
-        def look(model: Model, _: threading.Event) -> None:
-            found.append(_equal(self._look(model), self._reference))
-
-        with steady():
-            side_by_side([partial(look, model) for model in dict.fromkeys(models)])
-        return all(found)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def in_turn(model: Model) -> Model:
-    """The model for several threads, one at a time: one block in memory, and modules may keep what they like."""
-    lock = threading.Lock()
-
-    def alone(x: Tensor, draw: Draw) -> Tensor:
-        with lock:
-            return model(x, draw)
-
-    return alone
+    """What was certified proved not to be one fixed function of one image: nothing that was certified holds."""
 
 
 class Filling:
@@ -218,7 +105,7 @@ class Filling:
         """Open or make its folder, into which the log goes. Raises BenchError where another process writes it."""
         self._ready, self._reporter, self._log = ready, Logged(reporter, own_log.write), own_log
         plan = ready.plan
-        self._name = registry.short_name(plan.defense)
+        self._name, self._name_given = registry.short_name(plan.defense), plan.defense
         self.record = Run(out, run_name(plan), ready.identity, ready.extra, shard)
         done = {c.index for c in self.record.done}
         self.indices = ready.identity["indices"]
@@ -240,6 +127,65 @@ class Filling:
             raise
         if done:
             own_log.write(f"resumed: {len(done)} of {len(self.indices)} images are done")
+
+    def same_function(self, found: Fingerprint, who: str) -> None:
+        """Check that who adds certificates certifies the function of those before; the first states it.
+
+        Raises DefenseFault naming ``who``.
+        """
+        before = self.record.info.get("fingerprint")
+        if before is None:
+            self.record.state(fingerprint=found)
+        elif problem := fingerprint.differs(before, found, self._ready.plan.arithmetic):
+            raise DefenseFault(
+                f"{who} computes another function than {self.record.path} was begun with: {problem}; what decides "
+                "logits is read or drawn outside of what the run's identity covers",
+                self._ready.plan.defense,
+            )
+
+    def to_redraw(self) -> list[int]:
+        """Images to certify once more before a resumed run goes on: the last one done and, at random, another."""
+        done = self.record.done
+        if not done:
+            return []
+        last = done[len(done) - 1].index
+        others = [c.index for c in done if c.index != last]
+        return [last, *([secrets.choice(others)] if others else [])]
+
+    def drawn_on(self, here: Mapping[str, Any]) -> bool:
+        """Whether all that is on record was drawn on the kind of machine with the environment ``here``."""
+        before = self.record.info["environment"]
+        workers = before.get("workers") or {here["device"]: 1}
+        return environment.same_machine(here, before) and set(workers) == {here["device"]}
+
+    def check_redrawn(self, again: Sequence[Certificate], exactly: bool) -> None:
+        """Raise Drifted where images that were drawn again do not have the counts on record.
+
+        ``exactly``: they were drawn on the kind of machine that drew them before. Else counts are two samples.
+        """
+        for new in again:
+            old = self.record.done[self.record.done.place("index", new.index)]
+            level = audit.LEVEL / len(again)
+            if problem := audit.redrawn(old, new, self._ready.plan.procedure, exactly, level):
+                raise Drifted(
+                    f"other counts than before the run was resumed ({problem}): it keeps a state, or what decides its "
+                    "logits changed",
+                    self._name_given,
+                )
+
+    def audit(self, block: int) -> Audit | None:
+        """What to draw on fresh noise now that all is certified."""
+        return audit.at_the_end(self.record.done, block)
+
+    def check_audit(self, done: Audit, hits: Mapping[int, int]) -> None:
+        """Record the audit. Raises Drifted where the certificates do not hold on fresh noise."""
+        if problem := audit.overstated(self._ready.plan.procedure, done, hits, self.record.done):
+            raise Drifted(
+                f"its certificates do not hold on fresh noise: {problem}; its logits must follow from the noisy image "
+                "and draws alone",
+                self._name_given,
+            )
+        self.record.info["audit"] = done.record()
 
     def start(self, label: int) -> Procedure:
         """The procedure of one image."""

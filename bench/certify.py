@@ -6,6 +6,7 @@ device or on several. The engine knows nothing of defenses or records.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from bench.scheduler import TILE, Batch, Certificate, Scheduler, Voted
 __all__ = ["TILE", "Certificate", "Device", "Model", "Task", "block_rows", "certify", "check_rows"]
 
 BLOCKS = 4  # of a batch, for each thread of a device: its threads wait for one another at a batch's end only
+RANDOM_HALVES = 2  # of the rows of a block, in the check that no row depends on another
 PATIENCE = 5.0  # seconds that threads are given to end their blocks once the run is to end
 
 Model = Callable[[Tensor, Draw], Tensor]
@@ -161,28 +163,33 @@ def side_by_side(jobs: Sequence[Callable[[threading.Event], None]]) -> None:
 
 
 def certify(
-    devices: Sequence[Device], start: Callable[[int], Procedure], indices: Iterable[int]
+    devices: Sequence[Device],
+    start: Callable[[int], Procedure],
+    indices: Iterable[int],
+    seen: Callable[[Batch, Voted], None] = lambda *_: None,
 ) -> Iterator[Certificate]:
     """Certify the images in about their order; yields each as soon as it is decided.
 
-    ``start(label)`` makes the procedure of one image. The devices hold the same model and task and share the work.
-    Memory depends on their blocks alone, not on the votes or the number of images. Counts depend on
-    (identity, image) alone, whatever the order, subset, packing or number of devices and threads.
+    ``start(label)`` makes the procedure of one image; ``seen`` is shown every batch of votes that is counted. The
+    devices hold the same model and task and share the work. Memory depends on their blocks alone, not on the votes or
+    the number of images. Counts depend on (identity, image) alone, whatever the order, subset, packing or number of
+    devices and threads.
     """
     task = devices[0].task
     if task.block % TILE:
         raise ValueError(f"block must be a multiple of {TILE}, not {task.block}")
     scheduler = Scheduler(start, task.labels, task.classes, indices)
-    return _on_one(devices[0], scheduler) if len(devices) == 1 else _on_several(devices, scheduler)
+    return _on_one(devices[0], scheduler, seen) if len(devices) == 1 else _on_several(devices, scheduler, seen)
 
 
-def _on_one(device: Device, scheduler: Scheduler) -> Iterator[Certificate]:
+def _on_one(device: Device, scheduler: Scheduler, seen: Callable[[Batch, Voted], None]) -> Iterator[Certificate]:
     pixels = Pixels(device.task)
     while not scheduler.done:
         began = time.perf_counter()
         batch = scheduler.next(device.rows, at_once=device.at_once)
         assert batch is not None  # with nothing out, an image that is not decided misses votes
         voted = device.vote(batch, pixels)
+        seen(batch, voted)
         for certificate in scheduler.take(batch.number, voted, time.perf_counter() - began):
             pixels.pop(certificate.index, None)
             yield certificate
@@ -191,7 +198,7 @@ def _on_one(device: Device, scheduler: Scheduler) -> Iterator[Certificate]:
 class _Feeder:
     """A thread that has batches drawn on one of several devices; satisfies ``dispatch.Worker``."""
 
-    def __init__(self, device: Device, pixels: Pixels, back: SimpleQueue[tuple[_Feeder, int, Any]]) -> None:
+    def __init__(self, device: Device, pixels: Pixels, back: SimpleQueue[tuple[_Feeder, Batch, Any]]) -> None:
         self._device, self._pixels, self._back = device, pixels, back
         self._asked: SimpleQueue[tuple[Batch, Mapping[int, NDArray[Any]]] | None] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
@@ -211,11 +218,13 @@ class _Feeder:
                 answer: Any = self._device.vote(*asked), time.perf_counter() - began
             except BaseException as e:
                 answer = e
-            self._back.put((self, asked[0].number, answer))
+            self._back.put((self, asked[0], answer))
 
 
-def _on_several(devices: Sequence[Device], scheduler: Scheduler) -> Iterator[Certificate]:
-    pixels, back = Pixels(devices[0].task), SimpleQueue[tuple[_Feeder, int, Any]]()
+def _on_several(
+    devices: Sequence[Device], scheduler: Scheduler, seen: Callable[[Batch, Voted], None]
+) -> Iterator[Certificate]:
+    pixels, back = Pixels(devices[0].task), SimpleQueue[tuple[_Feeder, Batch, Any]]()
     feeders = [_Feeder(device, pixels, back) for device in devices]
     dispatcher = Dispatcher()
     dispatcher.open(0, scheduler, devices[0].rows, devices[0].at_once)
@@ -224,10 +233,11 @@ def _on_several(devices: Sequence[Device], scheduler: Scheduler) -> Iterator[Cer
     try:
         while not scheduler.done:
             dispatcher.fill()
-            feeder, number, answer = back.get()
+            feeder, batch, answer = back.get()
             if isinstance(answer, BaseException):
                 raise answer
-            for certificate in dispatcher.answer(feeder, 0, number, *answer):
+            seen(batch, answer[0])
+            for certificate in dispatcher.answer(feeder, 0, batch.number, *answer):
                 pixels.pop(certificate.index, None)
                 yield certificate
     finally:
@@ -239,16 +249,17 @@ def check_rows(model: Model, task: Task, index: int) -> float:
     """Refuse a model whose logits for a row depend on the rest of its block; seconds a block takes.
 
     A defense that averages over its batch certifies nonsense, because F must be a function of one
-    image. One block of votes is computed alone, again, with its other rows replaced, and with its tiles moved.
-    Raises DefenseFault saying which of these changed a row's logits.
+    image. One block of votes is computed alone, again, with some of its rows replaced, and with its tiles moved.
+    Which rows: fixed ones, and random halves drawn anew at every call, against a defense that mixes rows in a
+    pattern nobody thought of. Raises DefenseFault saying which of these changed a row's logits.
     """
     votes = [Vote("check", index, i) for i in range(task.block)]
     images = task.repeated(index)
 
-    def run(keys: list[Vote], kept: slice = slice(None)) -> Tensor:
+    def run(keys: list[Vote], kept: Tensor | None = None) -> Tensor:
         x = task.noisy(images, keys)
-        others = torch.ones(task.block, dtype=torch.bool, device=task.device)
-        others[kept] = False
+        others = torch.zeros(task.block, dtype=torch.bool) if kept is None else ~kept
+        others = others.to(task.device)
         x[others] = 1 - 3 * x[others].flip(1, 2, 3)
         return model(x, VoteDraw(task.noise, keys, task.sigma, task.device))
 
@@ -260,8 +271,7 @@ def check_rows(model: Model, task: Task, index: int) -> float:
             "the same images with the same draw gave other logits: take all randomness from draw, and keep no state"
         )
     seconds = time.perf_counter() - began
-    half = task.block // 2
-    for kept in (slice(0, 1), slice(half, half + 1), slice(half, None)):
+    for kept in _kept_rows(task.block):
         if not torch.equal(run(votes, kept)[kept].nan_to_num(), reference[kept].nan_to_num()):
             raise DefenseFault(
                 "a row's logits change with the other rows of its batch, so they are no function of one image "
@@ -271,3 +281,18 @@ def check_rows(model: Model, task: Task, index: int) -> float:
     if not torch.equal(moved[:-TILE].nan_to_num(), reference[TILE:].nan_to_num()):
         raise DefenseFault("a row's logits change with its place in the batch: counts would depend on the packing")
     return seconds
+
+
+def _kept_rows(block: int) -> Iterator[Tensor]:
+    """Masks of the rows that stay as they are while the others are replaced.
+
+    A random half and its complement separate any two rows with a chance of 1/2, whatever their places.
+    """
+    row = torch.arange(block)
+    yield row == 0
+    yield row == block // 2
+    yield row >= block // 2
+    for _ in range(RANDOM_HALVES):
+        half = torch.from_numpy(np.random.default_rng(secrets.randbits(64)).permutation(block) < block // 2)
+        yield half
+        yield ~half

@@ -192,6 +192,9 @@ def export(
 def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; train anew where needed.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Also test the certificates on noise of a new random seed.")
+    ] = False,
     defense: Annotated[
         str | None, typer.Option(help="./file.py of the record's defense: a file is run only where it is named here.")
     ] = None,
@@ -203,14 +206,15 @@ def verify(
 ) -> None:
     """Audit a record: radii from counts, images, hashes, a sample drawn again. Exit 1 when something is wrong."""
     from bench.store import read_run
-    from bench.verify import check_record, draw_again
+    from bench.verify import check_record
 
     findings = list(check_record(run))
     if not any(f.problem for f in findings):
         from bench.console import ConsoleReporter
         from bench.environment import pick_device
+        from bench.redraw import draw_again
         from bench.run import Session
 
         session = Session(pick_device(device), run.parent, ConsoleReporter())
-        findings.append(draw_again(read_run(run), session, deep, defense, base))
+        findings += draw_again(read_run(run), session, deep, defense, base, fresh)
     print_findings(findings, as_json)

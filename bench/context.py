@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import hub, noise, objectives, registry, training, watchdog
+from bench import hub, noise, objectives, registry, rng, training, watchdog
 from bench.base import BaseModel
 from bench.cache import Entry, digest, file_sha256
 from bench.cards import Split
@@ -19,6 +19,7 @@ from bench.hub import MissingFile
 from bench.interface import Access, Base, Defense, Part
 from bench.plan import Plan
 from bench.settings import configured
+from bench.sources import source_sha256
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class BuildContext:
 
     def once(self, part: Part) -> nn.Module:
         """The part's module, frozen: trained here once, and cached under all that decides it."""
-        with training.fixed_rng(self._plan.seed):
+        with rng.fixed_rng(self._plan.seed):
             module = part.build(self.classes, self.shape).to(self._device)
         if self._workshop is not None:
             self._train_or_load(part, module, self._workshop)
@@ -63,7 +64,7 @@ class BuildContext:
         identity = {
             "part": kind.__qualname__,
             "fields": asdict(part),  # type: ignore[call-overload]
-            "source": file_sha256(Path(inspect.getfile(kind))),
+            "source": source_sha256(Path(inspect.getfile(kind))),
             "classes": self.classes,
             "shape": self.shape,
             "train": workshop.train.sha256(),
@@ -90,7 +91,7 @@ class BuildContext:
                     spent=spent,
                     most=workshop.most,
                 )
-                with training.fixed_rng(seed):
+                with rng.fixed_rng(seed):
                     part.fit(module, job)
                 trained = entry.save(module.state_dict(), {"train_seconds": sum(spent)})
         module.load_state_dict(trained.state)

@@ -60,8 +60,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
             check = f"it trains{steps}"
             if fitting.trains(defense):
                 fitting.train_or_load(plan, base, train, device, lambda *_: None, defense, STEPS)
-            defense.merge()
-            defense.eval()
+            fitting.merge(plan, defense)
             yield Finding(check)
 
             check = "its logits are a function of each image and its draw alone"

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from bench.errors import BenchError
 
+MACHINE = ("device", "platform", "packages")  # where these are equal, equal identities give equal counts
 PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "cryptography")
 
 
@@ -34,6 +36,11 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "packages": {p: _version(p) for p in PACKAGES},
     }
+
+
+def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two environments are one kind of machine with the same versions, which must give the same counts."""
+    return all(one.get(k) == other.get(k) for k in MACHINE)
 
 
 def _processor() -> str:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench import blocks, noise, objectives, registry, spsa, tensors, training, watchdog
+from bench import blocks, noise, objectives, registry, rng, spsa, tensors, training, watchdog
 from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
 from bench.cards import Split
@@ -64,9 +64,9 @@ def blame(name: str, doing: str) -> Iterator[None]:
 
 
 def construct(plan: Plan, base: BaseModel, device: torch.device, workshop: Workshop | None = None) -> Defense:
-    """The untrained defense, with torch's random state fixed by the seed; its shared parts are trained."""
+    """The untrained defense, with the random state fixed by the seed; its shared parts are trained."""
     context = BuildContext(plan, base, plan.cls.needs(plan.config), device, workshop)
-    with blame(plan.defense, "while it is built"), training.fixed_rng(plan.seed):
+    with blame(plan.defense, "while it is built"), rng.fixed_rng(plan.seed):
         return plan.cls(context, plan.config).to(device).eval()
 
 
@@ -92,10 +92,10 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
             trained = train_or_load(plan, base, train, device, progress, defense)
     if trained is not None:
         defense = construct(plan, base, device, workshop)
-        load(defense, trained, plan.defense)
-    with blame(plan.defense, "in merge"):
-        defense.merge()
-    defense.eval().requires_grad_(False)
+        with rng.fixed_rng(plan.seed, 1):
+            load(defense, trained, plan.defense)
+    merge(plan, defense)
+    defense.requires_grad_(False)
     base.check_unchanged(plan.defense)
     meta = trained.meta if trained else {}
     return Fitted(
@@ -111,6 +111,13 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         used.sources,
         used.commits,
     )
+
+
+def merge(plan: Plan, defense: Defense) -> None:
+    """Have a defense fold its adapters in, with the random state fixed by the seed; it ends in eval mode."""
+    with blame(plan.defense, "in merge"), rng.fixed_rng(plan.seed, 2):
+        defense.merge()
+    defense.eval()
 
 
 def context_of(defense: Defense) -> BuildContext:
@@ -184,7 +191,7 @@ def train_or_load(
             base=defense.context.base,
             most=most,
         )
-        with blame(plan.defense, "in training"), training.fixed_rng(plan.seed):
+        with blame(plan.defense, "in training"), rng.fixed_rng(plan.seed):
             defense.fit(job)
         after = defense.state_dict()
         owned = {k: v for k, v in after.items() if not _same_as_base(k, v, before, base)}

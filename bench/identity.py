@@ -34,9 +34,9 @@ def examples(plan: Plan, split: Split) -> list[int]:
     return choose(split, asked)
 
 
-def make_task(plan: Plan, split: Split, device: torch.device) -> Task:
-    """What the engine is given of a plan."""
-    source = Noise(plan.seed, split.name)
+def make_task(plan: Plan, split: Split, device: torch.device, noise_source: Noise | None = None) -> Task:
+    """What the engine is given of a plan; ``noise_source``: in place of the noise of its seed and split."""
+    source = noise_source or Noise(plan.seed, split.name)
     images: Callable[[list[int]], NDArray[Any]] = split.pixels
     noisy = noise.add_float(source, plan.sigma)
     if plan.noise == "grid":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import metrics, wellformed
+from bench import fingerprint, metrics, wellformed
 from bench.cache import digest, file_sha256
 from bench.errors import BenchError
 from bench.plan import command
@@ -18,6 +18,7 @@ from bench.store import Record, Run, read_run
 ADDED = ("certify_seconds", "votes", "base_forwards")
 MOST = ("train_seconds", "queries", "peak_memory")
 OWN = ("calibration_seconds",)
+OF_ONE = ("shard", "audit")  # what a shard's run.json says of itself alone
 
 
 def merge(root: Path) -> tuple[list[Path], list[str]]:
@@ -53,10 +54,30 @@ def _merge(run: Path) -> list[str]:
         wanted = [Shard(i, of) for i in range(1, of + 1)]
         unfinished = [s for s in wanted if s not in records or not records[s].complete]
         if not unfinished:
+            _check_functions(run, [records[s] for s in wanted])
             _write(run, [records[s] for s in wanted])
             return []
         lacks += [_lack(run, s, records) for s in unfinished]
     return lacks
+
+
+def _check_functions(run: Path, shards: Sequence[Record]) -> None:
+    """Raise BenchError naming the shards that certified another function than most of them did."""
+    stated = [r for r in shards if r.info.get("fingerprint")]  # older records have none
+    arithmetic = shards[0].identity["defense"].get("arithmetic", [])
+
+    def problem(one: Record, other: Record) -> str:
+        return fingerprint.differs(one.info["fingerprint"], other.info["fingerprint"], arithmetic)
+
+    agreeing = [[other for other in stated if not problem(one, other)] for one in stated]
+    most = max(agreeing, key=len, default=[])
+    if others := [r for r in stated if r not in most]:
+        names = ", ".join(r.info["shard"] for r in others)
+        raise BenchError(
+            f"{run}: shard {names} certified another function than shard {most[0].info['shard']}: "
+            f"{problem(most[0], others[0])}; find what decides its logits outside of the run's identity (a file, a "
+            "helper module, the time), then delete that shard's folder and run it again"
+        )
 
 
 def _read(run: Path, shard: Shard, folder: Path) -> Record:
@@ -91,10 +112,10 @@ def _write(run: Path, shards: Sequence[Record]) -> None:
     done = {c.index: c for record in shards for c in record.counted}
     environments = [record.info["environment"] for record in shards]
     extra = {
-        k: v for k, v in first.items() if k not in ("schema", "status", "identity", "shard", "certificates_sha256")
+        k: v for k, v in first.items() if k not in (*OF_ONE, "schema", "status", "identity", "certificates_sha256")
     }
     extra["environment"] = _agreed(environments)
-    extra["shards"] = [{k: s.info[k] for k in ("shard", "environment", "cost")} for s in shards]
+    extra["shards"] = [{k: s.info[k] for k in ("environment", "cost", *OF_ONE) if k in s.info} for s in shards]
     lines = [done[i] for i in identity["indices"]]
     cost, summary = _cost([record.info["cost"] for record in shards]), metrics.summarise(lines, first["radii"])
     whole = extra | {"status": "complete", "identity": identity, "cost": cost, "metrics": summary}

@@ -24,6 +24,9 @@ from torch import Tensor
 VERSION = "aes128ctr-boxmuller-1"  # part of every identity: change it whenever a key's values change
 
 
+IMAGES, VOTES, CALLS = 2**32, 2**40, 2**16  # the counter has room for so many of each; beyond, keys would meet
+
+
 class Vote(NamedTuple):
     """The key of one noisy copy of one image; in training, ``image`` is the step and ``vote`` 0."""
 
@@ -45,14 +48,22 @@ class Noise:
         return Noise, self._key
 
     def _fill(self, vote: Vote, call: int, parts: list[tuple[memoryview, int]]) -> None:
-        """Write the key's bits into the given buffers, one after the other (each with 15 bytes to spare)."""
+        """Write the key's bits into the given buffers, one after the other (each with 15 bytes to spare).
+
+        Raises ValueError for a key out of range, whose bits would be those of another key.
+        """
+        if not (0 <= vote.image < IMAGES and 0 <= vote.vote < VOTES and 0 <= call < CALLS):
+            raise ValueError(
+                f"noise key out of range: image {vote.image} (below {IMAGES}), vote {vote.vote} (below {VOTES}), "
+                f"draw {call} of the vote (below {CALLS})"
+            )
         encryptors: dict[str, CipherContext] = self._own.__dict__
         encryptor = encryptors.get(vote.purpose)
         if encryptor is None:
             key = hashlib.blake2b((self._prefix + vote.purpose).encode(), digest_size=16).digest()
             encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
             encryptors[vote.purpose] = encryptor
-        # The 128-bit counter: image 32 bits, vote 40, call 16, then 40 bits that count 16-byte blocks.
+        # The 128-bit counter: image 32 bits, vote 40, call 16, then 40 bits that count 16-byte blocks (16 TiB).
         start = vote.image << 96 | vote.vote << 56 | call << 40
         encryptor.reset_nonce(start.to_bytes(16, "big"))
         for buffer, size in parts:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench import objectives, training
+from bench import objectives, rng, training
 from bench.base import Classifier, state_sha256
 from bench.blueprints import Blueprint
 from bench.cache import Entry
@@ -88,7 +88,7 @@ def new_head(module: Classifier, classes: int, device: torch.device) -> nn.Linea
 
     ``module`` ends on ``device``. Raises BenchError where its kind of head is not one linear layer.
     """
-    with training.fixed_rng(0):
+    with rng.fixed_rng(0):
         module.model.reset_classifier(classes)  # type: ignore[operator]
     module.to(device)
     head = module.head()

@@ -21,9 +21,10 @@ from ray import cloudpickle
 
 from bench import environment, registry, watchdog
 from bench.arithmetic import steady
-from bench.certification import Certifier, Placed
+from bench.certification import Certifier
 from bench.certify import Task
 from bench.errors import BenchError, one_line
+from bench.placed import Placed
 from bench.run import Session
 from bench.runlog import recording
 from bench.scheduler import Batch

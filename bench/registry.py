@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from bench.errors import BenchError, one_line, unknown
+from bench.sources import own_modules, source_sha256
 
 if TYPE_CHECKING:
     from bench.interface import Defense
@@ -90,7 +91,10 @@ def _read(name: str, path: Path, where: str) -> Listed:
 
 
 def load(name: str) -> tuple[type[Defense], str]:
-    """The class of a defense and the sha256 of its source. Raises BenchError saying which file failed and why."""
+    """The class of a defense and the hash of its source (see ``sources.source_sha256``).
+
+    Raises BenchError saying which file failed and why.
+    """
     if name.endswith(".py"):
         path = Path(name)
         if not path.is_file():
@@ -107,7 +111,7 @@ def load(name: str) -> tuple[type[Defense], str]:
         path = Path(str(module.__file__))
     else:
         raise unknown("defense", name, names())
-    return _class_in(module, path), hashlib.sha256(path.read_bytes()).hexdigest()
+    return _class_in(module, path), source_sha256(path)
 
 
 @contextmanager
@@ -138,17 +142,26 @@ def _module_name(path: Path) -> str:
 
 
 def sources(names: Iterable[str]) -> dict[str, bytes]:
-    """Module name -> source of the files among ``names``: what another process needs to know their classes."""
-    files = [Path(name) for name in names if name.endswith(".py")]
-    return {_module_name(path): path.read_bytes() for path in files}
+    """The files that another process needs to know the classes of the files among ``names``, by place and name.
+
+    Each in a folder of its own, named as its module, beside the modules of its own folder that it imports.
+    """
+    found: dict[str, bytes] = {}
+    for path in (Path(name) for name in names if name.endswith(".py")):
+        module = _module_name(path)
+        found[f"{module}/{module}.py"] = path.read_bytes()
+        found |= {f"{module}/{name}": data for name, data in own_modules(path).items()}
+    return found
 
 
 def import_sources(sources: Mapping[str, bytes], folder: Path) -> None:
     """Make the classes of ``sources`` known under the same module names; their files are written to ``folder``."""
     for name, source in sources.items():
-        path = folder / f"{name}.py"
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(source)
-        _import_file(path, name)
+    for path in sorted({folder / name.partition("/")[0] for name in sources}):
+        _import_file(path / f"{path.name}.py", path.name)
 
 
 def _import_file(path: Path, name: str) -> ModuleType:

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from bench import arithmetic, blocks, environment, fitting, registry, search
+from bench import arithmetic, audit, blocks, environment, fitting, registry, search
 from bench.arithmetic import steady
 from bench.base import BaseModel, LocalBase
 from bench.bases import load_base, untrained_base
 from bench.cache import digest
 from bench.cards import Split, load_splits
-from bench.certification import Certifier, Drifted, Filling, Placed, Ready
-from bench.certify import Task, certify, check_rows
+from bench.certification import Certifier, Drifted, Filling, Ready
+from bench.certify import Pixels, Task, certify, check_rows
 from bench.costs import cost_per_vote
 from bench.errors import DefenseFault
 from bench.http_base import is_url
 from bench.identity import examples, identity, make_task, run_name
+from bench.noise import Noise
+from bench.placed import Placed, check_apart
 from bench.plan import Plan, command
 from bench.runlog import STARTED, Logged, Reporter, log, recording
 from bench.shards import Shard
@@ -170,25 +172,44 @@ class Session:
             return read_run(filling.record.path, self.shard)
 
     def _certify(self, ready: Ready, certifier: Certifier, filling: Filling) -> None:
-        task = make_task(ready.plan, self.materials(ready.plan).certified(ready.plan), self.device)
-        task = replace(task, block=ready.identity["block"][0])
-        first = Placed(certifier, task, filling.indices[0])
+        task = self._task(ready)
+        first = Placed(certifier, task, ready.identity["indices"][0])
         others = self.devices[1:] if isinstance(certifier.base, LocalBase) else []
         placed = [first, *(first.beside(device) for device in others)]
         for place in placed:
             place.widen(self.threads)
-        measured = first.measure(calibrate=not filling.resumed)
-        filling.announce(measured, len(placed))
-        with filling.progress() as update, steady(), torch.inference_mode():
-            update(*filling.so_far)
-            for certificate in certify([place.device for place in placed], filling.start, filling.left):
-                filling.add(certificate)
-                update(*filling.so_far)
+        if others:
+            check_apart(placed)
+        filling.same_function(first.fingerprint, "this process")
+        devices, sample = [place.device for place in placed], audit.Sample()
         try:
+            with steady(), torch.inference_mode():
+                again = list(certify(devices, filling.start, filling.to_redraw()))
+                filling.check_redrawn(again, filling.drawn_on(ready.extra["environment"]))
+            measured = first.measure(calibrate=not filling.resumed)
+            filling.announce(measured, len(placed))
+            with filling.progress() as update, steady(), torch.inference_mode():
+                update(*filling.so_far)
+                for certificate in certify(devices, filling.start, filling.left, sample.see):
+                    filling.add(certificate)
+                    update(*filling.so_far)
+            if sample.kept is not None:
+                first.check_again(*sample.kept)
+            if others:
+                check_apart(placed)
             peak = max(place.finish() for place in placed)
+            if (last := filling.audit(task.block)) is not None:
+                fresh = self._task(ready, audit.fresh_noise(last))
+                hits = audit.draw(replace(first.device, task=fresh), last, Pixels(fresh))
+                filling.check_audit(last, hits)
         except Drifted as e:
             raise filling.refuse(e) from None
         filling.finish(measured, peak)
+
+    def _task(self, ready: Ready, noise: Noise | None = None) -> Task:
+        """What the engine is given of a run; ``noise``: in place of the run's own."""
+        split = self.materials(ready.plan).certified(ready.plan)
+        return replace(make_task(ready.plan, split, self.device, noise), block=ready.identity["block"][0])
 
     def _extra(
         self, plan: Plan, tried: list[dict[str, Any]], fitted: fitting.Fitted, indices: list[int]
@@ -226,7 +247,7 @@ class Session:
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, split, self.device), self._shared_out(plan, split)
         with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
-            defense.merge()  # as it certifies
+            fitting.merge(plan, defense)  # as it certifies
             task = blocks.fitting_block(defense, task, indices[0])
             model = arithmetic.model(defense, plan.arithmetic, self.device)
             at_once = self.threads if self.device.type == "cpu" else 1

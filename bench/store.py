@@ -153,6 +153,12 @@ class Run:
             with writing(self.path, SPACE):
                 write_json(self.path / "run.json", self.info)
 
+    def state(self, **more: Any) -> None:
+        """Add to what run.json says."""
+        self.info |= more
+        with writing(self.path, SPACE):
+            write_json(self.path / "run.json", self.info)
+
     def append(self, certificate: Certificate) -> None:
         """Add one line and hand it to the operating system. Raises BenchError where it cannot be, and adds nothing."""
         with writing(self._certificates, SPACE):
@@ -171,11 +177,7 @@ class Run:
 
     def finish(self, cost: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Mark the run complete, with the hash of its certificates."""
-        self.info.update(
-            status="complete", certificates_sha256=file_sha256(self._certificates), cost=cost, metrics=metrics
-        )
-        with writing(self.path, SPACE):
-            write_json(self.path / "run.json", self.info)
+        self.state(status="complete", certificates_sha256=file_sha256(self._certificates), cost=cost, metrics=metrics)
 
     def set_aside(self) -> Path:
         """Take all certificates out of the record, since what they were made with proved unsound; where they are."""
@@ -183,6 +185,8 @@ class Run:
         with writing(self.path, SPACE):
             self._certificates.replace(aside)
         self.done = Columns(Certificate)
+        self.info.pop("fingerprint", None)  # what comes next may be another function
+        self.state()
         return aside
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from bench.cache import MEND, file_sha256, replacing, writing
 from bench.errors import BenchError, DefenseFault, note, one_line
 from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
 from bench.noise import Noise, TrainDraw
+from bench.rng import fixed_rng
 
 SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
 CHECKPOINT_SECONDS = 20.0
@@ -41,14 +41,6 @@ class Rows(Protocol):
 
 
 Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss
-
-
-@contextmanager
-def fixed_rng(*key: int) -> Iterator[None]:
-    """Torch's global random state set by ``key``, and put back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
-        yield
 
 
 @dataclass

@@ -1,39 +1,20 @@
-"""Audit of a run folder: what its own numbers imply, and a sample of its images drawn again.
-
-The first part needs nothing but the record; the second rebuilds data, base and defense from the
-identity and compares counts exactly on the same kind of machine.
-"""
+"""Audit of a run folder: what its own numbers imply. ``redraw`` certifies some of its images once more."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mpmath
-import numpy as np
-import torch
-from pydantic import ValidationError, validate_call
-from scipy import stats
 
-from bench import environment, importing, metrics, registry
+from bench import importing, metrics
 from bench.anytime import procedure_of
-from bench.arithmetic import steady
-from bench.cache import digest, file_sha256, stored
-from bench.certification import Certifier, Placed
-from bench.certify import Certificate, certify
+from bench.cache import digest, file_sha256
+from bench.certify import Certificate
 from bench.doctor import Finding
-from bench.errors import BenchError
-from bench.http_base import is_url
-from bench.plan import Plan, make_plans
-from bench.run import Session
 from bench.store import Record, read_run
-
-SAMPLE = 5  # images drawn again without --deep
-FALSE_ALARM = 1e-4  # chance that the two-sample test accuses a true record
 
 
 def check_record(path: Path) -> Iterator[Finding]:
@@ -62,83 +43,6 @@ def check_record(path: Path) -> Iterator[Finding]:
         yield Finding(
             "the run is complete", f"{len(record.certificates)} of {len(identity['indices'])} images are done"
         )
-
-
-def draw_again(
-    record: Record, session: Session, deep: bool, defense: str | None = None, base: str | None = None
-) -> Finding:
-    """Certify a sample of the images (all of them when ``deep``) from the seed, and compare counts.
-
-    Exactly where machine and versions are the record's, else by a two-sample test. Without ``deep``
-    nothing is trained: weights that are not in the cache are said to be missing. A record may be anybody's,
-    so no file is run and no server asked because a record names it: ``defense`` and ``base`` are those that
-    the user names.
-    """
-    check = "images drawn again from the seed give the recorded counts"
-    if record.imported:
-        return Finding(f"(not drawn again: the log's model is not here) {check}")
-    weights = record.identity["defense"]["weights"]
-    if not deep and weights is not None and not stored(weights):
-        return Finding(f"(not drawn again: its trained weights are not in this cache; --deep trains anew) {check}")
-    if why := _not_named(record.info["arguments"], defense, base):
-        return Finding(f"(not drawn again: {why}) {check}")
-    with registry.only([defense] if defense else []):
-        plan, _ = session.searched(_plan(record, defense, base))
-        identity, task, fitted = session.prepare(plan)
-    if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
-        return Finding(check, f"cannot be rebuilt here: {', '.join(different)} differ from the record's")
-    wrong = next((c.index for c in record.counted if task.labels(c.index) != c.label), None)
-    if wrong is not None:
-        return Finding(check, f"image {wrong}: the data set's label is {task.labels(wrong)}")
-    every = max(1, len(record.counted) // SAMPLE)
-    kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
-    chosen = list(kept)
-    tau = record.identity["noise"].get("tau", 0.0)
-    certifier = Certifier(plan.defense, fitted.defense, session.materials(plan).base, plan.arithmetic)
-    placed = Placed(certifier, task, chosen[0])
-    placed.widen(session.threads)
-    with steady(), torch.inference_mode():
-        again = list(certify([placed.device], lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
-    here = environment.describe(session.device)
-    exactly = all(here[k] == record.info["environment"].get(k) for k in ("device", "platform", "packages"))
-    how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
-    check = f"{len(again)} {check}, {how}"
-    for new in again:
-        old = kept[new.index]
-        if exactly and replace(old, seconds=0.0) != replace(new, seconds=0.0):
-            return Finding(check, f"image {new.index}: {_votes(new)}, not {_votes(old)}")
-        counts = np.array([[c.top_count, c.n - c.top_count] for c in (old, new)])
-        if not exactly and stats.fisher_exact(counts).pvalue < FALSE_ALARM / len(again):
-            return Finding(check, f"image {new.index}: {_votes(new)}, against {_votes(old)}")
-    return Finding(check)
-
-
-def _not_named(arguments: dict[str, Any], defense: str | None, base: str | None) -> str:
-    """What the user must name before the record's run is rebuilt; empty where all is here or named."""
-    recorded, served = str(arguments.get("defenses")), str(arguments.get("base"))
-    if recorded.endswith(".py") and defense is None:
-        return f"its defense is a file, run only where you name it: --defense {shlex.quote(recorded)}"
-    if is_url(served) and base is None:
-        return f"its base is a server, asked only where you name it: --base {shlex.quote(served)}"
-    return ""
-
-
-def _plan(record: Record, defense: str | None, base: str | None) -> Plan:
-    """What the record says was typed, with the files and servers that the user names in place of its own."""
-    named = {k: v for k, v in (("defenses", defense), ("base", base)) if v is not None}
-    try:
-        plans = validate_call(config={"strict": True})(make_plans)(**record.info["arguments"] | named)
-    except ValidationError as e:
-        first = e.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BenchError(f"{record.path}: cannot be drawn again: arguments: {where}: {first['msg']}") from None
-    if len(plans) != 1:
-        raise BenchError(f"{record.path}: cannot be drawn again: its arguments are of {len(plans)} runs")
-    return plans[0]
-
-
-def _votes(c: Certificate) -> str:
-    return f"label {c.label}, predicted {c.predicted}, {c.top_count} of {c.n} votes"
 
 
 def _log(record: Record) -> Iterator[Finding]:

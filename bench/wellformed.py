@@ -125,6 +125,14 @@ class _Cost(_Part):
     peak_memory: Amount | None
 
 
+class _Fingerprint(_Part):
+    index: Whole
+    machine: dict[str, Any]
+    sha256: str
+    classes: Annotated[list[Whole], Field(min_length=1, max_length=64)]
+    logits: Annotated[list[float], Field(min_length=1, max_length=64)]
+
+
 class _Run(_Part):
     status: str
     identity: _Identity
@@ -136,6 +144,7 @@ class _Run(_Part):
     base: _BaseCost | None
     defense: _Made
     flags: list[str] = []
+    fingerprint: _Fingerprint | None = None
 
 
 class _Complete(_Run):

@@ -18,10 +18,11 @@ from turns import paired
 
 from bench import metrics, run
 from bench.arithmetic import steady
-from bench.certification import Certifier, Placed
+from bench.certification import Certifier
 from bench.certify import Certificate, certify
 from bench.console import ConsoleReporter
 from bench.noise import Noise, TrainDraw
+from bench.placed import Placed
 from bench.plan import make_plans
 
 SIGMA, N0, N, ALPHA, IMAGES, BATCH = 0.25, 100, 10_000, 0.001, 5, 1000

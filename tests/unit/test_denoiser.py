@@ -17,7 +17,7 @@ from conftest import TINY, Result
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench import fitting, training
+from bench import fitting, rng, training
 from bench.base import BaseModel
 from bench.bases import untrained_base
 from bench.cards import Split, load_splits
@@ -49,7 +49,7 @@ def digits() -> tuple[Split, Split]:
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
     """Untrained: it is wrong more often than not."""
-    with training.fixed_rng(0):
+    with rng.fixed_rng(0):
         return untrained_base(plan().card, plan().base, CPU)
 
 

@@ -18,12 +18,13 @@ from conftest import TINY, defense
 from torch import Tensor
 
 from bench import certify, run
-from bench.certification import Certifier, in_turn
+from bench.certification import Certifier
 from bench.console import ConsoleReporter
 from bench.errors import BenchError
 from bench.gridnoise import GridNoise
 from bench.interface import Draw
 from bench.noise import Noise, Vote, add_float
+from bench.placed import in_turn
 from bench.plan import make_plans
 from bench.procedures import Fixed
 from bench.scheduler import Certificate

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from bench import fitting, objectives, training
+from bench import fitting, objectives, rng, training
 from bench.bases import untrained_base
 from bench.cards import load_split
 from bench.doctor import examine
@@ -46,7 +46,7 @@ SMALL = {
 
 
 def unet(**change: Any) -> diffusers.UNet2DModel:
-    with training.fixed_rng(7):
+    with rng.fixed_rng(7):
         return diffusers.UNet2DModel(**{**SMALL, **change})
 
 
@@ -352,7 +352,7 @@ def test_a_killed_training_resumes_to_the_same_average(tmp_path: Path, monkeypat
                 raise Killed
 
         (tmp_path / folder).mkdir(exist_ok=True)
-        with training.fixed_rng(1):
+        with rng.fixed_rng(1):
             module = part.build(10, plan.card.shape)
         checkpoint = tmp_path / folder / "checkpoint.pt"
         part.fit(module, training.TrainingJob(data, (), 0.0, objectives.clean, 3, CPU, checkpoint, progress, []))

@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, Result
 from torch import Tensor
 
-from bench import bases, fitting, registry, training
+from bench import bases, fitting, registry, rng, training
 from bench.base import BaseModel, Classifier
 from bench.base_sources import blueprint
 from bench.cards import Split, load_card, load_splits
@@ -50,7 +50,7 @@ def quiet(done: int, total: int, loss: float) -> None:
 
 def untrained(a_plan: Plan) -> BaseModel:
     """The plan's base with the same fresh weights at every call."""
-    with training.fixed_rng(0):
+    with rng.fixed_rng(0):
         return bases.untrained_base(a_plan.card, a_plan.base, CPU, probe=not a_plan.cls.adapts)
 
 

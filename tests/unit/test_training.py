@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import objectives, training
+from bench import objectives, rng, training
 from bench.cards import Split
 from bench.errors import BenchError
 from bench.interface import Draw, Schedule
@@ -20,7 +20,7 @@ DATA = Split("train", RNG.integers(0, 17, (100, 1, 8, 8)).astype(np.uint8), RNG.
 
 
 def network() -> nn.Module:
-    with training.fixed_rng(1):
+    with rng.fixed_rng(1):
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 3))
 
 
