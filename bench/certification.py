@@ -109,6 +109,7 @@ class Filling:
         self.record = Run(out, run_name(plan), ready.identity, ready.extra, shard)
         done = {c.index for c in self.record.done}
         self.indices = ready.identity["indices"]
+        self.first = self.indices[0]  # of the whole run, of which the fingerprint is
         if shard:
             self.indices = shard.part(self.indices)
         self.left = [i for i in self.indices if i not in done]
@@ -151,6 +152,13 @@ class Filling:
         last = done[len(done) - 1].index
         others = [c.index for c in done if c.index != last]
         return [last, *([secrets.choice(others)] if others else [])]
+
+    def note_workers(self, machines: Mapping[str, int]) -> None:
+        """State, where that is new, which kinds of device draw votes; ``machines``: workers by their device's name."""
+        before = self.record.info["environment"].get("workers") or {}
+        if set(machines) - set(before):
+            self.record.info["environment"]["workers"] = {**before, **machines}
+            self.record.state()
 
     def drawn_on(self, here: Mapping[str, Any]) -> bool:
         """Whether all that is on record was drawn on the kind of machine with the environment ``here``."""
@@ -246,7 +254,8 @@ class Filling:
             "peak_memory": peak_memory,
         }
         if workers is not None:
-            self.record.info["environment"]["workers"] = workers
+            before = self.record.info["environment"].get("workers") or {}
+            self.record.info["environment"]["workers"] = {**before, **workers}
         self.record.finish(cost, metrics.summarise(done, self._ready.plan.card.radii))
         self._log.write(f"finished: {len(done)} images")
 

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from bench import fitting
 from bench.arithmetic import steady
 from bench.bases import untrained_base
+from bench.blocks import check_logits
 from bench.cache import scratch_cache
 from bench.cards import choose, load_splits
+from bench.certification import Certifier
 from bench.certify import Certificate, Device, Task, certify, check_rows
 from bench.context import Workshop
-from bench.errors import BenchError
+from bench.errors import BenchError, one_line
 from bench.identity import make_task
 from bench.interface import Schedule
 from bench.noise import Noise, Vote, VoteDraw
+from bench.placed import apart
 from bench.plan import Plan
 from bench.procedures import Fixed
+from bench.runlog import log
 
 STEPS = 3
 
@@ -74,6 +79,14 @@ def examine(plan: Plan) -> Iterator[Finding]:
                 raise BenchError(_RELOAD)
             yield Finding(check)
 
+            check = "copies of it in two threads give the logits that each gives alone"
+            if not _apart(Certifier(plan.defense, loaded, base), task):
+                raise BenchError(
+                    "they change one another's logits: keep no buffer at the level of a module or a class; bench run "
+                    "would draw its votes in one thread"
+                )
+            yield Finding(check)
+
             check = "it certifies, with the same counts in any order"
             images = choose(test, "4")
             if _counts(loaded, task, images) != _counts(loaded, task, images[::-1]):
@@ -81,6 +94,16 @@ def examine(plan: Plan) -> Iterator[Finding]:
             yield Finding(check)
     except BenchError as e:
         yield Finding(check, str(e))
+
+
+def _apart(certifier: Certifier, task: Task) -> bool:
+    """True also where it cannot be copied: its votes are then drawn in one thread."""
+    try:
+        models = [certifier.model(task.device), certifier.copy(share_weights=True).model(task.device)]
+    except Exception as e:
+        log.info("%s votes in one thread: %s", certifier.name, one_line(e))
+        return True
+    return apart([partial(check_logits, model, task, 0, number) for number, model in enumerate(models)])
 
 
 def _counts(defense: torch.nn.Module, task: Task, order: list[int]) -> dict[int, Certificate]:

@@ -15,6 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from bench import environment
 from bench.errors import BenchError, one_line
 from bench.ray_worker import Place, VoteWorker
 from bench.scheduler import Batch
@@ -58,10 +59,19 @@ class Actor:
     handle: Any
     ask: Callable[[Actor, int, Batch], None]
     when: When
-    machine: str = ""
+    here: dict[str, Any] = field(default_factory=dict)  # its environment, known once it joined
     holds: set[int] = field(default_factory=set)  # runs
     _out: int = 0  # calls that are not answered
     _since: float = 0.0  # when it began the first of them
+
+    @property
+    def node(self) -> str:
+        """The name of the machine that it runs on."""
+        return str(self.here.get("node"))
+
+    def same_machine(self, other: Actor) -> bool:
+        """Whether it computes as another one does, to the last bit."""
+        return environment.same_machine(self.here, other.here)
 
     def send(self, run: int, batch: Batch) -> None:
         self.ask(self, run, batch)
@@ -133,7 +143,7 @@ class Crew:
                 raise BenchError(f"Ray workers die as they start: {why(e)}") from None
             return
         self.check_versions(here)
-        self._stillborn, actor.machine = 0, here["device"]
+        self._stillborn, actor.here = 0, here
         self._joined(actor)
 
     def check_versions(self, here: dict[str, Any]) -> None:

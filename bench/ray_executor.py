@@ -11,10 +11,9 @@ import math
 import os
 import queue
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,20 +23,23 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
+from bench.audit import fresh_noise
 from bench.cards import load_split
-from bench.certification import Drifted, Filling, Measured, Ready
+from bench.certification import Drifted, Filling, Ready
 from bench.certify import Pixels, Task
 from bench.dispatch import Dispatcher, enlarged
 from bench.errors import BenchError, DefenseFault, one_line
 from bench.http_base import is_url
 from bench.identity import make_task
+from bench.noise import Noise
 from bench.plan import Plan
 from bench.ray_crew import LOSSES, Actor, Crew, connected, pick_device, why
+from bench.ray_run import CERTIFY, CHECK, FINISH, Check, ClusterRun, not_here
 from bench.ray_worker import Place, pack, prepare, unpack
 from bench.registry import sources
 from bench.run import Session
 from bench.runlog import Reporter, RunLog
-from bench.scheduler import Batch, Scheduler
+from bench.scheduler import Batch
 from bench.store import Record, read_run
 
 LOOK = 2.0  # seconds between two looks at what the cluster has
@@ -68,28 +70,6 @@ def run(
             driver.close()
 
 
-@dataclass
-class _Run:
-    """A run that is being certified."""
-
-    filling: Filling
-    log: RunLog
-    scheduler: Scheduler
-    task: Task
-    pixels: Pixels
-    sent: tuple[Any, Any]  # what certifies and the task, packed, in the object store
-    measured: Measured | None = None
-    peak: int = 0
-    letting_go: set[Actor] | None = None  # once all is certified: workers that hold it still
-    losses: Counter[int] = field(default_factory=Counter)  # workers that died with a batch
-    machines: Counter[str] = field(default_factory=Counter)  # workers that held it, by their device's name
-
-    def close(self) -> None:
-        """Let another process write."""
-        self.filling.close()
-        self.log.close()
-
-
 class _Driver:
     def __init__(
         self, plans: Sequence[Plan], out: Path, reporter: Reporter, device: torch.device, timeout: float
@@ -102,7 +82,7 @@ class _Driver:
         self._crew = Crew(self._place, self.send, self._when, self._joined, self._left)
         self._back: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparing: set[int] = set()
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, ClusterRun] = {}
         self._ended: list[Record | DefenseFault] = []
         self._dispatcher = Dispatcher()
         self._bars, self._shown = ExitStack(), -1
@@ -172,36 +152,59 @@ class _Driver:
                 return
             failed.pop_all()
         split = load_split(ready.plan.card, ready.identity["split"])
-        task = replace(make_task(ready.plan, split, self._session.device), block=ready.identity["block"][0])
-        scheduler = Scheduler(filling.start, task.labels, task.classes, filling.left)
+
+        def task(noise: Noise | None = None) -> Task:
+            made = make_task(ready.plan, split, self._session.device, noise)
+            return replace(made, block=ready.identity["block"][0])
+
         # Put here, so that a node which is removed takes no copy with it that is needed.
-        sent = ray.put(ray.get(certifier)), ray.put(pack(replace(task, images=_not_here, labels=_not_here)))
-        self._runs[number] = _Run(filling, log, scheduler, task, Pixels(task), sent)
-        self._dispatcher.open(number, scheduler, *self._rows(self._runs[number]))
+        sent = ray.put(ray.get(certifier)), ray.put(pack(replace(task(), images=not_here, labels=not_here)))
+        run = ClusterRun(
+            number=number,
+            defense=plan.defense,
+            filling=filling,
+            log=log,
+            task=task(),
+            pixels=Pixels(task()),
+            sent=sent,
+            fresh=lambda wanted: task(fresh_noise(wanted)),
+        )
+        self._runs[number] = run
+        self._dispatcher.open(run.key, run.scheduler, *self._rows(run))
+        if run.scheduler.done:  # certified before, and not checked
+            self._certified(run)
 
     # Workers ------------------------------------------------------------------------------------------
 
     def _joined(self, actor: Actor) -> None:
         self._dispatcher.join(actor)
         self._resize()
+        for run in list(self._runs.values()):
+            self._check(run)
 
     def _left(self, actor: Actor) -> None:
         """What a worker had goes to others."""
         if actor not in self._dispatcher.workers:
             return
-        for number, batch in self._dispatcher.leave(actor):
-            if number in self._runs:
-                self._runs[number].losses[batch] += 1
+        for key, batch in self._dispatcher.leave(actor):
+            if key // 2 in self._runs:
+                self._runs[key // 2].losses[batch] += 1
         for number in actor.holds & set(self._runs):
-            self._let_go(number, actor)
+            run = self._runs[number]
+            lost = [check for by, check in run.checking if by is actor]
+            run.checking = [(by, check) for by, check in run.checking if by is not actor]
+            run.checks += lost
+            run.losses[-1] += bool(lost)
+            self._check(run)
+            self._let_go(run, actor)
 
     def _resize(self) -> None:
         """Fit the batches to the number of workers."""
-        for number, run in self._runs.items():
-            if run.letting_go is None:
-                self._dispatcher.resize(number, *self._rows(run))
+        for run in self._runs.values():
+            if run.dispatched:
+                self._dispatcher.resize(run.key, *self._rows(run))
 
-    def _rows(self, run: _Run) -> tuple[int, int]:
+    def _rows(self, run: ClusterRun) -> tuple[int, int]:
         """Votes of a batch, and how many are drawn at once.
 
         Enough to keep a worker busy, and to have no more answers a second than can be taken.
@@ -214,18 +217,23 @@ class _Driver:
 
     # Votes --------------------------------------------------------------------------------------------
 
-    def send(self, actor: Actor, number: int, batch: Batch) -> None:
+    def send(self, actor: Actor, key: int, batch: Batch) -> None:
         """Ask a worker for a batch; the first of a run comes after what it certifies."""
-        run = self._runs[number]
-        if number not in actor.holds:
-            actor.holds.add(number)
-            run.machines[actor.machine] += 1
-            first, calibrate = batch.spans[0].image, not run.filling.resumed and run.measured is None
-            load = (number, *run.sent, first, run.pixels[first], calibrate)
-            actor.call(actor.handle.load, *load, then=partial(self._loaded, actor, number))
+        run = self._runs[key // 2]
+        self._hold(actor, run)
         images = {s.image: run.pixels[s.image] for s in batch.spans}
-        answered = partial(self._answered, actor, number, batch.number)
-        actor.call(actor.handle.draw, number, batch, images, then=answered)
+        actor.call(actor.handle.draw, run.number, batch, images, then=partial(self._answered, actor, key, batch))
+
+    def _hold(self, actor: Actor, run: ClusterRun) -> None:
+        """Send a worker what the run certifies, once."""
+        if run.number in actor.holds:
+            return
+        actor.holds.add(run.number)
+        run.machines[actor.here["device"]] += 1
+        first = run.filling.first
+        calibrate = not run.filling.resumed and run.measured is None
+        load = (run.number, *run.sent, first, run.task.images([first])[0], calibrate)
+        actor.call(actor.handle.load, *load, then=partial(self._loaded, actor, run.number))
 
     def _value(self, actor: Actor, number: int, future: Any) -> Any:
         """What a worker answered about a run, None where it is of no use: the worker died, or the run failed."""
@@ -252,49 +260,100 @@ class _Driver:
         return value if run else None
 
     def _loaded(self, actor: Actor, number: int, future: Any) -> None:
-        measured = self._value(actor, number, future)
-        if measured is None:
+        value = self._value(actor, number, future)
+        if value is None:
             return
-        run = self._runs[number]
+        run, (measured, fingerprint) = self._runs[number], value
+        try:
+            run.filling.same_function(fingerprint, f"the worker on {actor.node}")
+            run.filling.note_workers(run.machines)
+        except BenchError as e:
+            self._fail(number, e)
+            return
         if run.measured is None:
             run.measured = measured
             run.filling.announce(measured, max(1, len(self._dispatcher.workers)))
             self._resize()
 
-    def _answered(self, actor: Actor, number: int, batch: int, future: Any) -> None:
+    def _answered(self, actor: Actor, key: int, batch: Batch, future: Any) -> None:
+        value = self._value(actor, key // 2, future)
+        if value is None:
+            self._dispatcher.free(actor, key, batch.number)
+            return
+        run, (voted, seconds) = self._runs[key // 2], value
+        voted = voted.astype(np.int64)
+        decided = self._dispatcher.answer(actor, key, batch.number, voted, seconds)
+        if key != run.key or not run.dispatched:  # a copy, of what is decided
+            return
+        run.take(actor, batch, voted, decided)
+        self._show()
+        if run.scheduler.done:
+            self._certified(run)
+
+    def _certified(self, run: ClusterRun) -> None:
+        """Nothing is left to draw in this phase."""
+        self._dispatcher.close(run.key)
+        if run.phase == CERTIFY:
+            run.plan_checks()
+            self._check(run)
+            return
+        try:
+            run.redrawn([a for a in self._crew.actors if run.number in a.holds])
+        except Drifted as e:
+            self._fail(run.number, run.filling.refuse(e))
+            return
+        self._dispatcher.open(run.key, run.scheduler, *self._rows(run))
+        if run.scheduler.done:
+            self._certified(run)
+
+    def _check(self, run: ClusterRun) -> None:
+        """Ask workers for what is to be checked, each rather for another's work; once all is, let go of the run."""
+        workers = cast(list[Actor], self._dispatcher.workers)
+        if run.phase != CHECK or not workers:
+            return
+        for number, check in enumerate(run.checks):
+            others = [w for w in workers if w is not check.by] or workers
+            actor = others[number % len(others)]
+            run.checking.append((actor, check))
+            self._hold(actor, run)
+            check.send(actor, partial(self._checked, actor, run.number, check))
+        run.checks = []
+        if not run.checking:
+            run.phase = FINISH
+            run.letting_go = {a for a in self._crew.actors if run.number in a.holds}
+            for holder in run.letting_go:
+                holder.call(holder.handle.finish, run.number, then=partial(self._dropped, holder, run.number))
+            self._let_go(run, None)
+
+    def _checked(self, actor: Actor, number: int, check: Check, future: Any) -> None:
         value = self._value(actor, number, future)
         if value is None:
-            self._dispatcher.free(actor, number, batch)
             return
-        run, (voted, seconds) = self._runs[number], value
-        for certificate in self._dispatcher.answer(actor, number, batch, voted.astype(np.int64), seconds):
-            run.filling.add(certificate)
-            run.pixels.pop(certificate.index, None)
-            self._show()
-        if run.scheduler.done and run.letting_go is None:
-            self._dispatcher.close(number)
-            run.letting_go = {a for a in self._crew.actors if number in a.holds}
-            for holder in run.letting_go:
-                holder.call(holder.handle.finish, number, then=partial(self._dropped, holder, number))
-            self._let_go(number, None)
+        run = self._runs[number]
+        run.checking.remove((actor, check))
+        try:
+            check.judge(actor, value)
+        except Drifted as e:
+            self._fail(number, run.filling.refuse(e))
+            return
+        self._check(run)
 
     def _dropped(self, actor: Actor, number: int, future: Any) -> None:
         peak = self._value(actor, number, future)
         if peak is not None:
             self._runs[number].peak = max(self._runs[number].peak, peak)
-            self._let_go(number, actor)
+            self._let_go(self._runs[number], actor)
 
-    def _let_go(self, number: int, actor: Actor | None) -> None:
+    def _let_go(self, run: ClusterRun, actor: Actor | None) -> None:
         """A worker holds a run no more; the last ends it."""
-        run = self._runs[number]
-        if run.letting_go is None:
+        if run.phase != FINISH or run.number not in self._runs:
             return
         run.letting_go.discard(actor)
         if not run.letting_go:
             assert run.measured is not None
             run.filling.finish(run.measured, run.peak, dict(run.machines))
             run.close()
-            del self._runs[number]
+            del self._runs[run.number]
             self._ended.append(read_run(run.filling.record.path))
 
     def _fail(self, number: int, fault: BenchError) -> None:
@@ -304,8 +363,8 @@ class _Driver:
             run.log.write(str(fault), logging.ERROR)
             run.close()
             del self._runs[number]
-            if run.letting_go is None:
-                self._dispatcher.close(number)
+            if run.dispatched:
+                self._dispatcher.close(run.key)
             for actor in self._crew.actors:
                 if number in actor.holds:
                     actor.handle.drop.remote(number)
@@ -331,7 +390,3 @@ class _Driver:
             self._update(*self._runs[first].filling.so_far)
         else:
             self._update(len(self._plans) - len(self._preparing), len(self._plans), math.nan)
-
-
-def _not_here(*_: object) -> Any:
-    raise AssertionError("a worker is sent its images")

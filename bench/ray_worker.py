@@ -6,6 +6,7 @@ What crosses between processes is packed here, so that a class of the user's own
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from ray import cloudpickle
 
-from bench import environment, registry, watchdog
+from bench import audit, environment, registry, watchdog
 from bench.arithmetic import steady
+from bench.audit import Audit
 from bench.certification import Certifier
 from bench.certify import Task
 from bench.errors import BenchError, one_line
@@ -112,10 +114,10 @@ class VoteWorker:
 
     def here(self) -> dict[str, Any]:
         """The machine and versions it runs on."""
-        return environment.describe(self._device)
+        return environment.describe(self._device) | {"node": platform.node()}
 
     def load(self, run: int, certifier: bytes, task: bytes, index: int, image: NDArray[Any], calibrate: bool) -> Any:
-        """Hold what a run certifies, and check it on one image: its ``Measured``."""
+        """Hold what a run certifies, and check it on one image: its ``Measured`` and fingerprint."""
         try:
             held: Certifier = unpack(certifier).to(self._device)
             there: Task = replace(unpack(task), images=lambda _: image[None], device=self._device)
@@ -125,7 +127,7 @@ class VoteWorker:
             placed = Placed(held, there, index)
             placed.widen(self._threads)
             self._held[run] = placed
-            return placed.measure(calibrate)
+            return placed.measure(calibrate), placed.fingerprint
         except BenchError as e:
             return e
 
@@ -138,6 +140,14 @@ class VoteWorker:
         except BenchError as e:
             return e
         return voted.astype(np.int32), time.perf_counter() - began
+
+    def audit(self, run: int, task: bytes, wanted: Audit, pixels: Mapping[int, NDArray[Any]]) -> Any:
+        """Hits of the votes of an audit, which ``task`` draws."""
+        try:
+            device = self._held[run].device
+            return audit.draw(replace(device, task=replace(unpack(task), device=self._device)), wanted, pixels)
+        except BenchError as e:
+            return e
 
     def finish(self, run: int) -> int | BenchError:
         """Let go of a run that is done: the peak of memory in bytes, or why its certificates do not hold."""

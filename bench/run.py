@@ -173,7 +173,7 @@ class Session:
 
     def _certify(self, ready: Ready, certifier: Certifier, filling: Filling) -> None:
         task = self._task(ready)
-        first = Placed(certifier, task, ready.identity["indices"][0])
+        first = Placed(certifier, task, filling.first)
         others = self.devices[1:] if isinstance(certifier.base, LocalBase) else []
         placed = [first, *(first.beside(device) for device in others)]
         for place in placed:
