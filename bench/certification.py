@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import arithmetic, audit, environment, fingerprint, fitting, metrics, registry
-from bench.audit import Audit
+from bench import arithmetic, environment, fingerprint, fitting, metrics, recheck, registry
 from bench.base import BaseModel
 from bench.certify import Certificate, Model
 from bench.console import duration
@@ -28,6 +27,7 @@ from bench.identity import run_name
 from bench.interface import Defense, Draw
 from bench.plan import Plan
 from bench.procedures import Procedure
+from bench.recheck import Audit
 from bench.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog
 from bench.shards import Shard
 from bench.store import Run
@@ -173,8 +173,8 @@ class Filling:
         """
         for new in again:
             old = self.record.done[self.record.done.place("index", new.index)]
-            level = audit.LEVEL / len(again)
-            if problem := audit.redrawn(old, new, self._ready.plan.procedure, exactly, level):
+            level = recheck.LEVEL / len(again)
+            if problem := recheck.redrawn(old, new, self._ready.plan.procedure, exactly, level):
                 raise Drifted(
                     f"other counts than before the run was resumed ({problem}): it keeps a state, or what decides its "
                     "logits changed",
@@ -183,11 +183,11 @@ class Filling:
 
     def audit(self, block: int) -> Audit | None:
         """What to draw on fresh noise now that all is certified."""
-        return audit.at_the_end(self.record.done, block)
+        return recheck.at_the_end(self.record.done, block)
 
     def check_audit(self, done: Audit, hits: Mapping[int, int]) -> None:
         """Record the audit. Raises Drifted where the certificates do not hold on fresh noise."""
-        if problem := audit.overstated(self._ready.plan.procedure, done, hits, self.record.done):
+        if problem := recheck.overstated(self._ready.plan.procedure, done, hits, self.record.done):
             raise Drifted(
                 f"its certificates do not hold on fresh noise: {problem}; its logits must follow from the noisy image "
                 "and draws alone",

@@ -23,7 +23,6 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from bench.audit import fresh_noise
 from bench.cards import load_split
 from bench.certification import Drifted, Filling, Ready
 from bench.certify import Pixels, Task
@@ -36,6 +35,7 @@ from bench.plan import Plan
 from bench.ray_crew import LOSSES, Actor, Crew, connected, pick_device, why
 from bench.ray_run import CERTIFY, CHECK, FINISH, Check, ClusterRun, not_here
 from bench.ray_worker import Place, pack, prepare, unpack
+from bench.recheck import fresh_noise
 from bench.registry import sources
 from bench.run import Session
 from bench.runlog import Reporter, RunLog

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import ray
 
-from bench.audit import Audit, Sample
 from bench.certification import Drifted, Filling, Measured
 from bench.certify import Pixels, Task
 from bench.ray_crew import Actor
 from bench.ray_worker import pack
+from bench.recheck import Audit, Sample
 from bench.runlog import RunLog
 from bench.scheduler import Batch, Certificate, Scheduler, Voted
 

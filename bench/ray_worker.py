@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from ray import cloudpickle
 
-from bench import audit, environment, registry, watchdog
+from bench import environment, recheck, registry, watchdog
 from bench.arithmetic import steady
-from bench.audit import Audit
 from bench.certification import Certifier
 from bench.certify import Task
 from bench.errors import BenchError, one_line
 from bench.placed import Placed
+from bench.recheck import Audit
 from bench.run import Session
 from bench.runlog import recording
 from bench.scheduler import Batch
@@ -145,7 +145,7 @@ class VoteWorker:
         """Hits of the votes of an audit, which ``task`` draws."""
         try:
             device = self._held[run].device
-            return audit.draw(replace(device, task=replace(unpack(task), device=self._device)), wanted, pixels)
+            return recheck.draw(replace(device, task=replace(unpack(task), device=self._device)), wanted, pixels)
         except BenchError as e:
             return e
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError, validate_call
 
-from bench import audit, environment, fingerprint, registry
+from bench import environment, fingerprint, recheck, registry
 from bench.arithmetic import steady
 from bench.cache import stored
 from bench.certification import Certifier
@@ -49,12 +49,12 @@ class _Rebuilt:
             start = certify([self.placed.device], lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen)
             return list(start)
 
-    def fresh(self, wanted: audit.Audit) -> dict[int, int]:
+    def fresh(self, wanted: recheck.Audit) -> dict[int, int]:
         """Hits of an audit's votes."""
         split = self.session.materials(self.plan).certified(self.plan)
-        task = make_task(self.plan, split, self.session.device, audit.fresh_noise(wanted))
+        task = make_task(self.plan, split, self.session.device, recheck.fresh_noise(wanted))
         task = replace(task, block=self.placed.task.block)
-        return audit.draw(replace(self.placed.device, task=task), wanted, Pixels(task))
+        return recheck.draw(replace(self.placed.device, task=task), wanted, Pixels(task))
 
 
 def draw_again(
@@ -118,18 +118,18 @@ def _compare(record: Record, rebuilt: _Rebuilt, deep: bool) -> Finding:
     exactly = environment.same_machine(environment.describe(rebuilt.session.device), record.info["environment"])
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
     level, procedure = FALSE_ALARM / len(again), rebuilt.plan.procedure
-    problems = (audit.redrawn(kept[new.index], new, procedure, exactly, level) for new in again)
+    problems = (recheck.redrawn(kept[new.index], new, procedure, exactly, level) for new in again)
     return Finding(f"{len(again)} {CHECK}, {how}", next(filter(None, problems), ""))
 
 
 def _audit(record: Record, rebuilt: _Rebuilt) -> Finding:
-    wanted = audit.of(record.counted, audit.DEEP, audit.VOTES)
+    wanted = recheck.of(record.counted, recheck.DEEP, recheck.VOTES)
     if wanted is None:
         return Finding(f"(nothing is certified, so nothing was tested) {FRESH}")
-    problem = audit.overstated(rebuilt.plan.procedure, wanted, rebuilt.fresh(wanted), record.counted)
+    problem = recheck.overstated(rebuilt.plan.procedure, wanted, rebuilt.fresh(wanted), record.counted)
     said = (
         f"{FRESH}: {len(wanted.claims)} images, {wanted.votes} votes each, seed {wanted.seed}, chance of a false alarm "
-        f"at most {audit.LEVEL:g}"
+        f"at most {recheck.LEVEL:g}"
     )
     return Finding(said, problem)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import arithmetic, audit, blocks, environment, fitting, registry, search
+from bench import arithmetic, blocks, environment, fitting, recheck, registry, search
 from bench.arithmetic import steady
 from bench.base import BaseModel, LocalBase
 from bench.bases import load_base, untrained_base
@@ -181,7 +181,7 @@ class Session:
         if others:
             check_apart(placed)
         filling.same_function(first.fingerprint, "this process")
-        devices, sample = [place.device for place in placed], audit.Sample()
+        devices, sample = [place.device for place in placed], recheck.Sample()
         try:
             with steady(), torch.inference_mode():
                 again = list(certify(devices, filling.start, filling.to_redraw()))
@@ -199,8 +199,8 @@ class Session:
                 check_apart(placed)
             peak = max(place.finish() for place in placed)
             if (last := filling.audit(task.block)) is not None:
-                fresh = self._task(ready, audit.fresh_noise(last))
-                hits = audit.draw(replace(first.device, task=fresh), last, Pixels(fresh))
+                fresh = self._task(ready, recheck.fresh_noise(last))
+                hits = recheck.draw(replace(first.device, task=fresh), last, Pixels(fresh))
                 filling.check_audit(last, hits)
         except Drifted as e:
             raise filling.refuse(e) from None
