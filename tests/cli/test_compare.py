@@ -214,3 +214,18 @@ def test_real_runs_compare(bench: Bench, tmp_path: Path) -> None:
             assert r[f"certified_{side}"] == pytest.approx(row[f"certified_{r['radius']:g}"])
     assert "defense.name" in found["differs"]
     assert pair["cost_ratios"]["trained_here"] is None or pair["cost_ratios"]["trained_here"] < 1
+
+
+def test_radii_are_printed_rounded_down(bench: Bench, tmp_path: Path) -> None:
+    """Of every image shown, the printed radius is at most the recorded one, and by less than a thousandth."""
+    rng = random.Random(1)
+    runs = [made_up(tmp_path, [rng.uniform(0, 0.6) for _ in range(30)], name=n) for n in ("a", "b")]
+    radii = [{c.index: c.radius for c in read_run(run).counted} for run in runs]
+    seen = 0
+    for line in bench("compare", *runs).out.splitlines():
+        cells = [c.strip() for c in line.split("|")]
+        if len(cells) == 7 and " within " in line:
+            for recorded, cell in zip(radii, cells[4:6], strict=True):
+                assert 0 <= recorded[int(cells[1])] - float(cell.partition(" within ")[2]) < 0.001
+                seen += 1
+    assert seen == 20

@@ -12,7 +12,8 @@ import pytest
 from conftest import TINY, Result
 from records import made_up
 
-from bench import published
+from bench import published, tables
+from bench.store import read_run
 
 Bench = Callable[..., Result]
 
@@ -122,3 +123,21 @@ def test_holms_correction_counts_all_pairs_of_rows(bench: Bench, tmp_path: Path)
         made_up(tmp_path, [0.3] * 29 + [0.1] * 11, name=name)
     row = next(line for line in bench("report", tmp_path).out.splitlines() if line.startswith("| one"))
     assert row.split("|")[3].strip().endswith("=")
+
+
+def test_a_reach_is_printed_rounded_up(bench: Bench, tmp_path: Path) -> None:
+    run = made_up(tmp_path, [0.3] * 10)
+    reach = tables.reach(read_run(run))
+    (said,) = re.findall(r"certified beyond r = ([\d.]+) ", bench("report", tmp_path).out)
+    assert reach <= float(said) < reach + 0.001
+
+
+@pytest.mark.parametrize("format", ["md", "latex", "html"])
+def test_a_table_of_validation_images_keeps_its_warning(bench: Bench, tmp_path: Path, format: str) -> None:
+    """With two rows, where the sentence on the best row follows."""
+    for name, held in (("one", 8), ("two", 3)):
+        made_up(tmp_path / "runs", [0.3] * held + [0.1] * (10 - held), name=name, split="validation")
+    file = tmp_path / f"report.{'tex' if format == 'latex' else format}"
+    assert bench("report", tmp_path / "runs", "--format", format, "--out", file).code == 0
+    text = file.read_text()
+    assert "These are validation images, to choose by: no result of any defense. At r = 0.25 one certifies" in text
