@@ -172,10 +172,10 @@ def test_the_score_interval_inverts_the_score_test(first: int, second: int, rest
     [(50, 0.02, 0.02), (50, 0.0, 0.04), (100, 0.01, 0.01), (100, 0.0, 0.02), (100, 0.02, 0.05), (60, 0.1, 0.3)],
 )
 def test_the_score_interval_covers(n: int, first: float, second: float) -> None:
-    """Exact coverage, summed over all outcomes: within 1.5 points of 95% or above it.
+    """Exact coverage, summed over all outcomes: at least 98% where at most two discordant images are expected.
 
-    It is an approximation: its coverage oscillates around the level (worst of these .936). The percentile bootstrap
-    that it replaced covered .866 where two discordant images are expected.
+    Elsewhere at least 93.5%: the interval is an approximation, whose coverage oscillates around 95% (worst of these
+    .936). The percentile bootstrap that it replaced covered .866 where two discordant images are expected.
     """
     covered = 0.0
     for a, b in itertools.product(range(n + 1), repeat=2):
@@ -185,4 +185,4 @@ def test_the_score_interval_covers(n: int, first: float, second: float) -> None:
         if chance > 1e-7:
             low, high = paired.score_interval(a, b, n)
             covered += chance * (low <= second - first <= high)
-    assert covered >= 0.935
+    assert covered >= (0.98 if n * (first + second) <= 2 else 0.935)
