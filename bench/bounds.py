@@ -9,6 +9,7 @@ probabilities from below are rounded down, from above up, and radii down. scipy 
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 from scipy import special
 
@@ -34,8 +35,8 @@ def lower_bound(top_count: int, n: int, alpha: float) -> float:
     return max(0.0, p * (1 - SLACK))
 
 
-def interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided Clopper-Pearson interval, for accuracies in tables."""
+def interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the two-sided Clopper-Pearson interval, for accuracies in tables; counts need not be whole."""
     if n == 0:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
@@ -58,3 +59,19 @@ def smallest_n(alpha: float) -> int:
     while lower_bound(n, n, alpha) <= 0.5:
         n += 1
     return n
+
+
+def printed_radius(radius: float, places: int = 3) -> str:
+    """Format a certified radius, rounded down: the printed claim is never larger than the certificate."""
+    return _rounded(radius, places, ROUND_FLOOR)
+
+
+def printed_reach(radius: float, places: int = 3) -> str:
+    """Format a radius beyond which nothing is certified, rounded up."""
+    return _rounded(radius, places, ROUND_CEILING)
+
+
+def _rounded(value: float, places: int, rounding: str) -> str:
+    # A Decimal holds a float exactly; records hold radii below 1e30, so 60 digits always suffice.
+    unit = Decimal(1).scaleb(-places)
+    return f"{Decimal(value).quantize(unit, rounding, Context(prec=60)):f}"

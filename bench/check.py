@@ -248,7 +248,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     columns = ("radius", "before", "now", "lost", "won", "p", "p_holm")
-    shown = [{k: f"{row[k]:.3g}" for k in columns} for row in rows]
+    shown = [{k: f"{row[k]:{'g' if k == 'radius' else '.3g'}}" for k in columns} for row in rows]
     return str(pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bench import metrics, paired, tables
+from bench import audit, bounds, metrics, paired, tables
 from bench.errors import BenchError, NotComparable
 from bench.store import Line, Record, read_run
 
@@ -32,14 +32,14 @@ COSTS = {
 def compare(paths: Sequence[Path]) -> dict[str, Any]:
     """All pairs of the runs, tested at every radius of the card's grid within reach.
 
-    Raises NotComparable with the reason, and BenchError where a run cannot be read or is not finished.
+    Raises NotComparable with the reason, and BenchError if a run cannot be read, is unfinished or does not hold.
     """
     if len(paths) < 2 or len({p.resolve() for p in paths}) < len(paths):
         raise BenchError("compare takes two or more different run folders")
     records = [read_run(path) for path in paths]
     for record in records:
-        if not record.complete:
-            raise BenchError(f"{record.path}: unfinished; type its bench run again to finish it, then compare")
+        if problem := audit.problem(record):
+            raise BenchError(problem)
     unknown = _check(records)
     radii = _radii(records)
     pairs = [_pair(records, i, j, radii) for i, j in itertools.combinations(range(len(records)), 2)]
@@ -96,8 +96,6 @@ def _check(records: Sequence[Record]) -> list[str]:
             reasons.append(_reason(key, [t.get(key) for t in terms]))
     if reasons:
         raise NotComparable(f"not comparable: {'; '.join(reasons)}")
-    if broken := next((r.path for r in records if not r.whole), None):
-        raise BenchError(f"{broken}: corrupt: certificates.jsonl holds other images than run.json says; run it anew")
     indices, labels = zip(*map(_labels, records), strict=True)
     if len(other := np.flatnonzero(np.any([row != labels[0] for row in labels], axis=0))):
         said = " and ".join(str(row[other[0]]) for row in labels)
@@ -143,7 +141,7 @@ def _pair(records: Sequence[Record], i: int, j: int, radii: Sequence[float]) -> 
     for r in radii:
         a, b = first >= r, second >= r
         only_first, only_second = int(np.sum(a & ~b)), int(np.sum(b & ~a))
-        low, high = paired.bootstrap(only_first, only_second, images)
+        low, high = paired.score_interval(only_first, only_second, images)
         rows.append(
             {
                 "radius": r,
@@ -215,11 +213,11 @@ def markdown(found: dict[str, Any]) -> str:
     costs = {title: [_number(run["cost"][key]) for run in runs] for key, title in COSTS.items()}
     parts.append("### Cost\n\n" + _table({"": list(costs)} | _columns(costs, runs)))
     parts.append(
-        "Difference: second run less first, in points, with its 95% paired bootstrap interval "
-        f"({paired.RESAMPLES:,} resamples of the images, seed {paired.SEED}), too narrow where few images differ. "
+        "Difference: second run minus first, in points, with its 95% score interval for paired proportions (Tango "
+        "1998; each interval by itself, no correction). "
         "p: McNemar's exact test on the images that only one run certifies; Holm's correction is over "
-        f"all {sum(len(p['radii']) for p in found['pairs'])} tests shown. The images are those certified: "
-        "seeds of training or noise are not averaged over."
+        f"all {sum(len(p['radii']) for p in found['pairs'])} tests shown. Both are about these two trained models on "
+        "images like these: nothing is averaged over seeds of training or noise."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -247,7 +245,7 @@ def _pair_markdown(pair: dict[str, Any], labels: Sequence[str], runs: Sequence[A
         columns: dict[str, list[str]] = {
             "image": [str(row["index"]) for _, _, row in images],
             "label": [str(row["label"]) for _, _, row in images],
-            "further": [f"run {a + 1} by {row['lead']:.3f}" for a, _, row in images],
+            "further": [f"run {a + 1} by {bounds.printed_radius(row['lead'])}" for a, _, row in images],
         }
         for k in (i, j):
             sides = [row["ahead" if a == k else "behind"] for a, _, row in images]
@@ -260,7 +258,7 @@ def _pair_markdown(pair: dict[str, Any], labels: Sequence[str], runs: Sequence[A
 def _side(side: dict[str, Any]) -> str:
     if side["predicted"] is None:
         return "abstains"
-    return f"{side['predicted']} within {side['radius']:.3f}"
+    return f"{side['predicted']} within {bounds.printed_radius(side['radius'])}"
 
 
 def _columns(rows: dict[str, list[str]], runs: Sequence[Any]) -> dict[str, list[str]]:

@@ -139,8 +139,7 @@ def _row(label: str, test: BySigma, validation: BySigma) -> Row:
 
 def _pooled(records: Sequence[Record], radius: float) -> dict[str, float]:
     """Certified accuracy at a radius over seeds: value, low, high."""
-    seeds = [metrics.summarise(r.certificates, [radius])["certified_accuracy"][0] for r in records]
-    return metrics.pool(seeds, len(records[0].certificates))
+    return metrics.pooled([r.certificates for r in records], [radius])[0]
 
 
 def _methods(records: Sequence[Record]) -> dict[str, BySigma]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import metrics
+from bench import bounds, metrics
 from bench.cache import replacing
 from bench.store import Record
 from bench.tables import heading, method_name, methods, pooled, reach
@@ -22,22 +23,39 @@ TRADEOFF = "certified accuracy against the cost of a vote"
 
 
 def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
-    """Certified accuracy against radius with 95% interval bands; the files written."""
-    within = reach(group[0])
-    anytime = "radii" in group[0].identity["procedure"]
-    # An anytime radius says nothing between the radii of the grid.
-    grid = [r for r in group[0].info["radii"] if r <= within] if anytime else [within * i / 200 for i in range(201)]
+    """Draw certified accuracy against radius with 95% interval bands; return the files written.
+
+    Between two drawn radii, line and band are those of the larger radius, where as much is certified or less.
+    """
+    anytime, grid = "radii" in group[0].identity["procedure"], drawn_radii(group[0])
     fig, ax = _axes(group)
     for i, (label, records) in enumerate(_ordered(group)):
-        shares = [metrics.summarise(r.certificates, grid)["certified_accuracy"] for r in records]
-        points = [metrics.pool(p, len(records[0].certificates)) for p in zip(*shares, strict=True)]
+        points = metrics.pooled([r.certificates for r in records], grid)
         values, marker = [100 * p["value"] for p in points], MARKERS[i % len(MARKERS)] if anytime else ""
-        (line,) = ax.plot(grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker)
+        (line,) = ax.plot(
+            grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker, drawstyle="steps-pre"
+        )
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
-        ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0, step="pre")
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
     _legend(ax, "bands: 95% interval")
     return _save(fig, out, name)
+
+
+def drawn_radii(record: Record) -> list[float]:
+    """Radii at which a curve has points: the grid of a procedure that certifies no others, else many within reach.
+
+    Those many are rounded down, so that hovering over a point shows a radius at which its value holds.
+    """
+    within = reach(record)
+    if "radii" in record.identity["procedure"]:
+        return [r for r in record.info["radii"] if r <= within] or [0.0]
+    return sorted({float(bounds.printed_radius(within * i / 200, decimals(within))) for i in range(201)})
+
+
+def decimals(within: float) -> int:
+    """Decimals that tell 200 radii up to ``within`` apart."""
+    return max(4, 3 - math.floor(math.log10(within))) if within > 0 else 4
 
 
 def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
@@ -46,8 +64,7 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     fig, ax = _axes(group)
     free = any(not r.info["cost"]["flops_per_vote"] for r in group)  # no place for it on a logarithmic axis
     for i, (label, records) in enumerate(_ordered(group)):
-        shares = [metrics.summarise(r.certificates, [radius])["certified_accuracy"][0] for r in records]
-        p = metrics.pool(shares, len(records[0].certificates))
+        (p,) = metrics.pooled([r.certificates for r in records], [radius])
         cost = (records[0].info["cost"]["flops_per_vote"] or 0.0) / 1e6
         bars = [[100 * (p["value"] - p["low"])], [100 * (p["high"] - p["value"])]]
         marker = MARKERS[i % len(MARKERS)]

@@ -142,8 +142,9 @@ def support(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) ->
         alpha = math.exp(stated.n * float(special.log_ndtr(least[at] / stated.sigma)))
         fits = f"; alpha {alpha:.2g} would allow it" if alpha < 0.5 else ""
         yield (
-            f"radii above {stated.reach:.4g}, the largest possible at n {stated.n:,} and alpha {stated.alpha:g}: "
-            f"{some([rows[i] for i in above.tolist()])}, the largest {radii[at]:g}{fits}"
+            f"radii above {bounds.printed_reach(stated.reach, 4)}, the largest possible at n {stated.n:,} and alpha "
+            f"{stated.alpha:g}: "
+            f"{some([rows[i] for i in above.tolist()])}, the largest {float(radii[at])}{fits}"
         )
     shares = [r.fields.get("estimated_pr", "") for r in rows]
     if not rows or not all(re.fullmatch(r"[01](\.\d+)?(e-?\d+)?", s) for s in shares):
@@ -177,7 +178,8 @@ def counts(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) -> 
         at = int(np.flatnonzero(up)[np.argmax((radii - below)[up])])
         yield (
             f"radii rounded up: {some([rows[i] for i in np.flatnonzero(up).tolist()])}; image {rows[at].index} has "
-            f"{radii[at]:g} where n {stated.n:,} and alpha {stated.alpha:g} give {below[at]:.6g}"
+            f"{float(radii[at])} where n {stated.n:,} and alpha {stated.alpha:g} give "
+            f"{bounds.printed_radius(below[at], 6)}"
         )
     within = radii - unit / 2 - slack <= stated.reach
     if (none := ~down & ~up & within).any():

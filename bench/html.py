@@ -21,7 +21,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from bench import __version__, envelopes, gallery, metrics, plots
+from bench import __version__, bounds, envelopes, gallery, metrics, plots
 from bench.cache import digest
 from bench.envelopes import Envelope
 from bench.errors import BenchError
@@ -152,7 +152,7 @@ def _part(group: list[Record], found: list[Method], figures: _Figures) -> str:
         f'<p class="note">{escape(limits(group))}</p>'
         + figures.add("Certified accuracy against cost", costs, radii | {"cost": COSTS})
         + '<p class="note">The line is the Pareto front of the measured values: no method on it is beaten in both. '
-        "Bars are 95% intervals; methods whose intervals overlap are not told apart.</p>"
+        "Bars are 95% intervals; which methods differ significantly is marked in the table (=).</p>"
         + _abstention(found, figures)
         + figures.add("Certified accuracy of each class", plots.by_class(found, within), radii)
         + '<p class="note">Percent; in brackets the number of images of the class. Few images, wide intervals: '
@@ -224,7 +224,7 @@ def _outcomes(method: Method, index: int) -> str:
     for record in method.records:
         c = record.certificates[record.certificates.place("index", index)]
         wrong = "" if c.predicted in (None, c.label) else f"wrong ({record.info['classes'][c.predicted]}), "
-        said.append(nothing if c.predicted is None else f"{wrong}radius {c.radius:.3f}")
+        said.append(nothing if c.predicted is None else f"{wrong}radius {bounds.printed_radius(c.radius)}")
     return "; ".join(said)
 
 

@@ -22,7 +22,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from bench import flaws
+from bench import audit, flaws
 from bench.errors import BenchError
 from bench.flaws import HUGE, Row, Stated
 from bench.store import Claim, Record
@@ -198,8 +198,8 @@ def _seconds(text: str) -> float | None:
 
 def export_log(record: Record) -> str:
     """A finished run in the common format, radii with all their digits, times in seconds."""
-    if not record.complete:
-        raise BenchError(f"{record.path}: unfinished; type its bench run again to finish it, then export")
+    if problem := audit.problem(record):
+        raise BenchError(problem)
     lines = ["\t".join(COLUMNS)]
     for c in sorted(record.certificates, key=lambda c: c.index):
         predict = -1 if c.predicted is None else c.predicted

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t
 
 from bench import bounds
 from bench.columns import NULL, column
@@ -55,26 +51,31 @@ def total(values: Iterable[float | None]) -> float | None:
     return None if None in known else sum(v for v in known if v is not None)
 
 
-def pool(points: Sequence[dict[str, Any]], total: int) -> dict[str, float]:
-    """Mean and 95% interval of a share measured with several seeds on the same ``total`` images.
+def pooled(runs: Sequence[Sequence[Line]], radii: Sequence[float], label: int | None = None) -> list[dict[str, float]]:
+    """Certified accuracy of one method at each radius: the mean over its runs, one a seed, on the same images.
 
-    What the images leave open (Clopper-Pearson at the mean) and what the seeds do (Student's t) are
-    independent sources of error, added in squares. One seed: its Clopper-Pearson interval.
+    Over all images, or those of one ``label``. Each is a dictionary of value, low and high, as of ``_mean_share``.
     """
-    values = [float(p["value"]) for p in points]
-    if len(values) == 1:
-        return {k: float(points[0][k]) for k in ("value", "low", "high")}
-    mean = statistics.fmean(values)
-    low, high = bounds.interval(round(mean * total), total)
-    by_seed = _quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    below, above = math.hypot(max(0.0, mean - low), by_seed), math.hypot(max(0.0, high - mean), by_seed)
-    return {"value": mean, "low": max(0.0, mean - below), "high": min(1.0, mean + above)}
+    found = [summarise(certificates, radii, label) for certificates in runs]
+    shares = zip(*(f["certified_accuracy"] for f in found), strict=True)
+    return [_mean_share(seeds, found[0]["images"]) for seeds in shares]
 
 
-@cache
-def _quantile(freedom: int) -> float:
-    """Student's t at 97.5%."""
-    return float(t.ppf(0.975, freedom))
+def pooled_abstention(runs: Sequence[Sequence[Line]]) -> dict[str, float]:
+    """Share of images on which a method abstains: the mean over its runs, as ``pooled``."""
+    return _mean_share([summarise(certificates, [])["abstained"] for certificates in runs], len(runs[0]))
+
+
+def _mean_share(seeds: Sequence[dict[str, Any]], images: int) -> dict[str, float]:
+    """Mean over seeds of a share of the same images, and 95% Clopper-Pearson limits at that mean.
+
+    An image's mean over seeds lies in [0, 1], so it varies no more than a coin of the same mean: the limits are
+    those of one seed's binomial count and cover more than 95% where seeds disagree. They are about these trained
+    models on images like these, not about other seeds.
+    """
+    count = sum(s["count"] for s in seeds) / len(seeds)
+    low, high = bounds.interval(count, images)
+    return {"value": count / images if images else 0.0, "low": low, "high": high}
 
 
 def _share(count: int, total: int) -> dict[str, Any]:

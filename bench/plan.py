@@ -98,6 +98,8 @@ def make_plans(
         _check_objective(objective, loaded)
     wanted = variants(loaded, preset, card, settings, search)
     if weights is not None:
+        if search:
+            raise BenchError("--weights with --search: a search trains its own weights; give only one of the two")
         weights = Path(weights)
         given["weights"] = str(weights)
         if len(loaded) > 1:

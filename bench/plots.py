@@ -5,6 +5,7 @@ Looks differ in colour (Okabe and Ito's palette), marker and line, so that they 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import plotly.graph_objects as go
 
 from bench import metrics
 from bench.envelopes import Row
-from bench.figures import colour
+from bench.figures import colour, decimals, drawn_radii
 from bench.store import Record
 from bench.tables import reach
 
@@ -30,6 +31,7 @@ COSTS = {
     "flops_per_vote": "FLOPs per vote",
     "votes": "votes, all images",
 }
+STEP = "vh"  # down at a radius, then level: what lies between two radii has the larger one's value
 PERCENT = {"title": "%", "range": [0, 101]}
 
 
@@ -49,9 +51,7 @@ class Method:
 
     def shares(self, radii: Sequence[float], label: int | None = None) -> pd.DataFrame:
         """Certified accuracy at each radius in percent, with its interval: over all images, or those of a label."""
-        found = [metrics.summarise(r.certificates, radii, label) for r in self.records]
-        seeds = zip(*(f["certified_accuracy"] for f in found), strict=True)
-        return 100 * pd.DataFrame([metrics.pool(points, found[0]["images"]) for points in seeds])
+        return 100 * pd.DataFrame(metrics.pooled([r.certificates for r in self.records], radii, label))
 
 
 def _text(words: str, width: int) -> str:
@@ -80,8 +80,12 @@ def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend
 
 
 def curves(parts: dict[float, list[Method]]) -> go.Figure:
-    """Certified accuracy against radius: a line and an interval band for each method of each sigma."""
-    radius = {"title": "l2 radius", "rangemode": "tozero", "hoverformat": ".3f"}
+    """Certified accuracy against radius: a step line and an interval band for each method of each sigma.
+
+    Between two drawn radii, line and band are those of the larger radius, where as much is certified or less.
+    """
+    places = max(6, *(decimals(reach(f[0].records[0])) for f in parts.values()))
+    radius = {"title": "l2 radius", "rangemode": "tozero", "hoverformat": f".{places}~f"}
     several = len(parts) > 1
     names = {
         (s, m.label): _text(f"{m.label}, sigma {s:g}" if several else m.label, 40) for s, f in parts.items() for m in f
@@ -90,18 +94,14 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
     fig.update_layout(hovermode="x unified")
     for place, (sigma, found) in enumerate(parts.items()):
         for m in found:
-            record = m.records[0]
-            within, anytime = reach(record), record.identity["procedure"]["kind"] == "anytime"
-            # An anytime radius says nothing between the radii of the grid.
-            grid = [r for r in record.info["radii"] if r <= within]
-            grid = grid if anytime else [within * i / 200 for i in range(201)]
+            grid = drawn_radii(m.records[0])
             points = m.shares(grid)
             low, high = points["low"].tolist(), points["high"].tolist()
             dash = DASHES[(place if several else m.look) % len(DASHES)]
             fixed = {"legendgroup": f"{m.label}, sigma {sigma:g}", "meta": f"{sigma:g}"}
             fig.add_scatter(
-                x=grid + grid[::-1],
-                y=high + low[::-1],
+                x=[*_corners(grid), *_corners(grid)[::-1]],
+                y=[*_heights(high), *_heights(low)[::-1]],
                 mode="none",
                 fill="toself",
                 fillcolor=colour(m.look),
@@ -114,7 +114,7 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
                 x=grid,
                 y=points["value"].tolist(),
                 mode="lines+markers",
-                line={"color": colour(m.look), "dash": dash},
+                line={"color": colour(m.look), "dash": dash, "shape": STEP},
                 marker={**m.marker, "maxdisplayed": 8},
                 customdata=list(zip(low, high, strict=True)),
                 hovertemplate="%{y:.1f}% [%{customdata[0]:.1f}, %{customdata[1]:.1f}]",
@@ -124,8 +124,21 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
     return fig
 
 
+def _corners(radii: Sequence[float]) -> list[float]:
+    """Radii of the corners of a step line of shape ``STEP``."""
+    return [radii[0], *(r for pair in itertools.pairwise(radii) for r in pair)]
+
+
+def _heights(values: Sequence[float]) -> list[float]:
+    """Values at those corners."""
+    return [values[0], *(v for value in values[1:] for v in (value, value))]
+
+
 def envelope(rows: Sequence[tuple[Row, int]]) -> go.Figure:
-    """Each method, with its look, at the sigma chosen for each radius; straight lines only lead the eye."""
+    """Each method, with its look, at the sigma chosen for each radius.
+
+    Between two radii the step line is at the larger one's value, which its sigma certifies there too.
+    """
     names = [_text(row.label, 40) for row, _ in rows]
     fig = _figure(420, xaxis={"title": "l2 radius", "rangemode": "tozero"}, yaxis=PERCENT, legend=names)
     for name, (row, look) in zip(names, rows, strict=True):
@@ -139,7 +152,7 @@ def envelope(rows: Sequence[tuple[Row, int]]) -> go.Figure:
                 "thickness": 1,
             },
             mode="lines+markers",
-            line={"color": colour(look), "dash": DASHES[look % len(DASHES)]},
+            line={"color": colour(look), "dash": DASHES[look % len(DASHES)], "shape": STEP},
             marker={"color": colour(look), "symbol": SYMBOLS[look % len(SYMBOLS)], "size": 9},
             customdata=[[f"{p.sigma:g}", 100 * p.low, 100 * p.high] for p in row.points],
             hovertemplate="%{y:.1f}% [%{customdata[1]:.1f}, %{customdata[2]:.1f}] at sigma %{customdata[0]}",
@@ -211,10 +224,7 @@ def _cost_axis(values: list[float]) -> tuple[list[float], dict[str, Any]]:
 
 def abstention(found: list[Method]) -> go.Figure:
     """The share of images on which each method abstains, with its interval."""
-    points = []
-    for m in found:
-        seeds = [metrics.summarise(r.certificates, [])["abstained"] for r in m.records]
-        points.append(metrics.pool(seeds, len(m.records[0].certificates)))
+    points = [metrics.pooled_abstention([r.certificates for r in m.records]) for m in found]
     value, low, high = ([100 * p[key] for p in points] for key in ("value", "low", "high"))
     names = [_text(m.label, 18) for m in found]
     tall = max(32, 15 * max(_lines(names)) + 5)

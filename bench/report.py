@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench import envelopes
+from bench import bounds, envelopes, paired
 from bench.cache import write_text, writing
 from bench.envelopes import Envelope
 from bench.figures import TRADEOFF, curves, tradeoff
@@ -29,7 +29,7 @@ def columns(group: Sequence[Record]) -> pd.DataFrame:
     for r in radii:
         key = f"certified_{r:g}"
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
-        tied = level_with_best(group, frame, r)
+        tied = level_with_best(group, frame, r) if r <= within else set()
         shown[title] = [
             f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]{' =' if row['run'] in tied else ''}"
             if r <= within
@@ -108,7 +108,7 @@ def _as_json(envelope: Envelope) -> dict[str, Any]:
 
 
 def limits(group: Sequence[Record]) -> str:
-    """What the table cannot show, in a sentence or two."""
+    """State in a few sentences what the table shows and what it cannot show."""
     record, frame = group[0], pooled(group)
     split = record.identity["split"]
     within = [r for r in record.info["radii"] if r <= reach(record)]
@@ -119,20 +119,35 @@ def limits(group: Sequence[Record]) -> str:
         best = frame.iloc[int(frame[f"certified_{above[0]:g}"].argmax())]
         tied = level_with_best(group, frame, above[0])
         others = [_label(row, frame) for row in frame.to_dict("records") if row["run"] in tied - {best["run"]}]
-        text = (
-            f"At r = {above[0]:g} the most images are certified by {_label(best, frame)} "
+        text += (
+            f"At r = {above[0]:g} {_label(best, frame)} certifies the most images "
             f"({best[f'certified_{above[0]:g}']:.1%}); "
             + (
-                f"not told apart from it: {', '.join(others)}. "
+                f"not significantly worse: {', '.join(others)}. "
                 if others
-                else "every other row is told apart from it. "
+                else "all other rows are significantly worse. "
             )
         )
-    text += (
-        f"With {frame['images'].iloc[0]:.0f} images an accuracy is known to within {100 * wide:.0f} points at worst "
-        f"(brackets: 95% Clopper-Pearson intervals); in each column, rows marked = cannot be told apart from its best. "
-        f"With these votes no image can be certified beyond r = {reach(record):.3f} (a dash)."
-    )
+    text += f"With {frame['images'].iloc[0]:.0f} images the margin of error is up to {100 * wide:.0f} points "
+    if (several := frame["seeds"] > 1).any():
+        spread = max((float(frame[f"certified_{r:g}_spread"].max()) for r in within), default=0.0)
+        text += (
+            "(brackets: 95% Clopper-Pearson limits at the mean over seeds, conservative where seeds disagree). They "
+            "and the tests cover the choice of images, for these trained models, and not the choice of seeds: seeds of "
+            f"one method differ by up to {100 * spread:.1f} points. "
+        )
+    else:
+        text += "(brackets: 95% Clopper-Pearson intervals). "
+    if len(frame) > 1:
+        pairs = len(frame) * (len(frame) - 1) // 2
+        test = "exact sign-flip (with one seed McNemar)" if several.any() else "McNemar's exact"
+        text += (
+            f"=: not significantly worse than the best in that column ({test} tests on the same images, "
+            f"{paired.LEVEL:.0%} level, Holm's correction over "
+            + (f"all {pairs} pairs of rows; each column is corrected by itself). " if pairs > 1 else "the one pair). ")
+        )
+    # Rounded up, so that no certificate lies beyond what is printed.
+    text += f"With these votes no image can be certified beyond r = {bounds.printed_reach(reach(record))} (a dash)."
     if record.identity["noise"]["kind"] == "grid":
         text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
     if record.imported:

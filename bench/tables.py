@@ -17,18 +17,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench import metrics
+from bench import audit, metrics, paired
 from bench.anytime import procedure_of
 from bench.cache import digest
 from bench.errors import BenchError, one_line, shown
-from bench.paired import holm, mcnemar
 from bench.store import Record, find_runs, read_run
 
 DASH = "—"  # what cannot be, or is not known
 
 
 def load_records(root: Path) -> tuple[list[Record], list[str]]:
-    """The readable complete runs below ``root``, and a line for each that was left out."""
+    """Load the finished runs below ``root`` whose certificates hold, and a line for each run left out."""
     records, left_out = [], []
     for path in find_runs(root):
         try:
@@ -36,12 +35,7 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
         except BenchError as e:
             left_out.append(str(e))
             continue
-        done, all_ = len(record.certificates), len(record.identity.get("indices", ()))
-        if not record.complete:
-            left_out.append(f"{path}: unfinished ({done} of {all_} images); run the same command again to finish it")
-        elif not record.whole:
-            left_out.append(f"{path}: corrupt: finished with {all_} images, but certificates.jsonl holds other ones")
-        elif problem := _unusable(record):
+        if problem := audit.problem(record) or _unusable(record):
             left_out.append(problem)
         else:
             records.append(record)
@@ -97,7 +91,10 @@ def table(group: Sequence[Record]) -> pd.DataFrame:
 
 
 def pooled(group: Sequence[Record]) -> pd.DataFrame:
-    """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean."""
+    """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean.
+
+    ``certified_R_spread`` is how far apart the lowest and the highest seed are.
+    """
     rows = []
     for records in methods(group):
         seeds = [_row(r) for r in records]
@@ -105,11 +102,11 @@ def pooled(group: Sequence[Record]) -> pd.DataFrame:
         for column in first:
             if known := [float(x[column]) for x in seeds if isinstance(x[column], int | float)]:
                 first[column] = statistics.fmean(known)
-        for r in group[0].info["radii"]:
+        radii = group[0].info["radii"]
+        for r, share in zip(radii, metrics.pooled([r.certificates for r in records], radii), strict=True):
             key = f"certified_{r:g}"
-            points = [{"value": x[key], "low": x[f"{key}_low"], "high": x[f"{key}_high"]} for x in seeds]
-            found = metrics.pool(points, int(first["images"]))
-            first |= {key: found["value"], f"{key}_low": found["low"], f"{key}_high": found["high"]}
+            first |= {key: share["value"], f"{key}_low": share["low"], f"{key}_high": share["high"]}
+            first[f"{key}_spread"] = max(x[key] for x in seeds) - min(x[key] for x in seeds)
         first["seeds"] = len(records)
         rows.append(first)
     frame = pd.DataFrame(rows)
@@ -138,25 +135,19 @@ def method_key(record: Record) -> list[Any]:
 
 
 def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
-    """Runs whose certified accuracy at a radius cannot be told apart from the best's, the best among them.
+    """Rows whose certified accuracy at a radius is not significantly below the best's, the best among them.
 
-    ``frame`` is the group's ``pooled``. One run against one: exact McNemar tests on the same images at 5%,
-    Holm's correction over the rows. Pooled seeds: their 95% intervals overlap. Empty where one row is alone.
+    ``frame`` is the group's ``pooled``. Paired tests on the images at the 5% level, with Holm's correction over
+    all pairs of rows. Empty if all others are significantly worse, or there are none.
     """
-    key = f"certified_{radius:g}"
-    best = frame.iloc[int(frame[key].argmax())]
     by_run = {m[0].path.name: m for m in methods(group)}
-    others = [row for row in frame.to_dict("records") if row["run"] != best["run"]]
-    single = [row["run"] for row in others if len(by_run[row["run"]]) == len(by_run[best["run"]]) == 1]
-    tests = holm([_mcnemar(by_run[best["run"]][0], by_run[run][0], radius) for run in single])
-    level = {run for run, p in zip(single, tests, strict=True) if p >= 0.05}
-    level |= {r["run"] for r in others if r["run"] not in single and r[f"{key}_high"] >= best[f"{key}_low"]}
-    return level | {str(best["run"])} if level else set()
-
-
-def _mcnemar(one: Record, other: Record, radius: float) -> float:
-    first, second = (metrics.by_index(r.certificates)[1] >= radius for r in (one, other))
-    return mcnemar(int(np.sum(first & ~second)), int(np.sum(second & ~first)))
+    runs = [by_run[run] for run in frame["run"]]
+    held = [[metrics.by_index(r.certificates)[1] >= radius for r in seeds] for seeds in runs]
+    right = [np.array(seeds).sum(axis=0, dtype=np.int64) for seeds in held]
+    best = int(frame[f"certified_{radius:g}"].argmax())
+    tests = paired.worse_than_best(right, [len(seeds) for seeds in runs], best)
+    level = {str(run) for run, p in zip(frame["run"], tests, strict=True) if p >= paired.LEVEL}
+    return level if len(level) > 1 else set()
 
 
 def searched(record: Record) -> set[str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench import metrics
+from bench.anytime import procedure_of
+from bench.cache import file_sha256
 from bench.certify import Certificate
-from bench.procedures import Fixed
 from bench.store import Run
 
 RADII = [0.0, 0.25, 0.5, 0.75]
@@ -69,27 +73,54 @@ def made_up(
 ) -> Path:
     """A finished run; image i is certified at ``radii[i]`` (None: abstained), predicted right but those ``wrong``.
 
-    ``counted``: ``radii`` are how many of the procedure's votes were for the class instead, and the radius follows
-    from them, so that the record bears an audit. ``changes`` are of the identity. Every other one is as a run of
-    ``name`` on 8x8 images would have it.
+    A radius is that of the fewest votes that certify it, so at least ``radii[i]``. ``counted``: ``radii`` are how
+    many of the procedure's votes were for the class instead. ``changes`` are of the identity. Every other one is as
+    a run of ``name`` on 8x8 images would have it.
     """
     identity, extra = stated(len(radii), name)
-    run = Run(out, f"digits-{name}-s0.25", identity | changes, extra)
-    for i, radius in enumerate(radii):
-        label = i % 10
-        if counted:
-            run.append(_counted(run.info["identity"], i, label, int(radius or 0), i in wrong))
-            continue
-        predicted = None if radius is None else (label + 1) % 10 if i in wrong else label
-        run.append(Certificate(predicted, radius or 0.0, 100, 1000, 900, 0, 100, 0.8, 1100, i, label, 0.5))
+    run = Run(out, f"digits-{name}-s{(identity | changes)['sigma']:g}", identity | changes, extra)
+    for i, (index, radius) in enumerate(zip(run.info["identity"]["indices"], radii, strict=True)):
+        votes = int(radius or 0) if counted else fewest(run.info["identity"], radius)
+        run.append(certificate(run.info["identity"], index, i % 10, votes, i in wrong))
     run.finish(costs(sum(c.votes for c in run.done)) | (cost or {}), metrics.summarise(run.done, RADII))
     run.close()
     return run.path
 
 
-def _counted(identity: dict[str, Any], index: int, label: int, top: int, wrong: bool) -> Certificate:
-    procedure = Fixed(**{k: v for k, v in identity["procedure"].items() if k != "kind"})
-    n0, n = procedure.n0, procedure.n
+def seal(run: Path) -> Path:
+    """Make run.json's hash that of certificates which a test has edited."""
+    info = json.loads((run / "run.json").read_text())
+    info["certificates_sha256"] = file_sha256(run / "certificates.jsonl")
+    (run / "run.json").write_text(json.dumps(info))
+    return run
+
+
+def fewest(identity: dict[str, Any], radius: float | None) -> int:
+    """The fewest of the procedure's votes that certify a radius; half of them, which abstain, for None."""
+    procedure = json.dumps(identity["procedure"], sort_keys=True)
+    return _fewest(procedure, identity["sigma"], identity["noise"]["tau"], radius)
+
+
+@cache
+def _fewest(procedure: str, sigma: float, tau: float, radius: float | None) -> int:
+    made = procedure_of({"procedure": json.loads(procedure)})
+    if radius is None:
+        return made.n // 2
+
+    def enough(votes: int) -> bool:
+        p_lower, certified = made.recompute(sigma, made.n, votes, tau)
+        return p_lower > 0.5 and certified >= radius
+
+    votes = bisect_left(range(made.n + 1), True, key=enough)
+    if votes > made.n:
+        raise ValueError(f"no {made.n} votes certify {radius} at sigma {sigma}")
+    return votes
+
+
+def certificate(identity: dict[str, Any], index: int, label: int, top: int, wrong: bool = False) -> Certificate:
+    """The certificate of an image with ``top`` of the procedure's votes."""
+    procedure = procedure_of(identity)
+    n0, n = procedure.n0 if procedure.target == "selected" else 0, procedure.n
     p_lower, radius = procedure.recompute(identity["sigma"], n, top, identity["noise"]["tau"])
     predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
     second = None if top == n else 9

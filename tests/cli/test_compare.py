@@ -11,15 +11,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import TINY, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import made_up
+from records import made_up, seal
 
 from bench import paired
 from bench.anytime import Anytime, describe
+from bench.store import read_run
 
 Bench = Callable[..., Result]
 COUNTS = st.integers(0, 200)
@@ -66,19 +66,9 @@ def test_holm_by_hand() -> None:
     assert paired.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
 
 
-def test_the_bootstrap_is_that_of_the_images() -> None:
-    """Against images drawn one by one with another generator: quantiles within what 10,000 resamples leave open."""
-    first, second, n = 12, 30, 200
-    one = np.array([-1.0] * first + [1.0] * second + [0.0] * (n - first - second))
-    drawn = np.random.default_rng(99).choice(one, (10_000, n)).mean(axis=1)
-    assert paired.bootstrap(first, second, n) == pytest.approx(list(np.quantile(drawn, [0.025, 0.975])), abs=0.0051)
-    assert paired.bootstrap(first, second, n) == paired.bootstrap(first, second, n)
-    assert paired.bootstrap(0, 0, n) == (0.0, 0.0)
-
-
 def test_numbers_of_a_made_up_pair(bench: Bench, tmp_path: Path) -> None:
     """Twenty images; the second run certifies eight more at .25 and loses one: p = 2 (1 + 9) / 2^9."""
-    weak = made_up(tmp_path, [0.3] + [0.1] * 8 + [0.6] * 10 + [0.7], wrong=[19], name="none")
+    weak = made_up(tmp_path, [0.3] + [0.1] * 8 + [0.6] * 11, wrong=[19], name="none")
     strong = made_up(
         tmp_path,
         [0.2] + [0.3] * 8 + [0.6] * 10 + [None],
@@ -100,8 +90,9 @@ def test_numbers_of_a_made_up_pair(bench: Bench, tmp_path: Path) -> None:
     assert 0 < at[0.25]["low"] < 0.35 < at[0.25]["high"] < 1
     assert [(i["index"], i["label"]) for i in pair["second_ahead"]] == [(i, i % 10) for i in range(1, 6)]
     (ahead,) = pair["first_ahead"]
-    assert ahead["index"] == 0 and ahead["lead"] == pytest.approx(0.1)
-    assert ahead["ahead"] == {"predicted": 0, "radius": 0.3}
+    radii = [read_run(run).counted[0].radius for run in (weak, strong)]
+    assert ahead["index"] == 0 and ahead["lead"] == radii[0] - radii[1] > 0.09
+    assert ahead["ahead"] == {"predicted": 0, "radius": radii[0]}
     assert pair["cost_ratios"] == pytest.approx(
         {"train_seconds": 2.5, "certify_seconds": 0.5, "votes": 1.0, "flops_per_vote": 3.0, "trained_here": 0.5}
     )
@@ -124,10 +115,11 @@ def test_every_count_is_what_a_loop_over_the_images_finds(counts: list[tuple[flo
         a = made_up(Path(folder), [c[0] for c in counts], wrong=wrong, name="none")
         b = made_up(Path(folder), [c[1] for c in counts])
         (pair,) = compare([a, b])["pairs"]
+        lines = [[(c.radius, c.predicted == c.label) for c in read_run(run).counted] for run in (a, b)]
     for row in pair["radii"]:
         only_a = only_b = 0
-        for first, second, bad in counts:
-            held_a, held_b = first >= row["radius"] and not bad, second >= row["radius"]
+        for (first, right), (second, _) in zip(*lines, strict=True):
+            held_a, held_b = first >= row["radius"] and right, second >= row["radius"]
             only_a += held_a and not held_b
             only_b += held_b and not held_a
         assert (row["only_first"], row["only_second"]) == (only_a, only_b)
@@ -165,8 +157,8 @@ def test_three_runs_are_all_pairs_and_corrected_over_all(bench: Bench, tmp_path:
 def test_what_must_agree_does_or_nothing_is_compared(
     bench: Bench, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    same = made_up(tmp_path / "a", [0.1, 0.2, 0.3, 0.4])
-    other = made_up(tmp_path / "b", [0.1, 0.2, 0.3, 0.4], **changes)
+    same = made_up(tmp_path / "a", [0.1, 0.2, None, None])
+    other = made_up(tmp_path / "b", [0.1, 0.2, None, None], **changes)
     result = bench("compare", same, other)
     assert (result.code, result.out) == (3, "")
     assert words in result.err and result.err.count("\n") == 1
@@ -189,7 +181,7 @@ def test_labels_that_disagree_are_other_images(bench: Bench, tmp_path: Path) -> 
     two = Path(shutil.copytree(one, tmp_path / "b" / one.name))
     lines = (two / "certificates.jsonl").read_text().replace('"label": 1', '"label": 7')
     (two / "certificates.jsonl").write_text(lines)
-    result = bench("compare", one, two)
+    result = bench("compare", one, seal(two))
     assert result.code == 3 and "image 1 is labelled 1 and 7" in result.err
 
 
@@ -222,3 +214,18 @@ def test_real_runs_compare(bench: Bench, tmp_path: Path) -> None:
             assert r[f"certified_{side}"] == pytest.approx(row[f"certified_{r['radius']:g}"])
     assert "defense.name" in found["differs"]
     assert pair["cost_ratios"]["trained_here"] is None or pair["cost_ratios"]["trained_here"] < 1
+
+
+def test_radii_are_printed_rounded_down(bench: Bench, tmp_path: Path) -> None:
+    """Of every image shown, the printed radius is at most the recorded one, and by less than a thousandth."""
+    rng = random.Random(1)
+    runs = [made_up(tmp_path, [rng.uniform(0, 0.6) for _ in range(30)], name=n) for n in ("a", "b")]
+    radii = [{c.index: c.radius for c in read_run(run).counted} for run in runs]
+    seen = 0
+    for line in bench("compare", *runs).out.splitlines():
+        cells = [c.strip() for c in line.split("|")]
+        if len(cells) == 7 and " within " in line:
+            for recorded, cell in zip(radii, cells[4:6], strict=True):
+                assert 0 <= recorded[int(cells[1])] - float(cell.partition(" within ")[2]) < 0.001
+                seen += 1
+    assert seen == 20

@@ -12,7 +12,8 @@ import pytest
 from conftest import TINY, Result
 from records import made_up
 
-from bench import published
+from bench import published, tables
+from bench.store import read_run
 
 Bench = Callable[..., Result]
 
@@ -97,7 +98,7 @@ def test_published_rows_stand_beside_a_table_and_say_what_differs(bench: Bench, 
     assert refused.code == 2 and refused.err.count("\n") == 1
 
 
-def test_rows_that_cannot_be_told_apart_from_the_best_are_marked(bench: Bench, tmp_path: Path) -> None:
+def test_rows_not_significantly_worse_than_the_best_are_marked(bench: Bench, tmp_path: Path) -> None:
     """Of 40 images: the best holds on 30 at .25; one 4 fewer (McNemar p = .125), one 10 fewer (p = .002)."""
     made_up(tmp_path, [0.3] * 30 + [0.1] * 10, name="best")
     made_up(tmp_path, [0.3] * 26 + [0.1] * 14, name="close")
@@ -108,11 +109,12 @@ def test_rows_that_cannot_be_told_apart_from_the_best_are_marked(bench: Bench, t
     assert column["best"].startswith("75.0%") and column["best"].endswith("] =")
     assert column["close"].startswith("65.0%") and column["close"].endswith("] =")
     assert column["far"].startswith("50.0%") and not column["far"].endswith("=")
-    assert "certified by best (75.0%); not told apart from it: close." in result.out
+    assert "best certifies the most images (75.0%); not significantly worse: close." in result.out
+    assert "Holm's correction over all 3 pairs of rows; each column is corrected by itself" in result.out
 
 
-def test_holms_correction_counts_the_rows(bench: Bench, tmp_path: Path) -> None:
-    """7 fewer is p = .016: significant alone, not as the smallest of four tests."""
+def test_holms_correction_counts_all_pairs_of_rows(bench: Bench, tmp_path: Path) -> None:
+    """7 fewer is p = .016: significant for two rows, not for the ten pairs of five."""
     made_up(tmp_path, [0.3] * 30 + [0.1] * 10, name="best")
     made_up(tmp_path, [0.3] * 23 + [0.1] * 17, name="one")
     row = next(line for line in bench("report", tmp_path).out.splitlines() if line.startswith("| one"))
@@ -121,3 +123,21 @@ def test_holms_correction_counts_the_rows(bench: Bench, tmp_path: Path) -> None:
         made_up(tmp_path, [0.3] * 29 + [0.1] * 11, name=name)
     row = next(line for line in bench("report", tmp_path).out.splitlines() if line.startswith("| one"))
     assert row.split("|")[3].strip().endswith("=")
+
+
+def test_a_reach_is_printed_rounded_up(bench: Bench, tmp_path: Path) -> None:
+    run = made_up(tmp_path, [0.3] * 10)
+    reach = tables.reach(read_run(run))
+    (said,) = re.findall(r"certified beyond r = ([\d.]+) ", bench("report", tmp_path).out)
+    assert reach <= float(said) < reach + 0.001
+
+
+@pytest.mark.parametrize("format", ["md", "latex", "html"])
+def test_a_table_of_validation_images_keeps_its_warning(bench: Bench, tmp_path: Path, format: str) -> None:
+    """With two rows, where the sentence on the best row follows."""
+    for name, held in (("one", 8), ("two", 3)):
+        made_up(tmp_path / "runs", [0.3] * held + [0.1] * (10 - held), name=name, split="validation")
+    file = tmp_path / f"report.{'tex' if format == 'latex' else format}"
+    assert bench("report", tmp_path / "runs", "--format", format, "--out", file).code == 0
+    text = file.read_text()
+    assert "These are validation images, to choose by: no result of any defense. At r = 0.25 one certifies" in text

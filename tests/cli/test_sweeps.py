@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 from conftest import TINY, Result
-from hypothesis import given
-from hypothesis import strategies as st
-
-from bench import bounds, metrics
 
 Bench = Callable[..., Result]
 
@@ -66,28 +62,6 @@ def test_seeds_are_pooled_with_their_number(bench: Bench, tmp_path: Path) -> Non
     assert row.split("|")[2].strip().startswith(f"{sum(values) / 3:.1%}")
 
 
-@given(counts=st.lists(st.integers(0, 100), min_size=1, max_size=5))
-def test_a_pooled_interval_holds_the_mean_and_is_never_narrower_than_one_seeds(counts: list[int]) -> None:
-    points = []
-    for count in counts:
-        low, high = bounds.interval(count, 100)
-        points.append({"value": count / 100, "low": low, "high": high})
-    found = metrics.pool(points, 100)
-    mean = sum(counts) / len(counts) / 100
-    assert found["value"] == pytest.approx(mean)
-    assert 0 <= found["low"] <= mean + 1e-12 and mean - 1e-12 <= found["high"] <= 1
-    low, high = bounds.interval(round(mean * 100), 100)
-    assert found["low"] <= low + 1e-12 and found["high"] >= high - 1e-12
-
-
-def test_pooling_adds_the_spread_of_the_seeds() -> None:
-    """Three seeds at 40, 50 and 60 of 100: t(2) = 4.303 times 10 / sqrt(3), and Clopper-Pearson at 50, in squares."""
-    points = [{"value": v, "low": 0.0, "high": 1.0} for v in (0.4, 0.5, 0.6)]
-    low, _ = bounds.interval(50, 100)
-    expected = ((0.5 - low) ** 2 + (4.302653 * 0.1 / 3**0.5) ** 2) ** 0.5
-    assert metrics.pool(points, 100)["low"] == pytest.approx(0.5 - expected, abs=1e-6)
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -96,6 +70,7 @@ def test_pooling_adds_the_spread_of_the_seeds() -> None:
         (("--set", "lr=.1", "--search", "lr=.1,.2"), "leave one out"),
         (("--set", "rank=2,x"), "rank"),
         (("--search", "none.lr=1"), "defense in --search"),
+        (("--search", "lr=.1,.2", "--weights", "w.safetensors"), "give only one of the two"),
     ],
 )
 def test_what_cannot_be_is_one_line(bench: Bench, flags: tuple[str, ...], words: str) -> None:

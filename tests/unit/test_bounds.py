@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import mpmath
 import pytest
 from hypothesis import given, settings
@@ -117,3 +119,18 @@ def test_slack_covers_the_error_of_the_quantile() -> None:
             p = float(special.betaincinv(top, n - top + 1, 0.001))
             worst = max(worst, abs(float((tail(p, top, n) - mpmath.mpf("0.001")) / density(p, top, n) / p)))
     assert 0 < worst < bounds.SLACK / 100
+
+
+@given(radius=st.floats(0, 1e29), places=st.integers(1, 8))
+def test_printed_radii_are_rounded_down_and_reaches_up(radius: float, places: int) -> None:
+    """Compared as exact fractions, so that the comparison does not round either."""
+    below, above = bounds.printed_radius(radius, places), bounds.printed_reach(radius, places)
+    unit = Fraction(1, 10**places)
+    assert Fraction(radius) - unit < Fraction(below) <= Fraction(radius) <= Fraction(above) < Fraction(radius) + unit
+    assert all(len(text.partition(".")[2]) == places for text in (below, above))
+
+
+def test_printed_radii_by_example() -> None:
+    assert (bounds.printed_radius(0.213998), bounds.printed_reach(0.551297)) == ("0.213", "0.552")
+    assert (bounds.printed_radius(0.5), bounds.printed_reach(0.5)) == ("0.500", "0.500")
+    assert (bounds.printed_radius(0.3), bounds.printed_reach(0.3)) == ("0.299", "0.300")  # the float is below 0.3

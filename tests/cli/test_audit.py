@@ -1,0 +1,114 @@
+"""A record whose certificates do not hold is not reported, compared, exported or shown on the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Result
+from records import made_up, seal
+
+from bench import audit
+from bench.anytime import Anytime, describe
+from bench.flaws import Stated
+from bench.importing import import_log
+from bench.store import read_run
+
+Bench = Callable[..., Result]
+ANYTIME = describe(Anytime(100, 1000, 0.001, (0.25, 0.5)))
+FIXED = {"kind": "fixed", "n0": 100, "n": 1000, "alpha": 0.001, "target": "selected"}
+LABEL = FIXED | {"target": "label"}
+
+
+def edit(run: Path, **changes: Any) -> Path:
+    """Change fields of the record's second certificate."""
+    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
+    lines[1] |= changes
+    (run / "certificates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_certificates_changed_after_the_run_are_refused_by_every_reader(bench: Bench, tmp_path: Path) -> None:
+    good = made_up(tmp_path / "runs", [0.3] * 10, name="good")
+    bad = edit(made_up(tmp_path / "runs", [0.3] * 10, name="bad"), seconds=0.25)
+    assert audit.problem(read_run(good)) == ""
+    for format in ("md", "latex", "csv", "json", "html"):
+        result = bench("report", tmp_path / "runs", "--format", format, "--out", tmp_path / format)
+        text = (tmp_path / format / "report.html").read_text() if format == "html" else result.out
+        assert result.code == 1 and "good" in text
+        assert f"left out: {bad}: certificates.jsonl was changed after the run finished" in result.err
+        if format == "html":
+            assert f"{bad}: certificates.jsonl was changed" in text
+        else:
+            assert "bad" not in text
+    for args in (("compare", good, bad), ("export", bad)):
+        refused = bench(*args)
+        assert (refused.code, refused.out) == (2, "")
+        assert "certificates.jsonl was changed" in refused.err and refused.err.count("\n") == 1
+    assert bench("export", good).code == 0
+
+
+@pytest.mark.parametrize(
+    ("procedure", "changes", "words"),
+    [
+        (FIXED, {"radius": 0.35}, "radius 0.35 are recorded, but "),
+        (FIXED, {"radius": 0.9}, "radius 0.9 are recorded"),  # beyond what any votes give
+        (FIXED, {"radius": 0.2}, "radius 0.2 are recorded"),
+        (FIXED, {"p_lower": 0.99}, "p_lower 0.99 and radius"),
+        (FIXED, {"predicted": None}, "the recorded prediction does not follow from"),
+        (FIXED, {"top_count": 1001}, "1001 of 1000 votes, but the procedure draws at most 1000"),
+        (FIXED, {"top_count": 2**62}, "votes, but the procedure draws at most 1000"),
+        (FIXED, {"n": 999}, "decides at 1000 votes, not at 999"),
+        (FIXED, {"top_count": 400}, "but 400 of 1000 votes give 0"),
+        (LABEL, {"predicted": 7}, "the recorded prediction does not follow from"),
+        (ANYTIME, {"radius": 0.5}, "radius 0.5 are recorded"),
+        (ANYTIME, {"n": 65, "top_count": 60}, "is no look of this procedure"),
+    ],
+)
+def test_certificates_that_do_not_follow_from_their_counts(
+    bench: Bench, tmp_path: Path, procedure: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    """Whoever edits a record can also write its hash: the numbers themselves are recomputed."""
+    good = made_up(tmp_path / "good", [0.25, 0.25, 0.0], procedure=procedure)
+    assert bench("report", tmp_path / "good").code == 0
+    bad = seal(edit(good, **changes))
+    result = bench("report", tmp_path / "good")
+    assert result.code == 2 and "no finished run" in result.err
+    assert f"left out: {bad}: image 1: " in result.err and words in result.err
+    assert words in bench("export", bad).err
+
+
+def test_an_abstention_with_a_class_is_refused(tmp_path: Path) -> None:
+    run = made_up(tmp_path, [0.3, None])
+    assert audit.problem(read_run(run)) == ""
+    assert "prediction does not follow" in audit.problem(read_run(seal(edit(run, predicted=1))))
+
+
+def test_a_last_bit_of_another_scipy_is_no_edit(tmp_path: Path) -> None:
+    run = made_up(tmp_path, [0.3, 0.2])
+    radius = read_run(run).counted[1].radius
+    assert audit.problem(read_run(seal(edit(run, radius=radius * (1 + 1e-13))))) == ""
+    assert audit.problem(read_run(seal(edit(run, radius=radius * (1 + 1e-6)))))
+
+
+def test_without_a_hash_the_counts_still_decide(tmp_path: Path) -> None:
+    """Schema 1 had no hash of the certificates."""
+    run = made_up(tmp_path, [0.3, 0.2])
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"certificates_sha256": None}))
+    assert audit.problem(read_run(run)) == ""
+    assert "image 1" in audit.problem(read_run(edit(run, radius=0.6)))
+
+
+def test_an_imported_log_is_read_though_its_radii_follow_from_no_counts(bench: Bench, tmp_path: Path) -> None:
+    log = tmp_path / "log.tsv"
+    log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.123\t1\t1.0\n1\t2\t2\t0.9\t1\t1.0\n")
+    run = import_log(log, Stated("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs").path
+    shown = bench("report", tmp_path / "runs")
+    assert shown.code == 0 and "†" in shown.out
+    edit(run, radius=0.5)
+    assert bench("report", tmp_path / "runs").code == 2
+    assert "was changed after the run finished" in bench("export", run).err
