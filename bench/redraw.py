@@ -68,7 +68,7 @@ def draw_again(
     """Certify a sample of the images (all of them when ``deep``) from the seed, and compare counts.
 
     Exactly where machine and versions are the record's, else by a two-sample test. ``fresh``: also test certified
-    images on noise of a new random seed (see ``audit``). Without ``deep`` nothing is trained: weights that are not
+    images on noise of a new random seed (see ``recheck``). Without ``deep`` nothing is trained: weights that are not
     in the cache are reported as missing. A record is untrusted input, so no file is run and no server asked because a
     record names it: ``defense`` and ``base`` are those that the user names.
     """

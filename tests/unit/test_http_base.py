@@ -24,7 +24,7 @@ Model = Callable[[Tensor], Tensor]
 CARD = load_card(TINY)
 SHAPE, CLASSES = CARD.shape, len(CARD.classes)
 FITS = 1  # block by which the largest that fits is found
-CHECKS = 6  # blocks that check_rows asks for
+CHECKS = 10  # blocks that check_rows asks for
 MEASURED = 1  # block whose cost is measured
 
 
