@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor, nn
 
 from bench import bounds
@@ -169,6 +170,37 @@ def unseeded(x: Tensor, draw: Draw) -> Tensor:
 def test_models_that_are_no_function_of_one_image_are_refused(model: Callable[..., Tensor], words: str) -> None:
     with pytest.raises(BenchError, match=words):
         check_rows(model, task(), 0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_that_depend_on_any_half_of_the_others_are_refused(seed: int) -> None:
+    """Random patterns: in each tile the rows of a random set share their mean."""
+    shared = torch.from_numpy(np.random.default_rng(seed).random(TILE) < 0.5)
+
+    def model(x: Tensor, draw: Draw) -> Tensor:
+        out = x.flatten(1)[:, :3].reshape(-1, TILE, 3).clone()
+        out[:, shared] = out[:, shared].mean(1, keepdim=True)
+        return out.view(-1, 3)
+
+    with pytest.raises(BenchError, match="other rows of its batch"):
+        check_rows(model, task(), 0)
+
+
+def test_a_single_row_that_depends_on_another_is_mostly_refused() -> None:
+    """Row 5 of a block sees row 41: found with a chance of 3/4 by two random halves; 40 times, at 1e-4."""
+
+    def model(x: Tensor, draw: Draw) -> Tensor:
+        out = x.flatten(1)[:, :3].clone()
+        out[5] += out[41]
+        return out
+
+    found = 0
+    for _ in range(40):
+        try:
+            check_rows(model, task(), 0)
+        except BenchError:
+            found += 1
+    assert found >= stats.binom.ppf(1e-4, 40, 0.75)
 
 
 def test_sound_models_pass_the_row_check() -> None:

@@ -89,6 +89,41 @@ def test_a_defense_never_sees_the_noise_of_its_input() -> None:
     assert torch.equal(again.normal(1, 4, 4), first[1:])
 
 
+@pytest.mark.parametrize(
+    ("vote", "call"),
+    [
+        (Vote("estimate", 2**32, 0), 0),
+        (Vote("estimate", -1, 0), 0),
+        (Vote("estimate", 0, 2**40), 0),
+        (Vote("estimate", 0, -1), 0),
+        (Vote("estimate", 0, 0), 2**16),
+        (Vote("estimate", 0, 0), -1),
+    ],
+)
+def test_a_key_out_of_range_raises(vote: Vote, call: int) -> None:
+    """Its bits would be those of another key: draw 65,536 of vote 0 was draw 0 of vote 1."""
+    for draw in (Noise(0, "test").normals, Noise(0, "test").words):
+        with pytest.raises(ValueError, match="noise key out of range"):
+            draw([vote], 4, call)
+
+
+def test_a_defense_that_draws_too_often_is_stopped_before_keys_meet() -> None:
+    noise = Noise(0, "test")
+    draw = VoteDraw(noise, [Vote("estimate", 0, 0)], 0.25, CPU)
+    draw._calls = 2**16 - 2
+    last = draw.normal(2)
+    assert torch.equal(last, noise.normals([Vote("estimate/defense", 0, 0)], 2, 2**16 - 1))
+    with pytest.raises(ValueError, match="noise key out of range"):
+        draw.normal(2)
+
+
+def test_the_largest_keys_have_noise_of_their_own() -> None:
+    noise = Noise(0, "test")
+    keys = [Vote("estimate", i, v) for i in (0, 2**16, 2**32 - 1) for v in (0, 1, 2**20, 2**40 - 1)]
+    rows = [noise.normals([key], 8, call) for key in keys for call in (0, 1, 2**16 - 1)]
+    assert len({row.numpy().tobytes() for row in rows}) == len(rows)
+
+
 def test_training_noise_is_keyed_by_step() -> None:
     noise = Noise(0, "train")
     one, same, other = (TrainDraw(noise, step, 3, 0.5, CPU).normal(2, 2) for step in (4, 4, 5))

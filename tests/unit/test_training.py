@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,26 @@ def train(folder: Path, *, die_at: int = 10**9, **schedule: object) -> nn.Module
     )
     job.train(module, loss, Schedule(**{"epochs": 5, "batch": 16, **schedule}))  # type: ignore[arg-type]
     return module
+
+
+def test_global_random_states_are_seeded_and_restored() -> None:
+    """Of torch, numpy and Python, also where what runs within raises."""
+
+    def drawn() -> tuple[float, float, float]:
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    found = []
+    for _ in range(2):
+        with rng.fixed_rng(3):
+            found.append(drawn())
+    with rng.fixed_rng(4):
+        other = drawn()
+    with pytest.raises(ZeroDivisionError), rng.fixed_rng(3):
+        1 // int(drawn() is None)
+    assert found[0] == found[1] and not set(found[0]) & set(other)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
