@@ -1,8 +1,12 @@
 """What the author of a defense imports: the Defense class and the objects the harness hands to it.
 
 A defense owns two things, how it trains and the map from noisy pixels to logits. Everything else
-(data, base classifier, noise, votes, statistics, seeds, caching, records) is the harness's, so a
-defense can neither bend its certificate nor forget to measure itself.
+(data, base classifier, noise, votes, statistics, seeds, caching, records) is the harness's.
+
+A certificate is true only where ``logits`` is one fixed function of one noisy image (and of the row's own draws). The
+harness refuses what it sees depend on other rows, threads, earlier calls, the process or the noise's keys, and tests
+certificates on fresh noise. It cannot exclude a defense that attacks the process it runs in:
+docs/certification.md.
 """
 
 from __future__ import annotations
@@ -182,8 +186,9 @@ class Context(Protocol):
 class Defense(nn.Module):
     """Base class of every defense. A plug-in must write ``logits``; the rest has defaults.
 
-    The harness constructs it with the random state fixed, calls ``fit``, stores what changed, then
-    ``merge``, and from there on treats ``logits`` as a fixed function of one noisy image.
+    The harness constructs it with torch's, numpy's and Python's random states fixed, calls ``fit``, stores what
+    changed, then ``merge``, and from there on treats ``logits`` as a fixed function of one noisy image. Threads and
+    devices have deep copies of it, so no state may be kept at the level of a module or a class.
     """
 
     access: ClassVar[Access] = Access.WEIGHTS

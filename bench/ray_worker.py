@@ -23,7 +23,7 @@ from ray import cloudpickle
 from bench import environment, recheck, registry, watchdog
 from bench.arithmetic import steady
 from bench.certification import Certifier
-from bench.certify import Task
+from bench.certify import Device, Task
 from bench.errors import BenchError, one_line
 from bench.placed import Placed
 from bench.recheck import Audit
@@ -110,7 +110,7 @@ class VoteWorker:
         self._device = self._here.enter_context(place.entered())
         self._threads = environment.threads(self._device)
         environment.keep_freed_memory()
-        self._held: dict[int, Placed] = {}
+        self._held: dict[int, Placed | BenchError] = {}  # an error: why it could not be held
 
     def here(self) -> dict[str, Any]:
         """The machine and versions it runs on."""
@@ -121,22 +121,31 @@ class VoteWorker:
         try:
             held: Certifier = unpack(certifier).to(self._device)
             there: Task = replace(unpack(task), images=lambda _: image[None], device=self._device)
-        except (ImportError, AttributeError) as e:
-            return BenchError(f"a Ray worker cannot rebuild the defense: {one_line(e)}; install the same on every node")
-        try:
             placed = Placed(held, there, index)
             placed.widen(self._threads)
+            measured = placed.measure(calibrate), placed.fingerprint
             self._held[run] = placed
-            return placed.measure(calibrate), placed.fingerprint
+            return measured
+        except (ImportError, AttributeError) as e:
+            said = f"a Ray worker cannot rebuild the defense: {one_line(e)}; install the same on every node"
+            self._held[run] = BenchError(said)
         except BenchError as e:
-            return e
+            self._held[run] = e
+        return self._held[run]
+
+    def _device_of(self, run: int) -> Device:
+        """Where its votes are drawn. Raises the BenchError for which the run could not be held."""
+        held = self._held[run]
+        if isinstance(held, BenchError):
+            raise held
+        return held.device
 
     def draw(self, run: int, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Any:
         """A batch's votes (see ``Device.vote``), as 32-bit integers, and the seconds they took."""
         began = time.perf_counter()
         try:
             with steady():
-                voted = self._held[run].device.vote(batch, pixels)
+                voted = self._device_of(run).vote(batch, pixels)
         except BenchError as e:
             return e
         return voted.astype(np.int32), time.perf_counter() - began
@@ -144,7 +153,7 @@ class VoteWorker:
     def audit(self, run: int, task: bytes, wanted: Audit, pixels: Mapping[int, NDArray[Any]]) -> Any:
         """Hits of the votes of an audit, which ``task`` draws."""
         try:
-            device = self._held[run].device
+            device = self._device_of(run)
             return recheck.draw(replace(device, task=replace(unpack(task), device=self._device)), wanted, pixels)
         except BenchError as e:
             return e
@@ -153,7 +162,7 @@ class VoteWorker:
         """Let go of a run that is done: the peak of memory in bytes, or why its certificates do not hold."""
         placed = self._held.pop(run, None)
         try:
-            return placed.finish() if placed else 0
+            return placed.finish() if isinstance(placed, Placed) else 0
         except BenchError as e:
             return e
 

@@ -4,6 +4,7 @@ import hashlib
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ class Careless(Defense):
         ] = "ties"
         card: str = ""  # whose labels a cheat looks up
         after: int = 0  # calls before it begins
+        flag: str = ""  # a file without which it does not drift
         n: int = 100  # votes that one who knows the seed prepares for
 
     def build(self) -> None:
@@ -91,7 +93,7 @@ class Careless(Defense):
                 buffer.copy_(x)
                 time.sleep(2e-3)
                 return base(x) + base(buffer.roll(1, 3))
-            case "drifts" if begun:
+            case "drifts" if begun and (not self.config.flag or Path(self.config.flag).exists()):
                 self.shift = self.shift + 0.05
             case "odd_half_of_tile" | "majority_of_tile_but_first":
                 first = 8 if self.config.how == "odd_half_of_tile" else 1

@@ -86,6 +86,14 @@ def test_what_is_false_is_found(procedure: Fixed | Anytime, truth: float) -> Non
     assert missed == 0
 
 
+@pytest.mark.parametrize(("recorded", "found", "missed"), [(1000, 0.97, 0.98), (550, 0.405, 0.42)])
+def test_how_small_a_lie_512_fresh_votes_find(recorded: int, found: float, missed: float) -> None:
+    """As docs/certification.md says, of a record of 1,000 votes: half of the time at these probabilities."""
+    level = recheck.LEVEL / 8
+    assert recheck.fewer((round(512 * found), 512), (recorded, 1000), FIXED, level)
+    assert not recheck.fewer((round(512 * missed), 512), (recorded, 1000), FIXED, level)
+
+
 def made(images: int, votes: int, abstain: Sequence[int] = ()) -> list[Certificate]:
     return [
         Certificate(None if i in abstain else 1, 0.1, 10, votes - 10, votes - 20, 0, 10, 0.8, votes, i, 1)
