@@ -122,7 +122,7 @@ def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
     assert "pipe.png: not a file" in line()
     (root / "val" / "n01" / "pipe.png").unlink()
     shutil.move(root / "val" / "n10", root / "val" / "n11")
-    assert "3 class folders, the card has 3 classes; see 'n10'" in line()
+    assert "3 class folders, the card has 3 classes; not among them: 'n11'; missing: 'n10'" in line()
     shutil.rmtree(root / "val" / "n11")
     (root / "val" / "n10").mkdir()
     assert "n10: no pictures in this class folder" in line()
