@@ -142,7 +142,7 @@ def _listed(folder: Path) -> tuple[list[str], Counter[str]]:
             if entry.name.startswith("."):
                 others["hidden"] += 1
             elif entry.is_dir():
-                others["folders inside class folders"] += 1
+                others["nested in class folders"] += 1
             elif suffix.lower() in SUFFIXES:
                 names.append(entry.name)
             else:

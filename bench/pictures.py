@@ -83,7 +83,7 @@ class Pictures:
     def changes(self) -> str:
         """Count each kind of change among these pictures, as far as they were decoded; empty without any."""
         counted = Counter(change for row in self.rows.tolist() for change in self.changed.get(row, ()))
-        return "; ".join(f"{count:,} pictures: {change}" for change, count in sorted(counted.items()))
+        return "; ".join(f"{count:,} of its pictures: {change}" for change, count in sorted(counted.items()))
 
     def fingerprint(self) -> bytes:
         """What decides these pictures, with nothing decoded: each one's stamp and how it is cut to shape.
