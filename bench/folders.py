@@ -91,9 +91,12 @@ def _class_folders(base: Path) -> dict[str, str]:
     if not entries:
         raise BenchError(f"{base}: no folders in it; each class is a folder of pictures")
     found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for entry in sorted(entries, key=lambda e: natural(text(e))):
         if found.setdefault(same(text(entry)), entry) != entry:
             raise BenchError(f"{base}: two folders {same(text(entry))!r}, which differ in their Unicode form alone")
+        if (other := places.setdefault(os.path.realpath(base / entry), entry)) != entry:
+            raise BenchError(f"{base}: {text(other)!r} and {text(entry)!r} are links to one folder; remove one")
     return found
 
 

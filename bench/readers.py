@@ -5,14 +5,15 @@ Pictures stay encoded, as bytes or files, until rows of them are asked for.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.errors import BenchError
+from bench.errors import BenchError, note
 from bench.folders import read_folder
 from bench.parquet_files import read_parquet
-from bench.sources import Folder, Parquet, Part, PartName
+from bench.sources import Folder, Parquet, Part, PartName, Stored
 
 if TYPE_CHECKING:
     from bench.cards import Card
@@ -29,6 +30,12 @@ def read(card: Card, part: PartName) -> Part:
         found = _digits(card)
     if not len(found.labels):
         raise BenchError(f"card {card.name}: the {part} part ({found.origin}) is empty")
+    if isinstance(source, Stored) and source.resize:
+        height, width = card.shape[1:]
+        remark = f"shorter side resized to {source.resize} (bilinear), centre {height}x{width} cut out"
+        if part == "train":
+            note(f"card {card.name}: {remark}")
+        found = replace(found, origin=f"{found.origin}; {remark}")
     return found
 
 
