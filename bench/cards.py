@@ -22,9 +22,12 @@ from pydantic.dataclasses import dataclass as checked
 
 from bench import limits, readers
 from bench.errors import BenchError, unknown
+from bench.folders import class_names
+from bench.parquet_files import agreed
 from bench.pictures import Pictures
+from bench.sources import Digits, Part, PartName, Source, has, same
 
-SplitName = readers.PartName
+SplitName = PartName
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 LARGEST = limits.MB  # of a card
 _Side = Annotated[int, Field(ge=1, le=16_384)]
@@ -83,7 +86,7 @@ class Card:
 
     # The name is part of folder names, so it must not lead out of them.
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    source: readers.Source
+    source: Source
     shape: tuple[_Side, _Side, _Side]
     levels: Annotated[int, Field(ge=2, le=256)] = 256
     classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or how many; default: names of folders
@@ -105,16 +108,16 @@ class Card:
             if getattr(self, key) and len(getattr(self, key)) != self.shape[0]:
                 raise ValueError(f"{key}: {len(getattr(self, key))} values for {self.shape[0]} channels")
         for name in self.splits:
-            if readers.has(self.source, name):
+            if has(self.source, name):
                 raise ValueError(f"splits.{name}: the source has its own {name} part, which is taken whole")
-        if not isinstance(self.source, readers.Digits):
+        if not isinstance(self.source, Digits):
             if self.shape[0] not in (1, 3):
                 raise ValueError(f"shape: pictures have 1 or 3 channels, not {self.shape[0]}")
             if self.levels != 256:
                 raise ValueError("levels: pictures have 256")
             if 0 < self.source.resize < max(self.shape[1:]):
                 raise ValueError(f"source.resize: {self.source.resize} is less than the shape's side")
-        if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
+        if len(self.classes) == 1 or len(set(map(same, self.classes))) != len(self.classes):
             raise ValueError("classes: two at least, all different")
         if len({f"{r:g}" for r in self.radii}) < len(self.radii) or list(self.radii) != sorted(self.radii):
             raise ValueError("radii: rising, and not printed alike")
@@ -137,7 +140,14 @@ class Split:
     images: NDArray[np.uint8] | Pictures
     labels: NDArray[np.int64]
     levels: int
-    origin: str = ""  # where the data were found, for the record
+    found: str = ""  # where, and what was left out or reordered
+    names: tuple[str, ...] = ()  # of the classes in the data, in the order of the labels; empty where it has none
+
+    @property
+    def origin(self) -> str:
+        """Where the data were found, for the record, and what was left out, reordered or converted."""
+        changes = self.images.changes() if isinstance(self.images, Pictures) else ""
+        return "; ".join(filter(None, (self.found, changes)))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -203,6 +213,7 @@ def load_card(name: str) -> Card:
         if "home" in keys:
             raise BenchError(f"{path}: home: not a key of a card")
         card = TypeAdapter(Card).validate_python(keys | {"home": path.parent})
+        card = replace(card, classes=card.classes or class_names(card))
     except OSError as e:
         raise BenchError(f"{path}: {e.strerror}") from None
     except ValidationError as e:
@@ -214,7 +225,6 @@ def load_card(name: str) -> Card:
         raise BenchError(f"{path}: not TOML: {e}") from None
     return replace(
         card,
-        classes=card.classes or readers.class_names(card),
         mean=card.mean or (0.5,) * card.shape[0],
         std=card.std or (0.25,) * card.shape[0],
         bases=card.bases or {"vit": _small_vit(card.shape)},
@@ -247,19 +257,20 @@ def load_splits(card: Card, *names: SplitName) -> list[Split]:
     part: test, then validation, then train is the rest. Raises BenchError where the data are absent or not as the
     card says.
     """
-    parts: dict[SplitName, readers.Part] = {}
+    parts: dict[SplitName, Part] = {}
     cut: dict[str, NDArray[np.int64]] = {}
     splits = []
     for name in names:
-        own = name if readers.has(card.source, name) else "train"
+        own = name if has(card.source, name) else "train"
         if own not in parts:
             parts[own] = readers.read(card, own)
         part = parts[own]
-        whole = Split(name, part.images, part.labels, card.levels, part.origin)
+        whole = Split(name, part.images, part.labels, card.levels, part.origin, part.names)
         if own == "train":
             cut = cut or _cut(card, len(whole))
             whole = whole.select(cut[name])
         splits.append(whole)
+    agreed(card, [part.names for part in parts.values()])
     return splits
 
 
@@ -267,7 +278,7 @@ def _cut(card: Card, rows: int) -> dict[str, NDArray[np.int64]]:
     """The rows of the train part that go to train and to each split the source has not."""
     sizes: dict[str, int] = {}
     for name in SPLIT_OFF:
-        if not readers.has(card.source, name):
+        if not has(card.source, name):
             sizes[name] = card.splits.get(name, max(1, min(rows // 10, CUT)))
     if sum(sizes.values()) >= rows:
         asked = " and ".join(f"{size} for {name}" for name, size in sizes.items())

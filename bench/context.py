@@ -18,8 +18,8 @@ from bench.errors import BenchError
 from bench.hub import MissingFile
 from bench.interface import Access, Base, Defense, Part
 from bench.plan import Plan
+from bench.plugin_source import source_sha256
 from bench.settings import configured
-from bench.sources import source_sha256
 
 
 @dataclass(frozen=True)

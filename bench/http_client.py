@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from threading import Thread
 from time import monotonic, sleep, time
 from typing import TypeVar
 
 import httpx2
 from pydantic import ValidationError
 
+from bench import limits
 from bench.errors import BenchError, one_line
 
 TOKEN = "CERTBENCH_HTTP_TOKEN"
@@ -70,7 +69,7 @@ class Client:
         began = monotonic()
         for pause in (*PAUSES, None):
             try:
-                answer = _within(LONGEST, lambda: self._exchange(url, body, headers, most))
+                answer = limits.within(LONGEST, lambda: self._exchange(url, body, headers, most))
                 if 200 <= answer.status < 300:
                     return read(answer)
                 why = self._status(answer)
@@ -116,28 +115,6 @@ class Client:
         if 300 <= answer.status < 400:
             mend = "; give the address that it leads to"
         return f"HTTP {answer.status}{f' ({said})' if said else ''}{mend}"
-
-
-def _within(seconds: float, call: Callable[[], _T]) -> _T:
-    """What ``call`` returns or raises. Raises TimeoutError where it takes longer: it is then left alone, and dies.
-
-    A server that sends a byte now and then is never silent, so no timeout of a read ends it.
-    """
-    done: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as e:
-            done.set_exception(e)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        return done.result(seconds)
-    except TimeoutError:
-        if done.done():  # its own
-            raise
-        raise TimeoutError(f"no whole answer in {seconds:.0f} s") from None
 
 
 def _retry_after(value: str, otherwise: float) -> float:

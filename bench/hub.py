@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from bench import limits
 from bench.errors import BenchError, one_line
 
 Kind = Literal["model", "dataset"]
 # A commit, tag or branch. It becomes a path in the hub's cache, so it must not lead out of there.
 REVISION = r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$"
+
+WAIT = 5.0  # seconds for the hub to answer at all, unless HF_HUB_ETAG_TIMEOUT says otherwise
+PAUSE = 30.0  # seconds for which an endpoint out of reach is not asked again: a data set may have many files
+_failed: dict[str | None, tuple[float, str]] = {}  # endpoint -> when it was out of reach, and why
 
 
 class MissingFile(BenchError):
@@ -54,13 +61,15 @@ def fetch(repo: str, filename: str, revision: str, kind: Kind, mend: str = "") -
             with suppress(errors.LocalEntryNotFoundError):
                 return get(local=True)
         if not unreachable:
-            # Asked beforehand, since without a network the download itself tries for half a minute, aloud.
+            # Asked beforehand, since without a network the download itself retries noisily for half a minute. Limited
+            # as a whole: the library's timeout leaves out the look-up of the host's name, which takes a minute where
+            # no name server answers.
             try:
                 url = hf_hub_url(repo, filename, repo_type=kind, revision=revision, endpoint=endpoint)
-                get_hf_file_metadata(url, endpoint=endpoint)
+                unreachable = _out_of_reach(endpoint, lambda: get_hf_file_metadata(url, endpoint=endpoint))
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
                 raise
-            except Exception as e:  # no network, a proxy, the hub is down: httpx's types differ between versions
+            except errors.HfHubHTTPError as e:  # a proxy's answer, or the hub is down
                 unreachable = one_line(e)
         return get(local=bool(unreachable))
     except errors.GatedRepoError:
@@ -81,6 +90,27 @@ def fetch(repo: str, filename: str, revision: str, kind: Kind, mend: str = "") -
 def commit(path: Path) -> str:
     """The commit a fetched file belongs to: the cache keeps it at snapshots/<commit>/<filename>."""
     return path.parts[len(path.parts) - path.parts[::-1].index("snapshots")]
+
+
+def _out_of_reach(endpoint: str | None, ask: Callable[[], object]) -> str:
+    """Why ``endpoint`` does not answer ``ask``; empty where it does. Raises what it answers if that is an error."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    given = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
+    seconds = float(given) if given.isdigit() and int(given) else WAIT
+    when, why = _failed.get(endpoint, (-PAUSE, ""))
+    if time.monotonic() - when >= PAUSE:
+        try:
+            limits.within(seconds, ask)
+            return ""
+        except (HfHubHTTPError, EntryNotFoundError):
+            raise
+        except TimeoutError:
+            why = f"no answer in {seconds:.0f} s; HF_HUB_ETAG_TIMEOUT sets how long to wait"
+        except Exception as e:  # httpx's types differ between versions
+            why = one_line(e)
+        _failed[endpoint] = time.monotonic(), why
+    return why
 
 
 def _offline() -> bool:

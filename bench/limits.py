@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
+from typing import TypeVar
 
 from bench.errors import BenchError
 
@@ -13,6 +16,8 @@ MB = 2**20
 RUN = 64 * MB  # bytes of a run.json; a million images take 10 MB
 CERTIFICATE = 10_000  # bytes of a line of certificates.jsonl
 LOG = 16 * MB  # bytes of a log that are looked at, from its end: months, at a line every half a minute
+
+_T = TypeVar("_T")
 
 
 def contents(path: Path, most: int, mend: str = "the most that is read of such a file; make it smaller") -> bytes:
@@ -56,3 +61,25 @@ def lines(path: Path, longest: int) -> Iterator[bytes]:
             if len(line) > longest:
                 raise BenchError(f"{path}:{number}: a line of more than {longest:,} bytes; bench writes none such")
             yield line
+
+
+def within(seconds: float, call: Callable[[], _T]) -> _T:
+    """Return what ``call`` returns. Raises TimeoutError where it takes longer; its thread is then left to end.
+
+    A server that sends a byte now and then is never silent, so no timeout of a read ends it.
+    """
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as e:
+            done.set_exception(e)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():  # its own
+            raise
+        raise TimeoutError(f"no whole answer in {seconds:.0f} s") from None

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from bench.errors import BenchError, one_line, unknown
-from bench.sources import own_modules, source_sha256
+from bench.plugin_source import own_modules, source_sha256
 
 if TYPE_CHECKING:
     from bench.interface import Defense
@@ -91,7 +91,7 @@ def _read(name: str, path: Path, where: str) -> Listed:
 
 
 def load(name: str) -> tuple[type[Defense], str]:
-    """The class of a defense and the hash of its source (see ``sources.source_sha256``).
+    """The class of a defense and the hash of its source (see ``plugin_source.source_sha256``).
 
     Raises BenchError saying which file failed and why.
     """

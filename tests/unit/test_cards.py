@@ -37,12 +37,21 @@ def test_every_card_that_comes_with_certbench_is_valid_without_its_data(monkeypa
     cards = {name: load_card(name) for name in card_files()}
     assert {name: len(card.classes) for name, card in cards.items()} == {"cifar10": 10, "digits": 10, "imagenet": 1000}
     assert {card.name for card in cards.values()} == set(cards)
+    # Part of every record's identity: a reader may gain checks, but these must not move.
+    assert {name: card.sha256()[:12] for name, card in cards.items()} == {
+        "cifar10": "e50c4dacb626",
+        "digits": "aaeb6740f84c",
+        "imagenet": "cc7e438d0d21",
+    }
 
 
-def test_digits_split_is_as_before_cards_had_readers() -> None:
+def test_digits_split_is_as_before_cards_had_readers(capsys: pytest.CaptureFixture[str]) -> None:
     train, validation, test = load_splits(load_card("digits"), "train", "validation", "test")
     assert (len(train), len(validation), len(test)) == (997, 300, 500)
-    assert train.sha256().startswith("10d2cdb3a192")
+    assert train.sha256() == "10d2cdb3a192b79f1bfea81f8ab9dcc1908d3db9bbf332cf298fd1fa63fdc5fd"
+    assert validation.sha256() == "81e7f14990de6b3efc1aa89808fa71def54ea4300cf7430b3d74b3881a67121e"
+    assert test.sha256() == "2dc276db57edfef5e91e31ca2175613d77104f95f48d0d217debb58a11cab8e2"
+    assert test.origin == "scikit-learn" and capsys.readouterr().err == ""
     assert test.sha256([1, 2]).startswith("7ac95d38fc88")
     assert test.integers([0, 1]).dtype == np.uint8
     np.testing.assert_array_equal(test.pixels([3]), test.integers([3]).astype(np.float32) / np.float32(16))
@@ -150,6 +159,9 @@ def test_cifar10_from_the_local_folder(cifar: Any) -> None:
     train, validation, test = load_splits(cifar, "train", "validation", "test")
     assert (len(train), len(validation), len(test)) == (45000, 5000, 9000)
     assert test.origin == "$CERTBENCH_DATA/cifar10"
+    assert train.sha256().startswith("87510e381e2f") and test.sha256().startswith("ebda53663b6f")
+    assert test.sha256(range(5)).startswith("6bdf22f12ec5")
+    assert test.names == ()  # the file names no classes
     first = train.first(500)
     assert first.pixels(slice(None)).shape == (500, 3, 32, 32)
     assert 0.3 < first.pixels(slice(None)).mean() < 0.6

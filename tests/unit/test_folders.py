@@ -47,12 +47,15 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_of_photographs(photos: Path) -> None:
+def test_a_folder_of_photographs(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = load_card(str(photos / "photos.toml"))
     assert card.classes == ("n01", "n02", "n10")
     train, validation, test = load_splits(card, "train", "validation", "test")
     assert (len(train), len(validation), len(test)) == (16, 2, 9)
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    resized = "shorter side resized to 28 (bilinear), centre 24x24 cut out"
+    assert test.origin.endswith(resized) and train.origin.endswith(resized)
+    assert capsys.readouterr().err.count(resized) == 1
     assert train.pixels(slice(None)).shape == (16, 3, 24, 24)
     # The first is 60x40: the shorter side becomes 28, the middle 24x24 is cut out.
     image = Image.open(photos / "photos" / "val" / "n01" / "0.JPEG").resize((42, 28), Image.Resampling.BILINEAR)
@@ -122,7 +125,7 @@ def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
     assert "pipe.png: not a file" in line()
     (root / "val" / "n01" / "pipe.png").unlink()
     shutil.move(root / "val" / "n10", root / "val" / "n11")
-    assert "3 class folders, the card has 3 classes; see 'n10'" in line()
+    assert "3 class folders, the card has 3 classes; not among them: 'n11'; missing: 'n10'" in line()
     shutil.rmtree(root / "val" / "n11")
     (root / "val" / "n10").mkdir()
     assert "n10: no pictures in this class folder" in line()
