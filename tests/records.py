@@ -89,7 +89,7 @@ def made_up(
 
 def _counted(identity: dict[str, Any], index: int, label: int, top: int, wrong: bool) -> Certificate:
     procedure = Fixed(**{k: v for k, v in identity["procedure"].items() if k != "kind"})
-    n0, n = procedure.n0, procedure.n
+    n0, n = procedure.n0 if procedure.target == "selected" else 0, procedure.n
     p_lower, radius = procedure.recompute(identity["sigma"], n, top, identity["noise"]["tau"])
     predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
     second = None if top == n else 9
