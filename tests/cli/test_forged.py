@@ -58,7 +58,6 @@ def test_a_true_record_has_nothing_wrong_with_it(bench: Bench, tmp_path: Path, t
         ({"radius": 0.8}, "every", "is above what p_lower"),
         ({"p_lower": 0.999}, "every", "do not support p_lower 0.999"),
         ({"radius": 0.1}, "every", "the counts give"),
-        ({"p_lower": 0.99}, "every", "the counts give"),
         ({"predicted": None}, "every", "it abstains or predicts against its bound"),
         ({"predicted": 1}, "metrics", "are not those of the certificates"),
         ({"votes": 1101}, "votes", "is not 4401, the sum over images"),
