@@ -66,7 +66,8 @@ def certified(card: str, out: Path, *more: object) -> Runs:
     """The identity and the lines of each run of the half-space, by seed."""
     from bench.cli import main
 
-    args = ("run", "--defense", defense("half_space"), "--dataset", card, "--set", f"threshold={THRESHOLD!r}")
+    known = ("--defense", defense("half_space"), "--set", f"threshold={THRESHOLD!r}")
+    args = ("run", "--dataset", card, *(() if "--defense" in more else known))
     sizes = ("--sigma", SIGMA, "--train-sigma", TRAIN_SIGMA, "--n", N, "--n0", N0, "--examples", 2 * PICTURES)
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in (*args, *sizes, "--out", out, *more)])
@@ -165,6 +166,11 @@ def test_seeds_and_splits_share_no_noise(runs: Runs, card: str, tmp_path: Path) 
     assert len(set(counts.values())) == len(counts) == 6
     again = certified(card, tmp_path, "--split", "validation", "--seed", 1)
     assert again[1,] == runs["grid", "validation", 1]
+
+
+def test_a_defense_is_told_the_sigma_it_is_certified_at(card: str, tmp_path: Path) -> None:
+    ((_, rows),) = certified(card, tmp_path, "--defense", defense("sure_at_sigma"), "--set", f"sigma={SIGMA}").values()
+    assert {for_class_1(row) for row in rows} == {N}
 
 
 @pytest.mark.parametrize("kind", ["fixed", "anytime"])

@@ -15,7 +15,7 @@ from savings import simulate
 from scipy import stats
 
 from bench import bounds
-from bench.anytime import Anytime, Floats, log_wealth, mixture, tabulate
+from bench.anytime import Anytime, Floats, log_wealth, mixture, schedule, tabulate
 from bench.procedures import Counts, Decision, Fixed, Procedure, Target, Votes
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -259,6 +259,24 @@ def test_selected_and_label_target() -> None:
     assert next(label.certify(0.5, label=0)) == Votes("estimate", 64, CONFIG.n - 64)
     decision = play(label.certify(0.5, label=0), {"estimate": sure["estimate"]})
     assert (decision.predicted, decision.radius, decision.n0, decision.votes) == (None, 0.0, 0, 64)
+
+
+def test_looks_are_those_of_the_constants() -> None:
+    assert schedule(replace(CONFIG, n=1000)).tolist() == [*range(64, 1000, 32), 1000]
+    looks = schedule(CONFIG).tolist()
+    for now, later in itertools.pairwise(looks[:-1]):
+        gap = later - now
+        assert gap % 32 == 0 and gap >= 0.02 * now and (gap == 32 or gap - 32 < 0.02 * now)
+    assert looks[-1] == CONFIG.n and schedule(replace(CONFIG, n=64)).tolist() == [64]
+
+
+def test_no_count_below_the_accepted_ones_is_enough() -> None:
+    """W alone decides before the cap: at the least radius, one vote less would not do, nor does giving up matter."""
+    tables = tabulate(CONFIG, 0.5)
+    column, looks = np.array(tables.accept)[:-1, 0], np.array(tables.looks[:-1])
+    p0, enough = tables.p0[0], math.log(1 / (CONFIG.ville_share * CONFIG.alpha))
+    wealth = log_wealth(p0, mixture(CONFIG, p0), column - 1, looks)
+    assert (column <= looks).all() and (wealth < enough + 2e-6).all()
 
 
 def test_radius_zero_is_the_first_threshold() -> None:

@@ -110,6 +110,9 @@ def test_look_up_equals_the_search(sigma: float, levels: int, size: int) -> None
     table = thresholds(sigma, levels)
     words = all_words(table)
     assert np.array_equal(table.values(words), table.search(words))
+    for near in (table.edges, table.edges - np.uint64(1)):
+        below = [int((table.edges <= word).sum()) - table.reach for word in near]
+        assert table.search(near).tolist() == below
     assert np.array_equal(np.diff(table.search(np.sort(words))) >= 0, np.ones(len(words) - 1, bool))
     assert (table.guide == gridnoise.AMBIGUOUS).mean() < 0.03
 
