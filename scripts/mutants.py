@@ -5,8 +5,8 @@
 ``mutants.toml`` lists the mutants: a file, a text that occurs in it once, the text that replaces it, and the tests
 that should then fail. Each mutant is applied to a temporary copy of the tree; the checkout is never changed. The tests
 must pass on an unchanged copy first. A mutant that is listed as surviving says why no test can tell it from the
-original. Exit code 0: all others are killed. 1: one survived, or one listed as surviving was killed. 2: the list does
-not fit the code, or the tests fail without a mutant.
+original. Exit code 0: all others are killed. 1: one survived, one listed as surviving was killed, or one is broken:
+its tests could not run. 2: the list does not fit the code, or the tests fail without a mutant.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_suffix(".toml")
@@ -57,16 +58,17 @@ class Mutant:
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant: whether a test failed, and the first that did."""
+    """What became of a mutant; ``why``: the first test that failed, or what kept the tests from running."""
 
     mutant: Mutant
-    killed: bool
-    by: str
+    state: Literal["killed", "survived", "broken"]
+    why: str
     seconds: float
 
     @property
     def expected(self) -> bool:
-        return self.killed != bool(self.mutant.survives)
+        """Whether the list says so."""
+        return self.state == ("survived" if self.mutant.survives else "killed")
 
 
 def load(path: Path, root: Path) -> list[Mutant]:
@@ -113,15 +115,15 @@ def run_tests(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[s
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--basetemp={tree / '.tmp'}"]
     command = [sys.executable, "-c", PROGRAM, *options, *tests]
     ran = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False, timeout=TIMEOUT)
-    if ran.returncode not in (0, 1) or ran.stderr.startswith("imported "):
+    if ran.returncode not in (0, 1) or (ran.returncode and not first_failure(ran.stdout)):
         raise Failed(f"the tests did not run (exit code {ran.returncode}):\n{ran.stdout[-3000:]}{ran.stderr[-3000:]}")
     return ran
 
 
 def first_failure(output: str) -> str:
-    """Name the test that failed in pytest's output."""
+    """Name the test that failed in pytest's output; empty where none did."""
     lines = (line.split() for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-    return next((words[1] for words in lines if len(words) > 1), "?")
+    return next((words[1] for words in lines if len(words) > 1), "")
 
 
 def attempt(mutant: Mutant, pristine: Path) -> Outcome:
@@ -130,21 +132,23 @@ def attempt(mutant: Mutant, pristine: Path) -> Outcome:
     with copied(pristine) as tree:
         file = tree / mutant.file
         file.write_text(file.read_text().replace(mutant.old, mutant.new))
+        state: Literal["killed", "survived", "broken"]
         try:
             ran = run_tests(tree, mutant.tests)
+            state, why = ("killed", first_failure(ran.stdout)) if ran.returncode else ("survived", "")
         except subprocess.TimeoutExpired:
-            return Outcome(mutant, True, f"no end after {TIMEOUT} s", time.monotonic() - began)
-    by = first_failure(ran.stdout) if ran.returncode else ""
-    return Outcome(mutant, bool(ran.returncode), by, time.monotonic() - began)
+            state, why = "killed", f"timeout of {TIMEOUT} s"
+        except Failed as e:
+            state, why = "broken", str(e)
+    return Outcome(mutant, state, why, time.monotonic() - began)
 
 
 def progress(outcomes: Sequence[Outcome], total: int, began: float) -> str:
     """Describe the last outcome and how long the rest may take."""
     last, left = outcomes[-1], total - len(outcomes)
     seconds = (time.monotonic() - began) / len(outcomes) * left
-    word = "killed" if last.killed else "survived"
     rest = f", about {seconds / 60:.0f} min left" if left else ""
-    return f"{len(outcomes)}/{total} {word}: {last.mutant.name} ({last.seconds:.0f} s){rest}"
+    return f"{len(outcomes)}/{total} {last.state}: {last.mutant.name} ({last.seconds:.0f} s){rest}"
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -152,10 +156,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
     width = max(len(o.mutant.name) for o in outcomes)
     rows = []
     for o in outcomes:
-        said = o.by if o.killed else o.mutant.survives or "NO TEST FAILS"
-        if o.killed and o.mutant.survives:
-            said = f"listed as surviving, but killed by {o.by}"
-        rows.append(f"{o.mutant.name:{width}}  {'killed' if o.killed else 'survived':8}  {said}")
+        said = o.why or o.mutant.survives or "NO TEST FAILS"
+        if o.state == "killed" and o.mutant.survives:
+            said = f"listed as surviving, but killed by {o.why}"
+        rows.append(f"{o.mutant.name:{width}}  {o.state:8}  {said}")
     return "\n".join(rows)
 
 
@@ -177,9 +181,13 @@ def judge(mutants: Sequence[Mutant], root: Path, jobs: int) -> list[Outcome]:
             raise Failed(f"a test fails without any mutant: {first_failure(ran.stdout)}\n{ran.stdout[-3000:]}")
         outcomes, began = list[Outcome](), time.monotonic()
         with ThreadPoolExecutor(jobs) as pool:
-            for future in as_completed([pool.submit(attempt, mutant, pristine) for mutant in mutants]):
-                outcomes.append(future.result())
-                print(progress(outcomes, len(mutants), began), file=sys.stderr, flush=True)
+            try:
+                for future in as_completed([pool.submit(attempt, mutant, pristine) for mutant in mutants]):
+                    outcomes.append(future.result())
+                    print(progress(outcomes, len(mutants), began), file=sys.stderr, flush=True)
+            except BaseException:  # Ctrl-C: do not start the rest
+                pool.shutdown(cancel_futures=True)
+                raise
     return sorted(outcomes, key=lambda o: mutants.index(o.mutant))
 
 
@@ -201,8 +209,9 @@ def main(words: Sequence[str] | None = None, root: Path = ROOT, path: Path = LIS
         return 2
     print(table(outcomes))
     missed = [o for o in outcomes if not o.expected]
-    killed = sum(o.killed for o in outcomes)
-    print(f"{killed} killed, {len(outcomes) - killed} survived, {len(missed)} of them against the list")
+    count = Counter(o.state for o in outcomes)
+    print(", ".join(f"{count[state]} {state}" for state in ("killed", "survived", "broken")))
+    print(f"not as listed: {', '.join(o.mutant.name for o in missed) or 'none'}")
     return int(bool(missed))
 
 

@@ -181,6 +181,24 @@ def test_what_is_out_longest_is_copied_once_for_somebody_with_nothing_to_do() ->
     assert run.next(48, spare=False) is None
 
 
+def test_a_copy_is_a_batch_of_its_own() -> None:
+    """A worker that holds a batch is given the copy back whose worker left: it holds two, and is given no third."""
+    dispatcher, one, other = Dispatcher(), Sloppy(), Sloppy()
+    dispatcher.open(0, scheduler("fixed", [0]), 48)
+    dispatcher.join(one)
+    dispatcher.join(other)
+    dispatcher.fill()
+    assert one.has == other.has and len(one.has) == 1
+    dispatcher.leave(other)
+    dispatcher.fill()
+    assert len(one.has) == 2
+    number, batch = one.has.pop()
+    dispatcher.answer(one, number, batch.number, draw(batch), 1.0)
+    dispatcher.fill()
+    assert len(one.has) == 2
+    assert dispatcher.leave(one) == Counter((n, b.number) for n, b in one.has)
+
+
 def test_an_answer_of_another_length_is_refused() -> None:
     run = scheduler("fixed", [0])
     batch = run.next(64)
