@@ -270,13 +270,14 @@ def test_looks_are_those_of_the_constants() -> None:
     assert looks[-1] == CONFIG.n and schedule(replace(CONFIG, n=64)).tolist() == [64]
 
 
-def test_no_count_below_the_accepted_ones_is_enough() -> None:
-    """W alone decides before the cap: at the least radius, one vote less would not do, nor does giving up matter."""
+def test_accepted_counts_are_the_first_that_are_enough() -> None:
+    """W alone decides before the cap: at the least radius one vote less would not do, nor does giving up matter."""
     tables = tabulate(CONFIG, 0.5)
     column, looks = np.array(tables.accept)[:-1, 0], np.array(tables.looks[:-1])
     p0, enough = tables.p0[0], math.log(1 / (CONFIG.ville_share * CONFIG.alpha))
-    wealth = log_wealth(p0, mixture(CONFIG, p0), column - 1, looks)
-    assert (column <= looks).all() and (wealth < enough + 2e-6).all()
+    assert (column <= looks).all()
+    assert (log_wealth(p0, mixture(CONFIG, p0), column, looks) >= enough).all()
+    assert (log_wealth(p0, mixture(CONFIG, p0), column - 1, looks) < enough + 2e-6).all()
 
 
 def test_radius_zero_is_the_first_threshold() -> None:

@@ -64,7 +64,8 @@ def test_survivors_and_wrong_reasons_are_reported(tmp_path: Path, capsys: pytest
     assert "2 killed, 2 survived, 1 broken\nnot as listed: alive, wrong, broken" in out
     assert "1/5 " in err and "min left" in err and "5/5 " in err
     assert (tmp_path / "bench" / "__init__.py").read_text() == CODE  # never the checkout itself
-    assert mutants.main(["--only", "dead"], tmp_path, path) == 0
+    assert mutants.main(["--list", "--only", "dead"], tmp_path, path) == 0
+    assert capsys.readouterr().out == "dead: bench/__init__.py: '2 * x' -> '3 * x'\n"
     assert mutants.main(["--only", "ghost"], tmp_path, path) == 2
 
 

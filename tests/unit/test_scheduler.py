@@ -158,6 +158,18 @@ def test_seconds_are_shared_out_whole() -> None:
     assert sum(c.seconds for _, decided in steps for c in decided) == pytest.approx(len(steps))
 
 
+def test_of_a_second_answer_nothing_is_counted() -> None:
+    run, found, batches = scheduler("fixed", [0, 1]), list[Certificate](), 0
+    while not run.done:
+        batch = run.next(48, spare=False)
+        assert batch is not None
+        found += run.take(batch.number, draw(batch), 1.0)
+        assert run.take(batch.number, draw(batch), 1.0) == []
+        batches += 1
+    assert sum(c.seconds for c in found) == pytest.approx(batches)
+    assert sorted((bare(c) for c in found), key=lambda c: c.index) == [alone("fixed", 0), alone("fixed", 1)]
+
+
 def test_needed_votes_first_then_new_images_then_votes_ahead() -> None:
     run = scheduler("anytime", [0, 1, 2])
     first = run.next(32, spare=False)  # 20 votes select the class of one image: two tiles
