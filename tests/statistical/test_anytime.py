@@ -125,13 +125,13 @@ def test_the_recorded_look_is_the_first_to_reach_the_level(seed: int, p: float) 
 
 
 def test_a_later_look_that_certifies_nothing_more_is_not_recorded() -> None:
-    """The same on one history: every vote agrees up to the first certificate, half of them after it."""
+    """The same on one history, in which every look certifies the least radius with no vote to spare."""
     config = replace(CONFIG, target="label", n=20_000)
     tables = tabulate(config, 0.5)
-    hits = [look if look <= 64 else 64 + (look - 64) // 2 for look in tables.looks]
-    assert tables.accept[0][0] <= 64 == tables.looks[0]
+    hits = [accept[0] for accept in tables.accept]
     decision = play(config.certify(0.5, 0), {"estimate": two_class(hits, tables.looks)})
-    assert (decision.n, decision.top_count) == (64, 64) and decision.votes > 64
+    assert (decision.n, decision.top_count, decision.radius) == (64, hits[0], 0.0)
+    assert decision.predicted == 0 and decision.votes > 64
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,8 @@ def test_votes_that_all_agree_reach_the_largest_radius(config: Fixed | Anytime, 
         except StopIteration as stop:
             decision = stop.value
         assert decision.radius == config.largest_radius(1.0, tau)
+        found = config.recompute(1.0, decision.n, decision.top_count, tau)
+        assert found == (decision.p_lower, decision.radius)
         assert 0 < decision.radius <= bounds.radius(bounds.lower_bound(1000, 1000, config.alpha) - tau, 1.0)
         largest.append(decision.radius)
     assert largest[1] < largest[0]
