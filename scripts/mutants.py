@@ -36,7 +36,11 @@ PROGRAM = """
 import sys, pathlib, bench
 if not pathlib.Path(bench.__file__).resolve().is_relative_to(pathlib.Path.cwd().resolve()):
     sys.exit(f"imported {bench.__file__}, not the copy in {pathlib.Path.cwd()}")
-import pytest
+import hypothesis, pytest
+from hypothesis import Phase
+# The first failing example is enough: it is not made smaller. conftest.py's own profile inherits this.
+hypothesis.settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
+hypothesis.settings.load_profile("mutants")
 sys.exit(pytest.main(sys.argv[1:]))
 """
 

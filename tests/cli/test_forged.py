@@ -13,6 +13,7 @@ from conftest import Result
 from records import made_up
 
 from bench import bounds
+from bench.verify import check_record
 
 Bench = Callable[..., Result]
 COUNTS = [1000, 900, 700, 400]  # votes of 1,000 for the class
@@ -37,11 +38,11 @@ def forge(run: Path, **changes: Any) -> Path:
     return run
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.01])
 @pytest.mark.parametrize("target", ["selected", "label"])
-def test_a_true_record_has_nothing_wrong_with_it(bench: Bench, tmp_path: Path, target: str) -> None:
-    run = made_up(tmp_path, COUNTS, counted=True, procedure=LABEL | {"target": target})
-    from bench.verify import check_record
-
+def test_a_true_record_has_nothing_wrong_with_it(tmp_path: Path, target: str, tau: float) -> None:
+    noise = {"kind": "grid", "version": 1, "tau": tau}
+    run = made_up(tmp_path, COUNTS, counted=True, procedure=LABEL | {"target": target}, noise=noise)
     assert not [f for f in check_record(run) if f.problem]
 
 
