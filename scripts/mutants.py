@@ -126,8 +126,8 @@ def run_tests(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[s
 
 def first_failure(output: str) -> str:
     """Name the test that failed in pytest's output; empty where none did."""
-    lines = (line.split() for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-    return next((words[1] for words in lines if len(words) > 1), "")
+    lines = (line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+    return next((line.partition(" ")[2].partition(" - ")[0] for line in lines), "")
 
 
 def attempt(mutant: Mutant, pristine: Path) -> Outcome:
