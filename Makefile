@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install demo readme test gate baseline slow perf perf-ratio soak
+.PHONY: install demo readme test gate baseline slow perf perf-ratio soak mutants
 
 install: .venv/installed
 
@@ -53,6 +53,10 @@ perf: install
 BASE ?= origin/main
 perf-ratio: install
 	$(BIN)/python tests/ratio.py "$(BASE)"
+
+# Some ten minutes: mistakes made on purpose in a copy of the code, each of which a test must find (scripts/mutants.py).
+mutants: install
+	$(BIN)/python scripts/mutants.py
 
 # Some minutes: five million votes, and ten thousand records resumed over and over. Linux.
 soak: install

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,7 +42,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self._runs: dict[int, _Run] = {}
-        self._with: dict[Worker, set[tuple[int, int]]] = {}  # (run, number) of the batches that each has
+        self._with: dict[Worker, Counter[tuple[int, int]]] = {}  # (run, number) of each one's batches
         self._free: tuple[dict[Worker, None], dict[Worker, None]] = ({}, {})  # workers with none, and with one
 
     def open(self, run: int, scheduler: Scheduler, rows: int, at_once: int | None = None) -> None:
@@ -62,10 +63,10 @@ class Dispatcher:
 
     def join(self, worker: Worker) -> None:
         """Give a worker batches from now on."""
-        self._with[worker] = set()
+        self._with[worker] = Counter()
         self._free[0][worker] = None
 
-    def leave(self, worker: Worker) -> set[tuple[int, int]]:
+    def leave(self, worker: Worker) -> Counter[tuple[int, int]]:
         """Give a worker no more; what it had, returned as (run, number), is handed out again."""
         had = self._with.pop(worker)
         for free in self._free:
@@ -86,7 +87,7 @@ class Dispatcher:
             while free and (found := self._next(spare=not has)) is not None:
                 worker, (run, batch) = next(iter(free)), found
                 del free[worker]
-                self._with[worker].add((run, batch.number))
+                self._with[worker][run, batch.number] += 1
                 if not has:
                     self._free[1][worker] = None
                 worker.send(run, batch)
@@ -108,8 +109,8 @@ class Dispatcher:
         had = self._with.get(worker)
         if had is None:
             return
-        had.discard((run, number))
+        had -= Counter([(run, number)])
         for free in self._free:
             free.pop(worker, None)
-        if len(had) < len(self._free):
-            self._free[len(had)][worker] = None
+        if had.total() < len(self._free):
+            self._free[had.total()][worker] = None

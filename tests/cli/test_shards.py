@@ -18,7 +18,7 @@ from records import costs, made_up
 
 from bench import merge
 from bench.cache import digest
-from bench.shards import shards_in
+from bench.shards import Shard, shards_in
 
 Bench = Callable[..., Result]
 ONE = ("run", "--defense", "none", "--dataset", TINY)
@@ -238,6 +238,30 @@ def shares(out: Path, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
         sha256 = hashlib.sha256(lines.encode()).hexdigest()
         (shard / "run.json").write_text(json.dumps(told | {"shard": f"{i}/2", "certificates_sha256": sha256}))
     return run, [info(shard) for shard in shards_in(run).values()]
+
+
+def test_every_image_is_in_one_shard() -> None:
+    for count, of in ((1, 1), (7, 3), (9, 9), (10, 4)):
+        indices = list(range(100, 100 + count))
+        parts = [Shard(i, of).part(indices) for i in range(1, of + 1)]
+        assert sorted(i for part in parts for i in part) == indices
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_missing_or_unfinished_shard_is_named(bench: Bench, tmp_path: Path) -> None:
+    run, told = shares(tmp_path, cost=costs(300))
+    second = run / "shard-2-of-2"
+    lines = (second / "certificates.jsonl").read_text()
+    (second / "certificates.jsonl").write_text("")
+    (second / "run.json").write_text(json.dumps(told[1] | {"status": "started"}))
+    unfinished = bench("merge", run)
+    assert unfinished.code == 1 and "shard 2/2: 0 of 1 images" in unfinished.err
+    (second / "certificates.jsonl").write_text(lines)
+    assert bench("merge", run).code == 1  # all lines are there, and it was not finished
+    shutil.rmtree(second)
+    missing = bench("merge", run)
+    assert missing.code == 1 and "shard 2/2: not begun" in missing.err
+    assert not (run / "run.json").exists()
 
 
 def test_costs_that_are_not_known_stay_so(bench: Bench, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from savings import simulate
 from scipy import stats
 
 from bench import bounds
-from bench.anytime import Anytime, Floats, log_wealth, mixture, tabulate
-from bench.procedures import Counts, Decision, Fixed, Procedure, Votes
+from bench.anytime import Anytime, Floats, log_wealth, mixture, schedule, tabulate
+from bench.procedures import Counts, Decision, Fixed, Procedure, Target, Votes
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 CONFIG = Anytime(n0=100, n=100_000, alpha=0.001, radii=RADII)
@@ -91,21 +91,87 @@ def test_no_radius_above_clopper_pearson_at_the_decisive_look(n: int, sigma: flo
                 assert full >= p0 and bounds.radius(full, sigma) >= radius
 
 
-@given(st.integers(0, 10**9), st.floats(0.3, 1.0), st.sampled_from([0.25, 0.5, 1.0]))
+@given(st.integers(0, 10**9), st.floats(0.3, 1.0), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0.0, 0.03]))
 @settings(max_examples=150, deadline=None)
-def test_generator_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float) -> None:
+def test_generator_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float, tau: float) -> None:
     config = replace(CONFIG, target="label", n=20_000)
-    tables = tabulate(config, sigma)
+    tables = tabulate(config, sigma, tau)
     steps = np.diff(tables.looks, prepend=0)
     hits: Counts = np.cumsum(np.random.default_rng(seed).binomial(steps, p))
     level, votes = simulate(tables, hits[:, None], (1,))
-    decision = play(config.certify(sigma, 0), {"estimate": two_class(hits.tolist(), tables.looks)})
+    decision = play(config.certify(sigma, 0, tau), {"estimate": two_class(hits.tolist(), tables.looks)})
     assert (decision.p_lower, decision.radius) == tables.result(int(level[0]))
     assert decision.votes == votes[0] >= decision.n
-    assert config.recompute(sigma, decision.n, decision.top_count) == (decision.p_lower, decision.radius)
+    assert config.recompute(sigma, decision.n, decision.top_count, tau) == (decision.p_lower, decision.radius)
     assert (decision.predicted is None) == (decision.p_lower <= 0.5)
     assert decision.radius <= bounds.radius(bounds.lower_bound(decision.top_count, decision.n, config.alpha), sigma)
     assert decision.top_count + decision.runner_up_count == decision.n
+
+
+@given(st.integers(0, 10**9), st.floats(0.5, 1.0))
+@settings(max_examples=50, deadline=None)
+def test_the_recorded_look_is_the_first_to_reach_the_level(seed: int, p: float) -> None:
+    """Later looks with more votes, at which nothing more is certified, are not what the record is about."""
+    config = replace(CONFIG, target="label", n=20_000)
+    tables = tabulate(config, 0.5)
+    hits = np.cumsum(np.random.default_rng(seed).binomial(np.diff(tables.looks, prepend=0), p)).tolist()
+    decision = play(config.certify(0.5, 0), {"estimate": two_class(hits, tables.looks)})
+    if decision.predicted is None:
+        assert decision.n == decision.votes
+        return
+    level = tables.radii.index(decision.radius)
+    first = next(i for i, accept in enumerate(tables.accept) if hits[i] >= accept[level])
+    assert (decision.n, decision.top_count) == (tables.looks[first], hits[first])
+
+
+def test_a_later_look_that_certifies_nothing_more_is_not_recorded() -> None:
+    """The same on one history, in which every look certifies the least radius with no vote to spare."""
+    config = replace(CONFIG, target="label", n=20_000)
+    tables = tabulate(config, 0.5)
+    hits = [accept[0] for accept in tables.accept]
+    decision = play(config.certify(0.5, 0), {"estimate": two_class(hits, tables.looks)})
+    assert (decision.n, decision.top_count, decision.radius) == (64, hits[0], 0.0)
+    assert decision.predicted == 0 and decision.votes > 64
+
+
+@pytest.mark.parametrize(
+    "config", [Fixed(10, 1000, 0.001), replace(CONFIG, n=1000, radii=tuple(k / 8 for k in range(1, 19)))]
+)
+@pytest.mark.parametrize("target", ["selected", "label"])
+def test_votes_that_all_agree_reach_the_largest_radius(config: Fixed | Anytime, target: Target) -> None:
+    config, largest = replace(config, target=target), []
+    for tau in (0.0, 0.05):
+        procedure, counts, wanted = config.certify(1.0, 0, tau), None, None
+        try:
+            while True:
+                wanted = next(procedure) if counts is None else procedure.send(counts)
+                counts = np.array([wanted.count, 0, 0])
+        except StopIteration as stop:
+            decision = stop.value
+        assert decision.radius == config.largest_radius(1.0, tau)
+        found = config.recompute(1.0, decision.n, decision.top_count, tau)
+        assert found == (decision.p_lower, decision.radius)
+        assert 0 < decision.radius <= bounds.radius(bounds.lower_bound(1000, 1000, config.alpha) - tau, 1.0)
+        largest.append(decision.radius)
+    assert largest[1] < largest[0]
+
+
+def test_a_radius_waits_for_all_lower_ones() -> None:
+    """On this grid the counts that W asks for fall with the radius, at 224 votes from 224 to 223 of them."""
+    radii = (*(0.15 * k for k in range(1, 13)), 1.895, 1.9, 2.09, 2.095, 2.385, 2.39)
+    config = replace(CONFIG, n=1000, alpha=0.05, radii=radii, target="label")
+    tables, enough = tabulate(config, 1.0), math.log(1 / (0.8 * 0.05))
+    low, high = (tables.radii.index(r) for r in (1.895, 1.9))
+    votes, hits = np.array(224), np.array(223)
+    for level, passes in ((low, False), (high, True)):
+        p0 = tables.p0[level]
+        assert (log_wealth(p0, mixture(config, p0), hits, votes) > enough) == passes
+    assert all(row == sorted(row) for row in tables.accept)
+    assert config.recompute(1.0, 224, 223)[1] == pytest.approx(1.8)
+    assert config.recompute(1.0, 224, 224)[1] >= 1.9
+    agreed = [look - (look >= 224) for look in tables.looks]
+    decision = play(config.certify(1.0, 0), {"estimate": two_class(agreed, tables.looks)})
+    assert decision.radius >= 2.09 and decision.n > 224
 
 
 def test_lowest_first() -> None:
@@ -195,6 +261,25 @@ def test_selected_and_label_target() -> None:
     assert next(label.certify(0.5, label=0)) == Votes("estimate", 64, CONFIG.n - 64)
     decision = play(label.certify(0.5, label=0), {"estimate": sure["estimate"]})
     assert (decision.predicted, decision.radius, decision.n0, decision.votes) == (None, 0.0, 0, 64)
+
+
+def test_looks_are_those_of_the_constants() -> None:
+    assert schedule(replace(CONFIG, n=1000)).tolist() == [*range(64, 1000, 32), 1000]
+    looks = schedule(CONFIG).tolist()
+    for now, later in itertools.pairwise(looks[:-1]):
+        gap = later - now
+        assert gap % 32 == 0 and gap >= 0.02 * now and (gap == 32 or gap - 32 < 0.02 * now)
+    assert looks[-1] == CONFIG.n and schedule(replace(CONFIG, n=64)).tolist() == [64]
+
+
+def test_accepted_counts_are_the_first_that_are_enough() -> None:
+    """W alone decides before the cap: at the least radius one vote less would not do, nor does giving up matter."""
+    tables = tabulate(CONFIG, 0.5)
+    column, looks = np.array(tables.accept)[:-1, 0], np.array(tables.looks[:-1])
+    p0, enough = tables.p0[0], math.log(1 / (CONFIG.ville_share * CONFIG.alpha))
+    assert (column <= looks).all()
+    assert (log_wealth(p0, mixture(CONFIG, p0), column, looks) >= enough).all()
+    assert (log_wealth(p0, mixture(CONFIG, p0), column - 1, looks) < enough + 2e-6).all()
 
 
 def test_radius_zero_is_the_first_threshold() -> None:

@@ -73,6 +73,13 @@ def test_tau_bounds_the_total_variation(sigma: float, levels: int, size: int) ->
 
 
 @cases
+def test_tau_covers_the_worst_rounding(sigma: float, levels: int, size: int) -> None:
+    """Not only that of the thresholds as they are: each may be off by half of 2^-64, as may the tails."""
+    worst = size * (len(thresholds(sigma, levels).edges) + 2) * (2.0**-65 + 1e-39)
+    assert worst <= tau(sigma, levels, size) <= 1.1 * worst
+
+
+@cases
 def test_distribution_is_the_rounded_gaussian(sigma: float, levels: int, size: int) -> None:
     """Chi-square of 4 million draws; fixed seed, false-alarm rate 1e-6 a case were the seed drawn anew."""
     noise = GridNoise(Noise(0, "test"), sigma, levels)
@@ -103,6 +110,9 @@ def test_look_up_equals_the_search(sigma: float, levels: int, size: int) -> None
     table = thresholds(sigma, levels)
     words = all_words(table)
     assert np.array_equal(table.values(words), table.search(words))
+    for near in (table.edges, table.edges - np.uint64(1)):
+        below = [int((table.edges <= word).sum()) - table.reach for word in near]
+        assert table.search(near).tolist() == below
     assert np.array_equal(np.diff(table.search(np.sort(words))) >= 0, np.ones(len(words) - 1, bool))
     assert (table.guide == gridnoise.AMBIGUOUS).mean() < 0.03
 

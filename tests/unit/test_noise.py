@@ -40,6 +40,22 @@ def test_every_part_of_the_key_counts(one: Vote, other: Vote) -> None:
     assert not torch.equal(base, noise.normals([one], 8, call=1))
 
 
+def test_every_bit_of_the_key_counts() -> None:
+    """Images to 2^32, votes to 2^40, calls to 2^16 and every purpose each have a stream of their own."""
+    noise, seen = Noise(0, "test"), set()
+    powers = (
+        [(1 << b, 0, 0) for b in range(32)] + [(0, 1 << b, 0) for b in range(40)] + [(0, 0, 1 << b) for b in range(16)]
+    )
+    for image, vote, call in [(0, 0, 0), *powers]:
+        seen |= set(noise.words([Vote("estimate", image, vote)], 4, call)[0].tolist())
+    purposes = ("select", "check", "train", "estimate/defense")
+    for purpose in purposes:
+        seen |= set(noise.words([Vote(purpose, 0, 0)], 4)[0].tolist())
+    assert len(seen) == 4 * (1 + len(powers) + len(purposes))
+    long = noise.words([Vote("estimate", 0, 0)], 2**18)[0]  # two MiB of one stream: no block comes twice
+    assert len(np.unique(long)) == len(long)
+
+
 def test_values_are_fixed_for_ever() -> None:
     """Changing the stream would silently change every certificate: bump noise.VERSION with these values."""
     found = Noise(7, "test").normals([Vote("estimate", 5, 11)], 5)[0]
@@ -85,6 +101,9 @@ def test_a_defense_never_sees_the_noise_of_its_input() -> None:
     added = noise.normals(votes, 16).view(2, 1, 4, 4)
     assert not torch.equal(first, second)
     assert not torch.equal(first, added)
+    own = [Vote("estimate/defense", v.image, v.vote) for v in votes]
+    assert torch.equal(first.view(2, 16), noise.normals(own, 16, call=1))
+    assert torch.equal(second.view(2, 16), noise.normals(own, 16, call=2))
     again = VoteDraw(noise, votes[1:], 0.25, CPU)
     assert torch.equal(again.normal(1, 4, 4), first[1:])
 

@@ -82,6 +82,7 @@ class Sloppy:
 
     def send(self, run: int, batch: Batch) -> None:
         self.has.append((run, batch))
+        assert len(self.has) <= 2, "one batch under way and the next"
 
 
 @given(data=st.data())
@@ -119,11 +120,14 @@ def test_any_workers_any_order_losses_and_duplicates(data: st.DataObject) -> Non
         event = data.draw(st.sampled_from(["answer", "twice", "leave", "ghost"])) if trouble > 0 else "answer"
         trouble -= event != "answer"
         if event == "leave":
-            assert dispatcher.leave(worker) == {(n, b.number) for n, b in worker.has}
+            assert dispatcher.leave(worker) == Counter((n, b.number) for n, b in worker.has)
             ghosts += [(worker, n, b) for n, b in worker.has]
             dispatcher.join(Sloppy())
         elif event == "ghost" and ghosts:
-            answer(*ghosts.pop())
+            worker, number, batch = ghosts.pop()
+            if (number, batch) in worker.has:  # a copy: the dispatcher takes the second answer for the copy's
+                worker.has.remove((number, batch))
+            answer(worker, number, batch)
         else:
             number, batch = worker.has.pop(0)  # type: ignore[attr-defined]
             answer(worker, number, batch)
@@ -154,6 +158,18 @@ def test_seconds_are_shared_out_whole() -> None:
     assert sum(c.seconds for _, decided in steps for c in decided) == pytest.approx(len(steps))
 
 
+def test_of_a_second_answer_nothing_is_counted() -> None:
+    run, found, batches = scheduler("fixed", [0, 1]), list[Certificate](), 0
+    while not run.done:
+        batch = run.next(48, spare=False)
+        assert batch is not None
+        found += run.take(batch.number, draw(batch), 1.0)
+        assert run.take(batch.number, draw(batch), 1.0) == []
+        batches += 1
+    assert sum(c.seconds for c in found) == pytest.approx(batches)
+    assert sorted((bare(c) for c in found), key=lambda c: c.index) == [alone("fixed", 0), alone("fixed", 1)]
+
+
 def test_needed_votes_first_then_new_images_then_votes_ahead() -> None:
     run = scheduler("anytime", [0, 1, 2])
     first = run.next(32, spare=False)  # 20 votes select the class of one image: two tiles
@@ -175,6 +191,24 @@ def test_what_is_out_longest_is_copied_once_for_somebody_with_nothing_to_do() ->
     out = [run.next(48, spare=False), run.next(48, spare=False)]
     assert [run.next(48), run.next(48), run.next(48)] == [*out, None]
     assert run.next(48, spare=False) is None
+
+
+def test_a_copy_is_a_batch_of_its_own() -> None:
+    """A worker that holds a batch is given the copy back whose worker left: it holds two, and is given no third."""
+    dispatcher, one, other = Dispatcher(), Sloppy(), Sloppy()
+    dispatcher.open(0, scheduler("fixed", [0]), 48)
+    dispatcher.join(one)
+    dispatcher.join(other)
+    dispatcher.fill()
+    assert one.has == other.has and len(one.has) == 1
+    dispatcher.leave(other)
+    dispatcher.fill()
+    assert len(one.has) == 2
+    number, batch = one.has.pop()
+    dispatcher.answer(one, number, batch.number, draw(batch), 1.0)
+    dispatcher.fill()
+    assert len(one.has) == 2
+    assert dispatcher.leave(one) == Counter((n, b.number) for n, b in one.has)
 
 
 def test_an_answer_of_another_length_is_refused() -> None:
