@@ -14,17 +14,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench import blocks, noise, objectives, registry, spsa, tensors, training, watchdog
+from bench.arithmetic import steady
 from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
 from bench.cards import Split
 from bench.context import BuildContext, Workshop
 from bench.errors import BenchError, DefenseFault, one_line
 from bench.interface import Defense
+from bench.noise import TrainDraw
 from bench.plan import Plan
+
+MERGE_TOLERANCE = 1e-3  # of the largest logit
+_CHECKED = 16  # images on which logits are compared
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Fitted:
     parts: dict[str, str]  # sha256 of each shared part, file and inner defense
     sources: list[str]  # where files of weights trained elsewhere came from
     commits: dict[str, str]  # those of the hub's sources
+    notes: list[str]  # what the defense states about itself
 
 
 @contextmanager
@@ -94,7 +101,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         defense = construct(plan, base, device, workshop)
         load(defense, trained, plan.defense)
     with blame(plan.defense, "in merge"):
-        defense.merge()
+        merge(defense, train, plan, device)
     defense.eval().requires_grad_(False)
     base.check_unchanged(plan.defense)
     meta = trained.meta if trained else {}
@@ -110,7 +117,37 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         used.used,
         used.sources,
         used.commits,
+        workshop.notes,
     )
+
+
+def merge(defense: Defense, data: Split, plan: Plan, device: torch.device) -> None:
+    """Merge a trained defense. Raises DefenseFault where its logits on a noisy block are not what they were.
+
+    Folding weights in float32 changes the last bits of a logit: of timm's models by up to 1e-5 of the largest.
+    """
+    if type(defense).merge is Defense.merge:
+        return
+    rows = np.arange(min(_CHECKED, len(data)))
+    clean = torch.from_numpy(data.pixels(rows)).to(device)
+    noisy = clean + TrainDraw(noise.Noise(0, "check"), 0, len(rows), plan.sigma, device).normal(*clean.shape[1:])
+
+    def logits() -> Tensor:
+        # The randomness of a defense that draws some must be the same at both calls.
+        draw = TrainDraw(noise.Noise(1, "check"), 0, len(rows), plan.sigma, device)
+        with torch.no_grad(), training.fixed_rng(0), steady():
+            return cast(Tensor, defense(noisy, draw)).double()
+
+    before = logits()
+    defense.merge()
+    defense.eval()
+    moved, largest = float((logits() - before).abs().max()), float(before.abs().max())
+    if not moved <= MERGE_TOLERANCE * largest and before.isfinite().all():
+        raise DefenseFault(
+            f"merge() changes its logits: by up to {moved:.3g} on {len(rows)} noisy images, where the largest is "
+            f"{largest:.3g} and {MERGE_TOLERANCE:g} of that is allowed; what is certified must be what was trained: "
+            f"fold in all that logits() uses, or leave it unmerged"
+        )
 
 
 def context_of(defense: Defense) -> BuildContext:

@@ -216,6 +216,7 @@ class Session:
                 "settings": plan.changed,
                 "search": tried,
                 "weights_file": plan.weights and plan.weights.name,
+                "notes": fitted.notes,
             },
         }
 
