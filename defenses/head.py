@@ -14,9 +14,10 @@ from bench.interface import Defense, Draw, Schedule
 class LinearHead(Defense):
     """Linear probing: the layer that turns features into logits is trained, the features stay the base's.
 
-    A base that was distilled into a second head has both trained. The least a white-box defense can change, a comparator of visual prompt tuning (Jia et al. 2022),
-    here on noisy images and from the base's own head instead of a random one. No learning rate is
-    stated for noisy images; ``paper`` has that paper's schedule, and a rate from its search.
+    A base that was distilled into a second head has both trained. The least a white-box defense can
+    change, a comparator of visual prompt tuning (Jia et al. 2022), here on noisy images and from the
+    base's own head instead of a random one. No learning rate is stated for noisy images; ``paper`` has
+    that paper's schedule, and a rate from its search.
     """
 
     family = "PEFT"
