@@ -95,7 +95,7 @@ def _move(defense: torch.nn.Module) -> None:
     with torch.no_grad():
         for p in (p for p in defense.parameters() if p.requires_grad):
             size = float(p.square().mean().sqrt()) or 1.0
-            p += (0.1 * size * torch.randn(p.shape, generator=generator)).to(p)
+            p.add_((0.1 * size * torch.randn(p.shape, generator=generator)).to(p))
 
 
 def _counts(defense: torch.nn.Module, task: Task, order: list[int]) -> dict[int, Certificate]:

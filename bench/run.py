@@ -24,6 +24,7 @@ from bench.identity import examples, identity, make_task, run_name
 from bench.plan import Plan, command
 from bench.runlog import STARTED, Logged, Reporter, log, recording
 from bench.shards import Shard
+from bench.statement import state_base
 from bench.store import Record, read_run, run_folder
 
 
@@ -72,6 +73,7 @@ class Session:
             train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
                 base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights, probe)
+            state_base(base, validation, self.reporter.say, log.warning)
             self._materials[key] = _Materials(train, validation, test, base)
         return self._materials[key]
 

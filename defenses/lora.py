@@ -74,15 +74,10 @@ def obstacle(layer: nn.Module) -> str:
 def _takes_adapter(layer: nn.Module, given: torch.Size, made: torch.Size) -> bool:
     """Whether the output of peft's adapter can be added to the layer's, input and output being of these shapes."""
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.dilation == (1, 1):
-        adapter = nn.Conv2d(
-            layer.in_channels,
-            1,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            device="meta",  # type: ignore[arg-type]
-        )
-        return adapter(torch.empty(given, device="meta")).shape[2:] == made[2:]
+        like: Any = (layer.in_channels, 1, layer.kernel_size, layer.stride, layer.padding)
+        with torch.device("meta"):  # shapes only
+            added: Tensor = nn.Conv2d(*like)(torch.empty(given))
+        return added.shape[2:] == made[2:]
     return isinstance(layer, nn.Linear)
 
 
