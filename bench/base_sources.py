@@ -256,7 +256,7 @@ def _fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Blue
         plan = replace(plan, classes=classes, schedule=None, mean=card.mean, std=card.std)
         with torch.device("meta"):  # shapes only, nothing allocated
             wanted = plan.fresh(classes).model.state_dict()
-        wrong = tensors.mismatches(wanted, tensors.without_prefix(stored, wanted)[0])
+        wrong = tensors.mismatches(wanted, stored)
         if not wrong:
             fits.append(plan)
         elif nearest is None or len(wrong) < nearest[0]:

@@ -56,29 +56,19 @@ class Architecture:
         ``adapt``: timm may rename tensors and resize position embeddings; else all must fit by name and shape.
         Raises BenchError where a tensor of the model is not in the file, or one of the file is not in the model.
         """
-        wanted: dict[str, Tensor] = {}
         if adapt:
             try:
                 model, given = self._adapted(classes, dict(stored), file)
-                return model, _remarks(stored, given, model)
             except BenchError as e:
-                refused = e
-            wanted = self.create(classes).state_dict()
-            # Only now: timm itself knows the prefixes of some published files.
-            renamed, prefix = tensors.without_prefix(stored, wanted)
-            if not prefix:
-                raise BenchError(f"{refused}{tensors.prefix_hint(stored, wanted)}")
-            model, given = self._adapted(classes, renamed, file)
+                hint = tensors.prefix_hint(stored, self.create(classes).state_dict())
+                said = f"{file} does not fit {self.name}: no tensor has the name it has in {self.architecture}"
+                raise BenchError(said + hint if hint else str(e)) from None
         else:
-            model = self.create(classes)
-            wanted = model.state_dict()
-            given, prefix = tensors.without_prefix(stored, wanted)
-            renamed = given
-            tensors.check(f"{file} does not fit {self.name}", wanted, given)
+            model, given = self.create(classes), dict(stored)
+            tensors.check(f"{file} does not fit {self.name}", model.state_dict(), given)
             model.load_state_dict(given)
             _compare(f"{file} in {self.name}", model, given)
-        said = [f"the prefix {prefix!r} of its tensors' names is removed"] if prefix else []
-        return model, said + _remarks(renamed, given, model)
+        return model, _remarks(stored, given, model)
 
     def _adapted(self, classes: int, stored: dict[str, Tensor], file: str) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model as timm loads it, and the tensors that timm loaded. Raises BenchError where they differ."""
@@ -141,5 +131,7 @@ def _remarks(stored: Mapping[str, Tensor], given: Mapping[str, Tensor], model: n
             f"{len(other)} stored tensors dropped or rewritten by timm ({other[0]}{', ...' * (len(other) > 1)})"
         )
     if extra := [k for k in given if k not in state]:
-        said.append(f"{len(extra)} stored tensors belong to no part of the model ({extra[0].partition('.')[0]})")
+        said.append(
+            f"left out, since the model has no such part: {', '.join(sorted({k.partition('.')[0] for k in extra}))}"
+        )
     return sorted(said)

@@ -122,28 +122,6 @@ def _read_shards(index: Path, fetch: Callable[[str], Path]) -> Stored:
     return Stored(merged, {}, digest.hexdigest())
 
 
-def without_prefix(given: Mapping[str, Tensor], wanted: Collection[str]) -> tuple[dict[str, Tensor], str]:
-    """``given`` less a prefix that all its names have and no model's has, and that prefix; empty where there is none.
-
-    Wrappers add them: DataParallel "module.", torch.compile "_orig_mod.", Lightning "model.", transformers
-    "timm_model.". The names that are left must be all of ``wanted``, so nothing is guessed.
-    """
-    names, prefix = list(given), ""
-    while names and not set(wanted) <= {name.removeprefix(prefix) for name in names}:
-        first = names[0].removeprefix(prefix).partition(".")
-        prefix += "".join(first[:2])
-        if not first[2] or not all(name.startswith(prefix) for name in names):
-            return dict(given), ""
-    return {name.removeprefix(prefix): value for name, value in given.items()}, prefix
-
-
-def _prefix_among(given: Collection[str], wanted: Collection[str]) -> str:
-    """A prefix under which ``given`` has every wanted name, among others without it; empty where there is none."""
-    some = next(iter(wanted), "")
-    found = (name.removesuffix(some) for name in given if some and name.endswith(f".{some}"))
-    return next((p for p in found if all(f"{p}{w}" in given for w in wanted)), "")
-
-
 def mismatches(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], may_miss: Collection[str] = ()) -> list[str]:
     """What keeps ``given`` from being loaded where ``wanted`` is; one phrase a key, empty where all fits."""
     wrong = [
@@ -169,11 +147,18 @@ def check(what: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], 
 
 
 def prefix_hint(given: Collection[str], wanted: Collection[str]) -> str:
-    """The end of a refusal of ``given`` where all wanted names are in it behind a prefix; else empty."""
-    prefix = _prefix_among(given, wanted)
+    """The end of a refusal of ``given`` where it has every wanted name, behind a prefix; else empty.
+
+    Wrappers add one: DataParallel "module.", torch.compile "_orig_mod.", Lightning "model.", transformers
+    "timm_model.".
+    """
+    some = next(iter(wanted), "")
+    found = (name.removesuffix(some) for name in given if some and name.endswith(f".{some}"))
+    prefix = next((p for p in found if all(f"{p}{name}" in given for name in wanted)), "")
     if not prefix:
         return ""
-    return (
-        f"; the weights are there with names that begin with {prefix!r}: save them without it, "
-        f"{{k.removeprefix({prefix!r}): v for k, v in tensors.items() if k.startswith({prefix!r})}}"
+    command = (
+        f"from safetensors.torch import load_file, save_file; f = 'model.safetensors'; "
+        f"save_file({{k.removeprefix('{prefix}'): v for k, v in load_file(f).items() if k.startswith('{prefix}')}}, f)"
     )
+    return f'; all are there behind the prefix {prefix!r}, put there by a wrapper; remove it: python -c "{command}"'
