@@ -69,7 +69,8 @@ def card_order(base: str, names: Sequence[Names], classes: Names, card: str) -> 
     if orders:
         return orders[0], f"its logits are put into the order of card {card}, by the names of its classes"
     theirs, ours = (", ".join(part[:3]) + ", ..." * (len(part) > 3) for part in (names[0], classes))
-    if classes == tuple(map(str, range(len(classes)))) and len(names[0]) == len(classes):
+    numbered = classes == tuple(map(str, range(len(classes)))) and not all(name.isdigit() for name in names[0])
+    if numbered and len(names[0]) == len(classes):
         return same, f"it names its classes ({theirs}) and card {card} numbers them: logit 0 is taken for class 0"
     raise BenchError(
         f"{base}: its config names its {len(names[0])} classes (label_names: {theirs}), and card {card} has "
