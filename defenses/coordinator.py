@@ -90,7 +90,11 @@ class Coordinator(Defense):
         what = f"coordinator: encoder {source}"
         found = described(what, read_config(self.context.hub(source, "config.json"), what), "config.json")
         stored, file = tensors.read_stored("model", lambda name: self.context.hub(source, name))
-        model, remarks = found.architecture.load(found.classes, stored.tensors, file, adapt=True)
+        # Its head is not used, and need not be in the file whatever the config says of it.
+        heads = (found.architecture.config or {}).get("classifier") or ""
+        head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
+        classes = found.classes if head in stored.tensors else 0
+        model, remarks = found.architecture.load(classes, stored.tensors, file, adapt=True)
         model.reset_classifier(0)  # type: ignore[operator]
         if self.context.shape[0] not in (1, found.channels):
             raise BenchError(f"{what} takes {found.channels} channels; the images have {self.context.shape[0]}")
