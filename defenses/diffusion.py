@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import diffusers
@@ -243,10 +244,16 @@ def load(context: Context, source: str) -> tuple[nn.Module, Any]:
     try:
         stored, file = tensors.read_stored(stem, lambda name: context.hub(source, name))
     except MissingFile:
+        there = sorted(f.name for f in (Path(source) / stem).parent.glob("*.safetensors"))
+        if there:  # another variant (non_ema) may hold other weights
+            mend = f"it has {', '.join(there)}: save the one that is meant as {stem}.safetensors"
+        else:
+            mend = (
+                "a pickled .bin is refused, since opening it can run code: load it where you trust it, and "
+                "save_pretrained(..., safe_serialization=True)"
+            )
         raise BenchError(
-            f"diffusion: unet={source} has no {stem}.safetensors, no shards of it and no variant fp16 or bf16; a "
-            "pickled .bin is refused, since opening it can run code: load it where you trust it, and "
-            "save_pretrained(..., safe_serialization=True), without variant"
+            f"diffusion: unet={source} has no {stem}.safetensors, no shards and no fp16 or bf16 variant of it; {mend}"
         ) from None
     state = stored.tensors
     for old, new in RENAMED.items():
