@@ -30,7 +30,7 @@ from bench.noise import TrainDraw
 from bench.plan import Plan
 
 MERGE_TOLERANCE = 1e-3  # of the largest logit
-_CHECKED = 16  # images on which logits are compared
+_CHECKED = 8  # images on which logits are compared
 
 
 @dataclass(frozen=True)
