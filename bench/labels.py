@@ -32,7 +32,7 @@ def stated_names(base: str, *configs: Mapping[str, Any]) -> tuple[Names, ...]:
         found.append(_listed(base, "id2label", config.get("id2label")))
         label2id = config.get("label2id")
         if isinstance(label2id, Mapping):
-            found.append(_listed(base, "label2id", {v: k for k, v in label2id.items()}))
+            found.append(_listed(base, "label2id", {str(v): k for k, v in label2id.items()}))
     # ImageNet's descriptions are lists of synonyms.
     found += [tuple(n.partition(",")[0] for n in names) for names in found if any("," in n for n in names)]
     # transformers names classes that nobody named LABEL_0, LABEL_1, ...
@@ -68,7 +68,7 @@ def card_order(base: str, names: Sequence[Names], classes: Names, card: str) -> 
         return same, f"its classes are named and ordered as those of card {card}"
     if orders:
         return orders[0], f"its logits are put into the order of card {card}, by the names of its classes"
-    theirs, ours = (", ".join(part[:3]) + ", ..." * (len(part) > 3) for part in (names[0], classes))
+    theirs, ours = (", ".join(f"{n:.40}" for n in part[:3]) + ", ..." * (len(part) > 3) for part in (names[0], classes))
     numbered = classes == tuple(map(str, range(len(classes)))) and not all(name.isdigit() for name in names[0])
     if numbered and len(names[0]) == len(classes):
         return same, f"it names its classes ({theirs}) and card {card} numbers them: logit 0 is taken for class 0"

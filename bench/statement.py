@@ -8,6 +8,7 @@ from scipy.special import bdtrc
 
 from bench.base import BaseModel, LocalBase
 from bench.cards import Split
+from bench.errors import shown
 
 _IMAGES = 100  # on which clean accuracy is compared with guessing
 _LIKELY = 0.05  # a base that guesses is right at least that often with this probability
@@ -20,13 +21,13 @@ def state_base(base: BaseModel, validation: Split, say: Callable[[str], None], w
     """
     if not isinstance(base, LocalBase):
         return
-    say(described(base))
+    say(shown(described(base)))
     if base.classes < 2 or int(validation.labels.max()) >= base.classes or "trained_on_classes" in base.meta:
         return  # a base of another task
     right, total = base.accuracy(validation, list(range(min(_IMAGES, len(validation)))))
     if guesses(right, total, base.classes):
         warn(
-            f"base {base.name} is right on {right} of {total} clean validation images, which guessing among "
+            f"base {shown(base.name)} is right on {right} of {total} clean validation images, which guessing among "
             f"{base.classes} classes can reach too: compare its input size, mean, std and order of classes, as stated "
             f"above, with those it was trained with"
         )

@@ -73,7 +73,7 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
     size_from = timms
     if "input_size" in stated:
         size_from = f"input_size in {file}"
-        if not args.get("img_size") and list(merged["input_size"]) == list(own["input_size"]):
+        if [*own["input_size"]] == merged["input_size"]:
             size_from += f", which is {timms}: change it there if this model was trained at another size"
     mean_from = file if "mean" in stated and "std" in stated else timms
     names = stated_names(name, config, stated)

@@ -91,9 +91,9 @@ class Coordinator(Defense):
         found = described(what, read_config(self.context.hub(source, "config.json"), what), "config.json")
         stored, file = tensors.read_stored("model", lambda name: self.context.hub(source, name))
         # Its head is not used, and need not be in the file whatever the config says of it.
-        heads = (found.architecture.config or {}).get("classifier") or ""
-        head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
-        classes = found.classes if head in stored.tensors else 0
+        heads = (found.architecture.config or {}).get("classifier")
+        names = [heads] if isinstance(heads, str) else list(heads or ())
+        classes = found.classes if any(f"{name}.weight" in stored.tensors for name in names) else 0
         model, remarks = found.architecture.load(classes, stored.tensors, file, adapt=True)
         model.reset_classifier(0)  # type: ignore[operator]
         if self.context.shape[0] not in (1, found.channels):

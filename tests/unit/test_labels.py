@@ -60,6 +60,9 @@ def test_names_in_the_pretrained_cfg_count_too(tmp_path: Path) -> None:
         ({"label_names": ["red", "red", "blue"]}, "red, red, blue"),
         ({"id2label": {"1": "red", "2": "green", "3": "blue"}}, "must number its classes 0 to 2"),
         ({"label_names": "red"}, "must be a list of names"),
+        ({"label_names": [["red"], {}, None]}, "must be a list of names"),
+        ({"label2id": {"red": [1], "green": {}, "blue": None}}, "must number its classes"),
+        ({"label_names": ["\x1b[2J" * 99, "b", "c"], "label_descriptions": [3]}, "config names its 3 classes"),
     ],
 )
 def test_a_clash_is_refused(tmp_path: Path, stated: dict[str, Any], says: str) -> None:
