@@ -55,9 +55,17 @@ class Classifier(nn.Module):
         # A grey image broadcasts over the model's mean and std.
         return cast(Tensor, self.model((x - self.mean) / self.std))
 
+    def heads(self) -> list[nn.Module]:
+        """The layers that turn features into logits: one, or two where a model was distilled into a second head."""
+        found = self.model.get_classifier()  # type: ignore[operator]
+        return list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+
     def head(self) -> nn.Module:
-        """The layer that turns features into logits."""
-        return cast(nn.Module, self.model.get_classifier())  # type: ignore[operator]
+        """The one layer that turns features into logits. Raises BenchError where there are several."""
+        heads = self.heads()
+        if len(heads) != 1:
+            raise BenchError(f"this base has {len(heads)} heads ({type(self.model).__name__}), not one; use another")
+        return heads[0]
 
 
 class BlackBox(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,15 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from bench import http_base, hub, limits, tensors
-from bench.blueprints import (
-    Blueprint,
-    Weights,
-    architecture_config,
-    check_source,
-    from_config,
-    from_pretrained_cfg,
-    input_size,
-    unwrap,
-)
+from bench import http_base, hub, tensors
+from bench.blueprints import Blueprint, Weights, card_size, from_config, from_described, unwrap
 from bench.cards import Card
-from bench.errors import BenchError, one_line, unknown
+from bench.errors import BenchError, unknown
 from bench.interface import Access, Schedule
+from bench.timm_configs import architecture_config, check_source, from_pretrained_cfg, input_size, read_config
 
-_WEIGHTS_FILE = "model.safetensors"
-LARGEST = 16 * limits.MB  # of a config.json
+_STEM, _CONFIG = "model", "config.json"
+_WEIGHTS_FILE = f"{_STEM}.safetensors"
 _KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or http://HOST/v2/models/NAME"
 
 
@@ -57,9 +49,11 @@ def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False)
     if name.startswith("timm:"):
         _timm_config(name.removeprefix("timm:"), name)
     elif Path(name).is_dir():
-        for needed in ("config.json", _WEIGHTS_FILE):
-            if not (Path(name) / needed).is_file():
-                raise _not_in(f"folder {name}", needed)
+        if not (Path(name) / _CONFIG).is_file():
+            raise _not_in(f"folder {name}", _CONFIG)
+        if not [*Path(name).glob(f"{_STEM}.*safetensors*")]:
+            others = sorted(f.name for f in Path(name).glob("*.safetensors"))
+            raise _not_in(f"folder {name}", _WEIGHTS_FILE, others)
     elif Path(name).exists() or "/" in name or Path(name).suffix in (".safetensors", *tensors.PICKLED):
         tensors.refuse_pickle(Path(name))
     else:
@@ -83,25 +77,51 @@ def blueprint(card: Card, name: str) -> Blueprint:
         return _published(card, name, name.removeprefix("timm:"), {})
     if hub_id := _hub_id(name):
         repo, _, revision = hub_id.partition("@")
-        config = _fetch(card, repo, "config.json", revision or "main")
+        fetched = _fetch(card, repo, _CONFIG, revision or "main")
         # The weights of the very commit the config is of, whatever is pushed meanwhile.
-        weights = _hub_weights(card, repo, hub.commit(config))
-        return from_config(card, name, _json(config, f"hub id {name}"), weights)
+        weights = _hub_weights(card, repo, hub.commit(fetched))
+        return from_config(card, name, read_config(fetched, f"hub id {name}"), weights, _CONFIG)
     path = Path(name)
+    if path.name == _WEIGHTS_FILE and (path.parent / _CONFIG).is_file():
+        path = path.parent  # one of the two files that make a timm folder
     if path.is_dir():
-        weights = file_weights(path / _WEIGHTS_FILE, adapt=True)
-        return from_config(card, path.resolve().name, _json(path / "config.json", f"folder {path}"), weights)
+        config = read_config(path / _CONFIG, f"folder {path}")
+        return from_config(card, path.resolve().name, config, _folder_weights(path), _CONFIG)
     return _file(card, path)
 
 
-def file_weights(path: Path, adapt: bool) -> Weights:
-    """The weights in a local safetensors file, read when opened; ``adapt`` as in ``Weights``."""
+def file_weights(path: Path, plan: Blueprint) -> Weights:
+    """The weights in a local safetensors file for the base ``plan``, read when opened; they must fit name by name.
+
+    Raises BenchError where the file is one of a timm folder whose config describes another classifier.
+    """
+    if path.name == _WEIGHTS_FILE and (path.parent / _CONFIG).is_file():
+        theirs = blueprint(plan.card, str(path))
+        for key in ("architecture", "size", "mean", "std"):
+            if getattr(theirs, key) != getattr(plan, key):
+                both = f"{key} {getattr(theirs, key)}, and base {plan.name} has {getattr(plan, key)}"
+                raise BenchError(f"--weights {path}: its {_CONFIG} says {both}; give --base {path.parent} instead")
 
     def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
         stored = tensors.read(path)
         return stored.tensors, _file_record(path, stored)
 
-    return Weights(read, adapt)
+    return Weights(read, adapt=False)
+
+
+def _folder_weights(folder: Path) -> Weights:
+    def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        stored, name = tensors.read_stored(_STEM, lambda name: local_file(folder, name))
+        return stored.tensors, _file_record(folder / name, stored)
+
+    return Weights(read, adapt=True)
+
+
+def local_file(folder: Path, name: str) -> Path:
+    """The path of a folder's file. Raises MissingFile where it has none of that name."""
+    if not (folder / name).is_file():
+        raise hub.MissingFile(f"{folder} has no file {name!r}")
+    return folder / name
 
 
 # Recipes and published models ------------------------------------------------------------------------
@@ -120,10 +140,11 @@ def _recipe(card: Card, name: str) -> Blueprint:
     only = tuple(card.classes.index(label) for label in recipe.classes)
     if recipe.pretrained:
         return replace(_published(card, name, recipe.model, recipe.args), schedule=schedule, only=only)
-    size = input_size(card, recipe.args, architecture_config(recipe.model, f"card {card.name}: bases.{name}"))
+    size = input_size(recipe.args, architecture_config(recipe.model, f"card {card.name}: bases.{name}"))
     classes = len(only) or len(card.classes)
-    made = Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, size, classes)
-    return replace(made, schedule=schedule, only=only)
+    made = Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, card_size(card, size), classes)
+    size_from = "the card's recipe" if recipe.args.get("img_size") else f"timm's default for {recipe.model}"
+    return replace(made, schedule=schedule, only=only, size_from=size_from)
 
 
 def _published(card: Card, name: str, model: str, args: dict[str, Any]) -> Blueprint:
@@ -132,7 +153,8 @@ def _published(card: Card, name: str, model: str, args: dict[str, Any]) -> Bluep
     repo = config.get("hf_hub_id")
     if not repo or config.get("hf_hub_filename"):
         raise BenchError(f"base {name}: timm has no safetensors of {model} on the hub, and pickles are refused")
-    return from_pretrained_cfg(card, name, model, args, config, _hub_weights(card, repo, "main"))
+    found = from_pretrained_cfg(f"base {name}", model, args, config)
+    return from_described(card, name, found, _hub_weights(card, repo, "main"))
 
 
 def _timm_config(model: str, name: str) -> dict[str, Any]:
@@ -158,9 +180,14 @@ def _hub_weights(card: Card, repo: str, revision: str) -> Weights:
     """The weights in a hub repository, fetched when opened."""
 
     def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        path = _fetch(card, repo, _WEIGHTS_FILE, revision)
-        stored = tensors.read(path)
-        record = {"kind": "hub", "id": repo, "revision": hub.commit(path), "file": _WEIGHTS_FILE}
+        fetched: list[Path] = []
+
+        def fetch(name: str) -> Path:
+            fetched.append(_fetch(card, repo, name, revision))
+            return fetched[-1]
+
+        stored, name = tensors.read_stored(_STEM, fetch)
+        record = {"kind": "hub", "id": repo, "revision": hub.commit(fetched[-1]), "file": name}
         return stored.tensors, record | {"sha256": stored.sha256}
 
     return Weights(read, adapt=True)
@@ -176,53 +203,64 @@ def _fetch(card: Card, repo: str, filename: str, revision: str) -> Path:
         raise _not_in(f"hub id {repo}", filename) from None
 
 
-def _not_in(where: str, filename: str) -> BenchError:
-    if filename == _WEIGHTS_FILE:
-        return BenchError(
-            f"{where} has no {filename}: pickled weights are refused, since opening one can run code hidden in "
-            f"it; where you trust them, convert them with torch.load(..., weights_only=True) and safetensors' save_file"
-        )
-    return BenchError(f"{where} has no {filename}: it is no timm model")
+def _not_in(where: str, filename: str, others: Sequence[str] = ()) -> hub.MissingFile:
+    if others:
+        return hub.MissingFile(f"{where} has no {filename}, and has {', '.join(others)}: give one of them as --base")
+    if filename == _CONFIG:
+        return hub.MissingFile(f"{where} has no {filename}: it is no timm model")
+    return hub.MissingFile(
+        f"{where} has no {filename}: pickled weights are refused, since opening one can run code hidden in "
+        f"it; where you trust them, convert them with torch.load(..., weights_only=True) and safetensors' save_file"
+    )
 
 
 # Local files -----------------------------------------------------------------------------------------
 
 
 def _file(card: Card, path: Path) -> Blueprint:
-    """A local safetensors file: described by a sidecar or its metadata, or by the recipe its shapes fit."""
+    """A local safetensors file: described by a sidecar, its metadata or its folder, or by the recipe its shapes fit."""
     stored = tensors.read(path)
     record = _file_record(path, stored)
     weights = Weights(lambda: (stored.tensors, record), adapt=True)
     sidecar = next((f for f in (Path(f"{path}.json"), path.with_suffix(".json")) if f.is_file()), None)
+    beside = path.parent / _CONFIG
     if sidecar is not None:
-        config = _json(sidecar, f"file {path}")
+        config, says = read_config(sidecar, f"file {path}"), sidecar.name
     elif "architecture" in stored.metadata:
-        config = {k: _value(v) for k, v in stored.metadata.items()}
+        config, says = {k: _value(v) for k, v in stored.metadata.items()}, "its metadata"
+    elif beside.is_file() and isinstance((config := read_config(beside, f"file {path}")).get("architecture"), str):
+        return from_config(card, path.name, config, weights, _CONFIG)  # one of several weights in a timm folder
     else:
-        fitting = _fitting_recipe(card, path, unwrap(stored.tensors)[0])
-        return replace(fitting, weights=replace(weights, adapt=False), name=path.name)
+        fitting = _fitting_recipe(card, path, stored.tensors)
+        size_from = f"the recipe {fitting.name} that it fits"
+        return replace(fitting, weights=replace(weights, adapt=False), name=path.name, size_from=size_from)
     stated = config.get("pretrained_cfg") or {}
-    if isinstance(stated, dict) and "mean" not in stated:  # else from_config says what is wrong
+    own = isinstance(stated, dict) and "mean" not in stated  # else from_config says what is wrong
+    if own:
         config = {**config, "pretrained_cfg": {**stated, "mean": card.mean, "std": card.std}}
-    return from_config(card, path.name, config, weights)
+    made = from_config(card, path.name, config, weights, says)
+    return replace(made, mean_from="the card") if own else made
 
 
-def _fitting_recipe(card: Card, path: Path, stored: Mapping[str, Tensor]) -> Blueprint:
+def _fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Blueprint:
     """The card's recipe whose tensors have the file's names and shapes, the head's number of classes left open."""
+    stored = unwrap(whole)[0]
     fits: list[Blueprint] = []
     nearest: tuple[int, str] | None = None
     for name in card.bases:
         plan = _recipe(card, name)
         head = f"{architecture_config(plan.architecture, name).get('classifier')}.weight"
-        classes = int(stored[head].shape[0]) if head in stored else len(card.classes)
+        ends = [v for k, v in stored.items() if k == head] or [v for k, v in stored.items() if k.endswith(f".{head}")]
+        classes = len(ends[0]) if ends and ends[0].ndim else len(card.classes)
         # The card's normalisation, whatever the recipe trains from: a bare file states none.
         plan = replace(plan, classes=classes, schedule=None, mean=card.mean, std=card.std)
         with torch.device("meta"):  # shapes only, nothing allocated
-            wrong = tensors.mismatches(plan.fresh(classes).model.state_dict(), stored)
+            wanted = plan.fresh(classes).model.state_dict()
+        wrong = tensors.mismatches(wanted, stored)
         if not wrong:
             fits.append(plan)
         elif nearest is None or len(wrong) < nearest[0]:
-            nearest = len(wrong), f"{wrong[0]} in recipe {name}"
+            nearest = len(wrong), f"{wrong[0]} in recipe {name}{tensors.prefix_hint(stored, wanted)}"
     mend = f"say what it is in {path}.json: timm's config.json, with architecture, model_args, pretrained_cfg"
     if not fits:
         why = nearest[1] if nearest else "it has none"
@@ -235,17 +273,6 @@ def _fitting_recipe(card: Card, path: Path, stored: Mapping[str, Tensor]) -> Blu
 
 def _file_record(path: Path, stored: tensors.Stored) -> dict[str, Any]:
     return {"kind": "file", "file": path.name, "sha256": stored.sha256}
-
-
-def _json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises BenchError beginning with ``what``."""
-    try:
-        value = json.loads(limits.contents(path, LARGEST))
-    except (OSError, ValueError, RecursionError) as e:
-        raise BenchError(f"{what}: {path.name} cannot be read: {one_line(e)}") from None
-    if not isinstance(value, dict):
-        raise BenchError(f"{what}: {path.name} must hold a JSON object")
-    return value
 
 
 def _value(text: str) -> Any:

@@ -21,6 +21,7 @@ from bench.cards import Card, Split
 from bench.errors import BenchError
 from bench.http_base import HTTPBase, is_url
 from bench.interface import Schedule
+from bench.labels import card_order, permute
 from bench.probe import linear_probe, new_head
 
 
@@ -60,14 +61,16 @@ def load_base(
         return HTTPBase(card, name)
     plan, classes = blueprint(card, name), len(card.classes)
     if weights is not None:
-        plan = replace(plan, weights=file_weights(weights, adapt=False), schedule=None, classes=classes)
+        plan = replace(plan, weights=file_weights(weights, plan), schedule=None, classes=classes)
     if plan.weights is None:
         with rng.fixed_rng(0):
             module, source = plan.fresh(plan.classes), {"kind": "trained here"}
     else:
         module, source = plan.load()
-    module = module.to(device)
     meta: dict[str, Any] = {"source": source}
+    if plan.weights is not None and plan.schedule is None and plan.classes == classes:
+        meta["classes"] = _in_card_order(plan, module, probe)
+    module = module.to(device)
     if plan.schedule is not None:
         meta |= _train_clean(plan, plan.schedule, module, train, validation, device, progress)
         plan = replace(plan, classes=plan.made_for)
@@ -77,6 +80,23 @@ def load_base(
         meta |= {"before_probe": base.sha256} | linear_probe(plan, module, train, validation, device, progress)
         base = plan.base(module, meta, device)
     return base
+
+
+def _in_card_order(plan: Blueprint, module: Classifier, used: bool) -> str:
+    """Put the logits of a loaded base into the card's order, as far as its names tell; what is known of it.
+
+    Raises BenchError where names are at odds, unless its head is not ``used``.
+    """
+    card = plan.card
+    try:
+        order, remark = card_order(f"base {plan.name}", plan.names, card.classes, card.name)
+    except BenchError:
+        if used:
+            raise
+        return "its classes are others than the card's, and its head is replaced"
+    if order != sorted(order):
+        permute(f"base {plan.name}", module, order, card.shape)
+    return remark
 
 
 def _train_clean(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from bench import hub, noise, objectives, registry, rng, training, watchdog
 from bench.base import BaseModel
 from bench.cache import Entry, digest, file_sha256
 from bench.cards import Split
-from bench.errors import BenchError
+from bench.errors import BenchError, note
 from bench.hub import MissingFile
 from bench.interface import Access, Base, Defense, Part
 from bench.plan import Plan
@@ -29,6 +29,7 @@ class Workshop:
     train: Split
     progress: training.Progress
     most: int | None = None  # steps of each training, at most
+    notes: list[str] = field(default_factory=list)  # what the defense states; it may be built more than once
 
 
 class BuildContext:
@@ -125,3 +126,9 @@ class BuildContext:
             raise BenchError(f"{name} inside a defense of {self.base.most.name} access needs {cls.needs(made).name}")
         self.used[f"{name} inside"] = digest({"source": source, "config": asdict(made)})
         return cls(self, made)
+
+    def note(self, text: str) -> None:
+        """State something once in the run's first lines and in its record; estimates do not repeat it."""
+        if self._workshop is not None and text not in self._workshop.notes:
+            self._workshop.notes.append(text)
+            note(text)

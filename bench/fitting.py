@@ -14,17 +14,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench import blocks, noise, objectives, registry, rng, spsa, tensors, training, watchdog
+from bench.arithmetic import steady
 from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
 from bench.cards import Split
 from bench.context import BuildContext, Workshop
 from bench.errors import BenchError, DefenseFault, one_line
 from bench.interface import Defense
+from bench.noise import TrainDraw
 from bench.plan import Plan
+
+MERGE_TOLERANCE = 1e-3  # of the largest logit
+_CHECKED = 8  # images on which logits are compared
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Fitted:
     parts: dict[str, str]  # sha256 of each shared part, file and inner defense
     sources: list[str]  # where files of weights trained elsewhere came from
     commits: dict[str, str]  # those of the hub's sources
+    notes: list[str]  # what the defense states about itself
 
 
 @contextmanager
@@ -94,7 +101,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         defense = construct(plan, base, device, workshop)
         with rng.fixed_rng(plan.seed, 1):
             load(defense, trained, plan.defense)
-    merge(plan, defense)
+    merge(defense, train, plan, device)
     defense.requires_grad_(False)
     base.check_unchanged(plan.defense)
     meta = trained.meta if trained else {}
@@ -110,14 +117,42 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         used.used,
         used.sources,
         used.commits,
+        workshop.notes,
     )
 
 
-def merge(plan: Plan, defense: Defense) -> None:
-    """Have a defense fold its adapters in, with the random state fixed by the seed; it ends in eval mode."""
-    with blame(plan.defense, "in merge"), rng.fixed_rng(plan.seed, 2):
-        defense.merge()
+def merge(defense: Defense, data: Split, plan: Plan, device: torch.device) -> None:
+    """Merge a trained defense, with the random state fixed by the seed; it ends in eval mode.
+
+    Raises DefenseFault where its logits on a noisy block are not what they were.
+
+    Folding weights in float32 changes the last bits of a logit: of timm's models by up to 1e-5 of the largest.
+    """
     defense.eval()
+    if type(defense).merge is Defense.merge:
+        return
+    rows = np.arange(min(_CHECKED, len(data)))
+    clean = torch.from_numpy(data.pixels(rows)).to(device)
+    noisy = clean + TrainDraw(noise.Noise(0, "check"), 0, len(rows), plan.sigma, device).normal(*clean.shape[1:])
+
+    def logits() -> Tensor:
+        # The randomness of a defense that draws some must be the same at both calls.
+        draw = TrainDraw(noise.Noise(1, "check"), 0, len(rows), plan.sigma, device)
+        with torch.no_grad(), rng.fixed_rng(0), steady():
+            return cast(Tensor, defense(noisy, draw)).double()
+
+    with blame(plan.defense, "in merge"):
+        before = logits()
+        with rng.fixed_rng(plan.seed, 2):
+            defense.merge()
+        defense.eval()
+        moved, largest = float((logits() - before).abs().max()), float(before.abs().max())
+        if not moved <= MERGE_TOLERANCE * largest and before.isfinite().all():
+            raise DefenseFault(
+                f"merge() changes its logits: by up to {moved:.3g} on {len(rows)} noisy images, where the largest is "
+                f"{largest:.3g} and {MERGE_TOLERANCE:g} of that is allowed; what is certified must be what was "
+                f"trained: fold in all that logits() uses, or leave it unmerged"
+            )
 
 
 def context_of(defense: Defense) -> BuildContext:

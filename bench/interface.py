@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from bench.errors import DefenseFault
+
 
 class Access(IntEnum):
     """What a defense needs of the base classifier's trained weights."""
@@ -182,6 +184,13 @@ class Context(Protocol):
         """Another defense as a component, on the same base, with its preset's Config and these changes."""
         ...
 
+    def note(self, text: str) -> None:
+        """State in the run's first lines and in its record what a reader of the results must know.
+
+        For example that only some of the base's layers could be adapted.
+        """
+        ...
+
 
 class Defense(nn.Module):
     """Base class of every defense. A plug-in must write ``logits``; the rest has defaults.
@@ -228,16 +237,31 @@ class Defense(nn.Module):
         return config
 
     def fit(self, job: Job) -> None:
-        """Train. The default minimises ``loss`` over all that requires a gradient; nothing does: nothing happens."""
-        if any(p.requires_grad for p in self.parameters()):
-            job.train(self, lambda x, y, draw: self.loss(x, y, draw, job), self.schedule())
+        """Train. The default minimises ``loss`` over all that requires a gradient; nothing does: nothing happens.
+
+        Raises DefenseFault where there is something to train and ``schedule`` gives no Schedule.
+        """
+        trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        if not trained:
+            return
+        schedule = self.schedule()
+        if not isinstance(schedule, Schedule):
+            raise DefenseFault(
+                f"it has {len(trained)} parameters to train ({trained[0]}, ...) and no learning rate or epochs: "
+                f"make its Config a Schedule, `class Config(Schedule)`, write fit(), or, where they are not to be "
+                f"trained, call requires_grad_(False) in build()"
+            )
+        job.train(self, lambda x, y, draw: self.loss(x, y, draw, job), schedule)
 
     def loss(self, x: Tensor, y: Tensor, draw: Draw, job: Job) -> Tensor:
         """The training loss of clean pixels ``x``; the default is the job's objective on ``logits``."""
         return job.objective(self.logits, x, y, draw)
 
     def merge(self) -> None:
-        """Fold adapters into their layers; called once after fit or load."""
+        """Fold adapters into their layers; called once after fit or load.
+
+        The logits must stay those that were trained: the harness compares a block of them before and after.
+        """
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         """Logits [B, classes] of noisy, unclipped pixels x [B, C, H, W]: a function of each image alone.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench import objectives, rng, training
+from bench import objectives, rng, tensors, training
 from bench.base import Classifier, state_sha256
 from bench.blueprints import Blueprint
 from bench.cache import Entry
@@ -41,6 +41,7 @@ def linear_probe(
     card, classes = plan.card, len(plan.card.classes)
     start = state_sha256(module)
     head = new_head(module, classes, device)
+    prefix = next(name for name, m in module.named_modules() if m is head)
     identity = plan.describe() | {
         "start": start,
         "probe": asdict(PROBE),
@@ -76,8 +77,10 @@ def linear_probe(
                 head.bias.sub_(head.weight @ torch.from_numpy(center).to(device))
             accuracy = plan.accuracy(module, validation, device)
             meta = {"probe_seconds": sum(spent), "probe_validation_clean_accuracy": accuracy}
-            prefix = next(name for name, m in module.named_modules() if m is head)
             trained = entry.save({f"{prefix}.{k}": v for k, v in head.state_dict().items()}, meta)
+    tensors.check(
+        f"the probe of base {plan.name}", {f"{prefix}.{k}": v for k, v in head.state_dict().items()}, trained.state
+    )
     module.load_state_dict(trained.state, strict=False)
     keep = {k: trained.meta[k] for k in ("probe_seconds", "probe_validation_clean_accuracy")}
     return keep | {"probe": asdict(PROBE), "probed_from_classes": plan.classes}

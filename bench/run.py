@@ -26,6 +26,7 @@ from bench.placed import Placed, check_apart
 from bench.plan import Plan, command
 from bench.runlog import STARTED, Logged, Reporter, log, recording
 from bench.shards import Shard
+from bench.statement import state_base
 from bench.store import Record, read_run, run_folder
 
 
@@ -74,6 +75,7 @@ class Session:
             train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
                 base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights, probe)
+            state_base(base, validation, self.reporter.say, log.warning)
             self._materials[key] = _Materials(train, validation, test, base)
         return self._materials[key]
 
@@ -237,6 +239,7 @@ class Session:
                 "settings": plan.changed,
                 "search": tried,
                 "weights_file": plan.weights and plan.weights.name,
+                "notes": fitted.notes,
             },
         }
 
@@ -247,7 +250,7 @@ class Session:
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, split, self.device), self._shared_out(plan, split)
         with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
-            fitting.merge(plan, defense)  # as it certifies
+            fitting.merge(defense, train, plan, self.device)  # as it certifies
             task = blocks.fitting_block(defense, task, indices[0])
             model = arithmetic.model(defense, plan.arithmetic, self.device)
             at_once = self.threads if self.device.type == "cpu" else 1

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from bench import tensors
 from bench.autoencoder import MaskedAutoencoder, PatchEncoder, resized
-from bench.blueprints import check_source
 from bench.errors import BenchError, one_line
 from bench.interface import Access, Defense, Draw, Job, Step
 from bench.spsa import SPSA, Diverged, Gains, Replay
+from bench.timm_configs import described, read_config
 
 
 class Coordinator(Defense):
@@ -89,22 +87,33 @@ class Coordinator(Defense):
             self.decoder = patch_decoder(cast(PatchEncoder, self.encoder), self.context.shape[0])
 
     def _stored_encoder(self, source: str) -> nn.Module:
+        what = f"coordinator: encoder {source}"
+        found = described(what, read_config(self.context.hub(source, "config.json"), what), "config.json")
+        stored, file = tensors.read_stored("model", lambda name: self.context.hub(source, name))
+        # Its head is not used, and need not be in the file whatever the config says of it.
+        heads = (found.architecture.config or {}).get("classifier")
+        names = [heads] if isinstance(heads, str) else list(heads or ())
+        classes = found.classes if any(f"{name}.weight" in stored.tensors for name in names) else 0
+        model, remarks = found.architecture.load(classes, stored.tensors, file, adapt=True)
+        model.reset_classifier(0)  # type: ignore[operator]
+        if self.context.shape[0] not in (1, found.channels):
+            raise BenchError(f"{what} takes {found.channels} channels; the images have {self.context.shape[0]}")
+        encoder = StoredEncoder(model.eval().requires_grad_(False), found.mean, found.std, found.size)
         try:
-            config = json.loads(self.context.hub(source, "config.json").read_text())
-            stated = config.get("pretrained_cfg") or config
-            check_source(f"coordinator: encoder {source}", config["architecture"], config.get("model_args", {}))
-            model = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
-            encoder = StoredEncoder(model, stated["mean"], stated["std"], stated["input_size"])
-        except BenchError:
-            raise
-        except Exception as e:  # a config is somebody else's: timm raises whatever it likes
+            features = model.forward_features(torch.zeros(1, found.channels, *found.size))  # type: ignore[operator]
+        except Exception as e:  # timm raises whatever it likes
+            raise BenchError(f"{what} cannot take images of {found.size}: {one_line(e)}") from None
+        token = getattr(model, "cls_token", None)
+        if not isinstance(token, Tensor) or not isinstance(features, Tensor) or features.ndim != 3:
+            kind = type(model).__name__
             raise BenchError(
-                f"coordinator: encoder {source} is no timm ViT with a config.json: {one_line(e)}"
-            ) from None
-        stored = tensors.read(self.context.hub(source, "model.safetensors")).tensors
-        tensors.check(f"coordinator: encoder {source}", model.state_dict(), stored)
-        model.load_state_dict(stored)
-        return encoder.eval().requires_grad_(False)
+                f"{what}: this {kind} has no class token, which the prompt is made of; give a ViT that has one, as "
+                f"timm/vit_base_patch16_224.mae, or leave encoder out"
+            )
+        height, width = found.size
+        resized_to = f"images are resized to {height}x{width}, mean and std are from {found.mean_from}"
+        self.context.note("; ".join([f"{what}: {resized_to}", *remarks]))
+        return encoder
 
     def _evaluations(self) -> int:
         probes: int = self.config.probes
@@ -270,9 +279,11 @@ class StoredEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: list[float], std: list[float], size: list[int]) -> None:
+    def __init__(
+        self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: tuple[int, int]
+    ) -> None:
         super().__init__()
-        self.model, self.size, self.width = model, size[-2:], int(model.num_features)  # type: ignore[arg-type]
+        self.model, self.size, self.width = model, list(size), int(model.num_features)  # type: ignore[arg-type]
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import diffusers
@@ -21,7 +22,7 @@ from bench.interface import Access, Context, Defense, Draw, Job, Part, Schedule
 # diffusers' own types stop at its decorators.
 UNET: Any = diffusers.UNet2DModel
 DDPM: Any = diffusers.DDPMScheduler
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Attention layers as diffusers named them before 0.13, when google/ddpm-cifar10-32 was published.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -239,19 +240,28 @@ def load(context: Context, source: str) -> tuple[nn.Module, Any]:
             f"diffusion: unet={source}: its scheduler {plan.get('_class_name')} (predicting {prediction}) must have "
             f"alphas_cumprod and predict {', '.join(PREDICTIONS)}"
         )
-    weights = name.removesuffix("config.json") + WEIGHTS
+    stem = name.removesuffix("config.json") + WEIGHTS
     try:
-        file = context.hub(source, weights)
+        stored, file = tensors.read_stored(stem, lambda name: context.hub(source, name))
     except MissingFile:
+        there = sorted(f.name for f in (Path(source) / stem).parent.glob("*.safetensors"))
+        if there:  # another variant (non_ema) may hold other weights
+            mend = f"it has {', '.join(there)}: save the one that is meant as {stem}.safetensors"
+        else:
+            mend = (
+                "a pickled .bin is refused, since opening it can run code: load it where you trust it, and "
+                "save_pretrained(..., safe_serialization=True)"
+            )
         raise BenchError(
-            f"diffusion: unet={source} has no {weights}; a pickled .bin is refused, since opening it can run "
-            "code: load it where you trust it, and save_pretrained(..., safe_serialization=True)"
+            f"diffusion: unet={source} has no {stem}.safetensors, no shards and no fp16 or bf16 variant of it; {mend}"
         ) from None
-    state = tensors.read(file).tensors
+    state = stored.tensors
     for old, new in RENAMED.items():
         state = {k.replace(old, new): v for k, v in state.items()}
     tensors.check(f"diffusion: {file} does not fit its config.json", unet.state_dict(), state)
     unet.load_state_dict(state)
+    if kinds := sorted({str(v.dtype).removeprefix("torch.") for v in state.values()} - {"float32"}):
+        context.note(f"diffusion: {file} of unet={source} is stored as {' and '.join(kinds)}, computed in float32")
     return unet.eval().requires_grad_(False), scheduler
 
 

@@ -7,15 +7,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bench.errors import BenchError
 from bench.interface import Defense, Draw, Schedule
 
 
 class LinearHead(Defense):
     """Linear probing: the layer that turns features into logits is trained, the features stay the base's.
 
-    The least a white-box defense can change, a comparator of visual prompt tuning (Jia et al. 2022),
-    here on noisy images and from the base's own head instead of a random one. No learning rate is
-    stated for noisy images; ``paper`` has that paper's schedule, and a rate from its search.
+    A base that was distilled into a second head has both trained. The least a white-box defense can
+    change, a comparator of visual prompt tuning (Jia et al. 2022), here on noisy images and from the
+    base's own head instead of a random one. No learning rate is stated for noisy images; ``paper`` has
+    that paper's schedule, and a rate from its search.
     """
 
     family = "PEFT"
@@ -36,7 +38,10 @@ class LinearHead(Defense):
 
     def build(self) -> None:
         self.model = self.context.base.copy(self.context.classes).requires_grad_(False)
-        self.model.head().requires_grad_(True)  # type: ignore[operator]
+        for head in self.model.heads():  # type: ignore[operator]
+            head.requires_grad_(True)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise BenchError("head: this base's head has no parameters to train; use full or lora")
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         out: Tensor = self.model(x)

@@ -39,12 +39,12 @@ class Joint(Defense):
             raise BenchError(
                 f"method={method} does not adapt a copy of the base by plain training; try --set method=lora"
             )
-        head = copies[0].head()
-        if not isinstance(head, (nn.Linear, nn.Conv2d)):
-            raise BenchError(f"this base's head is a {type(head).__name__}, no single layer; give another --base")
-        # A base of another task may by chance have as many classes, and then kept its own head.
-        head.reset_parameters()
-        head.requires_grad_(True)
+        for head in copies[0].heads():
+            if not isinstance(head, (nn.Linear, nn.Conv2d)):
+                raise BenchError(f"this base's head is a {type(head).__name__}, no single layer; give another --base")
+            # A base of another task may by chance have as many classes, and then kept its own head.
+            head.reset_parameters()
+            head.requires_grad_(True)
 
     def schedule(self) -> Schedule:
         return self.inner.schedule()

@@ -135,7 +135,7 @@ def test_an_inner_defense_trains_and_merges_within(bench: Bench, plugin: Path, t
     assert info["cost"]["trained_here"] == info["cost"]["trainable_nominal"] + 2 > 2
     assert "lora inside" in info["identity"]["defense"]["parts"]
     wrong = bench("run", "--defense", plugin, "--dataset", TINY, "--set", "inner=lorra")
-    assert wrong.code == 2 and "lora" in wrong.err and wrong.err.count("\n") == 1
+    assert wrong.code == 2 and "lora" in wrong.err and wrong.err.count("bench: ") == 1
     unsuited = bench("run", "--defense", plugin, "--dataset", TINY, "--set", "inner=none")
     assert unsuited.code == 2 and "rank" in unsuited.err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -24,11 +25,15 @@ from bench.bases import load_base, untrained_base
 from bench.cache import cache_root
 from bench.cards import load_splits
 from bench.doctor import examine
+from bench.errors import BenchError
 from bench.identity import make_task
 from bench.interface import Access
 from bench.noise import Noise, Vote, VoteDraw
 from bench.plan import Plan, make_plans
 from bench.spsa import SPSA
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers beside the test folders
+from timmfolders import save
 
 CPU = torch.device("cpu")
 STEP = 2 * 5 * 32  # queries: two sides, five directions, a batch
@@ -73,7 +78,7 @@ SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "dep
 def test_every_method_conforms(method: str) -> None:
     found = list(examine(plan(f"method={method}")))  # spsa-gc, the default: test_conformance.py
     assert [f for f in found if f.problem] == []
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 def test_only_the_gradient_method_asks_for_more_than_queries() -> None:
@@ -292,7 +297,7 @@ def test_the_encoder_normalises_grey_images_as_its_config_says(encoder: Callable
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{}", "is no timm ViT with a config.json: KeyError: 'architecture'"),
+        ("{}", "its config states no timm architecture"),
         (None, "has no file 'config.json'"),
     ],
 )
@@ -305,6 +310,38 @@ def test_an_encoder_that_cannot_be_is_one_line(
     result = bench("run", "--defense", "coordinator", "--dataset", TINY, "--set", f"encoder={folder}")
     assert result.code == 2
     assert message in result.err
+
+
+def test_an_encoder_as_timm_saves_it_is_read_with_or_without_its_head(tmp_path: Path) -> None:
+    features = []
+    for classes in (0, 5):
+        model = save(tmp_path / str(classes), classes=classes, **SMALL)
+        defense = built(f"encoder={tmp_path / str(classes)}")
+        assert sum(p.numel() for p in defense.encoder.parameters()) < sum(p.numel() for p in model.parameters()) + 1
+        x = torch.rand(2, 1, 8, 8)
+        features.append(defense.encode(x))
+        big = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+        assert torch.allclose(features[-1], model.forward_features(big * 2 - 1)[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kind"),
+    [
+        ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}, "VisionTransformer"),
+        ("resnet10t", {"in_chans": 3}, "ResNet"),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 56, "embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2]},
+            "Swin",
+        ),
+    ],
+)
+def test_an_encoder_without_class_token_is_refused_by_name(
+    tmp_path: Path, name: str, args: dict[str, Any], kind: str
+) -> None:
+    save(tmp_path / "m", name, classes=0, **args)
+    with pytest.raises(BenchError, match=rf"this {kind}\w* has no class token"):
+        built(f"encoder={tmp_path / 'm'}")
 
 
 def test_the_base_is_shown_pixels_between_0_and_1() -> None:

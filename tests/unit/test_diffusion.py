@@ -149,7 +149,7 @@ def test_variants_conform(settings: tuple[str, ...]) -> None:
     (plan,) = make_plans(defenses="diffusion", dataset=TINY, settings=settings)
     found = list(examine(plan))
     assert [f for f in found if f.problem] == []
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 @pytest.fixture
@@ -216,6 +216,28 @@ def test_attention_layers_under_their_old_names(tmp_path: Path) -> None:
     save_file(state, file)
     made = build(f"unet={tmp_path}")
     assert all(torch.equal(made.unet.state_dict()[k], v) for k, v in unet().state_dict().items())
+
+
+@pytest.mark.parametrize("layout", [{"max_shard_size": "5KB"}, {"variant": "fp16"}])
+def test_shards_and_rounded_variants_are_read(tmp_path: Path, layout: dict[str, str]) -> None:
+    whole = build(f"unet={saved(tmp_path / 'whole')}").unet.state_dict()
+    torch.manual_seed(0)
+    other = saved(tmp_path / "other")
+    (other / "diffusion_pytorch_model.safetensors").unlink()
+    model = unet()
+    model.load_state_dict(whole)
+    model.save_pretrained(other, **layout)
+    assert not (other / "diffusion_pytorch_model.safetensors").exists()
+    found = build(f"unet={other}").unet.state_dict()
+    for key, value in whole.items():
+        assert torch.allclose(found[key], value, atol=1e-3 if "variant" in layout else 0), key
+
+
+def test_a_variant_that_may_hold_other_weights_is_named(tmp_path: Path) -> None:
+    unet().save_pretrained(saved(tmp_path), variant="non_ema")
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BenchError, match=r"it has diffusion_pytorch_model.non_ema.safetensors: save the one"):
+        build(f"unet={tmp_path}")
 
 
 def pickled(folder: Path) -> None:
