@@ -31,8 +31,9 @@ class Interrupted(BenchError):
 
 def note(text: str) -> None:
     """Say in one line, on stderr and in the run's log, what was mended or is waited for."""
+    text = shown(text)  # the name of a file may be no text at all
     logging.getLogger("bench").info(text)
-    print(f"bench: {shown(text)}", file=sys.stderr, flush=True)
+    print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def shown(text: str) -> str:

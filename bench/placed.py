@@ -23,7 +23,7 @@ from bench.interface import Draw
 from bench.runlog import log
 from bench.scheduler import Batch, Voted
 
-ROUNDS = 8  # blocks that each thread computes while the others compute theirs
+ROUNDS = 4  # blocks that each thread computes while the others compute theirs
 
 
 class Placed:
@@ -122,7 +122,7 @@ class Placed:
             again = self.device.vote(batch, Pixels(self.task))
         if changed := int(np.sum(again != voted)):
             raise Drifted(
-                f"{changed} of {len(voted)} votes are others when a batch is drawn again at the end of the run: it "
+                f"{changed} of {len(voted)} votes are others when a block is drawn again at the end of the run: it "
                 "keeps a state, so nothing that it certified holds",
                 self.certifier.name,
             )

@@ -79,7 +79,7 @@ class ClusterRun:
         if self.phase == REDRAW:
             self.again += decided
             return
-        self.samples.setdefault(actor, Sample()).see(batch, voted)
+        self.samples.setdefault(actor, Sample(self.task.block)).see(batch, voted)
         for certificate in decided:
             self.filling.add(certificate)
             self.pixels.pop(certificate.index, None)

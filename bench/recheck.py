@@ -158,14 +158,23 @@ def _votes(c: Certificate) -> str:
 
 
 class Sample:
-    """One batch of votes, each of those shown with the same chance: to be drawn once more at the end."""
+    """The first block of one batch, each of those shown with the same chance: to be drawn once more at the end."""
 
-    def __init__(self) -> None:
-        self._shown = 0
+    def __init__(self, block: int) -> None:
+        self._block, self._shown = block, 0
         self.kept: tuple[Batch, Voted] | None = None
 
     def see(self, batch: Batch, voted: Voted) -> None:
         """Show it a batch that is counted."""
         self._shown += 1
         if secrets.randbelow(self._shown) == 0:
-            self.kept = batch, voted
+            self.kept = self._first_block(batch), voted[: self._block]
+
+    def _first_block(self, batch: Batch) -> Batch:
+        spans, left = [], self._block
+        for span in batch.spans:
+            spans.append(span._replace(rows=min(span.rows, left)))
+            left -= spans[-1].rows
+            if not left:
+                break
+        return Batch(batch.number, tuple(spans))

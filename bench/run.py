@@ -183,7 +183,7 @@ class Session:
         if others:
             check_apart(placed)
         filling.same_function(first.fingerprint, "this process")
-        devices, sample = [place.device for place in placed], recheck.Sample()
+        devices, sample = [place.device for place in placed], recheck.Sample(task.block)
         try:
             with steady(), torch.inference_mode():
                 again = list(certify(devices, filling.start, filling.to_redraw()))

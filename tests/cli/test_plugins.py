@@ -66,7 +66,7 @@ def test_doctor_says_what_to_mend(bench: Bench) -> None:
     assert json.loads(as_json.out)[-1]["problem"]
     well = bench("doctor", "lora", "--dataset", TINY)
     assert well.code == 0
-    assert well.out.count("ok:") == 6
+    assert well.out.count("ok:") == 7
     assert bench("doctor", "./nowhere.py").code == 2
 
 

@@ -30,7 +30,6 @@ class Careless(Defense):
             "drifts",
             "build_numpy",
             "build_python",
-            "merge_random",
             "odd_half_of_tile",
             "majority_of_tile_but_first",
             "draw_index",
@@ -55,10 +54,6 @@ class Careless(Defense):
                 self.shift = torch.tensor([random.gauss(0, 0.3) for _ in range(64)]).view(1, 8, 8)
             case "knows_the_seed" | "memorises":
                 self.known = self._foresee()
-
-    def merge(self) -> None:
-        if self.config.how == "merge_random":
-            self.shift = 1e-5 * torch.randn(1, 8, 8)  # too little for the check of merges
 
     def _truth(self) -> tuple[Tensor, Tensor]:
         split = load_split(load_card(self.config.card), "test")

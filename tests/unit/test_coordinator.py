@@ -78,7 +78,7 @@ SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "dep
 def test_every_method_conforms(method: str) -> None:
     found = list(examine(plan(f"method={method}")))  # spsa-gc, the default: test_conformance.py
     assert [f for f in found if f.problem] == []
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_only_the_gradient_method_asks_for_more_than_queries() -> None:

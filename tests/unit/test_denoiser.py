@@ -219,7 +219,7 @@ def test_surrogates_count_as_trained_here(base: BaseModel) -> None:
 def test_it_conforms(objective: str, access: str) -> None:
     found = list(examine(plan(f"objective={objective}", f"access={access}")))
     assert [f for f in found if f.problem] == []
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 @pytest.mark.parametrize(("stage", "access"), [("mse", "full"), ("fine-tuning", "query")])

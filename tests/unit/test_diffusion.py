@@ -149,7 +149,7 @@ def test_variants_conform(settings: tuple[str, ...]) -> None:
     (plan,) = make_plans(defenses="diffusion", dataset=TINY, settings=settings)
     found = list(examine(plan))
     assert [f for f in found if f.problem] == []
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 @pytest.fixture

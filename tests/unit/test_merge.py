@@ -50,7 +50,7 @@ def test_a_merge_that_changes_logits_is_refused(name: str, settings: list[str]) 
 
 def test_a_sound_merge_is_not(bench: Bench, tmp_path: Path) -> None:
     (plan,) = make_plans(defenses=defense("folds"), dataset=TINY, settings=[])
-    assert [f.problem for f in doctor.examine(plan)] == [""] * 6
+    assert [f.problem for f in doctor.examine(plan)] == [""] * 7
     result = bench("run", "--defense", defense("folds"), "--dataset", TINY, "--examples", 1, "--out", tmp_path)
     assert result.code == 0, result.err
 

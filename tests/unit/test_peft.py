@@ -340,7 +340,7 @@ def test_a_convnet_is_defended(convnet: str, name: str, setting: str) -> None:
     (plan,) = make_plans(defenses=name, dataset=convnet, settings=[setting])
     found = list(doctor.examine(plan))
     assert [f for f in found if f.problem] == []
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 # Resumed ---------------------------------------------------------------------------------------------

@@ -116,12 +116,22 @@ def test_each_batch_is_kept_with_the_same_chance() -> None:
     batches = [Batch(i, (Span("estimate", i, 0, 16),)) for i in range(5)]
     found = np.zeros(5)
     for _ in range(10_000):
-        sample = recheck.Sample()
+        sample = recheck.Sample(16)
         for batch in batches:
             sample.see(batch, np.zeros(16, np.int64))
         assert sample.kept is not None
         found[sample.kept[0].number] += 1
     assert stats.chisquare(found).pvalue > 1e-6
+
+
+def test_of_a_batch_the_first_block_is_kept() -> None:
+    spans = (Span("select", 0, 0, 16), Span("estimate", 1, 32, 48), Span("estimate", 2, 0, 64))
+    sample, voted = recheck.Sample(32), np.arange(128)
+    sample.see(Batch(7, spans), voted)
+    assert sample.kept is not None
+    batch, kept = sample.kept
+    assert batch == Batch(7, (Span("select", 0, 0, 16), Span("estimate", 1, 32, 16)))
+    assert kept.tolist() == voted[:32].tolist()
 
 
 MACHINE = {"device": "one", "platform": "linux", "packages": {"torch": "2"}}
