@@ -69,7 +69,8 @@ def load_base(
         module, source = plan.load()
     meta: dict[str, Any] = {"source": source}
     if plan.weights is not None and plan.schedule is None and plan.classes == classes:
-        meta["classes"] = _in_card_order(plan, module, probe)
+        # Where the card only numbers its classes, the data may name them.
+        meta["classes"] = _in_card_order(plan, module, probe, train.names or card.classes)
     module = module.to(device)
     if plan.schedule is not None:
         meta |= _train_clean(plan, plan.schedule, module, train, validation, device, progress)
@@ -82,14 +83,14 @@ def load_base(
     return base
 
 
-def _in_card_order(plan: Blueprint, module: Classifier, used: bool) -> str:
-    """Put the logits of a loaded base into the card's order, as far as its names tell; what is known of it.
+def _in_card_order(plan: Blueprint, module: Classifier, used: bool, classes: tuple[str, ...]) -> str:
+    """Put the logits of a loaded base into the order of ``classes``, as far as its names tell; what is known of it.
 
     Raises BenchError where names are at odds, unless its head is not ``used``.
     """
     card = plan.card
     try:
-        order, remark = card_order(f"base {plan.name}", plan.names, card.classes, card.name)
+        order, remark = card_order(f"base {plan.name}", plan.names, classes, card.name)
     except BenchError:
         if used:
             raise

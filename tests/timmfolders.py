@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -58,9 +59,10 @@ def reconfigure(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def load(made: Card, base: Path, **given: Any) -> LocalBase:
-    """The base of that folder or file. Raises BenchError as a run would."""
+def load(made: Card, base: Path, names: tuple[str, ...] = (), **given: Any) -> LocalBase:
+    """The base of that folder or file, where the data name their classes so. Raises BenchError as a run would."""
+    train = SimpleNamespace(names=names)
     name = base_sources.choose_base(made, made.preset, str(base))
-    found = bases.load_base(made, name, None, None, CPU, lambda *_: None, **given)  # type: ignore[arg-type]
+    found = bases.load_base(made, name, train, None, CPU, lambda *_: None, **given)  # type: ignore[arg-type]
     assert isinstance(found, LocalBase)
     return found

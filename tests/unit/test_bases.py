@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def folder(path: Path, model: torch.nn.Module) -> Path:
 
 
 def load(card: Card, name: str, splits: tuple[Split, Split] | None = None, **given: Path) -> BaseModel:
-    train, validation = splits or (None, None)
+    train, validation = splits or (SimpleNamespace(names=()), None)
     return bases.load_base(card, name, train, validation, CPU, quiet, **given)  # type: ignore[arg-type]
 
 

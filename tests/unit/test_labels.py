@@ -44,6 +44,18 @@ def test_logits_are_put_into_the_cards_order(tmp_path: Path, stated: dict[str, A
     assert named.sha256 != unnamed.sha256
 
 
+def test_the_names_in_the_data_count_where_the_card_numbers_its_classes(tmp_path: Path) -> None:
+    """As those of class folders or of a parquet file, with ``classes = 3`` in the card."""
+    save(tmp_path / "m")
+    numbered, x = card(classes=("0", "1", "2")), torch.rand(4, 3, 8, 8)
+    unnamed = load(numbered, tmp_path / "m")
+    reconfigure(tmp_path / "m", label_names=OTHER)
+    named = load(numbered, tmp_path / "m", names=("red", "green", "blue"))
+    assert torch.allclose(named.module(x), unnamed.module(x)[:, [1, 2, 0]], atol=1e-6)
+    with pytest.raises(BenchError, match="3 others"):
+        load(numbered, tmp_path / "m", names=("cat", "dog", "cow"))
+
+
 def test_names_in_the_pretrained_cfg_count_too(tmp_path: Path) -> None:
     save(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
