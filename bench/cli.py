@@ -132,7 +132,7 @@ def run(
     """Train (or load) defenses and certify them; typed again, resumes what is unfinished."""
     from bench.console import ConsoleReporter
     from bench.environment import pick_device, same_kind
-    from bench.plan import make_plans
+    from bench.plan import check_effects, make_plans
     from bench.run import Session
     from bench.shards import Shard
     from bench.store import check_writable
@@ -163,6 +163,7 @@ def run(
         settings=set_ or [],
         search=search or [],
     )
+    check_effects(plans)
     reporter = ConsoleReporter()
     if not on_ray:
         here = pick_device(device)

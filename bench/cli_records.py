@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bench.cli_options import AsJson, Out, print_findings, print_table
-from bench.errors import BenchError, NotComparable, shown
+from bench.errors import BenchError, NotComparable, note, shown
 
 app = typer.Typer()
 
@@ -157,7 +157,10 @@ def import_(
     """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
     from bench import importing, report
     from bench.flaws import Stated
+    from bench.plan import LARGE, large
 
+    if sigma > LARGE:
+        note(large("--sigma", sigma))
     stated = Stated(format, dataset, sigma, alpha, n, n0, radius)
     record = importing.import_log(log, stated, out)
     if as_json:

@@ -38,7 +38,8 @@ class BuildContext:
         self, plan: Plan, base: BaseModel, access: Access, device: torch.device, workshop: Workshop | None
     ) -> None:
         self.base: Base = base.view(access)
-        self.classes, self.shape, self.train_sigma = len(plan.card.classes), plan.card.shape, plan.train_sigma
+        self.classes, self.shape = len(plan.card.classes), plan.card.shape
+        self.asked_train_sigma = False
         self.used: dict[str, str] = {}  # name -> sha256 of what decides the defense beside its config and base
         self.sources: list[str] = []  # hub ids and folders that files were taken from
         self.commits: dict[str, str] = {}  # hub id -> the commit that its files are of
@@ -49,6 +50,12 @@ class BuildContext:
     def __getstate__(self) -> dict[str, Any]:
         """All but what training takes: a copy, in another process or on another device, only certifies."""
         return self.__dict__ | {"_workshop": None}
+
+    @property
+    def train_sigma(self) -> float:
+        """The noise level of training; that it was asked for is recorded."""
+        self.asked_train_sigma = True
+        return self._plan.train_sigma
 
     def once(self, part: Part) -> nn.Module:
         """The part's module, frozen: trained here once, and cached under all that decides it."""

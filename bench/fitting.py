@@ -33,7 +33,7 @@ class Fitted:
 
     defense: Defense
     sha256: str | None  # None: nothing was trained
-    train_seconds: float
+    train_seconds: float | None  # None: of weights that the user brought
     queries: int
     nominal: int  # parameters that require a gradient once built
     updated: int  # of these, in tensors that training changed
@@ -42,6 +42,7 @@ class Fitted:
     parts: dict[str, str]  # sha256 of each shared part, file and inner defense
     sources: list[str]  # where files of weights trained elsewhere came from
     commits: dict[str, str]  # those of the hub's sources
+    uses_train_sigma: bool  # else no noise level of training decided anything
 
 
 @contextmanager
@@ -83,6 +84,9 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     workshop = Workshop(train, progress)
     defense = construct(plan, base, device, workshop)
     nominal, here, elsewhere = _count(defense)
+    brought = plan.weights is not None and trains(defense)
+    if brought:  # trained by their author
+        here, elsewhere = here - nominal, elsewhere + nominal
     used = context_of(defense)
     trained: Trained | None = None
     if trains(defense):
@@ -101,15 +105,16 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     return Fitted(
         defense,
         trained.sha256 if trained else None,
-        meta.get("train_seconds", 0.0) + used.part_seconds,
+        None if brought else meta.get("train_seconds", 0.0) + used.part_seconds,
         meta.get("queries", 0),
         nominal,
         meta.get("updated", 0),
         here,
         elsewhere,
         used.used,
-        used.sources,
+        [*used.sources, *([plan.weights.name] if plan.weights and brought else [])],
         used.commits,
+        trained is not None or used.asked_train_sigma,
     )
 
 

@@ -84,7 +84,7 @@ def identity(
             "objective": plan.objective if uses_objective else None,
             **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
         },
-        "train_sigma": plan.train_sigma,
+        "train_sigma": plan.train_sigma if fitted.uses_train_sigma else plan.sigma,
         "sigma": plan.sigma,
         "noise": _noise(plan),
         "procedure": describe(plan.procedure),

@@ -102,7 +102,7 @@ class Session:
         shared = self.materials(plan)
         with self.reporter.training(f"{registry.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
             fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
-        if fitted.sha256:
+        if fitted.sha256 and fitted.train_seconds is not None:
             log.info("weights %s, which took %.1f s of training", fitted.sha256[:8], fitted.train_seconds)
         split, name = shared.certified(plan), run_name(plan)
         task, indices = make_task(plan, split, self.device), examples(plan, split)
@@ -133,6 +133,10 @@ class Session:
         self._shared_out(plan, split)  # raises before anything is trained for a shard without images
         plan, tried = self.searched(plan)
         found, _, fitted = self.prepare(plan)
+        if plan.objective != "gaussian" and found["defense"]["objective"] is None:
+            log.warning("--objective %s has no effect on %s: it trains nothing by it", plan.objective, plan.defense)
+        if plan.train_sigma != found["train_sigma"]:
+            log.warning("--train-sigma %g has no effect on %s: it trains nothing", plan.train_sigma, plan.defense)
         certifier = Certifier(plan.defense, fitted.defense, self.materials(plan).base, plan.arithmetic)
         return Ready(plan, found, self._extra(plan, tried, fitted, found["indices"]), _training_cost(fitted)), certifier
 
