@@ -143,11 +143,22 @@ def check(
 def import_(
     log: Annotated[Path, typer.Argument(help="A released log: one line an image, tab-separated, with a header.")],
     dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
-    sigma: Annotated[float, typer.Option(help="Noise of the certificates, in pixels of [0, 1].")],
-    alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")],
-    n: Annotated[int, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")],
-    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; default: not stated.")] = None,
-    format: Annotated[str, typer.Option(help="cohen: n votes an image; adaptive: their number varies.")] = "cohen",
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Noise of the certificates, in pixels of [0, 1]. It and the next six: as the log states."),
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Failure probability of each certificate.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")
+    ] = None,
+    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; else not known.")] = None,
+    noise: Annotated[str | None, typer.Option(help="float, or grid: rounded to the pixel grid; else float.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="selected: the class chosen on n0 votes, or label: the known one; else selected.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="cohen: n votes an image; adaptive: their number varies; else cohen.")
+    ] = None,
     radius: Annotated[
         float | None, typer.Option(help="The radius tested, where an adaptive log says only whether it was proved.")
     ] = None,
@@ -156,12 +167,12 @@ def import_(
 ) -> None:
     """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
     from bench import importing, report
-    from bench.flaws import Stated
     from bench.plan import LARGE, large
 
-    if sigma > LARGE:
-        note(large("--sigma", sigma))
-    stated = Stated(format, dataset, sigma, alpha, n, n0, radius)
+    given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
+    stated = importing.stated_by(log, dataset, radius=radius, **given)
+    if stated.sigma > LARGE:
+        note(large("--sigma", stated.sigma))
     record = importing.import_log(log, stated, out)
     if as_json:
         print(json.dumps({"path": str(record.path), **record.info}, indent=1))
@@ -177,7 +188,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
 ) -> None:
-    """Write a run as the common tab-separated log: idx, label, predict, radius, correct, time."""
+    """Write a run as the common tab-separated log, with sigma, votes and noise in columns of their own."""
     from bench.cache import write_text, writing
     from bench.logs import export_log
     from bench.store import read_run

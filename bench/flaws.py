@@ -28,6 +28,7 @@ SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032,
 TOLERANCE = 1e-6
 HUGE = 1e30  # no radius, sigma or time is so large; sums of such numbers may overflow
 FORMATS = ("cohen", "adaptive")
+CHOICES = {"noise": ("float", "grid"), "target": ("selected", "label"), "split": ("test", "validation")}
 
 Floats = NDArray[np.float64]
 
@@ -43,11 +44,17 @@ class Stated:
     n: int
     n0: int | None = None
     radius: float | None = None
+    noise: str | None = None  # None, like the others: as the log states, else the first of CHOICES
+    target: str | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no certificate can have been made with."""
         if self.format not in FORMATS:
             raise unknown("format", self.format, FORMATS)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in (None, *known):
+                raise unknown(f"--{name}", getattr(self, name), known)
         if not 0 < self.sigma < HUGE:
             raise BenchError(f"--sigma {self.sigma:g}: must be above 0")
         if not 0 < self.alpha < 1:
