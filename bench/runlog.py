@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Protocol, TextIO
 
+from bench import locks
 from bench.errors import BenchError, one_line
 
 NAME = "log.txt"
@@ -83,6 +84,7 @@ class RunLog(logging.Handler):
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
         kept.unlink(missing_ok=True)
+        locks.unsign(kept)
         old.close()
 
     def write(self, text: str, level: int = logging.INFO) -> None:
@@ -104,6 +106,7 @@ class RunLog(logging.Handler):
 
     def close(self) -> None:
         try:
+            locks.unsign(self._file)
             self._stream.close()
         except OSError:  # of what was not written: said above
             self._broken = True
@@ -125,7 +128,8 @@ def _opened(file: Path) -> IO[str]:
             break
     else:
         stream.close()
-        raise BenchError(f"{file} is being written by another process; wait for it, or stop it")
+        raise BenchError(f"{file} is being written by another process{locks.signed(file)}; wait for it, or stop it")
+    locks.sign(file)
     size = os.fstat(stream.fileno()).st_size
     if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a line torn by a crash
         stream.write("\n")
