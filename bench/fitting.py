@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bench import blocks, noise, objectives, registry, rng, spsa, tensors, training, watchdog
+from bench import blocks, noise, objectives, registry, rng, spsa, tensors, torchstate, training, watchdog
 from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
 from bench.cards import Split
@@ -46,13 +46,14 @@ class Fitted:
 
 
 @contextmanager
-def blame(name: str, doing: str) -> Iterator[None]:
+def blame(name: str, doing: str, alone: bool = True) -> Iterator[None]:
     """Turn whatever a defense raises, or its silence, into one line that names it and the place: a DefenseFault.
 
-    ``doing``: what it is asked for, as in "no answer for 9 s in training".
+    ``doing``: what it is asked for, as in "no answer for 9 s in training". What it changes of torch's settings is put
+    back, but where it runs in several threads at once (not ``alone``).
     """
     try:
-        with watchdog.watched(name, doing):
+        with watchdog.watched(name, doing), torchstate.kept(name, doing) if alone else nullcontext():
             yield
     except DefenseFault as e:
         raise e if e.defense else DefenseFault(str(e), name) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import arithmetic, blocks, environment, fitting, recheck, registry, search
+from bench import arithmetic, blocks, environment, fitting, recheck, registry, search, torchstate
 from bench.arithmetic import steady
 from bench.base import BaseModel, LocalBase
 from bench.bases import load_base, untrained_base
@@ -160,7 +160,10 @@ class Session:
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it, or of its shard. Every image is on disk as soon as it is certified."""
-        with recording(self.log_file(plan), self.reporter.aloud) as own_log:
+        with (
+            recording(self.log_file(plan), self.reporter.aloud) as own_log,
+            torchstate.kept(plan.defense, "when it certified"),
+        ):
             ready, certifier = self.ready(plan)
             whole = run_folder(self.out, run_name(plan), ready.identity)
             if self.shard and (whole / "run.json").exists() and (merged := read_run(whole)).complete:
