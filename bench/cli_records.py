@@ -12,15 +12,17 @@ import typer
 from bench.cli_options import AsJson, Out, print_findings, print_table
 from bench.errors import BenchError, NotComparable, note, shown
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command("report")
 def report_(
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
-    format: Annotated[str, typer.Option(help="md, latex, csv, json or html.")] = "md",
+    format: Annotated[
+        str | None, typer.Option(help="md, latex, csv, json or html; default: by the file's name in --out, else md.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder, or file ending in the format; default: print (html has none).")
+        Path | None, typer.Option(help="Folder, or file (.md, .tex, .csv, .json, .html); default: print (html: none).")
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Show what others published, below each table, and what differs.")
@@ -30,8 +32,9 @@ def report_(
     from bench import report, tables
     from bench.errors import unknown
 
-    if format not in (known := ("md", "latex", "csv", "json", "html")):
-        raise unknown("format", format, known)
+    if format not in (known := (None, "md", "latex", "csv", "json", "html")):
+        raise unknown("format", format, filter(None, known))
+    format = report.format_of(out, format)
     if published and format not in ("md", "latex"):
         raise BenchError(f"--published: goes with --format md or latex, not {format}")
     if format == "html" and out is None:
@@ -60,6 +63,8 @@ def status(
     """Show how runs are getting on, also those of other processes: progress, pace, time left, failures."""
     from bench import status
 
+    if not runs.exists():
+        raise BenchError(f"no folder {runs}; bench run makes one")
     rows = status.rows(runs)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -91,14 +96,17 @@ def merge(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, or a folder of runs.")],
     as_json: AsJson = False,
 ) -> None:
     """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
     from bench import compare
 
-    found = compare.compare(runs)
-    print(json.dumps(found, indent=1) if as_json else compare.markdown(found), end="\n" if as_json else "")
+    found = [compare.compare(paths) for paths in compare.groups(runs)]
+    if as_json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    else:
+        print("\n".join(map(compare.markdown, found)), end="")
 
 
 @app.command()

@@ -26,6 +26,13 @@ def run_name(plan: Plan) -> str:
     return f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}"
 
 
+def run_label(plan: Plan) -> str:
+    """The run's name before its hash is known, with all that tells the runs of one command apart."""
+    settings = [f"{k}={v}" for k, v in plan.changed.items()]
+    sought = [f"{key} searched" for key in dict.fromkeys(k for values, _ in plan.candidates for k in values)]
+    return ", ".join([run_name(plan), *settings, *sought, f"seed {plan.seed}"])
+
+
 def examples(plan: Plan, split: Split) -> list[int]:
     """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
     asked = plan.examples

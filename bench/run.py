@@ -20,7 +20,7 @@ from bench.certify import Pixels, Task, certify, check_rows
 from bench.costs import cost_per_vote
 from bench.errors import DefenseFault
 from bench.http_base import is_url
-from bench.identity import examples, identity, make_task, run_name
+from bench.identity import examples, identity, make_task, run_label, run_name
 from bench.noise import Noise
 from bench.placed import Placed, check_apart
 from bench.plan import Plan, command
@@ -269,6 +269,7 @@ class Session:
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
             "run": run_name(plan),
+            "label": run_label(plan),
             "seed": plan.seed,
             "images": len(indices),
             "votes": votes,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TextIO
 
 from bench import locks
-from bench.errors import BenchError, one_line
+from bench.errors import BenchError, DefenseFault, one_line
 
 NAME = "log.txt"
 PERIOD = 30.0  # seconds between two lines of progress
@@ -69,16 +69,16 @@ class RunLog(logging.Handler):
         self._broken = False
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._file, self._stream = file, _opened(file)
+            self.file, self._stream = file, _opened(file)
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
 
     def move_into(self, folder: Path) -> None:
         """Go on in the folder's ``log.txt``, below what it holds."""
-        old, kept, file = self._stream, self._file, folder / NAME
+        old, kept, file = self._stream, self.file, folder / NAME
         try:
             old.seek(0)
-            self._stream, self._file = _opened(file), file
+            self._stream, self.file = _opened(file), file
             shutil.copyfileobj(old, self._stream)
             self._stream.flush()
         except OSError as e:
@@ -93,7 +93,7 @@ class RunLog(logging.Handler):
 
     def discard(self) -> None:
         """Remove the file: nothing happened that is worth keeping."""
-        self._file.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -101,12 +101,12 @@ class RunLog(logging.Handler):
             self._stream.flush()
         except OSError as e:  # certificates are worth more than their log
             if not self._broken:
-                print(f"bench: the log {self._file} has gaps: {e.strerror}", file=sys.stderr)
+                print(f"bench: the log {self.file} has gaps: {e.strerror}", file=sys.stderr)
             self._broken = True
 
     def close(self) -> None:
         try:
-            locks.unsign(self._file)
+            locks.unsign(self.file)
             self._stream.close()
         except OSError:  # of what was not written: said above
             self._broken = True
@@ -177,6 +177,8 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
         raise
     except Exception as e:
         log.error("%s", e if isinstance(e, BenchError) else one_line(e), exc_info=True)
+        if isinstance(e, DefenseFault) and e.__cause__ is not None:  # else it is certbench's own finding
+            e.args = (f"{e}; traceback in {handler.file}",)
         raise
     finally:
         warnings.showwarning = shown

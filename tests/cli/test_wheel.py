@@ -77,7 +77,7 @@ def test_a_run_a_report_and_a_check_outside_of_the_checkout(installed: Installed
     assert installed("list", "runs", "--out", runs).stdout.count("4/4") == 2
     written = installed("report", runs, "--out", tmp_path / "report")
     assert written.returncode == 0, written.stderr
-    assert (tmp_path / "report" / "digits-s0.25.svg").exists()
+    assert len(list((tmp_path / "report").glob("digits-s0.25-*.svg"))) == 2
     page = installed("report", runs, "--format", "html", "--out", tmp_path / "page.html")
     assert page.returncode == 0, page.stderr
     published = installed("report", runs, "--published")
