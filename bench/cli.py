@@ -251,6 +251,11 @@ def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
             f"{row['label']}: {row['images']} images, {row['votes']:,} votes{_of(row['flops_per_vote'])}, "
             f"certify about {duration(row['seconds'])}, train about {duration(row['train_seconds'])}"
         )
+    if fewer := [row for row in rows if row["timed_rows"] < row["block"]]:
+        part = " or ".join(dict.fromkeys(f"{r['timed_rows']} of {r['block']}" for r in fewer))
+        print(
+            f"{len(fewer)} of {len(rows)} runs were timed on {part} rows of a block, since a whole one takes long here"
+        )
     total = sum(r["seconds"] + r["train_seconds"] for r in rows)
     print(
         f"in all {sum(r['votes'] for r in rows):,} votes, about {duration(total)}, "

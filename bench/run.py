@@ -27,6 +27,7 @@ from bench.plan import Plan, command
 from bench.runlog import STARTED, Logged, Reporter, log, recording
 from bench.shards import Shard
 from bench.store import Record, read_run, run_folder
+from bench.timing import vote_seconds
 
 
 @dataclass(frozen=True)
@@ -255,12 +256,15 @@ class Session:
         task, indices = make_task(plan, split, self.device), self._shared_out(plan, split)
         with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
             fitting.merge(plan, defense)  # as it certifies
-            task = blocks.fitting_block(defense, task, indices[0])
-            model = arithmetic.model(defense, plan.arithmetic, self.device)
+            model, whole = arithmetic.model(defense, plan.arithmetic, self.device), task.block
             at_once = self.threads if self.device.type == "cpu" else 1
-            per_vote = check_rows(model, task, indices[0]) / task.block / at_once
-            # Nobody counts a server's operations, so it is not asked again.
-            flops = None if is_url(plan.base) else cost_per_vote(defense, task, indices[0]).flops
+            seconds, rows = (0.0, whole) if is_url(plan.base) else vote_seconds(model, task, indices[0])
+            if rows == whole:
+                task = blocks.fitting_block(defense, task, indices[0])
+                seconds, rows = check_rows(model, task, indices[0]) / task.block, task.block
+            per_vote = seconds / at_once
+            # A server's operations cannot be counted, so it is not asked again.
+            flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
         trainings = 0 if plan.weights else max(1, len(plan.candidates))
@@ -274,6 +278,8 @@ class Session:
             "images": len(indices),
             "votes": votes,
             "flops_per_vote": flops,
+            "timed_rows": rows,
+            "block": task.block,
             "seconds": votes * per_vote,
             "train_seconds": (3 * images + queries) * per_vote,
         }

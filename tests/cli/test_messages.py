@@ -117,7 +117,7 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert "=" not in body
     assert body.count("{") == body.count("}")
-    assert [m for m in re.findall(r"\\(begin|end)\{tabular\}", body)].count("begin") == body.count(r"\end{tabular}")
+    assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}")
     (columns,) = re.findall(r"\\begin\{tabular\}\{@\{\}p\{([\d.]+)\\columnwidth\}(r+)@\{\}\}", body)
     # As many cells in a row as there are columns, one of them as wide as several where it spans them.
     for line in (
@@ -218,3 +218,35 @@ def test_an_error_names_the_log_with_its_traceback(bench: Bench, tmp_path: Path,
     assert "ZeroDivisionError" in last
     log = Path(last.partition("; traceback in ")[2])
     assert log.is_file() and "Traceback (most recent call last)" in log.read_text()
+
+
+ROWS = """
+from pathlib import Path
+from bench.interface import Access, Defense
+
+class Counts(Defense):
+    access = Access.QUERY
+
+    def logits(self, x, draw):
+        with Path({file!r}).open("a") as f:
+            f.write(f"{{len(x)}}\\n")
+        return self.context.base(x)
+"""
+
+
+def test_a_dry_run_of_a_slow_model_times_few_rows_and_says_so(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import timing
+
+    seen = tmp_path / "rows"
+    (tmp_path / "counts.py").write_text(ROWS.format(file=str(seen)))
+    args = ("run", "--defense", tmp_path / "counts.py", "--dataset", TINY, "--dry-run", "--out", tmp_path / "runs")
+    assert "rows of a block" not in bench(*args).out
+    seen.unlink()
+    monkeypatch.setattr(timing, "PATIENCE", 0.0)  # every model is slow
+    said = bench(*args)
+    assert "timed on 1 of 256 rows of a block in 1 of 1 runs" in said.out
+    assert [int(n) for n in seen.read_text().split()] == [1, 1, 1]  # a warm-up, the timing, the count of operations
+    (row,) = json.loads(bench(*args, "--json").out)
+    assert (row["timed_rows"], row["block"]) == (1, 256) and row["seconds"] > 0 and row["flops_per_vote"] > 0
