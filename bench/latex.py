@@ -10,13 +10,14 @@ PREAMBLE = (
     "% needs \\usepackage{booktabs}\n"
     "\\providecommand{\\certified}[2]{\\begin{tabular}[t]{@{}r@{}}#1\\\\[-1pt]{\\tiny #2}\\end{tabular}}\n"
 )
-AT_ONCE = 5  # values side by side
-# Of a column of 229 points (article, two columns), with \scriptsize, and \tiny for the intervals.
-COLUMN, VALUE, BETWEEN = 229, 34, 5
+# Points: of a column (article, two columns), of a value above its interval (\scriptsize and \tiny), of one with the
+# sigma that was chosen, and of what is between two.
+COLUMN, VALUE, CHOSEN, BETWEEN = 229, 34, 46, 5
 _ESCAPES = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     **{"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"},
     **{"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}", "[": "{[}"},  # a [ at a row's begin is no text
+    **{"=": "=\\allowbreak{}"},  # of settings in the name of a method
     **{"†": "$^\\dagger$", "—": "--"},
 }
 
@@ -37,18 +38,20 @@ def interval(value: float, low: float, high: float, best: bool = False, more: st
     return f"\\certified{{{first}{more}}}{{[{100 * low:.1f}, {100 * high:.1f}]}}"
 
 
-def table(names: Sequence[str], blocks: Sequence[tuple[str, pd.DataFrame]]) -> str:
+def table(names: Sequence[str], blocks: Sequence[tuple[str, pd.DataFrame]], value: int = VALUE) -> str:
     """One table with a row for each name in each block of columns, whose cells and titles are LaTeX already.
 
-    A block has a heading over its columns, empty for none, and is cut where more columns stand side by side than fit.
+    A block has a heading over its columns, empty for none, and is cut where more columns of ``value`` points stand side
+    by side than fit.
     """
+    at_once = int(0.88 * COLUMN / (value + BETWEEN))
     cut = [
-        (title if start == 0 else "", cells.iloc[:, start : start + AT_ONCE])
+        (title if start == 0 else "", cells.iloc[:, start : start + at_once])
         for title, cells in blocks
-        for start in range(0, cells.shape[1], AT_ONCE)
+        for start in range(0, cells.shape[1], at_once)
     ]
     width = max(cells.shape[1] for _, cells in cut)
-    share = max(0.12, 1 - width * (VALUE + BETWEEN) / COLUMN)
+    share = 1 - width * (value + BETWEEN) / COLUMN
     lines = [f"\\begin{{tabular}}{{@{{}}p{{{min(share, 0.3):.2f}\\columnwidth}}{'r' * width}@{{}}}}"]
     for number, (title, cells) in enumerate(cut):
         lines.append("\\midrule" if number else "\\toprule")

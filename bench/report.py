@@ -99,7 +99,8 @@ def _latex(group: Sequence[Record], published: bool) -> str:
     parts = [latex.table(names, [(title, pd.DataFrame(accuracies)), ("", pd.DataFrame(costs))])]
     if published and len(others := beside(group[0])):
         facts = others.map(latex.escape).set_axis([*map(latex.escape, others)], axis=1)
-        form = "p{0.3\\columnwidth}" + "r" * (facts.shape[1] - 2) + "p{0.3\\columnwidth}"
+        text = f"p{{{(0.96 - 0.105 * (facts.shape[1] - 2)) / 2:.2f}\\columnwidth}}"
+        form = f"@{{}}{text}{'r' * (facts.shape[1] - 2)}{text}@{{}}"
         body = facts.to_latex(index=False, escape=False, column_format=form)
         parts.append(
             latex.comment(published_heading(group)) + f"{{\\tiny\\setlength{{\\tabcolsep}}{{2pt}}%\n{body}}}\n"
@@ -126,9 +127,9 @@ def _envelope_latex(envelope: Envelope) -> str:
         cells[f"{radius:g}"] = [
             latex.interval(p.value, p.low, p.high, more=f" ({p.sigma:g})") if p else "--" for p in points
         ]
-    title = "certified accuracy in \\% at radius (at the sigma chosen)"
+    title = "certified in \\% at radius (sigma chosen)"
     names = [latex.escape(row.label) for row in envelope.rows]
-    return latex.comment(envelope.heading) + note + latex.table(names, [(title, pd.DataFrame(cells))])
+    return latex.comment(envelope.heading) + note + latex.table(names, [(title, pd.DataFrame(cells))], latex.CHOSEN)
 
 
 def _as_json(envelope: Envelope) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,26 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
     rows = {line.split(" &")[0]: line for line in reversed(body.splitlines())}
     assert r"\certified{\textbf{75.0}}" in rows["best"] and r"\certified{\textbf{65.0}}" in rows["close"]
     assert r"\certified{50.0}" in rows["far"]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
+def test_latex_compiles_within_a_column(bench: Bench, tmp_path: Path) -> None:
+    """With five radii, an envelope over sigma, published rows and names that LaTeX would take for commands."""
+    for name in ("denoiser objective=mse", r"[b_| \~^ <b> {}% &$#"):
+        for split in ("test", "validation"):
+            for sigma in (0.25, 0.5):
+                changes = {"sigma": sigma, "train_sigma": sigma, "split": split, "images": split, "dataset": "cifar10"}
+                run = made_up(tmp_path / "runs", [0.3] * 30 + [0.1] * 10, name=name, **changes)
+                info = json.loads((run / "run.json").read_text())
+                (run / "run.json").write_text(json.dumps(info | {"radii": [0.0, 0.25, 0.5, 0.75, 1.0]}))
+    table = bench("report", tmp_path / "runs", "--published", "--format", "latex").out
+    assert "Cohen" in table and "envelope over sigma" in table
+    page = "\\documentclass[twocolumn]{article}\\usepackage{booktabs}\\begin{document}\n" + table + "\\end{document}\n"
+    (tmp_path / "page.tex").write_text(page)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout
+    assert "Overfull \\hbox" not in done.stdout
 
 
 # Compare, status and list -----------------------------------------------------------------------------
