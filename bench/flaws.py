@@ -62,8 +62,8 @@ class Stated:
         if not bounds.smallest_n(self.alpha) <= self.n <= MOST:
             least = bounds.smallest_n(self.alpha)
             raise BenchError(f"--n {self.n}: no certificate at alpha {self.alpha:g} has so many; the least is {least}")
-        if self.n0 is not None and self.n0 < 1:
-            raise BenchError(f"--n0 {self.n0}: must be at least 1")
+        if self.n0 is not None and not 1 <= self.n0 <= MOST:
+            raise BenchError(f"--n0 {self.n0}: must be at least 1 and at most {MOST:,}")
         if self.radius is not None and (self.format != "adaptive" or not 0 < self.radius < HUGE):
             raise BenchError(f"--radius {self.radius:g}: a number above 0, and only of adaptive logs")
 

@@ -27,6 +27,7 @@ import numpy as np
 from bench import audit, flaws
 from bench.errors import BenchError
 from bench.flaws import HUGE, Row, Stated
+from bench.procedures import MOST
 from bench.store import Claim, Record
 
 VOTES = "samples_needed"  # the column with an image's votes, of adaptive logs
@@ -113,10 +114,18 @@ def _statements(rows: Sequence[Row]) -> dict[str, Any]:
             value = kind(text)
         except ValueError:
             continue
-        known = {**flaws.CHOICES, "format": flaws.FORMATS}.get(column)
-        if known is None or value in known:
+        if _possible(column, value):
             found[column] = value
     return found
+
+
+def _possible(column: str, value: Any) -> bool:
+    """Whether a statement can be one of any certificate."""
+    if isinstance(value, str):
+        return value in {**flaws.CHOICES, "format": flaws.FORMATS}[column]
+    if isinstance(value, int):
+        return 1 <= value <= MOST
+    return bool(0 < value < (1 if column == "alpha" else HUGE))
 
 
 def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, str | None, list[str]]:

@@ -469,6 +469,19 @@ def test_columns_of_others_that_are_named_alike_are_left_out(bench: Bench, tmp_p
     assert info["identity"]["procedure"]["n"] == 1000 and info["identity"]["noise"]["kind"] == "float"
 
 
+@pytest.mark.parametrize("value", ["-5", "nan", "1e400", "9" * 5000, "0", "inf", "x", "2e-1"])
+@pytest.mark.parametrize("column", ["n0", "sigma", "alpha", "format"])
+def test_what_no_certificate_can_have_been_made_with_is_no_statement(
+    bench: Bench, tmp_path: Path, column: str, value: str
+) -> None:
+    result, info = imported(bench, tmp_path, text([[*r, value] for r in ROWS], f"{HEADER}\t{column}"))
+    assert result.code == 1
+    if value == "2e-1" and column in ("sigma", "alpha"):
+        assert info["flags"][0].startswith(f"its column {column} says 0.2; ")
+    else:
+        assert info["flags"] == [f"unknown columns, left out: {column}"]
+
+
 def test_a_log_that_does_not_state_them_needs_sigma_alpha_and_n(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "log.tsv").write_text(text(ROWS))
     refused = bench("import", tmp_path / "log.tsv", "--dataset", "any-data", "--sigma", ".25", "--out", tmp_path)
