@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench import watchdog
 from bench.errors import BenchError, note, one_line
+from bench.locks import Lock
 from bench.runlog import log
 
 _PARTIAL = ".partial-"  # how the name of a file that is being written begins
@@ -137,13 +137,12 @@ class Entry:
         """Held while training, so that two commands never train the same thing twice: the second waits, and says so."""
         with writing(self.folder, MEND):
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                log.warning("another process is training %s; waiting for it", self.folder.name)
+            lock = Lock(self.folder)
+            if not lock.take():
+                who = lock.held_by()
+                log.warning("another process is training %s; waiting for it%s", self.folder.name, who)
                 with watchdog.paused():
-                    lock.acquire()
+                    lock.wait()
         try:
             with writing(self.folder, MEND):
                 drop_partial(self.folder)

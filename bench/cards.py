@@ -192,9 +192,12 @@ def _all(indices: Any) -> Any:
 def card_files() -> dict[str, Path]:
     """Name -> file of the cards that come with certbench."""
     folder = Path(__file__).parent.parent / "datasets"
-    if not (folder / "digits.toml").is_file():  # installed: that folder is Hugging Face's package, if anything
-        folder = Path(str(importlib.resources.files("certbench_cards")))
-    return {f.stem: f for f in sorted(folder.glob("*.toml"))}
+    if (folder / "digits.toml").is_file():
+        files = list(folder.iterdir())
+    else:  # installed: that folder is Hugging Face's package, if anything
+        # A folder without Python is a namespace package, which may have several places and has no path of its own.
+        files = [Path(str(f)) for f in importlib.resources.files("certbench_cards").iterdir()]
+    return {f.stem: f for f in sorted(files) if f.suffix == ".toml"}
 
 
 def load_card(name: str) -> Card:

@@ -47,7 +47,7 @@ class Certifier:
         logits, kept = arithmetic.model(self.defense, self.arithmetic, device), self
 
         def model(x: Tensor, draw: Draw) -> Tensor:
-            with fitting.blame(kept.name, "in certification"):
+            with fitting.blame(kept.name, "in certification", alone=False):
                 return logits(x, draw)
 
         return model

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import importlib.util
 import io
+import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +20,8 @@ from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, n
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
-    no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # it takes [ray] for a colour and leaves it out
     pretty_exceptions_enable=False,
 )
 
@@ -29,8 +31,9 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names in records may be no text that a terminal can take
             stream.reconfigure(errors="backslashreplace")
+    typed = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        code = app(args=args, standalone_mode=False)
+        code = app(args=typed, standalone_mode=False)
     except Interrupted as e:
         _fail(str(e), 130)
     except NotComparable as e:
@@ -43,9 +46,28 @@ def main(args: list[str] | None = None) -> None:
         _fail(f"cannot write {e.filename or 'a file'}: {e.strerror}; free space, and type the same command again", 2)
     except Exception as e:
         if hasattr(e, "format_message"):  # click's usage errors
-            _fail(e.format_message(), 2)
+            _fail(e.format_message() + hint(typed, e.format_message()), 2)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+LISTS = ("--defense", "--sigma", "--seed", "--arithmetic")  # options of which one value has commas in it
+REPEATED = ("--set", "--search")
+
+
+def hint(typed: Sequence[str], problem: str) -> str:
+    """How to give an option several values, where the problem is that blanks stand between them."""
+    if "unexpected extra argument" not in problem:
+        return ""
+    for start, option in enumerate(typed):
+        name, equals, value = option.partition("=")
+        after = itertools.takewhile(lambda word: not word.startswith("--"), typed[start + 1 :])
+        values = [*([value] if equals else []), *after]
+        if len(values) > 1 and name in LISTS:
+            return f"; several values go with commas between: {name} {','.join(v.strip(',') for v in values)}"
+        if len(values) > 1 and name in REPEATED:
+            return f"; give the option again for each: {' '.join(f'{name} {v}' for v in values)}"
+    return ""
 
 
 def _fail(message: str, code: int) -> None:
@@ -126,13 +148,13 @@ def run(
     ray_address: Annotated[
         str | None, typer.Option(help="The Ray cluster; default: the one running here, else one for the command.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate votes and time, then exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train (or load) defenses and certify them; typed again, resumes what is unfinished."""
     from bench.console import ConsoleReporter
     from bench.environment import pick_device, same_kind
-    from bench.plan import make_plans
+    from bench.plan import check_effects, make_plans
     from bench.run import Session
     from bench.shards import Shard
     from bench.store import check_writable
@@ -163,6 +185,7 @@ def run(
         settings=set_ or [],
         search=search or [],
     )
+    check_effects(plans)
     reporter = ConsoleReporter()
     if not on_ray:
         here = pick_device(device)
@@ -225,8 +248,13 @@ def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
 
     for row in rows:
         print(
-            f"{row['run']}: {row['images']} images, {row['votes']:,} votes{_of(row['flops_per_vote'])}, "
+            f"{row['label']}: {row['images']} images, {row['votes']:,} votes{_of(row['flops_per_vote'])}, "
             f"certify about {duration(row['seconds'])}, train about {duration(row['train_seconds'])}"
+        )
+    if fewer := [row for row in rows if row["timed_rows"] < row["block"]]:
+        part = " or ".join(dict.fromkeys(f"{r['timed_rows']} of {r['block']}" for r in fewer))
+        print(
+            f"{len(fewer)} of {len(rows)} runs were timed on {part} rows of a block, since a whole one takes long here"
         )
     total = sum(r["seconds"] + r["train_seconds"] for r in rows)
     print(

@@ -10,17 +10,19 @@ from typing import Annotated
 import typer
 
 from bench.cli_options import AsJson, Out, print_findings, print_table
-from bench.errors import BenchError, NotComparable, shown
+from bench.errors import BenchError, NotComparable, note, shown
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command("report")
 def report_(
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
-    format: Annotated[str, typer.Option(help="md, latex, csv, json or html.")] = "md",
+    format: Annotated[
+        str | None, typer.Option(help="md, latex, csv, json or html; default: by the file's name in --out, else md.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder, or file ending in the format; default: print (html has none).")
+        Path | None, typer.Option(help="Folder, or file (.md, .tex, .csv, .json, .html); default: print (html: none).")
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Show what others published, below each table, and what differs.")
@@ -30,8 +32,9 @@ def report_(
     from bench import report, tables
     from bench.errors import unknown
 
-    if format not in (known := ("md", "latex", "csv", "json", "html")):
-        raise unknown("format", format, known)
+    if format not in (known := (None, "md", "latex", "csv", "json", "html")):
+        raise unknown("format", format, filter(None, known))
+    format = report.format_of(out, format)
     if published and format not in ("md", "latex"):
         raise BenchError(f"--published: goes with --format md or latex, not {format}")
     if format == "html" and out is None:
@@ -60,6 +63,8 @@ def status(
     """Show how runs are getting on, also those of other processes: progress, pace, time left, failures."""
     from bench import status
 
+    if not runs.exists():
+        raise BenchError(f"no folder {runs}; bench run makes one")
     rows = status.rows(runs)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -91,14 +96,17 @@ def merge(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, or a folder of runs.")],
     as_json: AsJson = False,
 ) -> None:
     """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
     from bench import compare
 
-    found = compare.compare(runs)
-    print(json.dumps(found, indent=1) if as_json else compare.markdown(found), end="\n" if as_json else "")
+    found = [compare.compare(paths) for paths in compare.groups(runs)]
+    if as_json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    else:
+        print("\n".join(map(compare.markdown, found)), end="")
 
 
 @app.command()
@@ -143,11 +151,22 @@ def check(
 def import_(
     log: Annotated[Path, typer.Argument(help="A released log: one line an image, tab-separated, with a header.")],
     dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
-    sigma: Annotated[float, typer.Option(help="Noise of the certificates, in pixels of [0, 1].")],
-    alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")],
-    n: Annotated[int, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")],
-    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; default: not stated.")] = None,
-    format: Annotated[str, typer.Option(help="cohen: n votes an image; adaptive: their number varies.")] = "cohen",
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Noise of the certificates, in pixels of [0, 1]. It and the next six: as the log states."),
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Failure probability of each certificate.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")
+    ] = None,
+    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; else not known.")] = None,
+    noise: Annotated[str | None, typer.Option(help="float, or grid: rounded to the pixel grid; else float.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="selected: the class chosen on n0 votes, or label: the known one; else selected.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="cohen: n votes an image; adaptive: their number varies; else cohen.")
+    ] = None,
     radius: Annotated[
         float | None, typer.Option(help="The radius tested, where an adaptive log says only whether it was proved.")
     ] = None,
@@ -156,9 +175,12 @@ def import_(
 ) -> None:
     """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
     from bench import importing, report
-    from bench.flaws import Stated
+    from bench.plan import LARGE, large
 
-    stated = Stated(format, dataset, sigma, alpha, n, n0, radius)
+    given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
+    stated = importing.stated_by(log, dataset, radius=radius, **given)
+    if stated.sigma > LARGE:
+        note(large("--sigma", stated.sigma))
     record = importing.import_log(log, stated, out)
     if as_json:
         print(json.dumps({"path": str(record.path), **record.info}, indent=1))
@@ -174,7 +196,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
 ) -> None:
-    """Write a run as the common tab-separated log: idx, label, predict, radius, correct, time."""
+    """Write a run as the common tab-separated log, with sigma, votes and noise in columns of their own."""
     from bench.cache import write_text, writing
     from bench.logs import export_log
     from bench.store import read_run

@@ -16,8 +16,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bench import audit, bounds, metrics, paired, tables
-from bench.errors import BenchError, NotComparable
-from bench.store import Line, Record, read_run
+from bench.cache import digest
+from bench.errors import BenchError, NotComparable, note
+from bench.store import Line, Record, find_runs, read_run
 
 TOP = 5  # images shown each way
 COSTS = {
@@ -27,6 +28,34 @@ COSTS = {
     "flops_per_vote": "FLOPs / vote",
     "trained_here": "trained here (parameters)",
 }
+
+
+def groups(paths: Sequence[Path]) -> list[list[Path]]:
+    """What to compare with what: the runs given or, of a folder of runs, its finished ones that are comparable.
+
+    Runs of a folder that are left out are named in a note. Raises BenchError where nothing is left.
+    """
+    found = [(path, find_runs(path) if not (path / "run.json").exists() else []) for path in paths]
+    if not any(inner for _, inner in found):
+        return [list(paths)]  # ``compare`` says what is wrong with each
+    chosen: dict[str, list[Path]] = {}
+    for path in dict.fromkeys(run for given, inner in found for run in inner or [given]):
+        try:
+            record = read_run(path)
+            problem = audit.problem(record)
+        except BenchError as e:
+            problem = str(e)
+        if problem:
+            note(f"left out: {problem}")
+            continue
+        labels = [column.tolist() for column in _labels(record)]
+        chosen.setdefault(digest([_terms(record.identity), labels]), []).append(path)
+    for (alone,) in (runs for runs in chosen.values() if len(runs) == 1):
+        note(f"left out: {alone}: no other run is on the same images with the same sigma, noise and procedure")
+    several = [runs for runs in chosen.values() if len(runs) > 1]
+    if not several:
+        raise BenchError(f"{', '.join(map(str, paths))}: no two finished runs that are comparable")
+    return several
 
 
 def compare(paths: Sequence[Path]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import hub, noise, objectives, registry, rng, training, watchdog
+from bench import hub, noise, objectives, registry, rng, torchstate, training, watchdog
 from bench.base import BaseModel
 from bench.cache import Entry, digest, file_sha256
 from bench.cards import Split
@@ -39,7 +39,9 @@ class BuildContext:
         self, plan: Plan, base: BaseModel, access: Access, device: torch.device, workshop: Workshop | None
     ) -> None:
         self.base: Base = base.view(access)
-        self.classes, self.shape, self.train_sigma = len(plan.card.classes), plan.card.shape, plan.train_sigma
+        self.classes, self.shape = len(plan.card.classes), plan.card.shape
+        self.asked_train_sigma = False
+        self._torch = torchstate.settings()
         self.used: dict[str, str] = {}  # name -> sha256 of what decides the defense beside its config and base
         self.sources: list[str] = []  # hub ids and folders that files were taken from
         self.commits: dict[str, str] = {}  # hub id -> the commit that its files are of
@@ -49,14 +51,21 @@ class BuildContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what training takes: a copy, in another process or on another device, only certifies."""
-        return self.__dict__ | {"_workshop": None}
+        return self.__dict__ | {"_workshop": None, "_torch": {}}
+
+    @property
+    def train_sigma(self) -> float:
+        """The noise level of training; that it was asked for is recorded."""
+        self.asked_train_sigma = True
+        return self._plan.train_sigma
 
     def once(self, part: Part) -> nn.Module:
         """The part's module, frozen: trained here once, and cached under all that decides it."""
-        with rng.fixed_rng(self._plan.seed):
-            module = part.build(self.classes, self.shape).to(self._device)
-        if self._workshop is not None:
-            self._train_or_load(part, module, self._workshop)
+        with torchstate.under(self._torch):  # other defenses share the part, whatever this one has set before
+            with rng.fixed_rng(self._plan.seed):
+                module = part.build(self.classes, self.shape).to(self._device)
+            if self._workshop is not None:
+                self._train_or_load(part, module, self._workshop)
         self.parts.append(module)
         return module.eval().requires_grad_(False)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import blocks, noise, objectives, registry, rng, spsa, tensors, training, watchdog
+from bench import blocks, noise, objectives, registry, rng, spsa, tensors, torchstate, training, watchdog
 from bench.arithmetic import steady
 from bench.base import BaseModel, Classifier
 from bench.cache import Entry, Trained
@@ -39,7 +39,7 @@ class Fitted:
 
     defense: Defense
     sha256: str | None  # None: nothing was trained
-    train_seconds: float
+    train_seconds: float | None  # None: of weights that the user brought
     queries: int
     nominal: int  # parameters that require a gradient once built
     updated: int  # of these, in tensors that training changed
@@ -49,16 +49,18 @@ class Fitted:
     sources: list[str]  # where files of weights trained elsewhere came from
     commits: dict[str, str]  # those of the hub's sources
     notes: list[str]  # what the defense states about itself
+    uses_train_sigma: bool  # else no noise level of training decided anything
 
 
 @contextmanager
-def blame(name: str, doing: str) -> Iterator[None]:
+def blame(name: str, doing: str, alone: bool = True) -> Iterator[None]:
     """Turn whatever a defense raises, or its silence, into one line that names it and the place: a DefenseFault.
 
-    ``doing``: what it is asked for, as in "no answer for 9 s in training".
+    ``doing``: what it is asked for, as in "no answer for 9 s in training". What it changes of torch's settings is put
+    back, but where it runs in several threads at once (not ``alone``).
     """
     try:
-        with watchdog.watched(name, doing):
+        with watchdog.watched(name, doing), torchstate.kept(name, doing) if alone else nullcontext():
             yield
     except DefenseFault as e:
         raise e if e.defense else DefenseFault(str(e), name) from None
@@ -90,6 +92,9 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     workshop = Workshop(train, progress)
     defense = construct(plan, base, device, workshop)
     nominal, here, elsewhere = _count(defense)
+    brought = plan.weights is not None and trains(defense)
+    if brought:  # trained by their author
+        here, elsewhere = here - nominal, elsewhere + nominal
     used = context_of(defense)
     trained: Trained | None = None
     if trains(defense):
@@ -108,16 +113,17 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     return Fitted(
         defense,
         trained.sha256 if trained else None,
-        meta.get("train_seconds", 0.0) + used.part_seconds,
+        None if brought else meta.get("train_seconds", 0.0) + used.part_seconds,
         meta.get("queries", 0),
         nominal,
         meta.get("updated", 0),
         here,
         elsewhere,
         used.used,
-        used.sources,
+        [*used.sources, *([plan.weights.name] if plan.weights and brought else [])],
         used.commits,
         workshop.notes,
+        trained is not None or used.asked_train_sigma,
     )
 
 

@@ -28,6 +28,7 @@ SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032,
 TOLERANCE = 1e-6
 HUGE = 1e30  # no radius, sigma or time is so large; sums of such numbers may overflow
 FORMATS = ("cohen", "adaptive")
+CHOICES = {"noise": ("float", "grid"), "target": ("selected", "label"), "split": ("test", "validation")}
 
 Floats = NDArray[np.float64]
 
@@ -43,11 +44,17 @@ class Stated:
     n: int
     n0: int | None = None
     radius: float | None = None
+    noise: str | None = None  # None, like the others: as the log states, else the first of CHOICES
+    target: str | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no certificate can have been made with."""
         if self.format not in FORMATS:
             raise unknown("format", self.format, FORMATS)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in (None, *known):
+                raise unknown(f"--{name}", getattr(self, name), known)
         if not 0 < self.sigma < HUGE:
             raise BenchError(f"--sigma {self.sigma:g}: must be above 0")
         if not 0 < self.alpha < 1:
@@ -55,8 +62,8 @@ class Stated:
         if not bounds.smallest_n(self.alpha) <= self.n <= MOST:
             least = bounds.smallest_n(self.alpha)
             raise BenchError(f"--n {self.n}: no certificate at alpha {self.alpha:g} has so many; the least is {least}")
-        if self.n0 is not None and self.n0 < 1:
-            raise BenchError(f"--n0 {self.n0}: must be at least 1")
+        if self.n0 is not None and not 1 <= self.n0 <= MOST:
+            raise BenchError(f"--n0 {self.n0}: must be at least 1 and at most {MOST:,}")
         if self.radius is not None and (self.format != "adaptive" or not 0 < self.radius < HUGE):
             raise BenchError(f"--radius {self.radius:g}: a number above 0, and only of adaptive logs")
 

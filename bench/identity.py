@@ -26,6 +26,13 @@ def run_name(plan: Plan) -> str:
     return f"{plan.card.name}-{registry.short_name(plan.defense)}-s{plan.sigma:g}"
 
 
+def run_label(plan: Plan) -> str:
+    """The run's name before its hash is known, with all that tells the runs of one command apart."""
+    settings = [f"{k}={v}" for k, v in plan.changed.items()]
+    sought = [f"{key} searched" for key in dict.fromkeys(k for values, _ in plan.candidates for k in values)]
+    return ", ".join([run_name(plan), *settings, *sought, f"seed {plan.seed}"])
+
+
 def examples(plan: Plan, split: Split) -> list[int]:
     """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
     asked = plan.examples
@@ -84,7 +91,7 @@ def identity(
             "objective": plan.objective if uses_objective else None,
             **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
         },
-        "train_sigma": plan.train_sigma,
+        "train_sigma": plan.train_sigma if fitted.uses_train_sigma else plan.sigma,
         "sigma": plan.sigma,
         "noise": _noise(plan),
         "procedure": describe(plan.procedure),

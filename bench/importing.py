@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from bench import limits, metrics
 from bench.cache import replacing, writing
 from bench.cards import Card, card_files, load_card
 from bench.errors import BenchError
-from bench.flaws import Stated
-from bench.logs import read_log
+from bench.flaws import CHOICES, Stated
+from bench.logs import read_log, statements
 from bench.store import ELSEWHERE, Claim, Record, Run, read_run
 
 SOURCE = "source.tsv"  # the log, in the run folder
@@ -24,6 +25,7 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # the table's, where no card says which
 def import_log(log: Path, stated: Stated, out: Path) -> Record:
     """The log's run folder below ``out``, made now unless it is there. Raises BenchError where it cannot be read."""
     data = _read(log)
+    stated = _filled(stated, data)
     card = _card(stated.dataset)
     dataset = card.name if card else stated.dataset
     radii = [stated.radius] if stated.radius else list(card.radii if card else RADII)
@@ -39,16 +41,16 @@ def import_log(log: Path, stated: Stated, out: Path) -> Record:
     identity: dict[str, Any] = {
         "dataset": dataset,
         "card": None,
-        "split": "test",
+        "split": stated.split,
         "indices": [c.index for c in claims],
         "images": None,
         "base": None,
         "defense": {"name": name, "source": sha256, "config": {}, "weights": None, "parts": {}, "objective": None},
         "train_sigma": None,
         "sigma": stated.sigma,
-        "noise": {"kind": "float", "version": None, "tau": 0.0},
+        "noise": {"kind": stated.noise, "version": None, "tau": 0.0},
         "procedure": procedure
-        | {"alpha": stated.alpha, "target": "selected"}
+        | {"alpha": stated.alpha, "target": stated.target}
         | ({"radii": radii} if stated.radius else {}),
         "bound": "clopper-pearson",
         "seed": None,
@@ -86,12 +88,28 @@ def import_log(log: Path, stated: Stated, out: Path) -> Record:
     return read_run(run.path)
 
 
+def stated_by(log: Path, dataset: str, **given: Any) -> Stated:
+    """What decides the log's certificates: what is ``given``, else what the log states. Raises BenchError."""
+    said = statements(_read(log)) | {k: v for k, v in given.items() if v is not None}
+    if lacking := [k for k in ("sigma", "alpha", "n") if k not in said]:
+        raise BenchError(f"{log} does not state {', '.join(lacking)}: give {' '.join(f'--{k}' for k in lacking)}")
+    return Stated(**{"format": "cohen", "dataset": dataset, **said})
+
+
+def _filled(stated: Stated, data: bytes) -> Stated:
+    """The same with what it leaves open as the log states it, or by default."""
+    said = {k: words[0] for k, words in CHOICES.items()} | statements(data)
+    left: dict[str, Any] = {k: said.get(k) for k in ("n0", *CHOICES) if getattr(stated, k) is None}
+    return replace(stated, **left)
+
+
 def read_again(record: Record) -> tuple[list[Claim], list[str]]:
     """What the log in an imported run's folder gives: claims and flags. Raises BenchError where it cannot be read."""
     procedure = record.identity["procedure"]
     (radius,) = procedure.get("radii", [None])
     numbers = (record.identity["sigma"], procedure["alpha"], procedure["n"], procedure["n0"], radius)
-    stated = Stated(record.identity["imported"]["format"], record.identity["dataset"], *numbers)
+    words = (record.identity["noise"]["kind"], procedure.get("target", "selected"), record.identity["split"])
+    stated = Stated(record.identity["imported"]["format"], record.identity["dataset"], *numbers, *words)
     return read_log(_read(record.path / SOURCE), stated, record.info["radii"], len(record.info["classes"]))
 
 

@@ -164,7 +164,11 @@ class Context(Protocol):
     base: Base
     classes: int
     shape: tuple[int, int, int]  # channels, height, width
-    train_sigma: float
+
+    @property
+    def train_sigma(self) -> float:
+        """The noise level of training."""
+        ...
 
     def once(self, part: Part) -> nn.Module:
         """The part's module, trained: from the cache, or here and now. Frozen and in eval mode.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import limits, registry
+from bench import registry, status
 from bench.cards import card_files, load_card
-from bench.errors import BenchError, shown, unknown
-from bench.shards import Shard
+from bench.errors import shown, unknown
 
 
 def rows(what: str, out: Path) -> list[dict[str, Any]]:
@@ -54,17 +52,11 @@ def _bases() -> list[dict[str, Any]]:
 
 
 def _runs(out: Path) -> list[dict[str, Any]]:
-    rows = []
-    for file in sorted([*out.glob("*/run.json"), *out.glob("*/shard-*/run.json")]):
-        name = shown(str(file.parent.relative_to(out)))
-        try:
-            info = json.loads(limits.contents(file, limits.RUN))
-            indices, shard = info["identity"]["indices"], info.get("shard")
-            images = len(Shard.parse(shard).part(indices) if shard else indices)
-            lines = file.with_name("certificates.jsonl")
-            done = sum(1 for _ in limits.lines(lines, limits.CERTIFICATE)) if lines.exists() else 0
-            status = f"shard {shard}, {info['status']}" if shard else info["status"]
-            rows.append({"run": name, "status": shown(str(status)), "images": f"{done}/{images}"})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, BenchError):
-            rows.append({"run": name, "status": "unreadable", "images": ""})
-    return rows
+    return [
+        {
+            "run": shown(r["run"]),
+            "state": r["state"],
+            "images": "" if r["images"] is None else f"{r['done']}/{r['images']}",
+        }
+        for r in status.rows(out)
+    ]

@@ -9,8 +9,9 @@ an image, the radius that of Clopper-Pearson.
 column ``radius proved`` of 1 and -1 (whether the one radius tested was proved; the log does not say which: give it)
 with ``levels_needed``, ``estimated_pr``, ``samples_needed``; and those of Chen et al. (``pA samplesize radius``).
 
-A log holds neither sigma, n, n0 and alpha nor counts: the former are as stated by whoever imports it, the latter
-stay unknown. Nothing of a file is trusted or executed.
+No log holds counts, which stay unknown. Those of others hold neither sigma, n, n0 and alpha: the user who imports
+one states them. ``export_log`` adds them as columns, the same in every row (``STATEMENTS``), so that a reader which
+takes columns by name is not disturbed. Nothing of a file is trusted or executed.
 """
 
 from __future__ import annotations
@@ -19,25 +20,32 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 
 from bench import audit, flaws
 from bench.errors import BenchError
 from bench.flaws import HUGE, Row, Stated
+from bench.procedures import MOST
 from bench.store import Claim, Record
 
+VOTES = "samples_needed"  # the column with an image's votes, of adaptive logs
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+STATEMENTS: dict[str, type] = {  # columns of one value each, and its type
+    **{"sigma": float, "alpha": float, "n": int, "n0": int},
+    **{"noise": str, "target": str, "split": str, "format": str},
+}
 EXTRA = {
     "cohen": set[str](),
     "adaptive": {
-        *("levels_needed", "estimated_pr", "samples_needed", "early_stoppings", "additional_batches_needed"),
+        *("levels_needed", "estimated_pr", VOTES, "early_stoppings", "additional_batches_needed"),
         *("early_stopping_ratio", "additional_batches", "pa", "radius proved"),
     },
 }
 IMAGES = 1_000_000  # of a log, at most
 LONGEST = 10_000  # characters of a line
-ALIASES = {"samplesize": "samples_needed", "time_forward": "time"}
+ALIASES = {"samplesize": VOTES, "time_forward": "time"}
 
 
 def read_log(data: bytes, stated: Stated, radii: Sequence[float], classes: int) -> tuple[list[Claim], list[str]]:
@@ -55,6 +63,12 @@ def read_log(data: bytes, stated: Stated, radii: Sequence[float], classes: int) 
     rows = _rows(lines, start, separator, columns, flags)
     if not rows:
         raise BenchError("none of its lines is an image's: idx, label, predict and radius must be numbers")
+    said = _statements(rows)
+    if varied := [c for c in STATEMENTS if c in columns and c not in said and any(r.fields[c] for r in rows)]:
+        flags.append(f"unknown columns, left out: {', '.join(varied)}")
+    for column, value in said.items():
+        if getattr(stated, column) not in (None, value):
+            flags.append(f"its column {column} says {value}; {getattr(stated, column)} was given")
     flags += flaws.structure(rows, stated.dataset, classes)
     predicted = [r for r in rows if r.predicted >= 0]
     if stated.format == "adaptive" and ("radius proved" in columns or {r.radius for r in rows} == {-1.0, 1.0}):
@@ -81,6 +95,39 @@ def read_log(data: bytes, stated: Stated, radii: Sequence[float], classes: int) 
     return sorted(claims, key=lambda c: c.index), flags
 
 
+def statements(data: bytes) -> dict[str, Any]:
+    """What a log states of itself as a whole, by ``STATEMENTS``; nothing where it is no log that can be read."""
+    try:
+        lines = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return _statements(_rows(lines, *_header(lines, "adaptive", []), []))
+    except (BenchError, UnicodeDecodeError):
+        return {}  # read_log says why
+
+
+def _statements(rows: Sequence[Row]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for column, kind in STATEMENTS.items():
+        values = {r.fields.get(column, "") for r in rows}
+        if len(values) != 1 or not (text := values.pop()):
+            continue
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if _possible(column, value):
+            found[column] = value
+    return found
+
+
+def _possible(column: str, value: Any) -> bool:
+    """Whether a statement can be one of any certificate."""
+    if isinstance(value, str):
+        return value in {**flaws.CHOICES, "format": flaws.FORMATS}[column]
+    if isinstance(value, int):
+        return 1 <= value <= MOST
+    return bool(0 < value < (1 if column == "alpha" else HUGE))
+
+
 def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, str | None, list[str]]:
     """Where the rows start, what separates their fields (None: any blanks), and the columns' names."""
     start = next((i for i, line in enumerate(lines) if line.strip()), None)
@@ -105,7 +152,7 @@ def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, s
         flags.append(f"no column {', '.join(lacking)}")
     if twice := [c for c, count in Counter(columns).items() if count > 1]:
         raise BenchError(f"column {_safe(twice[0])} is there twice")
-    if others := [c for c in columns if c not in {*COLUMNS, *EXTRA[format]}]:
+    if others := [c for c in columns if c not in {*COLUMNS, *STATEMENTS, *EXTRA[format]}]:
         flags.append(f"unknown columns, left out: {', '.join(map(_safe, others[:10]))}")
     return start + 1, separator, columns
 
@@ -169,10 +216,10 @@ def _whole(text: str, least: int) -> int:
 
 def _claim(row: Row, stated: Stated, radius: float) -> Claim:
     abstained = row.predicted < 0 or radius < 0
-    samples = row.fields.get("samples_needed", "")
+    samples = row.fields.get(VOTES, "")
     votes = int(samples) if re.fullmatch(r"\d{1,15}", samples) else None
-    if stated.format == "cohen" and stated.n0:
-        votes = stated.n0 + stated.n
+    if stated.format == "cohen" and (stated.n0 or stated.target == "label"):
+        votes = stated.n + (stated.n0 or 0 if stated.target != "label" else 0)
     return Claim(
         index=row.index,
         label=row.label,
@@ -197,13 +244,19 @@ def _seconds(text: str) -> float | None:
 
 
 def export_log(record: Record) -> str:
-    """A finished run in the common format, radii with all their digits, times in seconds."""
+    """A finished run in the common format, radii with all their digits, times in seconds, and ``STATEMENTS``."""
     if problem := audit.problem(record):
         raise BenchError(problem)
-    lines = ["\t".join(COLUMNS)]
+    identity, procedure = record.identity, record.identity["procedure"]
+    fixed = procedure["kind"] == "fixed"
+    stated = {**procedure, "target": procedure.get("target", "selected"), "format": "cohen" if fixed else "adaptive"}
+    stated |= {"sigma": identity["sigma"], "noise": identity["noise"]["kind"], "split": identity["split"]}
+    same = [stated[column] for column in STATEMENTS]
+    lines = ["\t".join([*COLUMNS, *STATEMENTS, *([] if fixed else [VOTES])])]
     for c in sorted(record.certificates, key=lambda c: c.index):
         predict = -1 if c.predicted is None else c.predicted
         # Trailing zeros stay, since readers take the digits of a log for its precision.
-        fields = (c.index, c.label, predict, f"{c.radius:#.17g}", int(predict == c.label), c.seconds)
+        fields = (c.index, c.label, predict, f"{c.radius:#.17g}", int(predict == c.label), c.seconds, *same)
+        fields += () if fixed else (c.votes,)
         lines.append("\t".join("" if v is None else str(v) for v in fields))
     return "\n".join(lines) + "\n"

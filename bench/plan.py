@@ -6,7 +6,7 @@ import inspect
 import itertools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,13 +15,15 @@ from bench import bounds, registry, tensors
 from bench.anytime import Anytime
 from bench.base_sources import choose_base, most_access
 from bench.cards import Card, load_card
-from bench.errors import BenchError, unknown
+from bench.errors import BenchError, note, unknown
 from bench.http_base import is_url
-from bench.interface import Defense
+from bench.interface import Defense, Schedule
 from bench.objectives import OBJECTIVES
 from bench.procedures import MOST, Fixed
 from bench.settings import Values, variants
 
+UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
+LARGE = 2.0  # noise, in pixels of [0, 1], through which no image is recognised
 _Number = TypeVar("_Number", int, float)
 
 
@@ -148,6 +150,37 @@ def make_plans(
             )
             plans.append(plan)
     return plans
+
+
+def check_effects(plans: Sequence[Plan]) -> None:
+    """Refuse options of a command that cannot have an effect, and print a note on those that rarely have the one meant.
+
+    Not part of ``make_plans``, since that also reads the arguments of records. Raises BenchError.
+    """
+    given = plans[0].arguments
+    trained = [f"--objective {given['objective']}"] if given["objective"] != "gaussian" else []
+    if trained and given["weights"]:
+        raise BenchError(f"{trained[0]} has no effect with --weights, which are trained already; leave one of them out")
+    trained += [f"--train-sigma {given['train_sigma']:g}"] if given["train_sigma"] is not None else []
+    if trained and all(plan.cls.kind(plan.config) in UNTRAINED for plan in plans):
+        names = ", ".join(dict.fromkeys(plan.defense for plan in plans))
+        raise BenchError(f"{trained[0]} has no effect: {names} trains nothing; leave it out")
+    if given["weights"]:
+        schedule = {f.name for f in fields(Schedule)}
+        trained += [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in schedule]
+        for option in dict.fromkeys(trained):
+            note(f"{option} is only recorded: --weights are trained already")
+    if given["target"] == "label" and given["n0"] is not None:
+        note(f"--n0 {given['n0']} has no effect: with --target label no votes select the class")
+    levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given["train_sigma"] or 0.0)]
+    for option, level in dict.fromkeys(levels):
+        if level > LARGE:
+            note(large(option, level))
+
+
+def large(option: str, level: float) -> str:
+    """A hint for a noise level that is probably meant in other units."""
+    return f"{option} {level:g}: pixels are in [0, 1], so {level:g} of 255 levels are {option} {level / 255:.4g}"
 
 
 def command(arguments: Mapping[str, Any], *more: str) -> str:

@@ -130,8 +130,11 @@ def short_name(name: str) -> str:
 
 
 def _import(module: str, name: str) -> ModuleType:
+    from bench import torchstate  # here, since torch takes a while to import and listing needs none
+
     try:
-        return importlib.import_module(module)
+        with torchstate.kept(name, "when it was imported"):
+            return importlib.import_module(module)
     except Exception as e:
         raise BenchError(f"defense {name}: importing {module} failed: {one_line(e)}") from e
 
@@ -170,8 +173,11 @@ def _import_file(path: Path, name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    from bench import torchstate  # here, since torch takes a while to import and listing needs none
+
     try:
-        spec.loader.exec_module(module)
+        with torchstate.kept(str(path), "when it was imported"):
+            spec.loader.exec_module(module)
     except Exception as e:
         raise BenchError(f"{path}: {one_line(e)}") from e
     return module

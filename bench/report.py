@@ -11,14 +11,15 @@ from typing import Any
 
 import pandas as pd
 
-from bench import bounds, envelopes, paired
-from bench.cache import write_text, writing
+from bench import bounds, envelopes, latex, paired
+from bench.cache import digest, write_text, writing
 from bench.envelopes import Envelope
+from bench.errors import BenchError
 from bench.figures import TRADEOFF, curves, tradeoff
 from bench.published import beside
 from bench.published import heading as published_heading
 from bench.store import Record
-from bench.tables import DASH, escape, groups, heading, level_with_best, pooled, reach, table
+from bench.tables import DASH, comparable, escape, groups, heading, level_with_best, pooled, reach, table
 
 
 def columns(group: Sequence[Record]) -> pd.DataFrame:
@@ -75,13 +76,36 @@ def _markdown(group: Sequence[Record], published: bool) -> str:
 
 
 def _latex(group: Sequence[Record], published: bool) -> str:
-    """The columns that a paper has room for, with booktabs; everything from a record escaped."""
-    cells = columns(group)
-    kept = ["defense", *(c for c in map(str, cells) if "r = " in c), "train (s)", "GFLOPs / vote", "trained here"]
-    parts = [cells[kept].to_latex(index=False, escape=True)]
+    """The columns that a paper has room for; everything from a record escaped."""
+    frame, cells, within = pooled(group), columns(group), reach(group[0])
+    accuracies: dict[str, list[str]] = {}
+    for r in group[0].info["radii"]:
+        key, tied = f"certified_{r:g}", level_with_best(group, frame, r) if r <= within else set[str]()
+        accuracies[f"{r:g}"] = [
+            latex.interval(row[key], row[f"{key}_low"], row[f"{key}_high"], row["run"] in tied) if r <= within else "--"
+            for row in frame.to_dict("records")
+        ]
+    costs = {
+        f"\\shortstack[r]{{{title}}}": [*map(latex.escape, cells[column])]
+        for column, title in (
+            ("train (s)", "train\\\\(s)"),
+            ("GFLOPs / vote", "GFLOPs\\\\a vote"),
+            ("trained here", "trained\\\\here"),
+        )
+    }
+    names = [*map(latex.escape, cells["defense"])]
+    title = "certified accuracy in \\% at radius"
+    said = limits(group).replace("=: not", "Bold: not")
+    parts = [latex.table(names, [(title, pd.DataFrame(accuracies)), ("", pd.DataFrame(costs))])]
     if published and len(others := beside(group[0])):
-        parts.append(f"% {published_heading(group)}\n" + others.to_latex(index=False, escape=True))
-    return f"% {' '.join(heading(group[0]).split())}\n% {limits(group)}\n" + "\n".join(parts)
+        facts = others.map(latex.escape).set_axis([*map(latex.escape, others)], axis=1)
+        text = f"p{{{(0.96 - 0.105 * (facts.shape[1] - 2)) / 2:.2f}\\columnwidth}}"
+        form = f"@{{}}{text}{'r' * (facts.shape[1] - 2)}{text}@{{}}"
+        body = facts.to_latex(index=False, escape=False, column_format=form)
+        parts.append(
+            latex.comment(published_heading(group)) + f"{{\\tiny\\setlength{{\\tabcolsep}}{{2pt}}%\n{body}}}\n"
+        )
+    return latex.comment(heading(group[0])) + latex.comment(said) + "\n".join(parts)
 
 
 def _envelope_markdown(envelope: Envelope) -> str:
@@ -94,17 +118,32 @@ def _envelope_markdown(envelope: Envelope) -> str:
 
 
 def _envelope_latex(envelope: Envelope) -> str:
-    note = f"% {' '.join(envelope.note.split())}\n"
+    note = latex.comment(envelope.note)
     if not envelope.rows:
         return note
-    body = envelopes.columns(envelope).to_latex(index=False, escape=True)
-    return f"% {' '.join(envelope.heading.split())}\n{note}{body}"
+    cells: dict[str, list[str]] = {"among": [", ".join(f"{s:g}" for s in row.sigmas) for row in envelope.rows]}
+    for radius in envelope.record.info["radii"]:
+        points = [next((p for p in row.points if p.radius == radius), None) for row in envelope.rows]
+        cells[f"{radius:g}"] = [
+            latex.interval(p.value, p.low, p.high, more=f" ({p.sigma:g})") if p else "--" for p in points
+        ]
+    title = "certified in \\% at radius (sigma chosen)"
+    names = [latex.escape(row.label) for row in envelope.rows]
+    return latex.comment(envelope.heading) + note + latex.table(names, [(title, pd.DataFrame(cells))], latex.CHOSEN)
 
 
 def _as_json(envelope: Envelope) -> dict[str, Any]:
     rows = [asdict(row) for row in envelope.rows]
     said = {"heading": envelope.heading, "note": envelope.note, "validation_images": envelope.validation_images}
     return said | {"rows": rows, "lacking": envelope.lacking}
+
+
+def figure_name(record: Record) -> str:
+    """The name of the figures of a record's table, by what its runs have in common and independent of other tables."""
+    identity = record.identity
+    dataset = re.sub(r"[^\w.-]", "-", identity["dataset"])  # part of a file's name, from untrusted input
+    split = "" if identity["split"] == "test" else "-validation"
+    return f"{dataset}{split}-s{identity['sigma']:g}-{digest(comparable(record))[:8]}"
 
 
 def limits(group: Sequence[Record]) -> str:
@@ -188,12 +227,28 @@ def render(records: Sequence[Record], format: str, published: bool = False) -> s
         return json.dumps({"tables": out, "envelopes": [_as_json(e) for e in over_sigma]}, indent=1) + "\n"
     if format == "latex":
         parts = [*(_latex(g, published) for g in tables), *map(_envelope_latex, over_sigma)]
-        return "\n".join(["% needs \\usepackage{booktabs}\n", *parts])
+        return "\n".join([latex.PREAMBLE, *parts])
     parts = [_markdown(g, published) for g in tables]
     if len(parts) > 1:
         parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
     parts += map(_envelope_markdown, over_sigma)
     return "\n".join(parts)
+
+
+SUFFIXES = {".md": "md", ".tex": "latex", ".csv": "csv", ".json": "json", ".html": "html"}
+ALIASES = {".markdown": ".md", ".latex": ".tex", ".htm": ".html"}
+OTHERS = (".txt", ".pdf", ".png", ".svg", ".tsv", ".xlsx", ".parquet")
+
+
+def format_of(out: Path | None, format: str | None) -> str:
+    """The format of a report: as the name of its file says, or as given. Raises BenchError where they differ."""
+    suffix = out.suffix.lower() if out is not None and not out.is_dir() else ""
+    named = SUFFIXES.get(ALIASES.get(suffix, suffix))
+    if suffix in OTHERS:
+        raise BenchError(f"--out {out}: a report is written as {', '.join(SUFFIXES)}, or into a folder")
+    if named and format and named != format:
+        raise BenchError(f"--out {out} with --format {format}: the name is that of {named}; leave one of the two out")
+    return named or format or "md"
 
 
 def write(
@@ -203,8 +258,9 @@ def write(
 
     A page (html) also names what was ``left_out``. Returns the files written. Raises BenchError where they cannot be.
     """
-    suffix = {"latex": ".tex"}.get(format, f".{format}")
-    report = out if out.suffix == suffix else out / f"report{suffix}"
+    suffix = next(s for s, f in SUFFIXES.items() if f == format)
+    named = ALIASES.get(out.suffix.lower(), out.suffix.lower()) == suffix and not out.is_dir()
+    report = out if named else out / f"report{suffix}"
     with writing(f"the report to {out}", "choose another place with --out"):
         report.parent.mkdir(parents=True, exist_ok=True)
         if format == "html":
@@ -215,11 +271,8 @@ def write(
             text = render(records, format, published)
         files = [report]
         if format in ("md", "latex"):
-            for number, group in enumerate(groups(records), 1):
-                identity = group[0].identity
-                dataset = re.sub(r"[^\w.-]", "-", identity["dataset"])  # a part of a file's name, whoever wrote it
-                split = "" if identity["split"] == "test" else "-validation"
-                name = f"{dataset}{split}-s{identity['sigma']:g}" + (f"-{number}" if number > 1 else "")
+            for group in groups(records):
+                name = figure_name(group[0])
                 name = f"{out.stem}-{name}" if report == out else name
                 made = {draw: draw(group, report.parent, name) for draw in (curves, tradeoff)}
                 files += [file for figures in made.values() for file in figures]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import arithmetic, blocks, environment, fitting, recheck, registry, search
+from bench import arithmetic, blocks, environment, fitting, recheck, registry, search, torchstate
 from bench.arithmetic import steady
 from bench.base import BaseModel, LocalBase
 from bench.bases import load_base, untrained_base
@@ -20,7 +20,7 @@ from bench.certify import Pixels, Task, certify, check_rows
 from bench.costs import cost_per_vote
 from bench.errors import DefenseFault
 from bench.http_base import is_url
-from bench.identity import examples, identity, make_task, run_name
+from bench.identity import examples, identity, make_task, run_label, run_name
 from bench.noise import Noise
 from bench.placed import Placed, check_apart
 from bench.plan import Plan, command
@@ -28,6 +28,7 @@ from bench.runlog import STARTED, Logged, Reporter, log, recording
 from bench.shards import Shard
 from bench.statement import state_base
 from bench.store import Record, read_run, run_folder
+from bench.timing import vote_seconds
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Session:
         shared = self.materials(plan)
         with self.reporter.training(f"{registry.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
             fitted = fitting.fit(plan, shared.base, shared.train, self.device, progress)
-        if fitted.sha256:
+        if fitted.sha256 and fitted.train_seconds is not None:
             log.info("weights %s, which took %.1f s of training", fitted.sha256[:8], fitted.train_seconds)
         split, name = shared.certified(plan), run_name(plan)
         task, indices = make_task(plan, split, self.device), examples(plan, split)
@@ -135,6 +136,10 @@ class Session:
         self._shared_out(plan, split)  # raises before anything is trained for a shard without images
         plan, tried = self.searched(plan)
         found, _, fitted = self.prepare(plan)
+        if plan.objective != "gaussian" and found["defense"]["objective"] is None:
+            log.warning("--objective %s has no effect on %s: it trains nothing by it", plan.objective, plan.defense)
+        if plan.train_sigma != found["train_sigma"]:
+            log.warning("--train-sigma %g has no effect on %s: it trains nothing", plan.train_sigma, plan.defense)
         certifier = Certifier(plan.defense, fitted.defense, self.materials(plan).base, plan.arithmetic)
         return Ready(plan, found, self._extra(plan, tried, fitted, found["indices"]), _training_cost(fitted)), certifier
 
@@ -158,7 +163,10 @@ class Session:
 
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it, or of its shard. Every image is on disk as soon as it is certified."""
-        with recording(self.log_file(plan), self.reporter.aloud) as own_log:
+        with (
+            recording(self.log_file(plan), self.reporter.aloud) as own_log,
+            torchstate.kept(plan.defense, "when it certified"),
+        ):
             ready, certifier = self.ready(plan)
             whole = run_folder(self.out, run_name(plan), ready.identity)
             if self.shard and (whole / "run.json").exists() and (merged := read_run(whole)).complete:
@@ -251,12 +259,15 @@ class Session:
         task, indices = make_task(plan, split, self.device), self._shared_out(plan, split)
         with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
             fitting.merge(defense, train, plan, self.device)  # as it certifies
-            task = blocks.fitting_block(defense, task, indices[0])
-            model = arithmetic.model(defense, plan.arithmetic, self.device)
+            model, whole = arithmetic.model(defense, plan.arithmetic, self.device), task.block
             at_once = self.threads if self.device.type == "cpu" else 1
-            per_vote = check_rows(model, task, indices[0]) / task.block / at_once
-            # Nobody counts a server's operations, so it is not asked again.
-            flops = None if is_url(plan.base) else cost_per_vote(defense, task, indices[0]).flops
+            seconds, rows = (0.0, whole) if is_url(plan.base) else vote_seconds(model, task, indices[0])
+            if rows == whole:
+                task = blocks.fitting_block(defense, task, indices[0])
+                seconds, rows = check_rows(model, task, indices[0]) / task.block, task.block
+            per_vote = seconds / at_once
+            # A server's operations cannot be counted, so it is not asked again.
+            flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
         votes = len(indices) * plan.procedure.most
         # A training step's backward pass costs about twice its forward pass.
         trainings = 0 if plan.weights else max(1, len(plan.candidates))
@@ -265,10 +276,13 @@ class Session:
         images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
         return {
             "run": run_name(plan),
+            "label": run_label(plan),
             "seed": plan.seed,
             "images": len(indices),
             "votes": votes,
             "flops_per_vote": flops,
+            "timed_rows": rows,
+            "block": task.block,
             "seconds": votes * per_vote,
             "train_seconds": (3 * images + queries) * per_vote,
         }

@@ -22,7 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Protocol, TextIO
 
-from bench.errors import BenchError, one_line
+from bench import locks
+from bench.errors import BenchError, DefenseFault, one_line
 
 NAME = "log.txt"
 PERIOD = 30.0  # seconds between two lines of progress
@@ -68,21 +69,22 @@ class RunLog(logging.Handler):
         self._broken = False
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._file, self._stream = file, _opened(file)
+            self.file, self._stream = file, _opened(file)
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
 
     def move_into(self, folder: Path) -> None:
         """Go on in the folder's ``log.txt``, below what it holds."""
-        old, kept, file = self._stream, self._file, folder / NAME
+        old, kept, file = self._stream, self.file, folder / NAME
         try:
             old.seek(0)
-            self._stream, self._file = _opened(file), file
+            self._stream, self.file = _opened(file), file
             shutil.copyfileobj(old, self._stream)
             self._stream.flush()
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
         kept.unlink(missing_ok=True)
+        locks.unsign(kept)
         old.close()
 
     def write(self, text: str, level: int = logging.INFO) -> None:
@@ -91,7 +93,7 @@ class RunLog(logging.Handler):
 
     def discard(self) -> None:
         """Remove the file: nothing happened that is worth keeping."""
-        self._file.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -99,11 +101,12 @@ class RunLog(logging.Handler):
             self._stream.flush()
         except OSError as e:  # certificates are worth more than their log
             if not self._broken:
-                print(f"bench: the log {self._file} has gaps: {e.strerror}", file=sys.stderr)
+                print(f"bench: the log {self.file} has gaps: {e.strerror}", file=sys.stderr)
             self._broken = True
 
     def close(self) -> None:
         try:
+            locks.unsign(self.file)
             self._stream.close()
         except OSError:  # of what was not written: said above
             self._broken = True
@@ -125,7 +128,8 @@ def _opened(file: Path) -> IO[str]:
             break
     else:
         stream.close()
-        raise BenchError(f"{file} is being written by another process; wait for it, or stop it")
+        raise BenchError(f"{file} is being written by another process{locks.signed(file)}; wait for it, or stop it")
+    locks.sign(file)
     size = os.fstat(stream.fileno()).st_size
     if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a line torn by a crash
         stream.write("\n")
@@ -173,6 +177,8 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
         raise
     except Exception as e:
         log.error("%s", e if isinstance(e, BenchError) else one_line(e), exc_info=True)
+        if isinstance(e, DefenseFault) and e.__cause__ is not None:  # else it is certbench's own finding
+            e.args = (f"{e}; traceback in {handler.file}",)
         raise
     finally:
         warnings.showwarning = shown

@@ -17,6 +17,7 @@ from bench.errors import BenchError, one_line, shown
 from bench.runlog import CERTIFY, NAME, STARTED, held
 from bench.shards import Shard, shards_in
 
+_NO_HASH = re.compile(r"-[0-9a-f]{8}(?=$|\.shard-)")  # of a log: that of the command, not of the run
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\S+) ([A-Z]+) (.+)")
 
 
@@ -71,7 +72,7 @@ def _begun(file: Path) -> list[dict[str, Any]]:
     """A run whose identity is not known yet: its data are being loaded or its weights trained. None of another log."""
     try:
         log = _read_log(file)
-        return [_blank(file.stem, *_state(file, log), [file])] if log.text else []
+        return [_blank(_NO_HASH.sub("-...", file.stem), *_state(file, log), [file])] if log.text else []
     except (OSError, BenchError):  # anything may be named so
         return []
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from bench import limits, wellformed
 from bench.cache import digest, drop_partial, file_sha256, write_json, write_text, writing
 from bench.certify import Certificate
 from bench.columns import Columns
 from bench.errors import BenchError, one_line
+from bench.locks import Lock
 from bench.shards import Shard, shards_in
 
 SCHEMA = 3
@@ -124,11 +124,10 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             if linked := sorted(f.name for f in self.path.iterdir() if f.is_symlink()):
                 raise BenchError(f"{self.path / linked[0]} is a link, through which nothing is written; move it away")
-            self._lock = FileLock(self.path / ".lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise BenchError(f"{self.path} is being written by another process; wait for it, or stop it") from None
+            self._lock = Lock(self.path)
+            if not self._lock.take():
+                who = self._lock.held_by()
+                raise BenchError(f"{self.path} is being written by another process{who}; wait for it, or stop it")
         try:
             self._open(identity, extra, shard)
         except BaseException:

@@ -14,6 +14,7 @@ from bench.anytime import procedure_of
 from bench.cache import digest, file_sha256
 from bench.certify import Certificate
 from bench.doctor import Finding
+from bench.errors import BenchError
 from bench.store import Record, read_run
 
 
@@ -21,6 +22,11 @@ def check_record(path: Path) -> Iterator[Finding]:
     """One finding for each question asked of the record alone. Raises BenchError where it cannot be read."""
     record = read_run(path)
     identity = record.identity
+    if record.complete and not (path / "certificates.jsonl").is_file():
+        raise BenchError(
+            f"{path}: certificates.jsonl is missing, and the run is complete; restore it, or move the folder away and "
+            "run again"
+        )
     yield Finding("the folder's name is the hash of the identity", _name(record))
     yield Finding("every image of the identity is certified, once, and no other", _images(record))
     if record.imported:

@@ -131,7 +131,8 @@ def test_every_format_shows_it_and_labels_validation(bench: Bench, tmp_path: Pat
     # Beyond .615 no image can be certified at .25.
     assert [(p["sigma"], p["value"]) for p in method["points"]] == [(0.25, 0.4), (0.25, 0.4), (0.25, 0.0), (0.5, 0.0)]
     latex = bench("report", tmp_path / "runs", "--format", "latex").out
-    assert r"lora\_\&|<b> & 0.25, 0.5 & 40.0\% [" in latex
+    name = r"lora\_\&\textbar{}\textless{}b\textgreater{}"
+    assert name + r" & 0.25, 0.5 & \certified{40.0 (0.25)}{[" in latex
     assert bench("report", tmp_path / "runs", "--format", "html", "--out", tmp_path / "page.html").code == 0
     page = (tmp_path / "page.html").read_text()
     assert "<h3>Envelope over sigma</h3>" in page and "lora_&amp;|&lt;b&gt;" in page and "<b>" not in page

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mpmath
+import pandas as pd
 import pytest
 from conftest import TINY, Result
 from hypothesis import example, given, settings
@@ -377,7 +378,7 @@ def test_a_real_run_exports_imports_and_compares(bench: Bench, tmp_path: Path, p
     log = tmp_path / "log.tsv"
     assert bench("export", info["path"], "--out", log).code == 0
     printed = bench("export", info["path"])
-    assert printed.out == log.read_text() and printed.out.startswith(HEADER + "\n")
+    assert printed.out == log.read_text() and printed.out.startswith(HEADER + "\t")
     stated = ("--dataset", TINY, "--sigma", ".25", "--alpha", ".001", "--n", "600", "--n0", "20")
     kind = "cohen" if procedure == "fixed" else "adaptive"
     result = bench("import", log, *stated, "--format", kind, "--out", tmp_path / "runs", "--json")
@@ -396,6 +397,98 @@ def test_a_real_run_exports_imports_and_compares(bench: Bench, tmp_path: Path, p
     assert found["unknown"] == ["images"]
     assert {r["p"] for r in found["pairs"][0]["radii"]} == {1.0}
     assert found["pairs"][0]["first_ahead"] == found["pairs"][0]["second_ahead"] == []
+
+
+def identity_of_certificates(path: str | Path) -> dict[str, Any]:
+    """The part of a run's identity that decides how many votes each certificate had, and under which noise."""
+    identity = json.loads((Path(path) / "run.json").read_text())["identity"]
+    kept = {k: identity["procedure"].get(k) for k in ("n", "n0", "alpha", "target")}
+    return kept | {"sigma": identity["sigma"], "noise": identity["noise"]["kind"], "split": identity["split"]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"noise": {"kind": "float", "version": 1, "tau": 0.0}},
+        {"split": "validation"},
+        {"procedure": {"kind": "fixed", "n0": 100, "n": 1000, "alpha": 0.001, "target": "label"}},
+        {"sigma": 0.5, "procedure": {"kind": "fixed", "n0": 7, "n": 500, "alpha": 0.01, "target": "selected"}},
+    ],
+)
+def test_an_export_states_what_its_import_needs(bench: Bench, tmp_path: Path, changes: dict[str, Any]) -> None:
+    wrong = [] if changes.get("procedure", {}).get("target") == "label" else [1]
+    run, log = made_up(tmp_path / "own", [0.1, 0.2, None, 0.3], wrong, **changes), tmp_path / "log.tsv"
+    assert bench("export", run, "--out", log).code == 0
+    result = bench("import", log, "--dataset", "digits", "--out", tmp_path / "runs", "--json")
+    assert result.code == 0, result.out + result.err
+    again = json.loads(result.out)
+    assert again["flags"] == []
+    assert identity_of_certificates(again["path"]) == identity_of_certificates(run)
+    assert [c["votes"] for c in lines(again["path"])] == [c["votes"] for c in lines(run)]
+    assert bench("export", again["path"]).out == log.read_text()
+    assert bench("verify", again["path"]).code == 0
+    compared = bench("compare", run, again["path"], "--json")
+    assert compared.code == 0, compared.err
+    # A reader that takes columns by name reads what it read before.
+    frame = pd.read_csv(log, delimiter="\t")
+    assert list(frame["predict"]) == [c["predicted"] if c["predicted"] is not None else -1 for c in lines(run)]
+
+
+def test_an_anytime_export_keeps_the_votes_of_each_image(bench: Bench, tmp_path: Path) -> None:
+    args = ("run", "--defense", "none", "--dataset", TINY, "--procedure", "anytime", "--n", 600, "--json")
+    ran = bench(*args, "--out", tmp_path / "own")
+    (info,) = json.loads(ran.out)
+    assert bench("export", info["path"], "--out", tmp_path / "log.tsv").code == 0
+    result = bench("import", tmp_path / "log.tsv", "--dataset", TINY, "--out", tmp_path / "runs", "--json")
+    assert result.code == 0, result.out + result.err
+    again = json.loads(result.out)
+    assert again["identity"]["procedure"]["kind"] == "adaptive" and again["identity"]["noise"]["kind"] == "grid"
+    own = sorted(lines(info["path"]), key=lambda c: c["index"])
+    assert [c["votes"] for c in lines(again["path"])] == [c["votes"] for c in own]
+
+
+def test_what_a_log_states_and_what_is_given_are_compared(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "log.tsv").write_text(
+        text([[*r, "0.25", "0.001", "1000", "grid"] for r in ROWS], f"{HEADER}\tsigma\talpha\tn\tnoise")
+    )
+    args = ("import", tmp_path / "log.tsv", "--dataset", "any-data", "--out", tmp_path / "runs", "--json")
+    assert json.loads(bench(*args).out)["identity"]["noise"]["kind"] == "grid"
+    other = bench(*args, "--noise", "float")
+    assert other.code == 1
+    assert json.loads(other.out)["flags"] == ["its column noise says grid; float was given"]
+    assert bench("verify", json.loads(other.out)["path"]).code == 1  # of the flag alone
+    assert bench(*args, "--noise", "pink").code == 2
+
+
+def test_columns_of_others_that_are_named_alike_are_left_out(bench: Bench, tmp_path: Path) -> None:
+    rows = [[*r, str(i), "wide"] for i, r in enumerate(ROWS)]
+    result, info = imported(bench, tmp_path, text(rows, f"{HEADER}\tn\tnoise"))
+    assert result.code == 1
+    assert info["flags"] == ["unknown columns, left out: n, noise"]
+    assert info["identity"]["procedure"]["n"] == 1000 and info["identity"]["noise"]["kind"] == "float"
+
+
+@pytest.mark.parametrize("value", ["-5", "nan", "1e400", "9" * 5000, "0", "inf", "x", "2e-1"])
+@pytest.mark.parametrize("column", ["n0", "sigma", "alpha", "format"])
+def test_what_no_certificate_can_have_been_made_with_is_no_statement(
+    bench: Bench, tmp_path: Path, column: str, value: str
+) -> None:
+    result, info = imported(bench, tmp_path, text([[*r, value] for r in ROWS], f"{HEADER}\t{column}"))
+    assert result.code == 1
+    if value == "2e-1" and column in ("sigma", "alpha"):
+        assert info["flags"][0].startswith(f"its column {column} says 0.2; ")
+    else:
+        assert info["flags"] == [f"unknown columns, left out: {column}"]
+
+
+def test_a_log_that_does_not_state_them_needs_sigma_alpha_and_n(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "log.tsv").write_text(text(ROWS))
+    refused = bench("import", tmp_path / "log.tsv", "--dataset", "any-data", "--sigma", ".25", "--out", tmp_path)
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "does not state alpha, n: give --alpha --n" in refused.err
+    noise = bench("import", tmp_path / "log.tsv", *STATED, "--noise", "grid", "--out", tmp_path, "--json")
+    assert json.loads(noise.out)["identity"]["noise"]["kind"] == "grid"
 
 
 def test_imports_compare_and_their_flags_are_said(bench: Bench, tmp_path: Path) -> None:

