@@ -17,7 +17,7 @@ from records import stated
 from bench.cache import Entry
 from bench.errors import BenchError
 from bench.locks import Lock
-from bench.runlog import RunLog, recording
+from bench.runlog import RunLog, log, recording, signature
 from bench.store import Run
 
 Bench = Callable[..., Result]
@@ -66,12 +66,13 @@ def waiting(entry: Entry) -> str:
 
 def test_the_holder_of_a_run_is_named(tmp_path: Path) -> None:
     run = opened(tmp_path)
+    with recording(run.path / "log.txt", Nobody()):  # type: ignore[arg-type]
+        log.info("on this and that, %s", signature())
     with pytest.raises(BenchError) as refused:
         opened(tmp_path)
     assert f"{run.path} is being written by another process ({ME}" in str(refused.value)
     assert "remove" not in str(refused.value)  # a lock of flock ends with its process
     run.close()
-    assert not list(run.path.glob(".lock-*"))
     opened(tmp_path).close()
 
 
@@ -81,12 +82,14 @@ def test_the_holder_of_an_entry_is_named(tmp_path: Path) -> None:
         lock = Lock(entry.folder)
         assert not lock.take()
         assert lock.held_by().startswith(f" ({ME}")
+    assert not list(entry.folder.glob(".lock-*"))
     assert lock.take()
     lock.release()
 
 
 def test_the_writer_of_a_log_is_named(tmp_path: Path) -> None:
     with recording(tmp_path / "run.log", Nobody()):  # type: ignore[arg-type]
+        log.info("on this and that, %s", signature())
         with pytest.raises(BenchError) as refused:
             RunLog(tmp_path / "run.log")
         assert f"is being written by another process ({ME}" in str(refused.value)
