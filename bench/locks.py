@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -69,14 +70,28 @@ class Lock:
 
     def held_by(self) -> str:
         """Who holds the lock, in brackets and as far as known, and how to clear it where it may outlive its holder."""
-        if marker := _MARKER.match(_read(self.file)):
-            since = _written(self.file)
-            return (
-                f" (process {int(marker[1])} on {marker[2].decode()} since {since}; on this file system a lock "
-                f"outlives a process that is killed: if that one no longer runs, remove {self.file})"
-            )
         name = _read(self._holder).decode(errors="replace") if self._holder else ""
-        return f" ({shown(name)})" if name else ""
+        if marker := _MARKER.match(_read(self.file)):
+            name = f"process {int(marker[1])} on {marker[2].decode()} since {_written(self.file)}"
+        elif _has_flock(self.file):
+            return f" ({shown(name)})" if name else ""
+        who = f"{shown(name)}; " if name else ""
+        return (
+            f" ({who}on this file system a lock outlives a process that is killed: if that one no longer runs, remove "
+            f"{self.file})"
+        )
+
+
+def _has_flock(file: Path) -> bool:
+    """Whether the file system of a file has locks that end with their process."""
+    try:
+        with file.open("rb") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _written(file: Path) -> str:

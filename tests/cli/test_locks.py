@@ -109,10 +109,20 @@ def test_a_lock_that_outlives_its_process_is_said_at_once_and_how_to_clear_it(tm
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_the_same_of_a_run(bench: Bench, tmp_path: Path) -> None:
-    args = ("run", "--defense", "none", "--dataset", TINY, "--examples", 1, "--out", tmp_path)
+def test_a_lock_file_of_a_process_that_had_flock_is_said_too(tmp_path: Path) -> None:
+    """It is empty, and stays when its process has ended."""
+    entry = Entry("left", {"id": str(tmp_path)})
+    entry.folder.mkdir(parents=True)
+    (entry.folder / ".lock").touch()
+    assert f"if that one no longer runs, remove {entry.folder / '.lock'}" in waiting(entry)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_the_same_of_a_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))  # that of other tests has files of flock
+    args = ("run", "--defense", "none", "--dataset", TINY, "--examples", 1, "--out", tmp_path / "runs")
     assert bench(*args).code == 0
-    (run,) = tmp_path.glob("*/run.json")
+    (run,) = tmp_path.glob("runs/*/run.json")
     assert not (run.parent / ".lock").exists()
     (run.parent / ".lock").write_text(DEAD)
     refused = bench(*args)
@@ -135,6 +145,8 @@ def test_without_flock_a_lock_holds_and_is_given_back(tmp_path: Path) -> None:
 def test_a_file_system_without_any_lock_is_one_line(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
+
     def flock(fd: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
