@@ -254,7 +254,7 @@ def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
     if fewer := [row for row in rows if row["timed_rows"] < row["block"]]:
         part = " or ".join(dict.fromkeys(f"{r['timed_rows']} of {r['block']}" for r in fewer))
         print(
-            f"{len(fewer)} of {len(rows)} runs were timed on {part} rows of a block, since a whole one takes long here"
+            f"timed on {part} rows of a block in {len(fewer)} of {len(rows)} runs, since a whole block takes long here"
         )
     total = sum(r["seconds"] + r["train_seconds"] for r in rows)
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -18,39 +19,20 @@ _MARKER = re.compile(rb"(\d{1,20})\n([\w.-]{1,255})")  # process and host, as fi
 _LARGEST = 1024  # bytes read of who holds a lock
 
 
-def _beside(locked: Path) -> Path:
-    return locked.with_name(f".{locked.name.lstrip('.')}-holder")
-
-
-def sign(locked: Path) -> None:
-    """Name this process, in a file beside, as the holder of the lock on a file."""
-    text = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK  # what is there may be a link or pipe
-    with suppress(OSError), open(os.open(_beside(locked), flags, 0o644), "w") as f:  # the name is a courtesy
-        f.write(text)
-
-
-def unsign(locked: Path) -> None:
-    """Remove that file."""
-    with suppress(OSError):
-        _beside(locked).unlink()
-
-
-def signed(locked: Path) -> str:
-    """The holder of the lock on a file, in brackets; nothing where it is not known."""
-    name = _read(_beside(locked)).decode(errors="replace")
-    return f" ({shown(name)})" if name else ""
+def this_process() -> str:
+    """The name of this process in messages."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class Lock:
-    """The lock of a folder: a file ``.lock``, and beside it, while it is held, one that names the holder.
+    """The lock of a folder: a file ``.lock`` and, where it is ``named``, a file beside it that names the holder.
 
     Where the file system has flock, the lock ends with its process. Elsewhere filelock falls back to a file that
     exists while the lock is held, and only a process of the same host can find out that the holder is dead.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / ".lock"
+    def __init__(self, folder: Path, named: bool = True) -> None:
+        self.file, self._holder = folder / ".lock", folder / ".lock-holder" if named else None
         self._lock = FileLock(self.file)
 
     def take(self) -> bool:
@@ -67,7 +49,9 @@ class Lock:
 
     def release(self) -> None:
         """Let another process take it."""
-        unsign(self.file)
+        if self._holder:
+            with suppress(OSError):
+                self._holder.unlink()
         self._lock.release()
 
     def _acquire(self, timeout: float) -> None:
@@ -79,17 +63,35 @@ class Lock:
             raise BenchError(
                 f"cannot lock {self.file.parent}: {one_line(e)}; use a folder on another file system"
             ) from None
-        sign(self.file)
+        if self._holder:
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            with suppress(OSError):  # the name is a courtesy
+                self._holder.write_text(f"{this_process()} since {since}")
 
     def held_by(self) -> str:
         """Who holds the lock, in brackets and as far as known, and how to clear it where it may outlive its holder."""
+        name = _read(self._holder).decode(errors="replace") if self._holder else ""
         if marker := _MARKER.match(_read(self.file)):
-            since = _written(self.file)
-            return (
-                f" (process {int(marker[1])} on {marker[2].decode()} since {since}; on this file system a lock "
-                f"outlives a process that is killed: if that one no longer runs, remove {self.file})"
-            )
-        return signed(self.file)
+            name = f"process {int(marker[1])} on {marker[2].decode()} since {_written(self.file)}"
+        elif _has_flock(self.file):
+            return f" ({shown(name)})" if name else ""
+        who = f"{shown(name)}; " if name else ""
+        return (
+            f" ({who}on this file system a lock outlives a process that is killed: if that one no longer runs, remove "
+            f"{self.file})"
+        )
+
+
+def _has_flock(file: Path) -> bool:
+    """Whether the file system of a file has locks that end with their process."""
+    try:
+        with file.open("rb") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _written(file: Path) -> str:

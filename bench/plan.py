@@ -162,7 +162,9 @@ def check_effects(plans: Sequence[Plan]) -> None:
     if trained and given["weights"]:
         raise BenchError(f"{trained[0]} has no effect with --weights, which are trained already; leave one of them out")
     trained += [f"--train-sigma {given['train_sigma']:g}"] if given["train_sigma"] is not None else []
-    if trained and all(plan.cls.kind(plan.config) in UNTRAINED for plan in plans):
+    kinds = {plan.cls.kind(plan.config) for plan in plans}
+    # A defense that trains nothing may still be made for a noise level.
+    if trained and kinds <= ({"none"} if trained[0].startswith("--train-sigma") else set(UNTRAINED)):
         names = ", ".join(dict.fromkeys(plan.defense for plan in plans))
         raise BenchError(f"{trained[0]} has no effect: {names} trains nothing; leave it out")
     if given["weights"]:

@@ -38,7 +38,7 @@ from bench.ray_worker import Place, pack, prepare, unpack
 from bench.recheck import fresh_noise
 from bench.registry import sources
 from bench.run import Session
-from bench.runlog import Reporter, RunLog
+from bench.runlog import Reporter, RunLog, signature
 from bench.scheduler import Batch
 from bench.store import Record, read_run
 
@@ -146,6 +146,7 @@ class _Driver:
         self._crew.check_versions(ready.extra["environment"])
         with ExitStack() as failed:
             log = failed.enter_context(closing(RunLog(self._session.log_file(plan))))
+            log.write(signature())
             filling = failed.enter_context(closing(Filling(self._session.out, ready, log, self._reporter)))
             if filling.complete:
                 self._ended.append(read_run(filling.record.path))

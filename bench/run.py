@@ -24,7 +24,7 @@ from bench.identity import examples, identity, make_task, run_label, run_name
 from bench.noise import Noise
 from bench.placed import Placed, check_apart
 from bench.plan import Plan, command
-from bench.runlog import STARTED, Logged, Reporter, log, recording
+from bench.runlog import STARTED, Logged, Reporter, log, recording, signature
 from bench.shards import Shard
 from bench.statement import state_base
 from bench.store import Record, read_run, run_folder
@@ -129,7 +129,8 @@ class Session:
         """All of a plan's run that comes before its first vote, and what is certified."""
         words = ["--device", self.device.type, "--out", str(self.out)]
         words += ["--shard", str(self.shard)] if self.shard else []
-        log.info("on %s", ", ".join(f"{k} {v}" for k, v in environment.describe(self.device).items()))
+        versions = ", ".join(f"{k} {v}" for k, v in environment.describe(self.device).items())
+        log.info("on %s, %s", versions, signature())
         log.info("%s%s", STARTED, command(plan.arguments, *words))
         log.info("loading %s and base %s", plan.card.name, plan.base)
         split = self.materials(plan).certified(plan)

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -22,8 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Protocol, TextIO
 
-from bench import locks
-from bench.errors import BenchError, DefenseFault, one_line
+from bench import limits
+from bench.errors import BenchError, DefenseFault, one_line, shown
+from bench.locks import this_process
 
 NAME = "log.txt"
 PERIOD = 30.0  # seconds between two lines of progress
@@ -84,7 +86,6 @@ class RunLog(logging.Handler):
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
         kept.unlink(missing_ok=True)
-        locks.unsign(kept)
         old.close()
 
     def write(self, text: str, level: int = logging.INFO) -> None:
@@ -106,7 +107,6 @@ class RunLog(logging.Handler):
 
     def close(self) -> None:
         try:
-            locks.unsign(self.file)
             self._stream.close()
         except OSError:  # of what was not written: said above
             self._broken = True
@@ -128,12 +128,26 @@ def _opened(file: Path) -> IO[str]:
             break
     else:
         stream.close()
-        raise BenchError(f"{file} is being written by another process{locks.signed(file)}; wait for it, or stop it")
-    locks.sign(file)
+        raise BenchError(f"{file} is being written by another process{writer(file)}; wait for it, or stop it")
     size = os.fstat(stream.fileno()).st_size
     if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a line torn by a crash
         stream.write("\n")
     return stream
+
+
+def signature() -> str:
+    """What a line ends with that names this process as the writer of a log from there on."""
+    return f"written by {this_process()}"
+
+
+def writer(file: Path) -> str:
+    """Who writes a log, in brackets, as far as it says."""
+    try:
+        end = limits.tail(file, limits.LOG).decode(errors="replace")
+    except (OSError, BenchError):
+        return ""
+    found = re.findall(r"^(\S+) INFO (?:.*, )?written by (process \d+ on \S+)$", end, re.MULTILINE)
+    return f" ({shown(found[-1][1])} since {shown(found[-1][0])})" if found else ""
 
 
 def held(file: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from bench import limits, wellformed
+from bench import limits, runlog, wellformed
 from bench.cache import digest, drop_partial, file_sha256, write_json, write_text, writing
 from bench.certify import Certificate
 from bench.columns import Columns
@@ -124,9 +124,9 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             if linked := sorted(f.name for f in self.path.iterdir() if f.is_symlink()):
                 raise BenchError(f"{self.path / linked[0]} is a link, through which nothing is written; move it away")
-            self._lock = Lock(self.path)
+            self._lock = Lock(self.path, named=False)  # its log says who writes it
             if not self._lock.take():
-                who = self._lock.held_by()
+                who = self._lock.held_by() or runlog.writer(self.path / runlog.NAME)
                 raise BenchError(f"{self.path} is being written by another process{who}; wait for it, or stop it")
         try:
             self._open(identity, extra, shard)

@@ -17,7 +17,7 @@ from records import stated
 from bench.cache import Entry
 from bench.errors import BenchError
 from bench.locks import Lock
-from bench.runlog import RunLog, recording
+from bench.runlog import RunLog, log, recording, signature
 from bench.store import Run
 
 Bench = Callable[..., Result]
@@ -66,12 +66,13 @@ def waiting(entry: Entry) -> str:
 
 def test_the_holder_of_a_run_is_named(tmp_path: Path) -> None:
     run = opened(tmp_path)
+    with recording(run.path / "log.txt", Nobody()):  # type: ignore[arg-type]
+        log.info("on this and that, %s", signature())
     with pytest.raises(BenchError) as refused:
         opened(tmp_path)
     assert f"{run.path} is being written by another process ({ME}" in str(refused.value)
     assert "remove" not in str(refused.value)  # a lock of flock ends with its process
     run.close()
-    assert not list(run.path.glob(".lock-*"))
     opened(tmp_path).close()
 
 
@@ -81,12 +82,14 @@ def test_the_holder_of_an_entry_is_named(tmp_path: Path) -> None:
         lock = Lock(entry.folder)
         assert not lock.take()
         assert lock.held_by().startswith(f" ({ME}")
+    assert not list(entry.folder.glob(".lock-*"))
     assert lock.take()
     lock.release()
 
 
 def test_the_writer_of_a_log_is_named(tmp_path: Path) -> None:
     with recording(tmp_path / "run.log", Nobody()):  # type: ignore[arg-type]
+        log.info("on this and that, %s", signature())
         with pytest.raises(BenchError) as refused:
             RunLog(tmp_path / "run.log")
         assert f"is being written by another process ({ME}" in str(refused.value)
@@ -106,10 +109,20 @@ def test_a_lock_that_outlives_its_process_is_said_at_once_and_how_to_clear_it(tm
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_the_same_of_a_run(bench: Bench, tmp_path: Path) -> None:
-    args = ("run", "--defense", "none", "--dataset", TINY, "--examples", 1, "--out", tmp_path)
+def test_a_lock_file_of_a_process_that_had_flock_is_said_too(tmp_path: Path) -> None:
+    """It is empty, and stays when its process has ended."""
+    entry = Entry("left", {"id": str(tmp_path)})
+    entry.folder.mkdir(parents=True)
+    (entry.folder / ".lock").touch()
+    assert f"if that one no longer runs, remove {entry.folder / '.lock'}" in waiting(entry)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_the_same_of_a_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))  # that of other tests has files of flock
+    args = ("run", "--defense", "none", "--dataset", TINY, "--examples", 1, "--out", tmp_path / "runs")
     assert bench(*args).code == 0
-    (run,) = tmp_path.glob("*/run.json")
+    (run,) = tmp_path.glob("runs/*/run.json")
     assert not (run.parent / ".lock").exists()
     (run.parent / ".lock").write_text(DEAD)
     refused = bench(*args)
@@ -132,6 +145,8 @@ def test_without_flock_a_lock_holds_and_is_given_back(tmp_path: Path) -> None:
 def test_a_file_system_without_any_lock_is_one_line(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
+
     def flock(fd: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

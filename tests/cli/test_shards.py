@@ -105,7 +105,7 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
         said = bench(*command)
         assert said.code == 2 and "bench merge" in said.err
     (row,) = json.loads(bench("list", "runs", "--out", out, "--json").out)
-    assert row == {"run": f"{run.name}/{shard.name}", "status": "shard 1/3, complete", "images": "3/3"}
+    assert row == {"run": f"{run.name}/{shard.name}", "state": "complete", "images": "3/3"}
 
 
 def test_another_k_and_a_run_in_one_process_share_the_folder(
