@@ -86,6 +86,13 @@ def test_a_summary_is_what_counting_one_by_one_gives(
     json.dumps(metrics.summarise(kept, radii))
 
 
+def test_an_image_counts_at_its_own_radius() -> None:
+    """As every anytime certificate has it: a radius of the grid itself."""
+    rows = [Certificate(3, r, 10, 100, 90, None, 0, 0.8, 110, index=i, label=3) for i, r in enumerate((0.25, 0.5))]
+    found = metrics.summarise(rows, [0.25, math.nextafter(0.25, 1), 0.5, math.nextafter(0.5, 1)])
+    assert [p["count"] for p in found["certified_accuracy"]] == [2, 1, 1, 0]
+
+
 GOOD = vars(Certificate(1, 0.1, 10, 100, 90, None, 0, 0.8, 110, index=1, label=1, seconds=0.5))
 
 
