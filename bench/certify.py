@@ -250,8 +250,8 @@ def check_rows(model: Model, task: Task, index: int) -> float:
 
     A defense that averages over its batch certifies nonsense, because F must be a function of one
     image. One block of votes is computed alone, again, with some of its rows replaced, and with its tiles moved.
-    Which rows: fixed ones, and random halves drawn anew at every call, against a defense that mixes rows in a
-    pattern nobody thought of. Raises DefenseFault saying which of these changed a row's logits.
+    The rows replaced are fixed ones and random halves, drawn at every call, so that no pattern of mixed rows goes
+    unnoticed for long. Raises DefenseFault naming which of these changed a row's logits.
     """
     votes = [Vote("check", index, i) for i in range(task.block)]
     images = task.repeated(index)

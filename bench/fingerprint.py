@@ -1,4 +1,4 @@
-"""What a run records of the function it certifies, so that nobody adds certificates of another one.
+"""The fingerprint of the function that a run certifies: certificates of another function are refused.
 
 The hash of the logits of one block of votes that decide nothing, always the same ones of the run's first image. On
 another kind of machine the last bits differ, and a hash with them; a few logits, rounded, tell those two cases apart.

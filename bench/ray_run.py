@@ -51,7 +51,7 @@ class ClusterRun:
     peak: int = 0
     again: list[Certificate] = field(default_factory=list)  # drawn again in phase REDRAW
     samples: dict[Actor, Sample] = field(default_factory=dict)  # of what each worker drew
-    checks: list[Check] = field(default_factory=list)  # that nobody does yet
+    checks: list[Check] = field(default_factory=list)  # not yet sent to a worker
     checking: list[tuple[Actor, Check]] = field(default_factory=list)
     letting_go: set[Actor] = field(default_factory=set)  # in phase FINISH: workers that hold it still
     losses: Counter[int] = field(default_factory=Counter)  # workers that died with a batch
