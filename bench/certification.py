@@ -105,7 +105,7 @@ class Filling:
         """Open or make its folder, into which the log goes. Raises BenchError where another process writes it."""
         self._ready, self._reporter, self._log = ready, Logged(reporter, own_log.write), own_log
         plan = ready.plan
-        self._name, self._name_given = registry.short_name(plan.defense), plan.defense
+        self._name = registry.short_name(plan.defense)
         self.record = Run(out, run_name(plan), ready.identity, ready.extra, shard)
         done = {c.index for c in self.record.done}
         self.indices = ready.identity["indices"]
@@ -178,7 +178,7 @@ class Filling:
                 raise Drifted(
                     f"other counts than before the run was resumed ({problem}): it keeps a state, or what decides its "
                     "logits changed",
-                    self._name_given,
+                    self._ready.plan.defense,
                 )
 
     def audit(self, block: int) -> Audit | None:
@@ -191,7 +191,7 @@ class Filling:
             raise Drifted(
                 f"its certificates do not hold on fresh noise: {problem}; its logits must follow from the noisy image "
                 "and draws alone",
-                self._name_given,
+                self._ready.plan.defense,
             )
         self.record.info["audit"] = done.record()
 

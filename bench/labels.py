@@ -35,7 +35,7 @@ def stated_names(base: str, *configs: Mapping[str, Any]) -> tuple[Names, ...]:
             found.append(_listed(base, "label2id", {str(v): k for k, v in label2id.items()}))
     # ImageNet's descriptions are lists of synonyms.
     found += [tuple(n.partition(",")[0] for n in names) for names in found if any("," in n for n in names)]
-    # transformers names classes that nobody named LABEL_0, LABEL_1, ...
+    # transformers calls unnamed classes LABEL_0, LABEL_1, ...
     return tuple(dict.fromkeys(n for n in found if n and not all(re.fullmatch(r"LABEL_\d+", name) for name in n)))
 
 

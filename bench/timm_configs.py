@@ -111,7 +111,7 @@ def from_pretrained_cfg(
 
 
 def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None:
-    """Raise BenchError where somebody else's architecture or arguments would have timm read files of their choice.
+    """Raise BenchError where an untrusted architecture or its arguments would have timm read files of their choice.
 
     The name may be no address (hf-hub:, local-dir:), and the arguments only the model's, none of timm's own.
     """
