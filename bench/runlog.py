@@ -12,16 +12,16 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from bench import limits
 from bench.errors import BenchError, DefenseFault, one_line, shown
@@ -79,12 +79,10 @@ class RunLog(logging.Handler):
         """Go on in the folder's ``log.txt``, below what it holds."""
         old, kept, file = self._stream, self.file, folder / NAME
         try:
-            old.seek(0)
             self._stream, self.file = _opened(file), file
-            shutil.copyfileobj(old, self._stream)
-            self._stream.flush()
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
+        self._append(kept.read_text("utf-8", errors="replace"))
         kept.unlink(missing_ok=True)
         old.close()
 
@@ -97,27 +95,31 @@ class RunLog(logging.Handler):
         self.file.unlink(missing_ok=True)
 
     def emit(self, record: logging.LogRecord) -> None:
+        self._append(self.format(record) + "\n")
+
+    def _append(self, text: str) -> None:
+        """Write ``text`` whole or not at all, so that a log which does not fit leaves the room to the certificates."""
+        size, left = os.fstat(self._stream.fileno()).st_size, text.encode(errors="backslashreplace")
         try:
-            self._stream.write(self.format(record) + "\n")
-            self._stream.flush()
+            while left:
+                left = left[self._stream.write(left) :]
         except OSError as e:  # certificates are worth more than their log
+            with suppress(OSError):  # a medium that fails altogether
+                self._stream.truncate(size)
             if not self._broken:
                 print(f"bench: the log {self.file} has gaps: {e.strerror}", file=sys.stderr)
             self._broken = True
 
     def close(self) -> None:
-        try:
-            self._stream.close()
-        except OSError:  # of what was not written: said above
-            self._broken = True
+        self._stream.close()
         super().close()
 
 
-def _opened(file: Path) -> IO[str]:
+def _opened(file: Path) -> FileIO:
     """The file, open to append, its lock held. Raises BenchError where another process holds it, or it is no file."""
     if file.is_symlink() or (file.exists() and not file.is_file()):  # a stranger's folder may lead elsewhere
         raise BenchError(f"{file} is a link or no file, through which nothing is written; move it away")
-    stream = file.open("a+", encoding="utf-8", errors="backslashreplace")
+    stream = file.open("ab+", buffering=0)
     for _ in range(20):
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +133,7 @@ def _opened(file: Path) -> IO[str]:
         raise BenchError(f"{file} is being written by another process{writer(file)}; wait for it, or stop it")
     size = os.fstat(stream.fileno()).st_size
     if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a line torn by a crash
-        stream.write("\n")
+        stream.write(b"\n")
     return stream
 
 
@@ -190,7 +192,8 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
         log.info("interrupted")
         raise
     except Exception as e:
-        log.error("%s", e if isinstance(e, BenchError) else one_line(e), exc_info=True)
+        told = isinstance(e, BenchError) and e.__cause__ is None  # its message is all there is to say
+        log.error("%s", e if isinstance(e, BenchError) else one_line(e), exc_info=not told)
         if isinstance(e, DefenseFault) and e.__cause__ is not None:  # else it is certbench's own finding
             e.args = (f"{e}; traceback in {handler.file}",)
         raise

@@ -45,7 +45,7 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
     """A real small disk, which grows by a page at a time: every write of a run meets its end once."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    pages = range(4, 200, 4)
+    pages = [*range(4, 128, 4), 256, 512]
     command, log = [*RUN, "--out", str(disk / "runs")], tmp_path / "log"
     args = (command, disk / "runs", disk, pages, tmp_path / "kept")
     process = start(on_a_small_disk, *args, cache=cache_root(), log=log)

@@ -173,7 +173,7 @@ def test_a_log_that_cannot_be_written_costs_no_certificate(
     def move_into(self: runlog.RunLog, folder: Path) -> None:
         real(self, folder)
         self._stream.close()
-        self._stream = open("/dev/full", "a")  # noqa: SIM115
+        self._stream = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
 
     monkeypatch.setattr(runlog.RunLog, "move_into", move_into)
     ran = bench(*ONE, "--out", tmp_path)
