@@ -59,10 +59,10 @@ slow: develop
 perf: develop
 	$(BIN)/pytest tests/perf --benchmark-only --benchmark-columns=median,iqr,rounds
 
-# The hot paths against another commit's, in turn on this machine; fails where one is slower (tests/ratio.py).
+# The hot paths against another commit's, in turn on this machine; fails where one is slower (scripts/ratio.py).
 BASE ?= origin/main
 perf-ratio: develop
-	$(BIN)/python tests/ratio.py "$(BASE)"
+	$(BIN)/python scripts/ratio.py "$(BASE)"
 
 # Some ten minutes: mistakes made on purpose in a copy of the code, each of which a test must find (scripts/mutants.py).
 mutants: develop
@@ -70,4 +70,4 @@ mutants: develop
 
 # Some minutes: five million votes, and ten thousand records resumed over and over. Linux.
 soak: develop
-	$(BIN)/python tests/soak.py --out reports/soak
+	$(BIN)/python scripts/soak.py --out reports/soak

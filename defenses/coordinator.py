@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bench import tensors
-from bench.autoencoder import MaskedAutoencoder, PatchEncoder, resized
 from bench.errors import BenchError, one_line
 from bench.interface import Access, Defense, Draw, Job, Step
-from bench.spsa import SPSA, Diverged, Gains, Replay
-from bench.timm_configs import described, read_config
+from bench.io import tensors
+from bench.models.timm_configs import described, read_config
+from bench.training.autoencoder import MaskedAutoencoder, PatchEncoder, resized
+from bench.training.spsa import SPSA, Diverged, Gains, Replay
 
 
 class Coordinator(Defense):
@@ -41,7 +41,7 @@ class Coordinator(Defense):
 
     @dataclass(frozen=True)
     class Config:
-        """Encoder, weight of the prompt, budget, and SPSA's gains (see ``bench.spsa.Gains``)."""
+        """Encoder, weight of the prompt, budget, and SPSA's gains (see ``bench.training.spsa.Gains``)."""
 
         encoder: str = ""  # hub id or folder of a timm ViT; empty: a small one is trained here
         p_eps: float = 0.5

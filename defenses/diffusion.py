@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from bench import tensors
 from bench.errors import BenchError
-from bench.hub import MissingFile
 from bench.interface import Access, Context, Defense, Draw, Job, Part, Schedule
+from bench.io import tensors
+from bench.io.hub import MissingFile
 
 # diffusers' own types stop at its decorators.
 UNET: Any = diffusers.UNet2DModel

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bench.base import Classifier
 from bench.errors import BenchError
 from bench.interface import Access, Defense, Draw, Schedule
+from bench.models.base import Classifier
 
 
 class Joint(Defense):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from bench.interface import Defense, Draw, Job, Schedule
-from bench.objectives import clean
+from bench.training.objectives import clean
 
 
 class TwoStage(Defense):

@@ -5,28 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.helpers.commands import Bench, Result
+
 # Nothing is judged by the clock: the suite may share its cores.
 settings.register_profile("certbench", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("certbench")
-
-HERE = Path(__file__).parent
-TINY = str(HERE / "tiny.toml")
-
-
-def defense(name: str) -> str:
-    """Path of one of the test defenses."""
-    return str(HERE / "plugins" / f"{name}.py")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,7 +39,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def bench(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def bench(capfd: pytest.CaptureFixture[str]) -> Bench:
     """The command ``bench`` with its exit code, stdout and stderr."""
     from bench.cli import main
 

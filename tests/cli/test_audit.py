@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result
-from records import made_up, seal
 
-from bench import audit
-from bench.anytime import Anytime, describe
-from bench.flaws import Stated
-from bench.importing import import_log
-from bench.store import read_run
+from bench.records import audit
+from bench.records.flaws import Stated
+from bench.records.importing import import_log
+from bench.records.record import read_run
+from bench.smoothing.anytime import Anytime, describe
+from tests.helpers.commands import Result
+from tests.helpers.records import made_up, seal
 
 Bench = Callable[..., Result]
 ANYTIME = describe(Anytime(100, 1000, 0.001, (0.25, 0.5)))

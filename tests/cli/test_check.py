@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import made_up
 
-from bench import check, paired
-from bench.baseline import read
 from bench.cli import main
+from bench.compare import check
+from bench.compare.baseline import read
+from bench.records import paired
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import made_up
 
 Bench = Callable[..., Result]
 ROOT = Path(__file__).parent.parent.parent
@@ -426,7 +427,7 @@ def test_a_missing_run_is_made_by_the_command_that_is_said(bench: Bench, tmp_pat
 
 
 def test_a_resumed_run_has_no_calibration(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.store import Run
+    from bench.records.record import Run
 
     real, calls = Run.append, 0
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import made_up, seal
 
-from bench import paired
-from bench.anytime import Anytime, describe
-from bench.store import read_run
+from bench.records import paired
+from bench.records.record import read_run
+from bench.smoothing.anytime import Anytime, describe
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import made_up, seal
 
 Bench = Callable[..., Result]
 COUNTS = st.integers(0, 200)
@@ -108,7 +108,7 @@ def test_numbers_of_a_made_up_pair(bench: Bench, tmp_path: Path) -> None:
 def test_every_count_is_what_a_loop_over_the_images_finds(counts: list[tuple[float, float, bool]]) -> None:
     import tempfile
 
-    from bench.compare import compare
+    from bench.compare.pairs import compare
 
     with tempfile.TemporaryDirectory() as folder:
         wrong = [i for i, c in enumerate(counts) if c[2]]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import encoded
 import pytest
-from madeup import RNG, png
+
+from tests.helpers import encoded
+from tests.helpers.madeup import RNG, png
 
 Bench = Callable[..., Any]
 

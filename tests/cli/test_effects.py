@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, Result, defense
 from safetensors.numpy import save_file
+
+from tests.helpers.commands import TINY, Result, defense
 
 Bench = Callable[..., Result]
 FEW = ("--dataset", TINY, "--examples", 2)

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result
 from hypothesis import given
 from hypothesis import strategies as st
-from records import RADII, made_up
 
-from bench import bounds, envelopes
-from bench.certify import Certificate
-from bench.columns import Columns
-from bench.store import Record, read_run
-from bench.tables import reach
+from bench.records.columns import Columns
+from bench.records.record import Record, read_run
+from bench.report import envelopes
+from bench.report.tables import reach
+from bench.smoothing import bounds
+from bench.smoothing.engine import Certificate
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import RADII, made_up
 
 Bench = Callable[..., Result]
 SIGMAS = (0.12, 0.25, 0.5)
@@ -187,7 +188,7 @@ def test_a_real_run_of_the_validation_split(bench: Bench, real: Path, tmp_path: 
 
 def test_votes_of_two_splits_have_other_noise() -> None:
     """The same image number on another split is another key."""
-    from bench.noise import Noise, Vote
+    from bench.smoothing.noise import Noise, Vote
 
     key = [Vote("estimate", 3, 0)]
     assert (Noise(0, "test").words(key, 8) != Noise(0, "validation").words(key, 8)).any()

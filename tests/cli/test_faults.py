@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from apart import NO_MOUNTS, impatient, on_a_read_only_disk, on_a_small_disk, run, start, with_small_files
-from conftest import TINY, Result, defense
 
-from bench.cache import cache_root
+from bench.io.files import cache_root
+from tests.helpers.apart import NO_MOUNTS, impatient, on_a_read_only_disk, on_a_small_disk, run, start, with_small_files
+from tests.helpers.commands import TINY, Result, defense
 
 Bench = Callable[..., Result]
 FAULTY = defense("faulty")
@@ -187,7 +187,7 @@ def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pyt
     """Commands that differ, but for a training that they share."""
     from threading import Thread
 
-    from bench.cache import Entry
+    from bench.io.files import Entry
 
     order = []
 
@@ -211,7 +211,7 @@ def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pyt
 def test_out_of_memory_the_block_that_fits_is_found_and_kept(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.store import Run
+    from bench.records.record import Run
 
     args = ("run", "--defense", FAULTY, "--set", "how=greedy", "--dataset", TINY, "--out", tmp_path, "--json")
     real = Run.append
@@ -227,7 +227,7 @@ def test_out_of_memory_the_block_that_fits_is_found_and_kept(
     assert "blocks of 64 rows; 256 do not fit into memory" in stopped.err
     monkeypatch.setattr(Run, "append", real)
     # More memory now: the run that is begun goes on in its own blocks.
-    from bench import blocks
+    from bench.smoothing import blocks
 
     monkeypatch.setattr(blocks, "fitting_block", lambda *_: pytest.fail("a block was looked for"))
     done = bench(*args, "--set", "rows=100")
@@ -240,7 +240,7 @@ def test_out_of_memory_the_block_that_fits_is_found_and_kept(
 def test_the_cpu_says_out_of_memory_in_words() -> None:
     import torch
 
-    from bench.blocks import out_of_memory
+    from bench.smoothing.blocks import out_of_memory
 
     with pytest.raises(RuntimeError) as e:
         torch.empty(2**60, dtype=torch.uint8)
@@ -310,10 +310,10 @@ def test_a_fault_in_one_of_several_threads(
     how: str,
     words: str,
 ) -> None:
-    from bench import certify
+    from bench.smoothing import engine
 
     set_threads(2)
-    monkeypatch.setattr(certify, "PATIENCE", 0.1)
+    monkeypatch.setattr(engine, "PATIENCE", 0.1)
     args = ("--dataset", TINY, "--n", "8000", "--set", f"how={how}", "--set", "after=85", "--timeout", "1")
     result = bench("run", "--defense", f"{FAULTY},none", *args, "--out", tmp_path)
     assert result.code == 2

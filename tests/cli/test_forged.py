@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result
-from records import made_up
 
-from bench import bounds
-from bench.verify import check_record
+from bench.records.verify import check_record
+from bench.smoothing import bounds
+from tests.helpers.commands import Result
+from tests.helpers.records import made_up
 
 Bench = Callable[..., Result]
 COUNTS = [1000, 900, 700, 400]  # votes of 1,000 for the class

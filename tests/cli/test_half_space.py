@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Result, defense
 from PIL import Image
 from scipy import stats
 
-from bench import bounds, gridnoise
-from bench.anytime import procedure_of
-from bench.gridnoise import GridNoise
-from bench.noise import Noise, Vote
+from bench.smoothing import bounds, gridnoise
+from bench.smoothing.anytime import procedure_of
+from bench.smoothing.gridnoise import GridNoise
+from bench.smoothing.noise import Noise, Vote
+from tests.helpers.commands import Result, defense
 
 Bench = Callable[..., Result]
 CARD = """

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Result
 from PIL import Image
-from records import certificate, fewest, seal
 
-from bench import report, tables
-from bench.cards import load_split
-from bench.identity import make_task
-from bench.noise import Vote
-from bench.plan import make_plans
+from bench.data.datasets import load_split
+from bench.report import build, tables
+from bench.runs.identity import make_task
+from bench.runs.plan import make_plans
+from bench.smoothing.noise import Vote
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import certificate, fewest, seal
 
 Bench = Callable[..., Result]
 NASTY = "</script><script>window.pwned=1</script><img src=x onerror=\"window.pwned=1\"> %{x} 'é漢' & $"
@@ -141,7 +141,7 @@ def read(file: Path) -> Seen:
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "deep" / "page.html"
     records, left_out = tables.load_records(runs)
-    assert report.write(records, "html", file, left_out) == [file]
+    assert build.write(records, "html", file, left_out) == [file]
     return file
 
 
@@ -175,7 +175,7 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
     lines = {t["name"]: t for t in plots[0][""]["data"] if "name" in t}
     for group, (costs, abstained, classes) in zip(groups, (plots[1:4], plots[4:7]), strict=True):
-        frame, shown, sigma = tables.pooled(group), report.columns(group), group[0].identity["sigma"]
+        frame, shown, sigma = tables.pooled(group), build.columns(group), group[0].identity["sigma"]
         for i, (label, (_, row)) in enumerate(zip(shown["defense"], frame.iterrows(), strict=True)):
             line = lines[f"{label}, sigma {sigma:g}"]
             assert 0 <= tables.reach(group[0]) - line["x"][-1] < 1e-4 and line["x"][0] == 0
@@ -263,7 +263,7 @@ def test_unfinished_runs_are_named_and_one_run_is_enough(bench: Bench, finished:
 
 def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Path, tmp_path: Path) -> None:
     records, _ = tables.load_records(finished)
-    (file,) = report.write(records, "html", tmp_path / "page.html")
+    (file,) = build.write(records, "html", tmp_path / "page.html")
     uris = [str(a["src"]) for t, a in read(file).tags if t == "img"]
     indices = [int(i) for i in re.findall(r"image (\d+), <b>", file.read_text())]
     assert sorted(indices) == records[0].identity["indices"] and len(uris) == 3 * len(indices)
@@ -293,7 +293,7 @@ def test_without_its_images_the_page_says_why(
     finished: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], why: str
 ) -> None:
     records, _ = tables.load_records(made_up(finished, tmp_path, "none", GOOD, change=change))
-    (file,) = report.write(records, "html", tmp_path / "page.html")
+    (file,) = build.write(records, "html", tmp_path / "page.html")
     seen = read(file)
     assert why in seen.text and "img" not in [t for t, _ in seen.tags]
 
@@ -303,18 +303,18 @@ def test_a_known_label_is_not_abstained_on(finished: Path, tmp_path: Path) -> No
         info["identity"]["procedure"]["target"] = "label"
 
     records, _ = tables.load_records(made_up(finished, tmp_path, "none", FAIR, change=change))
-    (file,) = report.write(records, "html", tmp_path / "page.html")
+    (file,) = build.write(records, "html", tmp_path / "page.html")
     seen = read(file)
     assert "neither predict nor abstain" in seen.text and "none: not certified" in seen.text
     assert "none: abstained" not in seen.text and len(seen.views) == 3
 
 
 def test_the_wheel_holds_what_the_page_is_made_of(tmp_path: Path) -> None:
-    root = Path(report.__file__).parent.parent
+    root = Path(build.__file__).parents[2]
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {"bench/page.css", "bench/page.js"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {"bench/report/page.css", "bench/report/page.js"} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -429,7 +429,7 @@ def test_the_page_fits_a_narrow_screen_and_runs_nothing_of_a_record(
     for sigma in (0.25, 0.5):
         run = made_up(finished, tmp_path, "odd", POOR, sigma=sigma, settings=long)
         records += tables.load_records(run)[0]
-    (file,) = report.write(records, "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
+    (file,) = build.write(records, "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
     tab = opened(file, width=360)
     tab.locator("details").first.evaluate("d => d.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360

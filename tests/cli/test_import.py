@@ -14,16 +14,17 @@ from typing import Any
 import mpmath
 import pandas as pd
 import pytest
-from conftest import TINY, Result
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from records import made_up
 from scipy import stats
 
-from bench import bounds, importing
 from bench.errors import BenchError
-from bench.flaws import Stated
-from bench.logs import read_log
+from bench.records import importing
+from bench.records.flaws import Stated
+from bench.records.logs import read_log
+from bench.smoothing import bounds
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import made_up
 
 Bench = Callable[..., Result]
 SHARED = Path(os.environ.get("CERTBENCH_SHARED") or Path(__file__).parents[3] / "shared")
@@ -343,8 +344,8 @@ def test_a_radius_column_of_one_and_minus_one_is_no_radius(bench: Bench, tmp_pat
 @given(counts=st.lists(st.integers(560, 1000), min_size=1, max_size=30), data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_a_run_that_is_exported_and_imported_is_the_same(counts: list[int], data: st.DataObject) -> None:
-    from bench.logs import export_log
-    from bench.store import read_run
+    from bench.records.logs import export_log
+    from bench.records.record import read_run
 
     abstain = data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts)))
     wrong = data.draw(st.sets(st.integers(0, len(counts) - 1)))

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from apart import run, start, whole_lines
-from conftest import TINY
 
-from bench.cache import file_sha256
+from bench.io.files import file_sha256
+from tests.helpers.apart import run, start, whole_lines
+from tests.helpers.commands import TINY
 
 IMAGES = 60
 ARGS = ["run", "--defense", "full", "--dataset", TINY, "--examples", str(IMAGES), "--n", "400", "--set", "epochs=8"]

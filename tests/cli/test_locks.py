@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Result
-from records import stated
 
-from bench.cache import Entry
 from bench.errors import BenchError
-from bench.locks import Lock
-from bench.runlog import RunLog, log, recording, signature
-from bench.store import Run
+from bench.io.files import Entry
+from bench.io.locks import Lock
+from bench.process.runlog import RunLog, log, recording, signature
+from bench.records.record import Run
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import stated
 
 Bench = Callable[..., Result]
 ME = f"process {os.getpid()} on {socket.gethostname()} since 20"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result
-from records import made_up
+
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import made_up
 
 Bench = Callable[..., Result]
 ONE = ("run", "--defense", "none", "--dataset", TINY, "--examples", 1)
@@ -206,7 +207,8 @@ def test_list_and_status_use_the_same_words(bench: Bench, tmp_path: Path) -> Non
 def test_a_run_has_one_name_before_and_after_it_has_a_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import fitting, status
+    from bench.records import status
+    from bench.runs import fitting
 
     seen: list[dict[str, Any]] = []
     real = fitting.fit
@@ -259,7 +261,7 @@ class Counts(Defense):
 def test_a_dry_run_of_a_slow_model_times_few_rows_and_says_so(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import timing
+    from bench.runs import timing
 
     seen = tmp_path / "rows"
     (tmp_path / "counts.py").write_text(ROWS.format(file=str(seen)))

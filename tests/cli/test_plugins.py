@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, Result, defense
+
+from tests.helpers.commands import TINY, Result, defense
 
 Bench = Callable[..., Result]
 HERE = Path(__file__).parent.parent

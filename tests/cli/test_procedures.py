@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Result, defense
+
+from tests.helpers.commands import TINY, Result, defense
 
 Bench = Callable[..., Result]
 ARGS = ("--defense", defense("half_space"), "--dataset", TINY, "--examples", 30, "--json")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result, defense
 
-from bench.registry import names
+from bench.plugins import names
+from tests.helpers.commands import TINY, Result, defense
 
 pytest.importorskip("ray")
 
@@ -121,15 +121,15 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
     """With the base that it asks, and without the training data."""
     import torch
 
-    from bench import fitting
-    from bench.bases import untrained_base
-    from bench.cards import load_splits
-    from bench.certification import Certifier
-    from bench.context import Workshop
-    from bench.identity import make_task
-    from bench.noise import Vote, VoteDraw
-    from bench.plan import make_plans
-    from bench.ray_worker import pack, unpack
+    from bench.cluster.worker import pack, unpack
+    from bench.data.datasets import load_splits
+    from bench.models.bases import untrained_base
+    from bench.runs import fitting
+    from bench.runs.certifier import Certifier
+    from bench.runs.context import Workshop
+    from bench.runs.identity import make_task
+    from bench.runs.plan import make_plans
+    from bench.smoothing.noise import Vote, VoteDraw
 
     cpu = torch.device("cpu")
     (plan,) = make_plans(defenses=name, dataset=TINY)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import TINY, Result
-from records import made_up
 
-from bench import published, tables
-from bench.store import read_run
+from bench.records.record import read_run
+from bench.report import published, tables
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import made_up
 
 Bench = Callable[..., Result]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result
-from records import RADII, certificate, fewest, made_up, seal, stated
 
-from bench import report, tables
+from bench.report import build, tables
+from tests.helpers.commands import Result
+from tests.helpers.records import RADII, certificate, fewest, made_up, seal, stated
 
 Bench = Callable[..., Result]
 FORMATS = ("md", "latex", "csv", "json", "html")
@@ -91,7 +91,7 @@ def test_two_hundred_runs_are_reported_and_soon(bench: Bench, many: Path, tmp_pa
 
 
 def test_a_figure_of_many_rows_shows_the_first_and_says_so(many: Path, tmp_path: Path) -> None:
-    from bench.figures import MOST, curves
+    from bench.report.figures import MOST, curves
 
     records, _ = tables.load_records(many)
     svg = curves(tables.groups(records)[0], tmp_path, "figure")[0].read_text()
@@ -210,7 +210,7 @@ def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
     """Each number of the table comes from its record: another cost or certificate is another cell, and no other's."""
     golden_runs(tmp_path)
     records, _ = tables.load_records(tmp_path)
-    before = report.columns(records)
+    before = build.columns(records)
     for key, title in {
         "train_seconds": "train (s)",
         "certify_seconds": "certify (s)",
@@ -223,7 +223,7 @@ def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
     }.items():
         (record,) = (r for r in records if r.identity["defense"]["name"] == "full")
         old, record.info["cost"][key] = record.info["cost"][key], 7.5e9
-        after = report.columns(records)
+        after = build.columns(records)
         record.info["cost"][key] = old
         changed = [(row, c) for row in range(len(after)) for c in after if after[c][row] != before[c][row]]
         assert changed == [(list(before["defense"]).index("full"), title)]

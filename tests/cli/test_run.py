@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Result, defense
+
+from tests.helpers.commands import TINY, Result, defense
 
 Bench = Callable[..., Result]
 
@@ -87,7 +88,7 @@ def test_typing_it_again_reuses_and_more_images_never_train_again(bench: Bench, 
 def test_an_interrupted_run_resumes_to_the_same_counts(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.store import Run
+    from bench.records.record import Run
 
     args = ("run", "--defense", "none", "--dataset", TINY, "--out")
     assert bench(*args, tmp_path / "whole").code == 0

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result
 from filelock import FileLock
-from records import costs, made_up
 
-from bench import merge
-from bench.cache import digest
-from bench.shards import Shard, shards_in
+from bench.io.files import digest
+from bench.records import merge
+from bench.records.shards import Shard, shards_in
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import costs, made_up
 
 Bench = Callable[..., Result]
 ONE = ("run", "--defense", "none", "--dataset", TINY)
@@ -111,7 +111,7 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
 def test_another_k_and_a_run_in_one_process_share_the_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.store import Run
+    from bench.records.record import Run
 
     real = Run.append
 
@@ -198,7 +198,7 @@ def test_dry_run_is_of_the_shard(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_one_trains_and_the_others_wait_and_say_so(bench: Bench, tmp_path: Path) -> None:
-    from bench.cache import cache_root
+    from bench.io.files import cache_root
 
     run = ("run", "--defense", "lora", "--dataset", TINY, "--seed", 77, "--out")
     before = set(cache_root().glob("tiny-lora-*"))

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+
+from tests.helpers.commands import TINY
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "certbench.slurm"
 ARGS = ("--defense", "none,lora", "--dataset", TINY)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result, defense
-from records import made_up
 
-from bench import bounds, runlog, status
+from bench.process import runlog
+from bench.records import status
+from bench.smoothing import bounds
+from tests.helpers.commands import TINY, Result, defense
+from tests.helpers.records import made_up
 
 Bench = Callable[..., Result]
 ONE = ("run", "--defense", "none", "--dataset", TINY)
@@ -31,7 +33,7 @@ def rows(bench: Bench, out: Path) -> list[dict[str, Any]]:
 
 def stop(monkeypatch: pytest.MonkeyPatch, after: int, error: Callable[[], BaseException]) -> None:
     """Let every run end by ``error`` once it has certified so many images."""
-    from bench.store import Run
+    from bench.records.record import Run
 
     real = Run.append
 
@@ -116,7 +118,7 @@ def test_a_run_that_fails_before_it_has_a_folder(bench: Bench, tmp_path: Path) -
 def test_training_is_seen_before_there_is_a_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import fitting
+    from bench.runs import fitting
 
     seen: list[dict[str, Any]] = []
     real = fitting.fit
@@ -147,7 +149,7 @@ def test_training_is_seen_before_there_is_a_folder(
 def test_a_killed_process_lets_go_of_its_log(tmp_path: Path) -> None:
     file = tmp_path / "tiny-none-s0.25-01234567.log"
     code = (
-        "import sys, time; from pathlib import Path; from bench.runlog import RunLog, log\n"
+        "import sys, time; from pathlib import Path; from bench.process.runlog import RunLog, log\n"
         "log.addHandler(RunLog(Path(sys.argv[1]))); log.info('started: bench run')\n"
         "print('ready', flush=True); time.sleep(60)\n"
     )

@@ -18,18 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY, Result
-from fuzz.served import raw_server
-from inferenceserver import InferenceServer
-from records import made_up
 
-from bench import http_client, hub, limits, registry, tensors
-from bench.anytime import Anytime, describe
-from bench.cards import load_card, load_split
+from bench import plugins
+from bench.data.datasets import load_card, load_split
 from bench.errors import BenchError
-from bench.http_client import Client
-from bench.runlog import RunLog
-from bench.store import Run, read_run
+from bench.io import http, hub, limits, tensors
+from bench.io.http import Client
+from bench.process.runlog import RunLog
+from bench.records.record import Run, read_run
+from bench.smoothing.anytime import Anytime, describe
+from tests.fuzz.served import raw_server
+from tests.helpers.commands import TINY, Result
+from tests.helpers.inferenceserver import InferenceServer
+from tests.helpers.records import made_up
 
 Bench = Callable[..., Result]
 
@@ -92,11 +93,11 @@ def test_a_records_defense_file_is_run_only_where_it_is_named(bench: Bench, tmp_
 def test_no_file_is_run_inside_of_a_defense_either(evil: Path, tmp_path: Path) -> None:
     other = tmp_path / "mine.py"
     other.write_text(EVIL)
-    with registry.only([str(other)]):
-        assert "named by a record alone" in refused(lambda: registry.load(str(evil)))
+    with plugins.only([str(other)]):
+        assert "named by a record alone" in refused(lambda: plugins.load(str(evil)))
         assert not evil.with_name("ran").exists()
-        registry.load(str(other))
-    registry.load(str(evil))
+        plugins.load(str(other))
+    plugins.load(str(evil))
 
 
 NOBODY = [{"defenses": 3}, {"unknown": 1}, {"n": "many"}, {"sigma": ".25,.5"}, {"sigma": "x"}, {"n": 10**12}]
@@ -131,8 +132,8 @@ def test_a_card_cannot_have_timm_open_files(bench: Bench, tmp_path: Path, change
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[InferenceServer]:
-    monkeypatch.setenv(http_client.TOKEN, "s3cret")
-    monkeypatch.setattr(http_client, "PAUSES", ())
+    monkeypatch.setenv(http.TOKEN, "s3cret")
+    monkeypatch.setattr(http, "PAUSES", ())
     with InferenceServer(lambda x: torch.zeros(len(x), 10), (1, 8, 8), 10) as running:
         yield running
 
@@ -196,7 +197,7 @@ def dripping() -> Iterator[str]:
 
 @pytest.mark.usefixtures("server")
 def test_a_server_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "LONGEST", 0.5)
+    monkeypatch.setattr(http, "LONGEST", 0.5)
     with dripping() as url:
         assert "no whole answer in" in refused(lambda: Client().ask(url, lambda a: a.content))
 

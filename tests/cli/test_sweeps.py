@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result
+
+from tests.helpers.commands import TINY, Result
 
 Bench = Callable[..., Result]
 

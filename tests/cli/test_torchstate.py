@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Result
 from torch import nn
 
 from bench import torchstate
+from tests.helpers.commands import TINY, Result
 
 Bench = Callable[..., Result]
 CHANGES = {

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Result
-from records import made_up, stated
 
-from bench.store import Run
+from bench.records.record import Run
+from tests.helpers.commands import TINY, Result
+from tests.helpers.records import made_up, stated
 
 Bench = Callable[..., Result]
 

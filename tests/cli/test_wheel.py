@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import HERE, TINY
 
-ROOT = HERE.parent
+from tests.helpers.commands import TESTS, TINY
+
+ROOT = TESTS.parent
 Installed = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -7,16 +7,16 @@ import math
 import tomllib
 from typing import Any
 
-from fuzz.judging import changed, cut, cuts, edits, judge, scratch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.base_sources import blueprint
-from bench.cards import card_files, load_card
-from bench.flaws import Stated
-from bench.importing import import_log
-from bench.plan import make_plans
-from bench.verify import check_record
+from bench.data.datasets import card_files, load_card
+from bench.models.base_names import blueprint
+from bench.records.flaws import Stated
+from bench.records.importing import import_log
+from bench.records.verify import check_record
+from bench.runs.plan import make_plans
+from tests.fuzz.judging import changed, cut, cuts, edits, judge, scratch
 
 # Cards -----------------------------------------------------------------------------------------------
 

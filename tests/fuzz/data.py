@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from fuzz.judging import changed, cut, cuts, dumped, edits, judge, scratch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bench import base_sources
-from bench.cards import load_card, load_split
+from bench.data.datasets import load_card, load_split
+from bench.models import base_names
+from tests.fuzz.judging import changed, cut, cuts, dumped, edits, judge, scratch
 
 # Pictures --------------------------------------------------------------------------------------------
 
@@ -220,8 +220,8 @@ def weights(changes: list[Any], where: str, others: list[Any], torn: list[Any], 
         card = load_card("digits")
 
         def read() -> None:
-            name = base_sources.choose_base(card, card.preset, str(file.parent if where == "folder" else file))
-            module, _ = base_sources.blueprint(card, name).load()
+            name = base_names.choose_base(card, card.preset, str(file.parent if where == "folder" else file))
+            module, _ = base_names.blueprint(card, name).load()
             assert all(torch.isfinite(v).all() for v in itertools.chain(module.parameters(), module.buffers()))
 
         judge("weights", read)

@@ -7,21 +7,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fuzz.cards_and_logs import COHEN
-from fuzz.judging import SCRATCH, changed, cut, cuts, dumped, edits, judge, scratch
 from hypothesis import given
 from hypothesis import strategies as st
-from records import made_up
 
-from bench import baseline, check, compare, listing, report, tables
-from bench.anytime import Anytime, describe
-from bench.cache import digest
+from bench.cli import listing
+from bench.compare import baseline, check, pairs
 from bench.errors import BenchError
-from bench.flaws import Stated
-from bench.importing import import_log
-from bench.logs import export_log
-from bench.store import Record, read_run
-from bench.verify import check_record
+from bench.io.files import digest
+from bench.records.flaws import Stated
+from bench.records.importing import import_log
+from bench.records.logs import export_log
+from bench.records.record import Record, read_run
+from bench.records.verify import check_record
+from bench.report import build, tables
+from bench.smoothing.anytime import Anytime, describe
+from tests.fuzz.cards_and_logs import COHEN
+from tests.fuzz.judging import SCRATCH, changed, cut, cuts, dumped, edits, judge, scratch
+from tests.helpers.records import made_up
 
 # Run folders -----------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
             if not records:  # as the command says
                 raise BenchError("no finished run")
             for form in ("md", "csv", "json", "latex"):
-                report.render(records, form, published=form == "md").encode(errors="backslashreplace")
+                build.render(records, form, published=form == "md").encode(errors="backslashreplace")
 
         def audit() -> None:
             for finding in check_record(run):
@@ -88,7 +90,7 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
         judge("run folder", lambda: read_run(run))
         judge("run folder, report", report_all)
         judge("run folder, verify", audit)
-        judge("run folder, compare", lambda: compare.markdown(compare.compare([run, good])))
+        judge("run folder, compare", lambda: pairs.markdown(pairs.compare([run, good])))
         judge("run folder, check", gate)
         judge("run folder, export", lambda: export_log(read_run(run)))
 

@@ -7,15 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fuzz.folders import RUNS, in_lines
-from fuzz.judging import changed, cut, cuts, dumped, edits, judge, scratch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import listing, merge, status
-from bench.cache import digest
-from bench.shards import Shard
-from bench.store import read_run
+from bench.cli import listing
+from bench.io.files import digest
+from bench.records import merge, status
+from bench.records.record import read_run
+from bench.records.shards import Shard
+from tests.fuzz.folders import RUNS, in_lines
+from tests.fuzz.judging import changed, cut, cuts, dumped, edits, judge, scratch
 
 # Logs ------------------------------------------------------------------------------------------------
 

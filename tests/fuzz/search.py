@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = [64, 256, 1024, 4096]  # of the bytes that hypothesis makes an input of
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path.insert(0, str(HERE.parents[1]))
 
 failures: Counter[str] = Counter()
 shown: dict[str, str] = {}
@@ -46,7 +46,7 @@ def attempt(prop: Any, data: bytes) -> bool:
 
 def report(name: str, began: float, tried: int) -> None:
     """What was tried, and what came of it."""
-    from fuzz.judging import outcomes
+    from tests.fuzz.judging import outcomes
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process; on Linux in kilobytes
     said = ", ".join(f"{what} {count:,}" for what, count in sorted(outcomes.items()))
@@ -71,9 +71,9 @@ def main() -> None:
         import atheris
 
         with atheris.instrument_imports(include=["bench"]):
-            from fuzz import cards_and_logs, data, folders, judging, progress, served
+            from tests.fuzz import cards_and_logs, data, folders, judging, progress, served
     else:
-        from fuzz import cards_and_logs, data, folders, judging, progress, served
+        from tests.fuzz import cards_and_logs, data, folders, judging, progress, served
     known = {
         name: prop
         for module in (cards_and_logs, data, folders, progress, served)

@@ -19,16 +19,16 @@ from typing import Any
 import httpx2
 import numpy as np
 import torch
-from fuzz.judging import changed, cut, cuts, dumped, edits, judge
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from bench import http_client
-from bench.cards import load_card
+from bench.data.datasets import load_card
 from bench.errors import BenchError, one_line
-from bench.http_base import Served, _Model, _Server
-from bench.http_client import Answer
+from bench.io import http
+from bench.io.http import Answer
+from bench.models.served import Served, _Model, _Server
+from tests.fuzz.judging import changed, cut, cuts, dumped, edits, judge
 
 # Answers of a served base ----------------------------------------------------------------------------
 
@@ -73,9 +73,9 @@ def raw_server() -> RawServer:
 
 
 @functools.cache
-def client() -> http_client.Client:
+def client() -> http.Client:
     """One for all inputs."""
-    return http_client.Client()
+    return http.Client()
 
 
 def understood(head: bytes, raw: bytes) -> Any:
@@ -113,11 +113,11 @@ def _served() -> Served:
 
 @contextmanager
 def _no_pauses() -> Iterator[None]:
-    before, http_client.sleep = http_client.sleep, lambda _: None
+    before, http.sleep = http.sleep, lambda _: None
     try:
         yield
     finally:
-        http_client.sleep = before
+        http.sleep = before
 
 
 @given(

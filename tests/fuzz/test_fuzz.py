@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fuzz import cards_and_logs, data, folders, judging, progress, served
 from hypothesis import HealthCheck, Phase, settings
+
+from tests.fuzz import cards_and_logs, data, folders, judging, progress, served
 
 QUICK = {
     cards_and_logs.cards: 100,

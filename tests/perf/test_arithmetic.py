@@ -15,16 +15,17 @@ import pytest
 import torch
 from convnets import resnet20
 from torch import Tensor, nn
-from turns import paired
 
-from bench import arithmetic, fitting
-from bench.arithmetic import steady
-from bench.bases import untrained_base
-from bench.certify import block_rows
-from bench.environment import keep_freed_memory
 from bench.interface import Draw
-from bench.noise import Noise, Vote, VoteDraw
-from bench.plan import Plan, make_plans
+from bench.models import arithmetic
+from bench.models.arithmetic import steady
+from bench.models.bases import untrained_base
+from bench.process.environment import keep_freed_memory
+from bench.runs import fitting
+from bench.runs.plan import Plan, make_plans
+from bench.smoothing.engine import block_rows
+from bench.smoothing.noise import Noise, Vote, VoteDraw
+from tests.helpers.turns import paired
 
 CPU = torch.device("cpu")
 ROUNDS = 15

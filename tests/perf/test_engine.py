@@ -19,17 +19,17 @@ import pytest
 import torch
 from convnets import resnet20
 from torch import Tensor
-from turns import paired
 
-from bench.arithmetic import steady
-from bench.bases import untrained_base
-from bench.cards import load_card
-from bench.certify import Device, Model, Task, block_rows, certify, side_by_side
-from bench.environment import keep_freed_memory
-from bench.gridnoise import GridNoise
+from bench.data.datasets import load_card
 from bench.interface import Draw
-from bench.noise import Noise, Vote, add_float
-from bench.procedures import Fixed
+from bench.models.arithmetic import steady
+from bench.models.bases import untrained_base
+from bench.process.environment import keep_freed_memory
+from bench.smoothing.engine import Device, Model, Task, block_rows, certify, side_by_side
+from bench.smoothing.gridnoise import GridNoise
+from bench.smoothing.noise import Noise, Vote, add_float
+from bench.smoothing.procedures import Fixed
+from tests.helpers.turns import paired
 
 SHAPE = (3, 32, 32)
 CPU = torch.device("cpu")
@@ -130,16 +130,17 @@ def test_noise_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]
 def test_freed_memory_is_kept(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Seconds of processes that give freed memory back over those of processes that keep it: the same votes."""
     code = (
-        "import sys, time; sys.path[:0] = sys.argv[2:]; import test_engine as e; from bench import environment\n"
+        "import sys, time; sys.path[:0] = sys.argv[2:]; import test_engine as e\n"
+        "from bench.process import environment\n"
         "if sys.argv[1] == 'keep': environment.keep_freed_memory()\n"
         "model, task, _ = e.subject('grid', 4); device = e.Device(task, [model])\n"
         "with e.steady(): e.run(device, 4); began = time.process_time(); e.run(device, 4)\n"
         "print(time.process_time() - began)"
     )
-    here = Path(__file__).parent
+    here, root = Path(__file__).parent, Path(__file__).parents[2]
 
     def seconds(what: str) -> float:
-        command = [sys.executable, "-c", code, what, str(here), str(here.parent)]
+        command = [sys.executable, "-c", code, what, *map(str, (here, root, root / "scripts"))]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     ratios = [seconds("give back") / seconds("keep") for _ in range(3)]

@@ -25,28 +25,28 @@ def measured(benchmark: Any) -> None:
 
 
 def votes(rows: int) -> list[Any]:
-    from bench.noise import Vote
+    from bench.smoothing.noise import Vote
 
     return [Vote("estimate", 7, i) for i in range(rows)]
 
 
 def test_float_noise(benchmark: Any) -> None:
-    from bench.noise import Noise
+    from bench.smoothing.noise import Noise
 
     keys, noise = votes(ROWS), Noise(0, "test")
     assert benchmark(noise.normals, keys, PIXELS).shape == (ROWS, PIXELS)
 
 
 def test_grid_noise(benchmark: Any) -> None:
-    from bench.gridnoise import GridNoise
-    from bench.noise import Noise
+    from bench.smoothing.gridnoise import GridNoise
+    from bench.smoothing.noise import Noise
 
     keys, noise = votes(ROWS), GridNoise(Noise(0, "test"), 0.25, 256)
     assert benchmark(noise.draw, keys, PIXELS).shape == (ROWS, PIXELS)
 
 
 def test_bound_and_radius(benchmark: Any) -> None:
-    from bench.procedures import Fixed
+    from bench.smoothing.procedures import Fixed
 
     fixed = Fixed(100, 10_000, 0.001)
 
@@ -57,9 +57,9 @@ def test_bound_and_radius(benchmark: Any) -> None:
 
 
 def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any, images: int, n: int) -> None:
-    from bench.certify import Device, Task, certify
-    from bench.noise import Noise
-    from bench.procedures import Fixed
+    from bench.smoothing.engine import Device, Task, certify
+    from bench.smoothing.noise import Noise
+    from bench.smoothing.procedures import Fixed
 
     noise, fixed, pixels = Noise(0, "test"), Fixed(100, n, 0.001), np.zeros((images, *shape), np.uint8)
     task = Task(lambda i: pixels[i], lambda i: 0, noisy, shape, 10, 0.25, noise, ROWS, torch.device("cpu"))
@@ -79,8 +79,8 @@ def test_packing(benchmark: Any) -> None:
 
 def test_certify(benchmark: Any) -> None:
     """Two images of CIFAR-10's shape with grid noise and a small convnet."""
-    from bench.gridnoise import GridNoise
-    from bench.noise import Noise
+    from bench.smoothing.gridnoise import GridNoise
+    from bench.smoothing.noise import Noise
 
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 16, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(3600, 10)]
@@ -90,9 +90,8 @@ def test_certify(benchmark: Any) -> None:
 
 
 def test_reading_certificates(benchmark: Any, tmp_path: Path) -> None:
-    from records import stated
-
-    from bench.store import read_run
+    from bench.records.record import read_run
+    from tests.helpers.records import stated
 
     line = {"label": 1, "predicted": 1, "radius": 0.1, "n0": 100, "n": 1000, "top_count": 900, "runner_up": 0}
     line |= {"runner_up_count": 100, "p_lower": 0.8, "votes": 1100, "seconds": 0.5}

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import beta, norm
-from turns import paired
 
-from bench import metrics, run
-from bench.arithmetic import steady
-from bench.certification import Certifier
-from bench.certify import Certificate, certify
-from bench.console import ConsoleReporter
-from bench.noise import Noise, TrainDraw
-from bench.placed import Placed
-from bench.plan import make_plans
+from bench.models.arithmetic import steady
+from bench.process.console import ConsoleReporter
+from bench.records import metrics
+from bench.runs.certifier import Certifier
+from bench.runs.device import Placed
+from bench.runs.plan import make_plans
+from bench.runs.session import Session
+from bench.smoothing.engine import Certificate, certify
+from bench.smoothing.noise import Noise, TrainDraw
+from tests.helpers.turns import paired
 
 SIGMA, N0, N, ALPHA, IMAGES, BATCH = 0.25, 100, 10_000, 0.001, 5, 1000
 
@@ -55,7 +56,7 @@ def test_engine_against_the_shipped_loop(
     """Wall-clock ratio of the same table on the same trained digits classifier, n = 10,000."""
     (plan,) = make_plans(defenses="full", dataset="digits", sigma=str(SIGMA), n0=N0, n=N, procedure=kind, target=target)
     device = torch.device("cpu")
-    session = run.Session(device, tmp_path, ConsoleReporter())
+    session = Session(device, tmp_path, ConsoleReporter())
     identity, task, fitted = session.prepare(plan)
     images = identity["indices"][:IMAGES]
     placed = Placed(Certifier("full", fitted.defense, session.materials(plan).base), task, images[0])

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result
+
+from tests.helpers.commands import Result
 
 pytest.importorskip("ray")
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cards import load_card, load_split
-from bench.gridnoise import GridNoise
+from bench.data.datasets import load_card, load_split
 from bench.interface import Access, Defense, Draw
-from bench.noise import Noise, Vote
+from bench.smoothing.gridnoise import GridNoise
+from bench.smoothing.noise import Noise, Vote
 
 BUFFER: dict[torch.Size, Tensor] = {}  # which the copies of several threads share
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from savings import simulate
 from scipy import stats
 
-from bench import bounds
-from bench.anytime import Anytime, Floats, log_wealth, mixture, schedule, tabulate
-from bench.procedures import Counts, Decision, Fixed, Procedure, Target, Votes
+from bench.smoothing import bounds
+from bench.smoothing.anytime import Anytime, Floats, log_wealth, mixture, schedule, tabulate
+from bench.smoothing.procedures import Counts, Decision, Fixed, Procedure, Target, Votes
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 CONFIG = Anytime(n0=100, n=100_000, alpha=0.001, radii=RADII)

@@ -13,10 +13,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from bench.certify import Certificate, Device, Task, certify
 from bench.interface import Draw
-from bench.noise import Noise, add_float
-from bench.procedures import Fixed
+from bench.smoothing.engine import Certificate, Device, Task, certify
+from bench.smoothing.noise import Noise, add_float
+from bench.smoothing.procedures import Fixed
 
 SHAPE = (1, 8, 8)
 SIGMA = 0.5

@@ -1,0 +1,63 @@
+"""What ``bench list`` shows; reads files only and imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import plugins
+from bench.data.datasets import card_files, load_card
+from bench.errors import shown, unknown
+from bench.records import status
+
+
+def rows(what: str, out: Path) -> list[dict[str, Any]]:
+    """One dict a row, keys are the columns. Raises BenchError for an unknown kind."""
+    kinds: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "defenses": _defenses,
+        "datasets": _datasets,
+        "bases": _bases,
+        "runs": lambda: _runs(out),
+    }
+    if what not in kinds:
+        raise unknown("list", what, kinds)
+    return kinds[what]()
+
+
+def _defenses() -> list[dict[str, Any]]:
+    return [vars(row) for row in plugins.listing()]
+
+
+def _datasets() -> list[dict[str, Any]]:
+    cards = [load_card(name) for name in card_files()]
+    return [
+        {
+            "name": c.name,
+            "shape": "x".join(map(str, c.shape)),
+            "classes": len(c.classes),
+            "source": getattr(c.source, "hub", "") or c.source.reader,
+            "presets": ", ".join(c.presets),
+        }
+        for c in cards
+    ]
+
+
+def _bases() -> list[dict[str, Any]]:
+    cards = [load_card(name) for name in card_files()]
+    return [
+        {"dataset": c.name, "name": n, "model": b.model, "summary": b.summary}
+        for c in cards
+        for n, b in c.bases.items()
+    ]
+
+
+def _runs(out: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": shown(r["run"]),
+            "state": r["state"],
+            "images": "" if r["images"] is None else f"{r['done']}/{r['images']}",
+        }
+        for r in status.rows(out)
+    ]

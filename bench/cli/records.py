@@ -1,0 +1,244 @@
+"""The commands that work on run folders: report, status, merge, compare, check, import, export, verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli.options import AsJson, Out, print_findings, print_table
+from bench.errors import BenchError, NotComparable, note, shown
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command("report")
+def report_(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    format: Annotated[
+        str | None, typer.Option(help="md, latex, csv, json or html; default: by the file's name in --out, else md.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, or file (.md, .tex, .csv, .json, .html); default: print (html: none).")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show what others published, below each table, and what differs.")
+    ] = False,
+) -> None:
+    """Make the table, and with --out the figures or the page, of all finished runs. Exit 1 when some were left out."""
+    from bench.errors import unknown
+    from bench.report import build, tables
+
+    if format not in (known := (None, "md", "latex", "csv", "json", "html")):
+        raise unknown("format", format, filter(None, known))
+    format = build.format_of(out, format)
+    if published and format not in ("md", "latex"):
+        raise BenchError(f"--published: goes with --format md or latex, not {format}")
+    if format == "html" and out is None:
+        raise BenchError(
+            "a page is 5 MB and not for a terminal; say where to write it: --format html --out report.html"
+        )
+    records, left_out = tables.load_records(runs)
+    for line in left_out:
+        print(f"bench: left out: {shown(line)}", file=sys.stderr)
+    if not records:
+        raise BenchError(f"no finished run in {runs}; bench run makes one")
+    if format != "html":
+        print(build.render(records, format, published), end="")
+    if out is not None:
+        for file in build.write(records, format, out, published, left_out):
+            print(f"wrote {file}", file=sys.stderr)
+    if left_out:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show how runs are getting on, also those of other processes: progress, pace, time left, failures."""
+    from bench.records import status
+
+    if not runs.exists():
+        raise BenchError(f"no folder {runs}; bench run makes one")
+    rows = status.rows(runs)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        table, notes = status.readable(rows)
+        print_table(table, f"no runs in {runs}")
+        print("".join(f"{note}\n" for note in notes), end="")
+
+
+@app.command()
+def merge(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run's folder.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Join the shards of bench run --shard into whole runs. Exit 1: some are missing or unfinished."""
+    from bench.records import merge
+
+    whole, missing = merge.merge(runs)
+    for line in missing:
+        print(f"bench: {shown(line)}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"whole": [str(p) for p in whole], "missing": missing}, indent=1))
+    else:
+        for path in whole:
+            print(shown(f"{path}: complete"))
+    if missing:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, or a folder of runs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
+    from bench.compare import pairs
+
+    found = [pairs.compare(paths) for paths in pairs.groups(runs)]
+    if as_json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    else:
+        print("\n".join(map(pairs.markdown, found)), end="")
+
+
+@app.command()
+def check(
+    baseline: Annotated[Path, typer.Option(help="The file to hold the runs against; --update makes it.")],
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    update: Annotated[bool, typer.Option("--update", help="Make these runs the baseline; say what changed.")] = False,
+    any_base: Annotated[
+        bool | None,
+        typer.Option(
+            "--any-base/--same-base",
+            help="With --update: whether the base may have other weights, as one trained anew on another machine has. "
+            "Default: as the file says, at first not.",
+        ),
+    ] = None,
+    points: Annotated[float, typer.Option(help="The least loss of certified accuracy that fails, in points.")] = 2.0,
+    factor: Annotated[float, typer.Option(help="Warn of votes that take this many times as long.")] = 1.5,
+    as_json: AsJson = False,
+) -> None:
+    """Hold runs against a baseline. Exit 1: one regresses or is not reproduced; 3: one is missing or not comparable."""
+    from bench.cli import github
+    from bench.compare import check
+    from bench.compare.baseline import update as written
+
+    if update:
+        lines = check.changes(*written(baseline, runs, any_base))
+        print(json.dumps(lines, indent=1) if as_json else "\n".join([*lines, f"wrote {baseline}"]))
+        return
+    if any_base is not None:
+        raise BenchError("--any-base and --same-base are a baseline's own statement; give them with --update")
+    found = check.check(baseline, runs, points, factor)
+    text = check.markdown(found)
+    print(json.dumps(found, indent=1) if as_json else text, end="\n" if as_json else "")
+    github.publish(text, check.findings(found))
+    verdicts = {one["verdict"] for one in found["entries"]}
+    if check.REGRESSES in verdicts:
+        raise typer.Exit(1)
+    if check.NOT_COMPARABLE in verdicts:
+        raise NotComparable(check.headline(found))
+
+
+@app.command("import")
+def import_(
+    log: Annotated[Path, typer.Argument(help="A released log: one line an image, tab-separated, with a header.")],
+    dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Noise of the certificates, in pixels of [0, 1]. It and the next six: as the log states."),
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Failure probability of each certificate.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")
+    ] = None,
+    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; else not known.")] = None,
+    noise: Annotated[str | None, typer.Option(help="float, or grid: rounded to the pixel grid; else float.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="selected: the class chosen on n0 votes, or label: the known one; else selected.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="cohen: n votes an image; adaptive: their number varies; else cohen.")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="The radius tested, where an adaptive log says only whether it was proved.")
+    ] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
+    from bench.records import importing
+    from bench.report import build
+    from bench.runs.plan import LARGE, large
+
+    given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
+    stated = importing.stated_by(log, dataset, radius=radius, **given)
+    if stated.sigma > LARGE:
+        note(large("--sigma", stated.sigma))
+    record = importing.import_log(log, stated, out)
+    if as_json:
+        print(json.dumps({"path": str(record.path), **record.info}, indent=1))
+    else:
+        print(build.render([record], "md"))
+        print(f"imported as {record.path}")
+    if record.flags:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
+) -> None:
+    """Write a run as the common tab-separated log, with sigma, votes and noise in columns of their own."""
+    from bench.io.files import write_text, writing
+    from bench.records.logs import export_log
+    from bench.records.record import read_run
+
+    text = export_log(read_run(run))
+    if out is None:
+        print(text, end="")
+        return
+    with writing(out, "choose another file with --out"):
+        write_text(out, text)
+    print(f"wrote {out}", file=sys.stderr)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; train anew where needed.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Also test the certificates on noise of a new random seed.")
+    ] = False,
+    defense: Annotated[
+        str | None, typer.Option(help="./file.py of the record's defense: a file is run only where it is named here.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Address of the record's served base: it is asked only where it is named here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Audit a record: radii from counts, images, hashes, a sample drawn again. Exit 1 when something is wrong."""
+    from bench.records.record import read_run
+    from bench.records.verify import check_record
+
+    findings = list(check_record(run))
+    if not any(f.problem for f in findings):
+        from bench.process.console import ConsoleReporter
+        from bench.process.environment import pick_device
+        from bench.runs.redraw import draw_again
+        from bench.runs.session import Session
+
+        session = Session(pick_device(device), run.parent, ConsoleReporter())
+        findings += draw_again(read_run(run), session, deep, defense, base, fresh)
+    print_findings(findings, as_json)

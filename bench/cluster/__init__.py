@@ -1,0 +1,1 @@
+"""Runs on a Ray cluster: the driver, its workers, and their pool."""

@@ -1,0 +1,1 @@
+"""Data sets: cards, sources, pictures, and splits."""

@@ -1,0 +1,100 @@
+"""Encoded pictures, decoded when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.data.decoding import Decoded
+from bench.errors import note
+
+KEEP_BYTES = 1 << 30  # a part that fits is kept once decoded (CIFAR-10: 0.2 GB); a larger one is decoded each time
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures [N, C, H, W] of 8 bits, indexed like an array: ``pictures[indices]`` decodes those rows only.
+
+    ``row``s are the source's own numbers; ``kept``, ``done``, ``changed`` and ``told`` are shared by all selections
+    of a source.
+    """
+
+    rows: NDArray[np.int64]
+    shape: tuple[int, int, int]
+    picture: Callable[[int], Decoded]
+    stamp: Callable[[int], bytes | memoryview]
+    resize: int
+    kept: NDArray[np.uint8] | None
+    done: NDArray[np.bool_]
+    changed: dict[int, tuple[str, ...]]  # row -> what decoding changed
+    told: set[str]  # kinds of changes that were reported
+
+    @classmethod
+    def of(
+        cls,
+        count: int,
+        shape: tuple[int, int, int],
+        picture: Callable[[int], Decoded],
+        stamp: Callable[[int], bytes | memoryview],
+        resize: int,
+    ) -> Pictures:
+        """All ``count`` pictures of a source: ``picture(row)`` decodes one, ``stamp(row)`` tells it from any other."""
+        # Memory that is never written is never taken, so a first thousand of many costs a thousand.
+        kept = np.empty((count, *shape), np.uint8) if count * math.prod(shape) <= KEEP_BYTES else None
+        return cls(np.arange(count), shape, picture, stamp, resize, kept, np.zeros(count, np.bool_), {}, set())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: Any) -> NDArray[np.uint8]:
+        rows = self.rows[indices]
+        if self.kept is None:
+            decoded = np.empty((len(rows), *self.shape), np.uint8)
+            for at, row in enumerate(rows.tolist()):
+                decoded[at] = self._decoded(row)
+            return decoded
+        for row in rows[~self.done[rows]].tolist():
+            self.kept[row] = self._decoded(row)
+            self.done[row] = True
+        found: NDArray[np.uint8] = self.kept[rows]
+        return found
+
+    def select(self, indices: Any) -> Pictures:
+        """Those of the given rows, still encoded."""
+        return replace(self, rows=self.rows[indices])
+
+    def _decoded(self, row: int) -> NDArray[np.uint8]:
+        """Decode a picture, and report the first one of each kind of change."""
+        decoded = self.picture(row)
+        if decoded.changes:
+            self.changed[row] = decoded.changes
+            for change in set(decoded.changes) - self.told:
+                self.told.add(change)
+                note(f"{decoded.where}: {change}; reported once, run.json counts such pictures")
+        return decoded.pixels
+
+    def changes(self) -> str:
+        """Count each kind of change among these pictures, as far as they were decoded; empty without any."""
+        counted = Counter(change for row in self.rows.tolist() for change in self.changed.get(row, ()))
+        return "; ".join(f"{count:,} of its pictures: {change}" for change, count in sorted(counted.items()))
+
+    def fingerprint(self) -> bytes:
+        """What decides these pictures, with nothing decoded: each one's stamp and how it is cut to shape.
+
+        The stamp of a picture in a parquet file is its encoded bytes; that of a file is its path, size
+        and time of change. The same pixels stored otherwise have another fingerprint, so weights trained
+        on them are trained again, never wrongly taken from the cache.
+        """
+        h = hashlib.sha256(f"{self.shape}|{self.resize}".encode())
+        for row in self.rows.tolist():
+            stamp = self.stamp(row)
+            h.update(len(stamp).to_bytes(8, "little"))
+            h.update(stamp)
+        return h.digest()

@@ -1,0 +1,48 @@
+"""Readers of a card's source: each gives one part (train, and test and validation where the source has its own).
+
+Pictures stay encoded, as bytes or files, until rows of them are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.data.folders import read_folder
+from bench.data.parquet_files import read_parquet
+from bench.data.sources import Folder, Parquet, Part, PartName, Stored
+from bench.errors import BenchError, note
+
+if TYPE_CHECKING:
+    from bench.data.datasets import Card
+
+
+def read(card: Card, part: PartName) -> Part:
+    """One part, which the source must have. Raises BenchError where the data are absent or not as the card says."""
+    source = card.source
+    if isinstance(source, Parquet):
+        found = read_parquet(card, source, part)
+    elif isinstance(source, Folder):
+        found = read_folder(card, source, part)
+    else:
+        found = _digits(card)
+    if not len(found.labels):
+        raise BenchError(f"card {card.name}: the {part} part ({found.origin}) is empty")
+    if isinstance(source, Stored) and source.resize:
+        height, width = card.shape[1:]
+        remark = f"shorter side resized to {source.resize} (bilinear), centre {height}x{width} cut out"
+        if part == "train":
+            note(f"card {card.name}: {remark}")
+        found = replace(found, origin=f"{found.origin}; {remark}")
+    return found
+
+
+def _digits(card: Card) -> Part:
+    from sklearn.datasets import load_digits
+
+    if (card.shape, card.levels, len(card.classes)) != ((1, 8, 8), 17, 10):
+        raise BenchError(f"card {card.name}: scikit-learn's digits have shape [1, 8, 8], 17 levels and 10 classes")
+    data = load_digits()
+    return Part(data.images[:, None].astype(np.uint8), data.target.astype(np.int64), "scikit-learn")

@@ -1,0 +1,1 @@
+"""Files, tensors, and downloads: bounded reads, atomic writes, hashes."""

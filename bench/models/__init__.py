@@ -1,0 +1,1 @@
+"""Base classifiers: names, blueprints, loading, and access."""

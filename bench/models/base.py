@@ -1,0 +1,218 @@
+"""The base classifier under defense: pixels in [0, 1] to logits, and what a defense may see of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.data.datasets import Split
+from bench.errors import BenchError, DefenseFault
+from bench.interface import Access
+
+# A view that may only be queried finds its owner here by number: nothing reachable from the view
+# itself is a module, a parameter or a gradient.
+_owners: WeakValueDictionary[int, BaseModel] = WeakValueDictionary()
+
+
+class Classifier(nn.Module):
+    """A timm model with its resizing and normalisation inside: pixels in [0, 1] to logits.
+
+    ``size`` is the height and width the model takes, None where that is the card's. Noise is added
+    at the card's resolution, before this module sees an image, so radii are those of the card.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of pixels x [B, C, H, W]; one grey channel becomes as many as the model takes."""
+        if self.size is not None:
+            shrinks = self.size[0] < x.shape[-2] or self.size[1] < x.shape[-1]
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=shrinks)
+        # A grey image broadcasts over the model's mean and std.
+        return cast(Tensor, self.model((x - self.mean) / self.std))
+
+    def heads(self) -> list[nn.Module]:
+        """The layers that turn features into logits: one, or two where a model was distilled into a second head."""
+        found = self.model.get_classifier()  # type: ignore[operator]
+        return list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+
+    def head(self) -> nn.Module:
+        """The one layer that turns features into logits. Raises BenchError where there are several."""
+        heads = self.heads()
+        if len(heads) != 1:
+            raise BenchError(f"this base has {len(heads)} heads ({type(self.model).__name__}), not one; use another")
+        return heads[0]
+
+
+class BlackBox(nn.Module):
+    """A base of which only the answers are known: passes can be counted, its parameters and operations cannot."""
+
+
+class View:
+    """The base as a defense of a given access sees it; satisfies ``interface.Base``."""
+
+    def __init__(self, owner: BaseModel, most: Access) -> None:
+        self.classes, self.most = owner.classes, most
+        self.queries = 0
+        self._handle = id(owner)
+        _owners[self._handle] = owner
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is a view of the owner's copy, which whoever copies must keep: (defense, base) together.
+        return _view, (_owners[self._handle], self.most, self.queries)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the base."""
+        return _owners[self._handle].sha256
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.most < Access.QUERY:
+            raise DefenseFault("it declares access = Access.NONE and asks the base; declare Access.QUERY")
+        self.queries += len(x)
+        if self.most == Access.QUERY:
+            with torch.no_grad():
+                return cast(Tensor, _owners[self._handle].module(x))
+        return cast(Tensor, _owners[self._handle].module(x))
+
+    def copy(self, classes: int | None = None) -> nn.Module:
+        """A private trainable copy, with a new head where ``classes`` differs. Raises DefenseFault below WEIGHTS."""
+        if self.most < Access.WEIGHTS:
+            raise DefenseFault(f"it has {self.most.name} access and copies the base; declare Access.WEIGHTS")
+        module = copy.deepcopy(_owners[self._handle].module).requires_grad_(True)
+        if classes not in (None, self.classes):
+            module.model.reset_classifier(classes)  # type: ignore[union-attr,operator]
+        return module
+
+    def untrained(self, classes: int) -> nn.Module:
+        """The same architecture with fresh weights."""
+        return _owners[self._handle].untrained(classes)
+
+
+def _view(owner: BaseModel, most: Access, queries: int) -> View:
+    view = owner.view(most)
+    view.queries = queries
+    return view
+
+
+class BaseModel(ABC):
+    """A base classifier: the harness's side, which owns ``module``, the map from pixels to logits."""
+
+    meta: dict[str, Any]  # what to record: where the base comes from, and what making it cost
+    batch = 250  # images a pass when clean accuracy is measured
+
+    def __init__(self, name: str, classes: int, module: nn.Module) -> None:
+        self.name, self.classes = name, classes
+        self.module = module.eval().requires_grad_(False)
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """The hash of all that decides its logits, as far as that is known."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a run's identity says of its base, name and sha256 among it."""
+
+    @abstractmethod
+    def check_unchanged(self, defense: str) -> None:
+        """Raise BenchError where the base is not what it was; ``defense`` is who used it meanwhile."""
+
+    @abstractmethod
+    def untrained(self, classes: int) -> nn.Module:
+        """The same architecture with fresh weights. Raises BenchError where it is not known."""
+
+    def view(self, access: Access) -> View:
+        """The base with no more than ``access``."""
+        return View(self, access)
+
+    def accuracy(self, split: Split, indices: list[int]) -> tuple[int, int]:
+        """Correct and all of the given clean images."""
+        device = next((p.device for p in self.module.parameters()), None)
+        right = 0
+        with torch.inference_mode():
+            for part in np.array_split(np.array(indices), max(1, -(-len(indices) // self.batch))):
+                logits = self.module(torch.from_numpy(split.pixels(part)).to(device))
+                right += int((logits.argmax(1).cpu().numpy() == split.labels[part]).sum())
+        return right, len(indices)
+
+
+class LocalBase(BaseModel):
+    """A base whose weights are here.
+
+    ``architecture`` is what the tensors do not tell (timm name, arguments, resizing). ``sha256`` covers
+    it and the tensors, normalisation among them, so the same classifier has one hash whatever it is called.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        untrained: Callable[[int], nn.Module],
+        classes: int,
+        meta: dict[str, Any],
+        architecture: Mapping[str, Any],
+    ) -> None:
+        super().__init__(name, classes, module)
+        self.meta, self.architecture = meta, dict(architecture)
+        self._untrained = untrained
+        self._sha256 = self._current_sha256()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of architecture and tensors, as they were when the base was made."""
+        return self._sha256
+
+    def _current_sha256(self) -> str:
+        return state_sha256(self.module, json.dumps(self.architecture, sort_keys=True))
+
+    def identity(self) -> dict[str, Any]:
+        """Name, hash and architecture."""
+        return {"name": self.name, "sha256": self.sha256, **self.architecture}
+
+    def check_unchanged(self, defense: str) -> None:
+        """Raise BenchError where somebody changed the weights."""
+        if self._current_sha256() != self.sha256:
+            raise BenchError(f"defense {defense} changed the base classifier; train a copy: self.context.base.copy()")
+
+    def untrained(self, classes: int) -> nn.Module:
+        """The same architecture with fresh weights."""
+        return self._untrained(classes)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the base has."""
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def state_sha256(module: nn.Module, *also: str) -> str:
+    """Hash of every tensor of a module, by name."""
+    h = hashlib.sha256("|".join(also).encode())
+    for key, value in sorted(module.state_dict().items()):
+        h.update(f"|{key}|{value.dtype}|{tuple(value.shape)}|".encode())
+        h.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()

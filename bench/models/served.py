@@ -1,0 +1,278 @@
+"""A base classifier served elsewhere, asked by the Open Inference Protocol v2 over HTTP.
+
+https://github.com/kserve/open-inference-protocol, which Triton, KServe, MLServer and OpenVINO speak:
+``GET .../v2/models/NAME`` describes the model, ``POST .../infer`` gives the logits of a batch. Tensors
+travel as raw float32 where the server states the binary_tensor_data extension, else as JSON numbers with
+every digit. A batch is one request, whatever its size. An answer either is logits of the right shape or
+is none at all (see ``http_client``), so no vote is ever made up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httpx2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from bench.data.datasets import Card
+from bench.errors import BenchError, one_line
+from bench.interface import Access
+from bench.io.files import digest
+from bench.io.http import LARGEST, TOKEN, Answer, Client, Refused
+from bench.models.base import BaseModel, BlackBox, View
+from bench.smoothing.engine import block_rows
+from bench.smoothing.noise import Noise, Vote
+
+PROBES = 16  # noisy images whose logits tell one model from another
+
+_FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+
+
+def is_url(name: str) -> bool:
+    """Whether the name of a base is the address of a served one."""
+    return name.startswith(("http://", "https://"))
+
+
+def checked_url(url: str) -> str:
+    """The address without a slash at its end. Raises BenchError where it is no model's, or may hold a secret."""
+    try:
+        parts = urlsplit(url)
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as e:
+        raise BenchError(f"--base: no address: {one_line(e)}; give http://HOST:PORT/v2/models/NAME") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        # Not shown, and not accepted: what is typed as --base is recorded, and printed in reports.
+        raise BenchError(f"--base: an address holds no user, password or query; put a token in ${TOKEN}")
+    if not parts.hostname or not re.fullmatch(r"(/.*)?/v2/models/[^/]+(/versions/[^/]+)?/?", parts.path):
+        raise BenchError(f"--base {url}: must be http://HOST:PORT/v2/models/NAME; /versions/VERSION may follow")
+    return url.rstrip("/")
+
+
+# The protocol's objects, as far as they are used ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Server:
+    name: str | None = None
+    version: str | None = None
+    extensions: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, Any] | None = None
+    data: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    inputs: list[_Tensor]
+    outputs: list[_Tensor]
+    platform: str | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    outputs: list[_Tensor]
+    model_version: str | None = None
+
+
+class Served(BlackBox):
+    """A served model as a module, pixels in [0, 1] to logits; connects when it is first asked."""
+
+    version: str | None = None  # as stated with the first logits
+
+    def __init__(self, url: str, card: Card) -> None:
+        super().__init__()
+        self.url, self._card = url, card
+        self._answered = False
+
+    @cached_property
+    def _client(self) -> Client:
+        return Client()
+
+    @cached_property
+    def server(self) -> _Server:
+        """What the server says of itself; nothing where a gateway shows models alone."""
+        root = self.url[: self.url.rindex("/models/")]
+        try:
+            return self._client.ask(root, lambda a: TypeAdapter(_Server).validate_json(a.content))
+        except Refused:
+            return _Server()
+
+    @property
+    def encoding(self) -> str:
+        """How tensors travel: binary or json."""
+        return "binary" if "binary_tensor_data" in self.server.extensions else "json"
+
+    @cached_property
+    def model(self) -> _Model:
+        """What the server says of the model. Raises BenchError where it does not fit the card."""
+        found = self._client.ask(self.url, lambda a: TypeAdapter(_Model).validate_json(a.content))
+        card, classes = self._card, len(self._card.classes)
+        if len(found.inputs) != 1 or len(found.outputs) != 1:
+            counts = f"{len(found.inputs)} inputs and {len(found.outputs)} outputs"
+            raise BenchError(f"base {self.url} has {counts}; serve a model of one each: images, logits")
+        given, made = found.inputs[0], found.outputs[0]
+        if given.datatype != "FP32" or made.datatype not in _FLOATS:
+            kinds = f"{given.datatype} to {made.datatype}"
+            raise BenchError(f"base {self.url} maps {kinds}; serve one from FP32 pixels in [0, 1] to float logits")
+        if not _fits(given.shape, card.shape):
+            wanted = [-1, *card.shape]
+            raise BenchError(
+                f"base {self.url} takes {given.shape}, images of {card.name} are {wanted} (-1: any number)"
+            )
+        if not _fits(made.shape, (classes,)):
+            raise BenchError(
+                f"base {self.url} gives {made.shape}, {card.name} needs {[-1, classes]}: "
+                f"a served model gets no new head, so serve one with {classes} classes"
+            )
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float32 [B, classes], of pixels x [B, C, H, W]."""
+        body, headers = self._request(x.detach().cpu().numpy().astype("<f4", order="C"))
+        shape = [len(x), len(self._card.classes)]
+        most = LARGEST + 64 * math.prod(shape)  # a number takes 25 bytes at most as text
+        logits, version = self._client.ask(f"{self.url}/infer", lambda a: self._read(a, shape), body, headers, most)
+        if self._answered and version != self.version:
+            raise BenchError(
+                f"base {self.url} now answers with model version {version}, not {self.version}, so it is another base: "
+                f"type the command again, or add /versions/VERSION to the address"
+            )
+        self.version, self._answered = version, True
+        return torch.from_numpy(logits).to(x.device)
+
+    def _request(self, pixels: NDArray[np.float32]) -> tuple[bytes, dict[str, str]]:
+        given: dict[str, Any] = {"name": self.model.inputs[0].name, "shape": pixels.shape, "datatype": "FP32"}
+        wanted: dict[str, Any] = {"name": self.model.outputs[0].name}
+        if self.encoding == "binary":
+            given["parameters"], wanted["parameters"] = {"binary_data_size": pixels.nbytes}, {"binary_data": True}
+            head = json.dumps({"inputs": [given], "outputs": [wanted]}).encode()
+            headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+            return head + pixels.tobytes(), headers
+        if not np.isfinite(pixels).all():
+            raise BenchError("a defense asks the base about pixels that are not finite, which JSON cannot say")
+        given["data"] = pixels.ravel().tolist()  # doubles, whose digits give the float32 back however they are parsed
+        return json.dumps({"inputs": [given], "outputs": [wanted]}).encode(), {"Content-Type": "application/json"}
+
+    def _read(self, answer: Answer, shape: list[int]) -> tuple[NDArray[np.float32], str | None]:
+        """Logits and the model's version. Raises ValueError where the answer holds no logits of that shape."""
+        content = answer.content
+        head = int(answer.headers.get("Inference-Header-Content-Length", len(content)))
+        if not 0 <= head <= len(content):
+            raise ValueError(f"a head of {head} bytes in an answer of {len(content)}")
+        found = TypeAdapter(_Answer).validate_json(content[:head])
+        names = [o.name for o in found.outputs]
+        if names != [self.model.outputs[0].name]:
+            raise ValueError(f"outputs {names}, not {[self.model.outputs[0].name]}")
+        (output,) = found.outputs
+        if output.datatype not in _FLOATS or output.shape != shape:
+            raise ValueError(f"{output.datatype} {output.shape}, not a float tensor of shape {shape}")
+        if output.data is None:
+            values = np.frombuffer(content[head:], _FLOATS[output.datatype])
+        else:
+            listed = np.array(output.data, object).ravel().tolist()
+            if not {type(v) for v in listed} <= {int, float, type(None)}:
+                raise ValueError("data that are not numbers")
+            values = np.array(listed, np.float64)  # null becomes NaN, for which strict JSON has no other word
+        if values.size != math.prod(shape):
+            raise ValueError(f"{values.size} numbers for shape {shape}")
+        with np.errstate(over="ignore"):
+            return values.reshape(shape).astype(np.float32), found.model_version
+
+
+def _fits(stated: list[int], wanted: tuple[int, ...]) -> bool:
+    """Whether a stated shape is any number of rows of the wanted one; -1 stands for any number."""
+    pairs = zip(stated[1:], wanted, strict=False)
+    return len(stated) == len(wanted) + 1 and stated[0] == -1 and all(s in (-1, w) for s, w in pairs)
+
+
+class HTTPBase(BaseModel):
+    """A base that answers queries, and offers nothing else.
+
+    Its weights cannot be hashed. Its identity is the address, what the server says of the model, and a
+    fingerprint: for each of ``PROBES`` fixed noisy images the class with the largest logit and that logit,
+    rounded to about 1/256 of the largest of all, so that another machine's last bits rarely matter (where
+    they do, the same model counts as another). It is taken before a defense learns from the base's answers,
+    and compared after training and when all is certified. It tells another model from this one. It proves
+    nothing about the weights: a model that differs by less, or that was replaced and put back between two
+    looks, goes unseen, and a server that knows the probes can forge it.
+    """
+
+    module: Served
+
+    def __init__(self, card: Card, url: str) -> None:
+        super().__init__(url, len(card.classes), Served(url, card))
+        self.batch = block_rows(card.shape, torch.device("cpu"))
+        self.meta = {"source": {"kind": "served"}}
+        self._shape = card.shape
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the identity."""
+        return cast(str, self._identity["sha256"])
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        served = self.module
+        fingerprint = self._fingerprint()  # first, since the version comes with it
+        self.meta["source"] |= {"server": served.server.name, "server_version": served.server.version}
+        found = {
+            "name": self.name,
+            "model": served.model.name,
+            "version": served.version,
+            "platform": served.model.platform,
+            "tensors": served.encoding,
+            "fingerprint": fingerprint,
+        }
+        return found | {"sha256": digest(found)}
+
+    def identity(self) -> dict[str, Any]:
+        """Address, model, version, platform, how tensors travel, and the fingerprint."""
+        return self._identity
+
+    def check_unchanged(self, defense: str) -> None:
+        """Raise BenchError where the fingerprint is another one than this command began with."""
+        if self._identity["fingerprint"] != self._fingerprint():
+            raise BenchError(
+                f"base {self.name} gives other logits than when this command began, so its model was replaced: "
+                f"delete the run folder of {defense} that is not complete, and type the command again"
+            )
+
+    def untrained(self, classes: int) -> nn.Module:
+        """Raises BenchError: the architecture is not known."""
+        raise BenchError(
+            f"base {self.name} answers queries only, so there is no architecture to train afresh; use a local base"
+        )
+
+    def view(self, access: Access) -> View:
+        """The base with no more than ``access``; a wrong address is said now, before anything is trained."""
+        if access >= Access.QUERY:
+            _ = self.module.model
+        return super().view(access)
+
+    def _fingerprint(self) -> list[list[float] | None]:
+        noise = Noise(0, "fingerprint").normals([Vote("probe", 0, i) for i in range(PROBES)], math.prod(self._shape))
+        logits = self.module(noise.mul(0.5).add(0.5).view(PROBES, *self._shape)).double().numpy()
+        finite = np.isfinite(logits).all(1)
+        largest = np.abs(logits[finite]).max(initial=0.0)
+        step = 2.0 ** (math.frexp(largest)[1] - 8)
+        return [
+            [int(row.argmax()), float(np.round(row.max() / step) * step)] if ok else None
+            for row, ok in zip(logits, finite, strict=True)
+        ]

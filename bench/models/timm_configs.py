@@ -1,0 +1,150 @@
+"""What a timm config says of a model: architecture, arguments, normalisation, input size, names of classes.
+
+Configs are untrusted input: their architecture may be no address, their arguments only the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError, one_line, unknown
+from bench.io import limits
+from bench.models.labels import Names, stated_names
+from bench.models.state_dict import Architecture
+
+LARGEST = 16 * limits.MB  # of a config.json
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model as its config describes it; ``size_from`` and ``mean_from`` say which part of the config did."""
+
+    architecture: Architecture
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]  # height and width in pixels
+    classes: int  # 0: no head
+    interpolation: str  # with which the config has images resized
+    names: tuple[Names, ...]
+    size_from: str
+    mean_from: str
+
+
+def read_config(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises BenchError beginning with ``what``."""
+    try:
+        value = json.loads(limits.contents(path, LARGEST))
+    except (OSError, ValueError, RecursionError) as e:
+        raise BenchError(f"{what}: {path.name} cannot be read: {one_line(e)}") from None
+    if not isinstance(value, dict):
+        raise BenchError(f"{what}: {path.name} must hold a JSON object")
+    return value
+
+
+def described(name: str, config: Mapping[str, Any], file: str) -> Described:
+    """The model of a timm config (architecture, model_args, num_classes, pretrained_cfg) read from ``file``.
+
+    What the config leaves out is as timm has it for the architecture. Raises BenchError beginning with ``name``
+    where it is no timm config, or sets an argument that is certbench's to set.
+    """
+    from timm.models import PretrainedCfg
+
+    if odd := [k for k in ("model_args", "pretrained_cfg") if not isinstance(config.get(k) or {}, dict)]:
+        raise BenchError(f"{name}: {odd[0]} in its config must be an object; fetch the config again")
+    architecture, args = config.get("architecture"), dict(config.get("model_args") or {})
+    if not isinstance(architecture, str):
+        raise BenchError(f"{name}: its config states no timm architecture; only timm models can be read")
+    # Before timm 0.9 the pretrained_cfg was the whole file.
+    stated = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k != "architecture"}
+    classes = config.get("num_classes", args.pop("num_classes", stated.get("num_classes")))
+    known = {f.name for f in fields(PretrainedCfg)}
+    check_source(f"{name}: its config", architecture, args)
+    own = architecture_config(architecture, name)
+    merged = own | {k: v for k, v in stated.items() if k in known}
+    merged |= {} if classes is None else {"num_classes": classes}
+    timms = f"timm's default for {architecture}"
+    size_from = timms
+    if "input_size" in stated:
+        size_from = f"input_size in {file}"
+        if [*own["input_size"]] == merged["input_size"]:
+            size_from += f", which is {timms}: change it there if this model was trained at another size"
+    mean_from = file if "mean" in stated and "std" in stated else timms
+    names = stated_names(name, config, stated)
+    return from_pretrained_cfg(name, architecture, args, merged, names, size_from, mean_from)
+
+
+def from_pretrained_cfg(
+    name: str,
+    architecture: str,
+    args: dict[str, Any],
+    config: dict[str, Any],
+    names: tuple[Names, ...] = (),
+    size_from: str = "timm",
+    mean_from: str = "timm",
+) -> Described:
+    """The model of a timm architecture whose normalisation, input size and classes a pretrained_cfg states.
+
+    Where it says weights are is dropped. Raises BenchError where it lacks something.
+    """
+    from timm.models import filter_pretrained_cfg
+
+    config = filter_pretrained_cfg(config, remove_source=True)  # type: ignore[no-untyped-call]
+    try:
+        channels = int(args.get("in_chans") or config["input_size"][0])
+        mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
+        size, classes = input_size(args, config), int(config["num_classes"])
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
+        raise BenchError(f"{name}: its config is not timm's: {one_line(e)}") from None
+    if not len(mean) == len(std) == channels:
+        raise BenchError(f"{name}: {channels} channels and a mean of {len(mean)} and std of {len(std)} values")
+    size_from = "its argument img_size" if args.get("img_size") else size_from
+    timms = Architecture(name, architecture, args, config)
+    interpolation = str(config.get("interpolation", ""))
+    return Described(timms, channels, mean, std, size, classes, interpolation, names, size_from, mean_from)
+
+
+def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None:
+    """Raise BenchError where an untrusted architecture or its arguments would have timm read files of their choice.
+
+    The name may be no address (hf-hub:, local-dir:), and the arguments only the model's, none of timm's own.
+    """
+    import timm
+
+    if re.search(r"[:/\\]", architecture):
+        raise BenchError(f"{where}: {architecture!r} is an address; give the name of a timm model")
+    if not timm.is_model(architecture):  # timm would say so too, but first write the name on the terminal as it is
+        raise BenchError(f"{where}: {unknown('timm model', architecture, timm.list_models())}")
+    own = {*signature(timm.create_model).parameters, "pretrained_strict", "pretrained_filter_fn"}
+    if forbidden := sorted(own & set(args)):
+        raise BenchError(f"{where} may not set {forbidden[0]}")
+
+
+def architecture_config(architecture: str, where: str) -> dict[str, Any]:
+    """timm's own pretrained_cfg of an architecture (with or without a tag), its defaults for one it does not know.
+
+    Raises BenchError beginning with ``where`` for a tag timm does not know.
+    """
+    from timm.models import resolve_pretrained_cfg
+
+    try:
+        config: dict[str, Any] = resolve_pretrained_cfg(architecture).to_dict()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as e:
+        raise BenchError(f"{where}: {one_line(e)}") from None
+    return config
+
+
+def input_size(args: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, int]:
+    """The height and width in pixels a model takes, from its arguments or its pretrained_cfg. Raises BenchError."""
+    size = args.get("img_size") or config["input_size"][-2:]
+    try:
+        height, width = (size, size) if isinstance(size, int) else (int(v) for v in size)
+    except (TypeError, ValueError, OverflowError):
+        raise BenchError(f"img_size {size!r:.40} is no side in pixels, nor a height and a width") from None
+    return height, width

@@ -1,0 +1,1 @@
+"""Run folders: schema, reading, writing, merging, importing, verifying."""

@@ -1,0 +1,203 @@
+"""What released logs get wrong, found and named: pure functions of what a log says.
+
+Radii are held against Cohen et al.'s formula (arXiv 1902.02918) at the stated sigma, n and alpha: the largest
+possible, those that a count of votes gives, and what rounding when printed may have added.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from bench.errors import BenchError, unknown
+from bench.smoothing import bounds
+from bench.smoothing.procedures import MOST, Fixed
+
+# Images of test parts that have one size wherever they are from: a log that ends before it is cut short.
+SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "imagenet": 50_000}
+# What a radius may differ from the formula's before that is held against it, in sigma: other libraries' rounding.
+TOLERANCE = 1e-6
+HUGE = 1e30  # no radius, sigma or time is so large; sums of such numbers may overflow
+FORMATS = ("cohen", "adaptive")
+CHOICES = {"noise": ("float", "grid"), "target": ("selected", "label"), "split": ("test", "validation")}
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the log does not say."""
+
+    format: str
+    dataset: str
+    sigma: float
+    alpha: float
+    n: int
+    n0: int | None = None
+    radius: float | None = None
+    noise: str | None = None  # None, like the others: as the log states, else the first of CHOICES
+    target: str | None = None
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no certificate can have been made with."""
+        if self.format not in FORMATS:
+            raise unknown("format", self.format, FORMATS)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in (None, *known):
+                raise unknown(f"--{name}", getattr(self, name), known)
+        if not 0 < self.sigma < HUGE:
+            raise BenchError(f"--sigma {self.sigma:g}: must be above 0")
+        if not 0 < self.alpha < 1:
+            raise BenchError(f"--alpha {self.alpha:g}: must lie strictly between 0 and 1")
+        if not bounds.smallest_n(self.alpha) <= self.n <= MOST:
+            least = bounds.smallest_n(self.alpha)
+            raise BenchError(f"--n {self.n}: no certificate at alpha {self.alpha:g} has so many; the least is {least}")
+        if self.n0 is not None and not 1 <= self.n0 <= MOST:
+            raise BenchError(f"--n0 {self.n0}: must be at least 1 and at most {MOST:,}")
+        if self.radius is not None and (self.format != "adaptive" or not 0 < self.radius < HUGE):
+            raise BenchError(f"--radius {self.radius:g}: a number above 0, and only of adaptive logs")
+
+    @property
+    def reach(self) -> float:
+        """The largest radius that ``n`` votes which all agree can give."""
+        return Fixed(self.n0 or 1, self.n, self.alpha).largest_radius(self.sigma)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the log that is an image's; ``predicted`` -1 where it abstains."""
+
+    fields: dict[str, str]
+    index: int
+    label: int
+    predicted: int
+    radius: float
+
+
+def some(rows: Sequence[Row]) -> str:
+    """How many, and where to look."""
+    return f"{len(rows)} of the rows, image {rows[0].index} first"
+
+
+def structure(rows: Sequence[Row], dataset: str, classes: int) -> Iterator[str]:
+    """Rows that are absent, classes that do not exist, and a column ``correct`` that is something else."""
+    yield from _missing(sorted(r.index for r in rows), SIZES.get(dataset, 0))
+    if classes and (beyond := [r for r in rows if max(r.label, r.predicted) >= classes]):
+        yield f"classes from {classes} on, of which the data set has {classes}: {some(beyond)}"
+    if not all("correct" in r.fields for r in rows):
+        return
+    right = [int(r.predicted == r.label) for r in rows]
+    said = [r.fields["correct"] for r in rows]
+    if said == [str(v) for v in np.cumsum(right)] and said != [str(v) for v in right]:
+        yield "column correct is a running total, not 0 or 1"
+    elif wrong := [r for r, s, v in zip(rows, said, right, strict=True) if s.lower() not in _TRUTH[v]]:
+        numbers = [int(s) if re.fullmatch(r"\d{1,9}", s) else -1 for s in said]
+        rising = min(numbers) >= 0 and max(numbers) > 1 and numbers == sorted(numbers)
+        kind = "column correct is a running total, and not that of predict == label" if rising else "correct is wrong"
+        yield f"{kind}: {some(wrong)}"
+
+
+_TRUTH = ({"0", "0.0", "false"}, {"1", "1.0", "true"})
+
+
+def _missing(indices: Sequence[int], size: int) -> Iterator[str]:
+    """Gaps in indices that run in even steps but for a few; a random subset of the images has none."""
+    steps = Counter(b - a for a, b in itertools.pairwise(indices))
+    if len(indices) < 10:
+        return
+    ((step, count),) = steps.most_common(1)
+    if count < 0.9 * (len(indices) - 1):
+        return
+    first, end = indices[0] % step, max(size, indices[-1] + 1)
+    present = {i for i in indices if i % step == first}
+    missing = len(range(first, end, step)) - len(present)
+    if missing:
+        absent = next(i for i in range(first, end, step) if i not in present)
+        yield f"images missing where every {step} of {end:,} are expected: {missing}, image {absent} first"
+
+
+def abstentions(rows: Sequence[Row]) -> Iterator[str]:
+    if odd := [r for r in rows if r.predicted < 0 and r.radius != 0]:
+        yield f"abstentions with a radius, taken as 0: {some(odd)}"
+    if odd := [r for r in rows if r.predicted >= 0 > r.radius]:
+        yield f"predictions with a radius below 0, taken as abstentions: {some(odd)}"
+
+
+def units(rows: Sequence[Row]) -> Floats:
+    """The last place each radius was printed to, from all of them, since zeros at the end may have been dropped."""
+    numbers = [Decimal(r.fields["radius"]) for r in rows]
+    digits = max((len(d.as_tuple().digits) for d in numbers), default=0)
+    decimals = max((-int(d.as_tuple().exponent) for d in numbers), default=0)
+    return np.array([10.0 ** max(-decimals, d.adjusted() - digits + 1) for d in numbers], np.float64)
+
+
+def support(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) -> Iterator[str]:
+    """Radii that no votes can give, rounding granted."""
+    least = radii - unit / 2 - TOLERANCE * stated.sigma
+    if len(above := np.flatnonzero(least > stated.reach)):
+        at = int(above[np.argmax(radii[above])])
+        alpha = math.exp(stated.n * float(special.log_ndtr(least[at] / stated.sigma)))
+        fits = f"; alpha {alpha:.2g} would allow it" if alpha < 0.5 else ""
+        yield (
+            f"radii above {bounds.printed_reach(stated.reach, 4)}, the largest possible at n {stated.n:,} and alpha "
+            f"{stated.alpha:g}: "
+            f"{some([rows[i] for i in above.tolist()])}, the largest {float(radii[at])}{fits}"
+        )
+    shares = [r.fields.get("estimated_pr", "") for r in rows]
+    if not rows or not all(re.fullmatch(r"[01](\.\d+)?(e-?\d+)?", s) for s in shares):
+        return
+    # More votes at the same share only raise the bound, so the cap's is the most that fewer can give.
+    top = np.clip(np.ceil(np.array(shares, np.float64) * stated.n - 1e-6), 0, stated.n)
+    if len(above := np.flatnonzero(least > _radii(top, stated))):
+        yield f"radii above what estimated_pr supports: {some([rows[i] for i in above.tolist()])}"
+
+
+def _radii(counts: Floats, stated: Stated) -> Floats:
+    """sigma Phi^-1 of the Clopper-Pearson bound at those counts of n, -inf for 0; not rounded down."""
+    p = special.betaincinv(np.maximum(counts, 1), np.maximum(stated.n - counts + 1, 1), stated.alpha)
+    return np.asarray(np.where(counts < 1, -np.inf, stated.sigma * special.ndtri(p)), np.float64)
+
+
+def counts(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) -> Iterator[str]:
+    """Radii of fixed n that follow from no count of votes, or only when rounded up."""
+    slack = TOLERANCE * stated.sigma
+    # The fewest votes that give the radius or more, by halving, all rows at once.
+    low, high = np.zeros(len(rows)), np.full(len(rows), stated.n + 1.0)
+    while (high - low > 1).any():
+        middle = np.floor((low + high) / 2)
+        enough = _radii(np.minimum(middle, stated.n), stated) >= radii - slack
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    below = _radii(low, stated)
+    above = np.where(high > stated.n, np.inf, _radii(np.minimum(high, stated.n), stated))
+    down = above <= radii + unit + slack
+    up = ~down & (radii - below <= unit / 2 + slack)
+    if up.any():
+        at = int(np.flatnonzero(up)[np.argmax((radii - below)[up])])
+        yield (
+            f"radii rounded up: {some([rows[i] for i in np.flatnonzero(up).tolist()])}; image {rows[at].index} has "
+            f"{float(radii[at])} where n {stated.n:,} and alpha {stated.alpha:g} give "
+            f"{bounds.printed_radius(below[at], 6)}"
+        )
+    within = radii - unit / 2 - slack <= stated.reach
+    if (none := ~down & ~up & within).any():
+        odd = [rows[i] for i in np.flatnonzero(none).tolist()]
+        yield f"radii that no count of votes gives at n {stated.n:,} and alpha {stated.alpha:g}: {some(odd)}"
+
+
+def coarse(rows: Sequence[Row], radii: Floats, unit: Floats, sigma: float, grid: Sequence[float]) -> Iterator[str]:
+    """Images that count at a radius of the table only if their own was not rounded up to it."""
+    for g in grid:
+        near = (radii >= g) & (radii - unit / 2 < g) & (unit > TOLERANCE * sigma)
+        if g and near.any():
+            odd = [rows[i] for i in np.flatnonzero(near).tolist()]
+            yield f"rounded to {unit[near].max():g}, which may decide at radius {g:g}: {some(odd)}"

@@ -1,0 +1,74 @@
+"""Pictures for the report page: run folders hold no pixels, so they come from the data set, where it is at hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from bench.data.datasets import Split, load_card, load_split
+from bench.errors import BenchError
+from bench.records.record import Record
+from bench.smoothing import gridnoise, noise
+from bench.smoothing.noise import Noise, Vote
+
+
+def data_at_hand(record: Record) -> Split:
+    """The split that the run certified, nothing downloaded. Raises BenchError where it is absent or another."""
+    identity = record.identity
+    with _offline():
+        card = load_card(record.info.get("arguments", {}).get("dataset", identity["dataset"]))
+        if card.sha256() != identity["card"]:
+            raise BenchError(f"the card {card.name} at hand is not the one of these runs")
+        split = load_split(card, identity["split"])
+    indices = identity["indices"]
+    if max(indices) >= len(split) or split.sha256(indices) != identity["images"]:
+        raise BenchError(f"the images of {card.name} at hand are not those of these runs")
+    return split
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+        if before is not None:
+            os.environ["HF_HUB_OFFLINE"] = before
+
+
+def pictures(record: Record, split: Split, index: int, votes: Sequence[int]) -> list[str]:
+    """Data URIs of an image and of its noisy versions in the given votes, clipped to be shown.
+
+    Raises BenchError where this bench draws other noise than the run did.
+    """
+    identity = record.identity
+    kind, sigma = identity["noise"]["kind"], identity["sigma"]
+    drawn_with = [identity["noise"]["version"], identity["noise"].get("grid_version")]
+    if drawn_with != [noise.VERSION, gridnoise.VERSION if kind == "grid" else None]:
+        raise BenchError("the noise of these runs was drawn by another version of bench")
+    source = Noise(identity["seed"], identity["split"])
+    keys, rows = [Vote("estimate", index, v) for v in votes], [index] * len(votes)
+    if kind == "grid":
+        grid = gridnoise.GridNoise(source, sigma, split.levels)
+        noisy = grid.inputs(torch.from_numpy(split.integers(rows)), keys)
+    else:
+        noisy = noise.add_float(source, sigma)(torch.from_numpy(split.pixels(rows)), keys)
+    return [_data_uri(pixels) for pixels in (split.pixels([index])[0], *noisy.numpy())]
+
+
+def _data_uri(pixels: NDArray[np.float32]) -> str:
+    """A PNG of pixels [1 or 3 channels, H, W]; what noise took out of [0, 1] is clipped."""
+    levels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(out, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,236 @@
+"""What run folders say, as tables: reads records only, never touches a model.
+
+Runs are put in one table only when they differ in nothing but the defense (and its seed): same
+images, base, sigma, n0, n, alpha, procedure. Others get a table of their own. A base of other classes is
+the same whether a linear probe was put on it or the defense brought a head.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.errors import BenchError, one_line, shown
+from bench.io.files import digest
+from bench.records import audit, metrics, paired
+from bench.records.record import Record, find_runs, read_run
+from bench.smoothing.anytime import procedure_of
+
+DASH = "—"  # what cannot be, or is not known
+
+
+def load_records(root: Path) -> tuple[list[Record], list[str]]:
+    """Load the finished runs below ``root`` whose certificates hold, and a line for each run left out."""
+    records, left_out = [], []
+    for path in find_runs(root):
+        try:
+            record = read_run(path)
+        except BenchError as e:
+            left_out.append(str(e))
+            continue
+        if problem := audit.problem(record) or _unusable(record):
+            left_out.append(problem)
+        else:
+            records.append(record)
+    return records, left_out
+
+
+def _unusable(record: Record) -> str:
+    """What keeps a finished run from any table: something of run.json that is missing or of another type."""
+    try:
+        _row(record), heading(record), reach(record), comparable(record), method_key(record)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        what = f"{type(e).__name__}: {one_line(e)}"
+        return f"{record.path}: corrupt: run.json lacks something that a table needs, or misstates it ({what})"
+    return ""
+
+
+def comparable(record: Record) -> dict[str, Any]:
+    """The part of an identity that must agree for two runs to stand in one table."""
+    kept = {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
+    return kept if record.imported else kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
+
+
+def beside_sigma(record: Record) -> dict[str, Any]:
+    """The part of an identity that must agree for two runs to be shown together at different sigmas."""
+    same = {k: v for k, v in comparable(record).items() if k != "sigma"}
+    return same | {"noise": {k: v for k, v in same["noise"].items() if k != "tau"}}  # tau follows from sigma
+
+
+def _base_sha256(record: Record) -> str:
+    """The base's hash, that before the probe where it was given one."""
+    return str(record.info["base"].get("before_probe", record.identity["base"]["sha256"]))
+
+
+def groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Runs that may stand in one table together, by data set, split (test first) and sigma."""
+    by_key: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_key[digest(comparable(record))].append(record)
+    tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"] or 0)) for g in by_key.values()]
+    return sorted(tables, key=_order)
+
+
+def _order(group: Sequence[Record]) -> tuple[Any, ...]:
+    identity = group[0].identity
+    return identity["dataset"], identity["split"] != "test", identity["sigma"], digest(comparable(group[0]))
+
+
+def table(group: Sequence[Record]) -> pd.DataFrame:
+    """One row a run, ordered by certified accuracy at the grid's radii; every number from the record."""
+    frame = pd.DataFrame([_row(r) for r in group])
+    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
+
+
+def pooled(group: Sequence[Record]) -> pd.DataFrame:
+    """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean.
+
+    ``certified_R_spread`` is how far apart the lowest and the highest seed are.
+    """
+    rows = []
+    for records in methods(group):
+        seeds = [_row(r) for r in records]
+        first = dict(seeds[0])
+        for column in first:
+            if known := [float(x[column]) for x in seeds if isinstance(x[column], int | float)]:
+                first[column] = statistics.fmean(known)
+        radii = group[0].info["radii"]
+        for r, share in zip(radii, metrics.pooled([r.certificates for r in records], radii), strict=True):
+            key = f"certified_{r:g}"
+            first |= {key: share["value"], f"{key}_low": share["low"], f"{key}_high": share["high"]}
+            first[f"{key}_spread"] = max(x[key] for x in seeds) - min(x[key] for x in seeds)
+        first["seeds"] = len(records)
+        rows.append(first)
+    frame = pd.DataFrame(rows)
+    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
+
+
+def methods(group: Sequence[Record]) -> list[list[Record]]:
+    """The runs of each method of a table: those that differ in nothing but their seed and what it brings about."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in group:
+        found[digest({"method": [*method_key(record), record.identity["train_sigma"]]})].append(record)
+    apart: list[list[Record]] = []
+    for records in found.values():
+        same = len({r.identity["seed"] for r in records}) == len(records)
+        apart += [records] if same else [[r] for r in records]
+    return apart
+
+
+def method_key(record: Record) -> list[Any]:
+    """What two runs of one method have in common, beside the sigma they were trained at."""
+    defense = record.identity["defense"]
+    config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
+    given = record.info["defense"]["weights_file"] and defense["weights"]
+    return [defense["name"], defense["source"], config, defense["objective"], given, defense.get("arithmetic")]
+
+
+def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
+    """Rows whose certified accuracy at a radius is not significantly below the best's, the best among them.
+
+    ``frame`` is the group's ``pooled``. Paired tests on the images at the 5% level, with Holm's correction over
+    all pairs of rows. Empty if all others are significantly worse, or there are none.
+    """
+    by_run = {m[0].path.name: m for m in methods(group)}
+    runs = [by_run[run] for run in frame["run"]]
+    held = [[metrics.by_index(r.certificates)[1] >= radius for r in seeds] for seeds in runs]
+    right = [np.array(seeds).sum(axis=0, dtype=np.int64) for seeds in held]
+    best = int(frame[f"certified_{radius:g}"].argmax())
+    tests = paired.worse_than_best(right, [len(seeds) for seeds in runs], best)
+    level = {str(run) for run, p in zip(frame["run"], tests, strict=True) if p >= paired.LEVEL}
+    return level if len(level) > 1 else set()
+
+
+def searched(record: Record) -> set[str]:
+    """The settings whose value was searched for."""
+    return {key for tried in record.info["defense"]["search"] for key in tried["values"]}
+
+
+def _row(record: Record) -> dict[str, Any]:
+    info, cost, right = record.info, record.info["cost"], (record.info["base"] or {}).get("clean_correct")
+    result = metrics.summarise(record.certificates, info["radii"])
+    row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity["seed"]}
+    for point in result["certified_accuracy"]:
+        key = f"certified_{point['radius']:g}"
+        row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
+    row |= {
+        "family": info["defense"]["family"],
+        "trains": info["defense"]["trains"],
+        "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
+        "images": result["images"],
+        "base_clean_accuracy": None if right is None else right / info["base"]["images"],
+        "abstained": result["abstained"]["value"] if _selects(record) else None,
+        "train_seconds": cost["train_seconds"],
+        "certify_seconds": cost["certify_seconds"],
+        "votes": cost["votes"],
+        "flops_per_vote": cost["flops_per_vote"],
+        "trainable_nominal": cost["trainable_nominal"],
+        "trainable_updated": cost["trainable_updated"],
+        "trained_here": cost["trained_here"],
+        "trained_elsewhere": cost["trained_elsewhere"],
+        "parameters": cost["parameters"],
+        "peak_memory": cost["peak_memory"],
+        "acr": result["acr"],
+        "flags": "; ".join(record.flags),
+    }
+    return row
+
+
+def _selects(record: Record) -> bool:
+    """Whether the run predicts at all: one that tests the known label neither predicts nor abstains."""
+    return bool(record.identity["procedure"].get("target", "selected") == "selected")
+
+
+def setting(record: Record) -> str:
+    """What any two runs that are compared have in common, in one line."""
+    identity = record.identity
+    p = identity["procedure"]
+    selection = f"n0 {p['n0'] or 'not stated'}, " if _selects(record) else "known label, "
+    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"{p['kind']} up to {p['n']:,} votes"
+    return (
+        f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
+        f"{selection}{votes}, alpha {p['alpha']:g}, noise {identity['noise']['kind']}"
+    )
+
+
+def heading(record: Record) -> str:
+    """What all runs of a table have in common, in one line."""
+    base = record.identity["base"]
+    known = "not stated" if record.imported else f"{base['name']} ({_base_sha256(record)[:8]})"
+    return f"{setting(record)}, base {known}"
+
+
+def common(record: Record) -> str:
+    """The same without data set and sigma."""
+    return heading(record).partition(": ")[2]
+
+
+def escape(text: str) -> str:
+    """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(" ".join(text.split())))
+
+
+def method_name(record: Record) -> str:
+    """The defense, the settings and objective that are not its defaults, and what was searched."""
+    defense, objective = record.info["defense"], record.identity["defense"]["objective"]
+    words = [record.identity["defense"]["name"]]
+    words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
+    words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
+    words += record.identity["defense"].get("arithmetic", [])
+    keys = sorted(searched(record))
+    return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
+
+
+def reach(record: Record) -> float:
+    """The largest radius that any image of the record could be certified at."""
+    identity = record.identity
+    return procedure_of(identity).largest_radius(identity["sigma"], identity["noise"].get("tau", 0.0))

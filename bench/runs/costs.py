@@ -1,0 +1,80 @@
+"""What a vote costs, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.errors import note, one_line
+from bench.models.base import BlackBox, Classifier
+from bench.smoothing.engine import Model, Task
+from bench.smoothing.noise import Vote, VoteDraw
+
+
+@dataclass(frozen=True)
+class PerVote:
+    """What one vote costs: floating point operations (torch's counter) and passes through a base or a copy of it."""
+
+    flops: float | None  # None: part of them is a black box's, or torch cannot count them
+    base_forwards: float
+    classifiers: list[nn.Module]  # those passed through
+
+
+def distinct(modules: list[nn.Module]) -> int:
+    """Parameters of the modules, those they share counted once."""
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+
+def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
+    """Measure one block of votes for an image."""
+    votes = [Vote("check", index, i) for i in range(task.block)]
+    passes = 0
+    seen: list[nn.Module] = []
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal passes
+        if isinstance(module, Classifier | BlackBox):
+            passes += len(inputs[0])
+            seen.append(module)
+
+    def vote() -> None:
+        nonlocal passes
+        passes = 0
+        seen.clear()
+        model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+
+    flops: float | None = None
+    hook = nn.modules.module.register_module_forward_hook(count)
+    try:
+        with _frozen(model), FlopCounterMode(display=False) as counter:
+            vote()
+        if not any(isinstance(m, BlackBox) for m in seen):
+            flops = counter.get_total_flops() / task.block
+    except Exception as e:  # a number in a table ends no run; what is the model's own fault is raised again below
+        vote()
+        note(f"torch cannot count the operations of a vote ({one_line(e)}); they are left out")
+    finally:
+        hook.remove()
+    return PerVote(flops, passes / task.block, seen)
+
+
+@contextmanager
+def _frozen(model: Model) -> Iterator[None]:
+    """No parameter of ``model`` requires a gradient while the context lasts.
+
+    In inference mode a view of one that does has no gradient function, and torch's counter, which watches
+    the backward pass of all that requires a gradient, raises AttributeError where a layer is given that view.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -1,0 +1,143 @@
+"""The conformance test: whether a defense keeps its side of the interface, said in words.
+
+The same checks run over every built-in defense in the tests and over a user's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from bench.data.datasets import choose, load_splits
+from bench.errors import BenchError, one_line
+from bench.interface import Schedule
+from bench.io.files import scratch_cache
+from bench.models.arithmetic import steady
+from bench.models.bases import untrained_base
+from bench.process.runlog import log
+from bench.runs import fitting
+from bench.runs.certifier import Certifier
+from bench.runs.context import Workshop
+from bench.runs.device import apart
+from bench.runs.identity import make_task
+from bench.runs.plan import Plan
+from bench.smoothing.blocks import check_logits
+from bench.smoothing.engine import Certificate, Device, Task, certify, check_rows
+from bench.smoothing.noise import Noise, Vote, VoteDraw
+from bench.smoothing.procedures import Fixed
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what it asks, and what is wrong (empty when nothing is)."""
+
+    check: str
+    problem: str = ""
+
+
+def examine(plan: Plan) -> Iterator[Finding]:
+    """Run the checks in order, on the plan's card with an untrained base; stops at the first problem."""
+    device = torch.device("cpu")
+    train, test = load_splits(plan.card, "train", "test")
+    train = train.first(200)
+    config, steps = plan.config, ""
+    if isinstance(config, Schedule):
+        steps = f" for {STEPS} steps"
+        config = replace(config, batch=16, epochs=STEPS * 16 / len(train))
+    plan = replace(plan, config=config)
+    base = untrained_base(plan.card, plan.base, device, probe=not plan.cls.adapts)
+    task = replace(make_task(plan, test, device), block=64)
+
+    check = ""
+    try:
+        # A cache of its own, so that training really happens.
+        with scratch_cache(), fitting.blame(plan.defense, "under examination"), steady():
+            check = "it is built, and asks the base for no more than its access"
+            # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
+            defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))
+            yield Finding(check)
+
+            check = f"it trains{steps}"
+            if fitting.trains(defense):
+                fitting.train_or_load(plan, base, train, device, lambda *_: None, defense, STEPS)
+            yield Finding(check)
+
+            check = "merging it leaves its logits as they were trained"
+            # A few steps change little: a merge that forgets what they changed shows once all of it has moved.
+            _move(moved := fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS)))
+            fitting.merge(moved, train, plan, device)
+            fitting.merge(defense, train, plan, device)
+            yield Finding(check)
+
+            check = "its logits are a function of each image and its draw alone"
+            with torch.inference_mode():
+                check_rows(defense, task, 0)
+            yield Finding(check)
+
+            check = "stored and loaded it gives the same logits to the last bit, and the base is untouched"
+            loaded = fitting.fit(plan, base, train, device, lambda *_: None).defense
+            if not _same_logits(defense, loaded, task):
+                raise BenchError(_RELOAD)
+            yield Finding(check)
+
+            check = "copies of it in two threads give the logits that each gives alone"
+            if not _apart(Certifier(plan.defense, loaded, base), task):
+                raise BenchError(
+                    "they change one another's logits: keep no buffer at the level of a module or a class; bench run "
+                    "would draw its votes in one thread"
+                )
+            yield Finding(check)
+
+            check = "it certifies, with the same counts in any order"
+            images = choose(test, "4")
+            if _counts(loaded, task, images) != _counts(loaded, task, images[::-1]):
+                raise BenchError("the counts changed with the order of the images")
+            yield Finding(check)
+    except BenchError as e:
+        yield Finding(check, str(e))
+
+
+def _apart(certifier: Certifier, task: Task) -> bool:
+    """True also where it cannot be copied: its votes are then drawn in one thread."""
+    try:
+        models = [certifier.model(task.device), certifier.copy(share_weights=True).model(task.device)]
+    except Exception as e:
+        log.info("%s votes in one thread: %s", certifier.name, one_line(e))
+        return True
+    return apart([partial(check_logits, model, task, 0, number) for number, model in enumerate(models)])
+
+
+def _move(defense: torch.nn.Module) -> None:
+    """Change all that would be trained, each tensor by a tenth of its size or, where it is zero, of a layer's."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (p for p in defense.parameters() if p.requires_grad):
+            size = float(p.square().mean().sqrt()) or 1.0
+            p.add_((0.1 * size * torch.randn(p.shape, generator=generator)).to(p))
+
+
+def _counts(defense: torch.nn.Module, task: Task, order: list[int]) -> dict[int, Certificate]:
+    fixed = Fixed(n0=20, n=40, alpha=0.001)
+    with torch.inference_mode():
+        found = certify([Device(task, [defense])], lambda label: fixed.certify(task.sigma, label), order)
+        return {c.index: replace(c, seconds=0) for c in found}
+
+
+_RELOAD = (
+    "the trained object and the one built anew and loaded give other logits: keep everything that training "
+    "changes in parameters or buffers made by build()"
+)
+
+
+def _same_logits(one: torch.nn.Module, other: torch.nn.Module, task: Task) -> bool:
+    votes = [Vote("check", 0, i) for i in range(task.block)]
+    images = task.repeated(0)
+    noise = Noise(0, "check")
+    with torch.inference_mode():
+        a, b = (m(task.noisy(images, votes), VoteDraw(noise, votes, task.sigma, task.device)) for m in (one, other))
+    return torch.equal(a, b)

@@ -1,0 +1,64 @@
+"""The fingerprint of the function that a run certifies: certificates of another function are refused.
+
+The hash of the logits of one block of votes that decide nothing, always the same ones of the run's first image. On
+another kind of machine the last bits differ, and a hash with them; a few logits, rounded, tell those two cases apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bench.process import environment
+
+ROWS = 16  # rows of which the class and its logit are recorded
+TIED = 2  # of these whose class may differ on another kind of machine
+# By how much these may differ on another kind of machine, as a share of the largest of them.
+TOLERANCE, TOLERANCE_BFLOAT16 = 1e-3, 5e-2
+
+Fingerprint = dict[str, Any]
+
+
+def of(logits: Tensor, index: int, machine: Mapping[str, Any]) -> Fingerprint:
+    """The fingerprint of a block's logits [rows, classes], of votes of the image ``index``. JSON-able.
+
+    ``machine``: the environment that computed them.
+    """
+    values = logits.detach().to("cpu").float().nan_to_num().contiguous().numpy()
+    largest = values[:ROWS].max(1)
+    return {
+        "index": index,
+        "machine": {k: machine.get(k) for k in environment.MACHINE},
+        "sha256": hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest(),
+        "classes": values[:ROWS].argmax(1).tolist(),
+        "logits": [float(f"{v:.6g}") for v in largest],
+    }
+
+
+def differs(one: Fingerprint, other: Fingerprint, arithmetic: Sequence[str] = ()) -> str:
+    """How two fingerprints contradict each other, empty where they do not.
+
+    On one kind of machine with the same versions the hashes must be equal; elsewhere the recorded logits must agree
+    to a tolerance, and all classes but ``TIED``.
+    """
+    if one["index"] != other["index"]:
+        return f"they are of images {one['index']} and {other['index']}"
+    if one["sha256"] == other["sha256"]:
+        return ""
+    a, b = np.array(one["logits"]), np.array(other["logits"])
+    if len({len(found[k]) for found in (one, other) for k in ("logits", "classes")}) > 1:
+        return "they state different numbers of rows"
+    apart = float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-30)
+    if environment.same_machine(one["machine"], other["machine"]):
+        return f"logits differ by {apart:.2g} of the largest, on the same kind of machine with the same versions"
+    allowed = TOLERANCE_BFLOAT16 if "bfloat16" in arithmetic else TOLERANCE
+    if apart > allowed:
+        return f"logits differ by {apart:.2g} of the largest, more than another machine explains ({allowed:g})"
+    changed = int(np.sum(np.array(one["classes"]) != np.array(other["classes"])))
+    if changed > TIED:
+        return f"{changed} of {len(a)} classes differ, more than another machine explains ({TIED})"
+    return ""

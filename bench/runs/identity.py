@@ -1,0 +1,104 @@
+"""What decides a run's certificates: its images, its task for the engine, and its identity in the record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from bench import plugins
+from bench.data.datasets import Split, choose
+from bench.interface import Defense
+from bench.models.base import BaseModel
+from bench.runs.fitting import Fitted
+from bench.runs.plan import Plan
+from bench.smoothing import gridnoise, noise
+from bench.smoothing.anytime import describe
+from bench.smoothing.engine import Task, block_rows
+from bench.smoothing.noise import Noise
+
+
+def run_name(plan: Plan) -> str:
+    """What the run's folder is called, less its hash."""
+    return f"{plan.card.name}-{plugins.short_name(plan.defense)}-s{plan.sigma:g}"
+
+
+def run_label(plan: Plan) -> str:
+    """The run's name before its hash is known, with all that tells the runs of one command apart."""
+    settings = [f"{k}={v}" for k, v in plan.changed.items()]
+    sought = [f"{key} searched" for key in dict.fromkeys(k for values, _ in plan.candidates for k in values)]
+    return ", ".join([run_name(plan), *settings, *sought, f"seed {plan.seed}"])
+
+
+def examples(plan: Plan, split: Split) -> list[int]:
+    """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
+    asked = plan.examples
+    if plan.split == "validation" and plan.arguments["examples"] is None and asked.isdigit():
+        asked = str(min(int(asked), len(split)))
+    return choose(split, asked)
+
+
+def make_task(plan: Plan, split: Split, device: torch.device, noise_source: Noise | None = None) -> Task:
+    """What the engine is given of a plan; ``noise_source``: in place of the noise of its seed and split."""
+    source = noise_source or Noise(plan.seed, split.name)
+    images: Callable[[list[int]], NDArray[Any]] = split.pixels
+    noisy = noise.add_float(source, plan.sigma)
+    if plan.noise == "grid":
+        images, noisy = split.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
+    return Task(
+        images=images,
+        labels=lambda i: int(split.labels[i]),
+        noisy=noisy,
+        shape=plan.card.shape,
+        classes=len(plan.card.classes),
+        sigma=plan.sigma,
+        noise=source,
+        block=block_rows(plan.card.shape, device),
+        device=device,
+    )
+
+
+def _noise(plan: Plan) -> dict[str, Any]:
+    """The kind of noise, and for grid noise what its sampling error costs the bound (``tau``)."""
+    found: dict[str, Any] = {"kind": plan.noise, "version": noise.VERSION, "tau": 0.0}
+    if plan.noise == "grid":
+        tau = gridnoise.tau(plan.sigma, plan.card.levels, math.prod(plan.card.shape))
+        found |= {"grid_version": gridnoise.VERSION, "levels": plan.card.levels, "tau": tau}
+    return found
+
+
+def identity(
+    plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task
+) -> dict[str, Any]:
+    """All that determines the certificates of the plan's run on ``indices`` of ``split``, JSON-able."""
+    uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
+    return {
+        "dataset": plan.card.name,
+        "card": plan.card.sha256(),
+        "split": plan.split,
+        "indices": indices,
+        "images": split.sha256(indices),
+        "base": base.identity(),
+        "defense": {
+            "name": plugins.short_name(plan.defense),
+            "source": plan.source,
+            "config": asdict(plan.config),
+            "weights": fitted.sha256,
+            "parts": fitted.parts,
+            "objective": plan.objective if uses_objective else None,
+            **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
+        },
+        "train_sigma": plan.train_sigma if fitted.uses_train_sigma else plan.sigma,
+        "sigma": plan.sigma,
+        "noise": _noise(plan),
+        "procedure": describe(plan.procedure),
+        "bound": "clopper-pearson",
+        "seed": plan.seed,
+        "block": [task.block, *task.shape],
+        "dtype": "float32",
+        "device": task.device.type,
+    }

@@ -1,0 +1,58 @@
+"""Hyperparameters chosen on the validation split, by accuracy under noise; the test split is never touched."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.data.datasets import Split
+from bench.models.arithmetic import steady
+from bench.models.base import BaseModel
+from bench.process import watchdog
+from bench.runs import fitting
+from bench.runs.plan import Plan
+from bench.smoothing import blocks
+from bench.smoothing.engine import Task
+from bench.smoothing.noise import Vote, VoteDraw
+from bench.training import loop
+
+IMAGES, DRAWS = 500, 8  # validation images (at most) and noisy copies of each
+
+
+def best(
+    plan: Plan, base: BaseModel, train: Split, task: Task, images: int, progress: loop.Progress
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """The plan with the best of its candidates (the first of equals), and the score of each, best or not.
+
+    ``task`` is the plan's on the validation split of ``images`` images. Each candidate is trained, or taken from
+    the cache; its score is the share of noisy copies classified right.
+    """
+    tried: list[dict[str, Any]] = []
+    scores: list[float] = []
+    for values, config in plan.candidates:
+        fitted = fitting.fit(replace(plan, config=config), base, train, task.device, progress)
+        with steady(), torch.inference_mode(), fitting.blame(plan.defense, "on the validation split"):
+            fits = blocks.fitting_block(fitted.defense, task, 0)
+            score = accuracy_under_noise(fitted.defense, fits, min(images, IMAGES))
+        scores.append(score)
+        tried.append({"values": values, "config": asdict(config), "accuracy_under_noise": score})
+    return replace(plan, config=plan.candidates[scores.index(max(scores))][1]), tried
+
+
+def accuracy_under_noise(model: torch.nn.Module, task: Task, images: int) -> float:
+    """The share of ``DRAWS`` noisy copies of each of the first ``images`` images that are classified right."""
+    copies = list(itertools.product(range(images), range(DRAWS)))
+    right = 0
+    for begin in range(0, len(copies), task.block):
+        watchdog.alive()
+        part = copies[begin : begin + task.block]
+        votes = [Vote("validate", i, k) for i, k in part]
+        pixels = torch.from_numpy(task.images([i for i, _ in part])).to(task.device)
+        logits = model(task.noisy(pixels, votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+        labels = np.array([task.labels(i) for i, _ in part])
+        right += int((logits.argmax(1).cpu().numpy() == labels).sum())
+    return right / len(copies)

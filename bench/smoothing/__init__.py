@@ -1,0 +1,1 @@
+"""Randomized smoothing: noise, votes, bounds, radii, and the engine that draws them."""

@@ -1,0 +1,422 @@
+"""The parameter-efficient defenses: what they train, where they start, what a vote costs once they are merged."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import plugins, rng
+from bench.data.datasets import Split, load_card, load_split
+from bench.errors import BenchError
+from bench.interface import Defense, Draw
+from bench.io.files import scratch_cache
+from bench.models.base import Classifier, LocalBase
+from bench.runs import doctor, fitting
+from bench.runs.plan import make_plans
+from bench.runs.settings import configured
+from bench.smoothing.noise import Noise, TrainDraw
+from bench.training import loop, objectives
+from tests.helpers.commands import TINY, Result
+
+CPU = torch.device("cpu")
+Bench = Callable[..., Result]
+VIT = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DRAW = TrainDraw(Noise(0, "train"), 0, 4, 0.25, CPU)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def classifier(arch: str, **args: Any) -> LocalBase:
+    """A base of random weights in every layer: timm's biases are zero and its matrices small, which hides mistakes."""
+    with rng.fixed_rng(1):
+        model = timm.create_model(arch, num_classes=10, in_chans=1, **args)
+        for p in model.parameters():
+            if p.ndim == 1:
+                nn.init.normal_(p.detach(), p.detach().mean().item(), 0.1)
+            elif arch != "test_resnet":
+                p.detach().mul_(4)
+    size = (32, 32) if arch == "test_resnet" else None
+    module = Classifier(model, (0.3,), (0.4,), size)
+    return LocalBase(arch, module, lambda classes: model, 10, {}, {})
+
+
+def vit(**args: Any) -> LocalBase:
+    return classifier("vit_tiny_patch16_224", **VIT | args)
+
+
+def resnet() -> LocalBase:
+    return classifier("test_resnet")
+
+
+def build(base: LocalBase, name: str, **settings: Any) -> Defense:
+    (plan,) = make_plans(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()])
+    return fitting.construct(plan, base, CPU)
+
+
+def images(rows: int = 4) -> Tensor:
+    return torch.randn(rows, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def apart(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> float:
+    """The largest difference of logits, which are of order one."""
+    x = images()
+    with torch.no_grad():
+        return float((one(x) - other(x)).abs().max())
+
+
+def logits(defense: Defense) -> Callable[[Tensor], Tensor]:
+    return lambda x: defense.logits(x, DRAW)
+
+
+def trainable(defense: Defense) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in defense.named_parameters() if p.requires_grad}
+
+
+# What is trained -------------------------------------------------------------------------------------
+
+
+@cache
+def published(arch: str) -> Classifier:
+    """A published architecture without its memory."""
+    with torch.device("meta"):
+        return Classifier(timm.create_model(arch), (0.5,) * 3, (0.5,) * 3)
+
+
+def count(size: str, name: str, preset: str, **settings: Any) -> int:
+    base = SimpleNamespace(copy=lambda classes: copy.deepcopy(published(f"vit_{size}_patch16_224")))
+    cls, _ = plugins.load(name)
+    config = configured(name, cls, preset, load_card("digits"), settings)
+    defense = cls(SimpleNamespace(base=base, classes=1000, shape=(3, 224, 224)), config)  # type: ignore[arg-type]
+    return sum(p.numel() for p in trainable(defense).values())
+
+
+@pytest.mark.parametrize(("size", "depth", "d"), [("base", 12, 768), ("large", 24, 1024)])
+def test_parameters_at_the_published_sizes(size: str, depth: int, d: int) -> None:
+    per_rank = {"base": 36_864, "large": 98_304}[size]
+    assert count(size, "lora", "paper", rank=1) == per_rank
+    assert count(size, "lora", "paper", rank=4) == 4 * per_rank
+    # Fused, the key is adapted as well, and the three share one down-projection.
+    assert count(size, "lora", "quick", targets="attention", rank=1) == depth * (d + 3 * d)
+    assert count(size, "adapter", "paper") == {"base": 1_189_632, "large": 3_171_840}[size]
+    assert count(size, "prompt", "paper") == {"base": 460_800, "large": 1_228_800}[size]
+    assert count(size, "prompt", "paper", deep=False) == 50 * d
+    assert count(size, "head", "paper") == 1000 * d + 1000
+    # Biases of qkv, proj, fc1, fc2 and two norms a block; of the patch embedding, the last norm, the head.
+    assert count(size, "bitfit", "paper") == depth * (3 + 1 + 4 + 1 + 2) * d + 2 * d + 1000
+
+
+TRAINS = [
+    ("lora", {}, "lora_"),
+    ("lora", {"targets": "qv"}, "lora_"),
+    ("lora", {"dora": True}, "lora_"),
+    ("adapter", {}, (".down.", ".up.")),
+    ("prompt", {}, "prompts"),
+    ("bitfit", {}, "bias"),
+    ("head", {}, ".head."),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "part"), TRAINS)
+def test_only_what_should_be_trained_is_and_only_that_is_stored(
+    name: str, settings: dict[str, Any], part: str | tuple[str, ...]
+) -> None:
+    base = vit()
+    parts = (part,) if isinstance(part, str) else part
+    after, stored = fit(base, name, settings)
+    before = build(base, name, **settings)
+    allowed = {key for key, _ in before.named_parameters() if any(p in key for p in parts)}
+    assert set(trainable(before)) == allowed
+    changed = {key for key, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[key])}
+    assert changed == allowed
+    assert stored == allowed
+    base.check_unchanged(name)
+
+
+@pytest.mark.parametrize(("name", "part"), [("lora", "lora_"), ("bitfit", "bias"), ("head", "fc.")])
+def test_a_convnets_statistics_stay_the_bases(name: str, part: str) -> None:
+    base = resnet()
+    after, _ = fit(base, name, {})
+    before = build(base, name).state_dict()
+    changed = {key for key, value in before.items() if not torch.equal(value, after.state_dict()[key])}
+    assert changed
+    assert all(part in key for key in changed)
+
+
+def fit(base: LocalBase, name: str, settings: dict[str, Any]) -> tuple[Defense, set[str]]:
+    """A defense after three steps, and the names of the tensors that its training stored."""
+    (plan,) = make_plans(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()])
+    train = load_split(load_card(TINY), "train").first(48)
+    plan = replace(plan, config=replace(plan.config, epochs=1.0, batch=16))
+    defense = fitting.construct(plan, base, CPU)
+    with scratch_cache():
+        trained = fitting.train_or_load(plan, base, train, CPU, lambda *_: None, defense)
+    return defense, set(trained.state)
+
+
+def test_an_adapters_gradient_passes_its_zero_layer_after_one_step() -> None:
+    defense = build(vit(), "adapter")
+    optimizer = torch.optim.SGD(trainable(defense).values(), lr=0.1)
+    moved: list[set[str]] = []
+    for _ in range(2):
+        before = {name: p.detach().clone() for name, p in trainable(defense).items()}
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(defense.logits(images(), DRAW), torch.tensor([1, 2, 3, 4])).backward()
+        optimizer.step()
+        moved.append({name for name, p in trainable(defense).items() if not torch.equal(p, before[name])})
+    assert moved[0] == {name for name in trainable(defense) if ".up." in name}
+    assert moved[1] == set(trainable(defense))
+
+
+# Where they start ------------------------------------------------------------------------------------
+
+EXACT = [("lora", {}), ("lora", {"targets": "attention"}), ("adapter", {}), ("bitfit", {}), ("head", {}), ("full", {})]
+ROUNDED = [("lora", {"targets": "qv"}), ("lora", {"dora": True}), ("lora", {"targets": "qv", "dora": True})]
+
+
+@pytest.mark.parametrize(("name", "settings"), EXACT)
+def test_untrained_it_is_the_base_to_the_last_bit(name: str, settings: dict[str, Any]) -> None:
+    base = vit()
+    assert apart(logits(build(base, name, **settings)), base.module) == 0
+
+
+@pytest.mark.parametrize(("name", "settings"), ROUNDED)
+def test_untrained_it_is_the_base_but_for_rounding(name: str, settings: dict[str, Any]) -> None:
+    base = vit()
+    assert apart(logits(build(base, name, **settings)), base.module) <= 2e-6
+
+
+@pytest.mark.parametrize("name", ["lora", "bitfit", "head"])
+def test_untrained_it_is_a_convnet_base(name: str) -> None:
+    base = resnet()
+    assert apart(logits(build(base, name)), base.module) == 0
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"global_pool": "avg"},
+    {"global_pool": "avg", "class_token": False},
+    {"global_pool": "avgmax", "fc_norm": False, "pre_norm": True},
+    {"global_pool": "map", "class_token": False},
+    {"reg_tokens": 3, "no_embed_class": True},
+    {"dynamic_img_size": True, "pos_embed": "none", "init_values": 0.1},
+]
+
+
+@pytest.mark.parametrize("args", KINDS)
+@pytest.mark.parametrize("deep", [False, True])
+def test_no_prompts_is_the_base(args: dict[str, Any], deep: bool) -> None:
+    base = vit(**args)
+    # Without a class token the patches lie otherwise in memory, and sums are rounded in another order.
+    assert apart(logits(build(base, "prompt", tokens=0, deep=deep)), base.module) <= (
+        0 if args.get("class_token", True) else 1e-6
+    )
+    assert apart(logits(build(base, "prompt", tokens=2, deep=deep)), base.module) > 1e-3
+
+
+@pytest.mark.parametrize("pool", [{}, {"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}])
+@pytest.mark.parametrize("deep", [False, True])
+def test_prompts_do_what_timms_register_tokens_do(pool: dict[str, Any], deep: bool) -> None:
+    """Register tokens follow the class token, have no position and stay out of the average: an independent oracle."""
+    base = vit(no_embed_class=True, **pool)
+    defense = build(base, "prompt", tokens=3, deep=deep)
+    prompts = next(iter(trainable(defense).values())).detach()
+    other = vit(no_embed_class=True, reg_tokens=3, **pool)
+    oracle = other.module.model
+    oracle.load_state_dict({**base.module.model.state_dict(), "reg_token": prompts[:1]})
+    for block, own in zip(oracle.blocks, prompts, strict=False):  # type: ignore[arg-type]
+
+        def replace_registers(_: nn.Module, inputs: tuple[Tensor], own: Tensor = own) -> Tensor:
+            x, first = inputs[0].clone(), int(base.module.model.has_class_token)  # type: ignore[arg-type]
+            x[:, first : first + 3] = own
+            return x
+
+        block.register_forward_pre_hook(replace_registers)
+    assert apart(logits(defense), other.module) < 1e-5
+    # 3 x 3 prompts would do the same in another place: dim 32, patches of 1 x 2 x 2.
+    assert prompts.shape == (2 if deep else 1, 3, 32)
+    assert 0.8 < float(prompts.abs().max()) / (6 / (4 + 32)) ** 0.5 <= 1
+
+
+# Merged ----------------------------------------------------------------------------------------------
+
+
+def flops(model: Callable[[Tensor], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images())
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("targets", ["linear", "attention", "qv", "convnet"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_it_is_the_same_function_at_the_price_of_the_base(targets: str, dora: bool) -> None:
+    base, targets = (resnet(), "linear") if targets == "convnet" else (vit(), targets)
+    defense = build(base, "lora", targets=targets, dora=dora)
+    with torch.no_grad(), rng.fixed_rng(2):
+        for p in trainable(defense).values():
+            p.add_(0.1 * torch.randn_like(p))
+    x = images()
+    with torch.no_grad():
+        before = defense.logits(x, DRAW)
+    assert (before - base.module(x)).abs().max() > 1e-2
+    assert flops(logits(defense)) > flops(base.module)
+    defense.merge()
+    with torch.no_grad():
+        assert (defense.logits(x, DRAW) - before).abs().max() < 1e-5
+    assert flops(logits(defense)) == flops(base.module)
+    assert {k.rpartition("model.")[2]: v.shape for k, v in defense.state_dict().items()} == {
+        k.rpartition("model.")[2]: v.shape for k, v in base.module.state_dict().items()
+    }
+
+
+def test_qv_leaves_the_key_as_it_is() -> None:
+    base = vit()
+    defense = build(base, "lora", targets="qv")
+    with torch.no_grad(), rng.fixed_rng(2):
+        for p in trainable(defense).values():
+            p.add_(0.1 * torch.randn_like(p))
+    defense.merge()
+    before, after = base.module.state_dict(), dict(defense.state_dict())
+    fused = [key for key in before if ".qkv." in key]
+    assert len(fused) == 4
+    for key in fused:
+        (now,) = (value for name, value in after.items() if name.endswith(key))
+        same = [torch.equal(a, b) for a, b in zip(now.chunk(3), before[key].chunk(3), strict=True)]
+        assert same == ([False, True, False] if key.endswith("weight") else [True] * 3), key
+
+
+# Bases they do not fit -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def convnet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny card with a ResNet as its base."""
+    text = Path(TINY).read_text().partition("[bases.vit]")[0]
+    path = tmp_path_factory.mktemp("card") / "convnet.toml"
+    path.write_text(
+        text + '[bases.resnet]\nmodel = "test_resnet"\nargs = { in_chans = 1 }\nschedule = { epochs = 1 }\n'
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("defense", "setting", "words"),
+    [
+        ("prompt", "tokens=4", "(ResNet) is not timm's VisionTransformer"),
+        ("adapter", "width=4", "(ResNet) has no transformer blocks"),
+        ("lora", "targets=qv", "targets=qv matches no layer of this base (ResNet); try --set targets=linear"),
+        ("lora", "targets=attention", "targets=attention matches no layer"),
+        ("lora", "rank=0", "rank=0 must be at least 1"),
+        ("adapter", "width=0", "width=0 must be at least 1"),
+        ("prompt", "tokens=-1", "tokens must be at least 0"),
+        ("prompt", "dropout=1", "below 1"),
+    ],
+)
+def test_refused_in_one_line(
+    bench: Bench, convnet: str, tmp_path: Path, defense: str, setting: str, words: str
+) -> None:
+    result = bench("run", "--defense", defense, "--dataset", convnet, "--set", setting, "--dry-run", "--out", tmp_path)
+    assert result.code == 2
+    assert result.err.strip().splitlines()[-1].startswith("bench: ")
+    assert words in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.slow  # a base of timm's own size, and many passes
+@pytest.mark.parametrize(("name", "setting"), [("lora", "dora=true"), ("bitfit", "lr=0.01"), ("head", "lr=0.01")])
+def test_a_convnet_is_defended(convnet: str, name: str, setting: str) -> None:
+    (plan,) = make_plans(defenses=name, dataset=convnet, settings=[setting])
+    found = list(doctor.examine(plan))
+    assert [f for f in found if f.problem] == []
+    assert len(found) == 7
+
+
+# Resumed ---------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("name", "settings"), [("prompt", {}), ("lora", {"targets": "qv", "dora": True})])
+def test_killed_and_resumed_it_ends_in_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    base, data = vit(), load_split(load_card(TINY), "train").first(64)
+    undisturbed = resumed_fit(build(base, name, batch=16, epochs=2, **settings), data, tmp_path / "a.pt")
+    with pytest.raises(Killed):
+        resumed_fit(build(base, name, batch=16, epochs=2, **settings), data, tmp_path / "b.pt", die_at=5)
+    assert (tmp_path / "b.pt").exists()
+    resumed = resumed_fit(build(base, name, batch=16, epochs=2, **settings), data, tmp_path / "b.pt")
+    assert undisturbed.keys() == resumed.keys()
+    for key, value in undisturbed.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+def resumed_fit(defense: Defense, data: Split, checkpoint: Path, die_at: int = 10**9) -> dict[str, Tensor]:
+    calls = 0
+
+    def objective(f: Any, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == die_at:
+            raise Killed
+        return objectives.gaussian(f, x, y, draw)
+
+    job = loop.TrainingJob(data, (), 0.25, objective, 0, CPU, checkpoint, lambda *_: None, [])
+    with rng.fixed_rng(0):
+        defense.fit(job)
+    return {key: value.clone() for key, value in defense.state_dict().items()}
+
+
+# none ------------------------------------------------------------------------------------------------
+
+
+def test_none_clips_where_asked(bench: Bench, tmp_path: Path) -> None:
+    args = ("run", "--defense", "none", "--dataset", TINY, "--sigma", ".5", "--out", tmp_path)
+    assert bench(*args).code == 0
+    assert bench(*args, "--set", "clip=true").code == 0
+    runs = {}
+    for path in tmp_path.iterdir():
+        identity = json.loads((path / "run.json").read_text())["identity"]
+        lines = (path / "certificates.jsonl").read_text().splitlines()
+        runs[identity["defense"]["config"]["clip"]] = [json.loads(line)["top_count"] for line in lines]
+    assert runs.keys() == {False, True}
+    assert runs[False] != runs[True]
+    report = bench("report", tmp_path)
+    assert report.code == 0
+    rows = [line for line in report.out.splitlines() if line.startswith("| none")]
+    assert len(rows) == 2
+
+
+def test_clipping_is_of_what_the_base_sees() -> None:
+    base = vit()
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(build(base, "none", clip=True).logits(x, DRAW), base.module(x.clamp(0, 1)))
+        assert torch.equal(build(base, "none").logits(x, DRAW), base.module(x))
+
+
+def test_layers_that_no_image_passes_through_get_no_adapter() -> None:
+    """BEiT's projection is read, not called; an adapter there would count as trained and change nothing."""
+    beit = classifier("beit_base_patch16_224", **VIT)
+    with pytest.raises(BenchError, match="targets=attention matches no layer of this base"):
+        build(beit, "lora", targets="attention")
+    adapted = trainable(build(beit, "lora", targets="linear"))
+    assert any(".mlp.fc1." in name for name in adapted)
+    assert not any(".qkv." in name for name in adapted)

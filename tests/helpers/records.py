@@ -1,0 +1,127 @@
+"""Run folders made up for tests: radii and predictions as given, all else as a finished run has it."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench.io.files import file_sha256
+from bench.records import metrics
+from bench.records.record import Run
+from bench.smoothing.anytime import procedure_of
+from bench.smoothing.engine import Certificate
+
+RADII = [0.0, 0.25, 0.5, 0.75]
+
+
+def stated(count: int, name: str = "lora") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Identity of a run of ``name`` on so many images of 8x8, and what else run.json says of it."""
+    identity: dict[str, Any] = {
+        "dataset": "digits",
+        "card": "c" * 64,
+        "split": "test",
+        "indices": list(range(count)),
+        "images": "1" * 64,
+        "base": {"name": "vit", "sha256": "b" * 64},
+        "defense": {
+            **{"name": name, "source": "d" * 64, "config": {"rank": 4}, "weights": "e" * 64, "parts": {}},
+            "objective": "gaussian",
+        },
+        "train_sigma": 0.25,
+        "sigma": 0.25,
+        "noise": {"kind": "grid", "version": 1, "tau": 0.0},
+        "procedure": {"kind": "fixed", "n0": 100, "n": 1000, "alpha": 0.001, "target": "selected"},
+        "bound": "clopper-pearson",
+        "seed": 0,
+        "block": [256, 1, 8, 8],
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    extra = {
+        **{"environment": {}, "arguments": {}, "radii": RADII, "preset": "quick", "classes": list("0123456789")},
+        **{"data": {}, "base": {"clean_correct": 9, "images": 10}},
+        "defense": {
+            **{"family": "PEFT", "trains": "classifier-tuned", "paper": "", "access": "WEIGHTS"},
+            **{"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
+        },
+    }
+    return identity, extra
+
+
+def costs(votes: int) -> dict[str, Any]:
+    """The cost that a finished run states."""
+    keys = ("base_forwards", "queries", "trainable_nominal", "trainable_updated", "trained_elsewhere", "parameters")
+    return {
+        **dict.fromkeys(keys, 1),
+        **{"train_seconds": 10.0, "certify_seconds": 20.0, "votes": votes},
+        **{"trained_here": 100, "flops_per_vote": 1e6, "peak_memory": 10**8},
+    }
+
+
+def made_up(
+    out: Path,
+    radii: Sequence[float | None],
+    wrong: Sequence[int] = (),
+    name: str = "lora",
+    cost: dict[str, Any] | None = None,
+    counted: bool = False,
+    **changes: Any,
+) -> Path:
+    """A finished run; image i is certified at ``radii[i]`` (None: abstained), predicted right but those ``wrong``.
+
+    A radius is that of the fewest votes that certify it, so at least ``radii[i]``. ``counted``: ``radii`` are how
+    many of the procedure's votes were for the class instead. ``changes`` are of the identity. Every other one is as
+    a run of ``name`` on 8x8 images would have it.
+    """
+    identity, extra = stated(len(radii), name)
+    run = Run(out, f"digits-{name}-s{(identity | changes)['sigma']:g}", identity | changes, extra)
+    for i, (index, radius) in enumerate(zip(run.info["identity"]["indices"], radii, strict=True)):
+        votes = int(radius or 0) if counted else fewest(run.info["identity"], radius)
+        run.append(certificate(run.info["identity"], index, i % 10, votes, i in wrong))
+    run.finish(costs(sum(c.votes for c in run.done)) | (cost or {}), metrics.summarise(run.done, RADII))
+    run.close()
+    return run.path
+
+
+def seal(run: Path) -> Path:
+    """Make run.json's hash that of certificates which a test has edited."""
+    info = json.loads((run / "run.json").read_text())
+    info["certificates_sha256"] = file_sha256(run / "certificates.jsonl")
+    (run / "run.json").write_text(json.dumps(info))
+    return run
+
+
+def fewest(identity: dict[str, Any], radius: float | None) -> int:
+    """The fewest of the procedure's votes that certify a radius; half of them, which abstain, for None."""
+    procedure = json.dumps(identity["procedure"], sort_keys=True)
+    return _fewest(procedure, identity["sigma"], identity["noise"]["tau"], radius)
+
+
+@cache
+def _fewest(procedure: str, sigma: float, tau: float, radius: float | None) -> int:
+    made = procedure_of({"procedure": json.loads(procedure)})
+    if radius is None:
+        return made.n // 2
+
+    def enough(votes: int) -> bool:
+        p_lower, certified = made.recompute(sigma, made.n, votes, tau)
+        return p_lower > 0.5 and certified >= radius
+
+    votes = bisect_left(range(made.n + 1), True, key=enough)
+    if votes > made.n:
+        raise ValueError(f"no {made.n} votes certify {radius} at sigma {sigma}")
+    return votes
+
+
+def certificate(identity: dict[str, Any], index: int, label: int, top: int, wrong: bool = False) -> Certificate:
+    """The certificate of an image with ``top`` of the procedure's votes."""
+    procedure = procedure_of(identity)
+    n0, n = procedure.n0 if procedure.target == "selected" else 0, procedure.n
+    p_lower, radius = procedure.recompute(identity["sigma"], n, top, identity["noise"]["tau"])
+    predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
+    second = None if top == n else 9
+    return Certificate(predicted, radius, n0, n, top, second, n - top, p_lower, n0 + n, index, label, 0.5)

@@ -1,0 +1,156 @@
+"""Other arithmetic than plain float32: another F, declared as such; training and default identities as they were."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.errors import BenchError
+from bench.models import arithmetic
+from tests.helpers.commands import TINY, Result, defense
+
+Bench = Callable[..., Result]
+CPU = torch.device("cpu")
+
+
+def infos(out: Path) -> dict[str, dict[str, Any]]:
+    """run.json by the names of defense and arithmetic."""
+    found = {}
+    for file in out.glob("*/run.json"):
+        info = json.loads(file.read_text())
+        about = info["identity"]["defense"]
+        found[" ".join([about["name"], *about.get("arithmetic", [])])] = info
+    return found
+
+
+def test_words_have_one_order_and_float32_is_none_of_them() -> None:
+    assert arithmetic.parse("float32") == ()
+    assert arithmetic.parse("compile, channels-last,bfloat16") == ("bfloat16", "channels-last", "compile")
+    assert arithmetic.parse("float32,channels-last") == ("channels-last",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("bfloat", "did you mean bfloat16"), ("float32,bfloat16", "not both"), ("", "known: ")]
+)
+def test_wrong_words_are_one_line(text: str, words: str) -> None:
+    with pytest.raises(BenchError, match=words):
+        arithmetic.parse(text)
+
+
+def test_bfloat16_is_another_defense_of_the_same_weights(bench: Bench, tmp_path: Path) -> None:
+    command = ("run", "--defense", "none,lora", "--dataset", TINY, "--out", tmp_path)
+    assert bench(*command).code == 0
+    ran = bench(*command, "--arithmetic", "channels-last,bfloat16")
+    assert ran.code == 0, ran.err
+    found = infos(tmp_path)
+    assert set(found) == {"none", "lora", "none bfloat16 channels-last", "lora bfloat16 channels-last"}
+    assert "arithmetic" not in found["lora"]["identity"]["defense"]
+    plain, other = (found[name]["identity"] for name in ("lora", "lora bfloat16 channels-last"))
+    assert plain["defense"]["weights"] == other["defense"]["weights"]  # training is float32's
+    assert {k: v for k, v in plain.items() if k != "defense"} == {k: v for k, v in other.items() if k != "defense"}
+    for name in ("none", "lora"):
+        assert (
+            found[name]["cost"]["flops_per_vote"] == found[f"{name} bfloat16 channels-last"]["cost"]["flops_per_vote"]
+        )
+    # One table, since all else agrees; the names say which is which.
+    (table,) = json.loads(bench("report", tmp_path, "--format", "json").out)["tables"]
+    assert {row["defense"] for row in table["rows"]} == set(found)
+    again = bench(*command, "--arithmetic", "bfloat16,channels-last")
+    assert again.err.count("already complete") == 2
+    (run,) = (f.parent for f in tmp_path.glob("tiny-none-*/run.json") if "bfloat16" in f.read_text())
+    verified = bench("verify", run, "--deep")
+    assert verified.code == 0, verified.out
+    assert "drawn again from the seed give the recorded counts, exactly" in verified.out
+
+
+class Convnet(nn.Module):
+    """Notes the layout and the type that its second layer is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+        self.net[2].register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, draw: Any) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+@pytest.mark.parametrize("words", ["float32", "bfloat16", "channels-last", "bfloat16,channels-last"])
+def test_what_is_asked_for_is_what_happens(words: str) -> None:
+    net, x = Convnet().eval(), torch.rand(32, 3, 8, 8)
+    with torch.inference_mode():
+        expected = Convnet().eval()(x, None)
+        logits = arithmetic.model(net, arithmetic.parse(words), CPU)(x, None)  # type: ignore[arg-type]
+    (seen,) = net.seen
+    assert seen.dtype == (torch.bfloat16 if "bfloat16" in words else torch.float32)
+    assert seen.is_contiguous(memory_format=torch.channels_last) == ("channels-last" in words)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, expected) == (words == "float32") or words == "channels-last"
+    assert (logits - expected).abs().max() < (2e-2 if "bfloat16" in words else 1e-5)
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_rows_are_checked_in_that_arithmetic(bench: Bench, tmp_path: Path) -> None:
+    command = ("run", "--dataset", TINY, "--out", tmp_path, "--arithmetic", "bfloat16")
+    said = bench(*command, "--defense", defense("batch_average"))
+    assert said.code == 2
+    assert "other rows of its batch" in said.err
+
+
+def test_a_served_base_computes_as_it_does(bench: Bench, tmp_path: Path) -> None:
+    url = "http://localhost:9/v2/models/m"
+    said = bench("run", "--defense", "none", "--dataset", TINY, "--base", url, "--arithmetic", "bfloat16")
+    assert said.code == 2
+    assert said.err.count("\n") == 1 and "is computed by its server" in said.err
+
+
+COUNTING = '''
+from torch import Tensor
+
+from bench.interface import Access, Defense, Draw
+
+
+class Counting(Defense):
+    """The same logits at every call, by way of a number that changes."""
+
+    access = Access.QUERY
+    calls = 0
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        self.calls += 1
+        return self.context.base(x) + 0 * self.calls
+'''
+
+
+@pytest.mark.slow
+def test_compiled_counts_are_resumed_and_drawn_again(bench: Bench, tmp_path: Path) -> None:
+    """Of a base that is queried, and of a defense that draws; what cannot be compiled once and for all is refused."""
+    out = tmp_path / "runs"
+    for name in ("none", defense("randomised")):
+        command = ("run", "--defense", name, "--dataset", TINY, "--out", out, "--arithmetic", "compile")
+        ran = bench(*command)
+        assert ran.code == 0, ran.err
+        (run,) = out.glob(f"tiny-{Path(name).stem}-*")
+        lines = (run / "certificates.jsonl").read_text().splitlines(keepends=True)
+        (run / "certificates.jsonl").write_text("".join(lines[:3]))
+        info = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(info | {"status": "started"}))
+        assert bench(*command).code == 0
+        again = [json.loads(line) | {"seconds": 0} for line in (run / "certificates.jsonl").read_text().splitlines()]
+        assert again == [json.loads(line) | {"seconds": 0} for line in lines]
+        named = ("--defense", name) if name.endswith(".py") else ()  # no file is run that nobody names
+        assert "exactly" in bench("verify", run, "--deep", *named).out
+    (tmp_path / "counting.py").write_text(COUNTING)
+    for name, words in ((defense("batch_average"), "other rows"), (str(tmp_path / "counting.py"), "recompile")):
+        said = bench("run", "--defense", name, "--dataset", TINY, "--out", out, "--arithmetic", "compile")
+        assert said.code == 2
+        assert words in said.err

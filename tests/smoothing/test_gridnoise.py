@@ -1,0 +1,239 @@
+"""Grid noise: exactly the rounded Gaussian, and F sees nothing but the integer sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from bench.smoothing import gridnoise
+from bench.smoothing.gridnoise import CALL, GridNoise, Thresholds, tau, thresholds
+from bench.smoothing.noise import Noise, Vote
+
+CASES = [(0.25, 17, 64), (0.25, 256, 3072), (1.0, 256, 3072)]  # sigma, levels, pixels: digits, CIFAR-10
+cases = pytest.mark.parametrize(("sigma", "levels", "size"), CASES)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+keys = st.tuples(st.sampled_from(["select", "estimate"]), st.integers(0, 2**32 - 1), st.integers(0, 2**40 - 1)).map(
+    lambda t: Vote(*t)
+)
+
+
+@cache
+def exact_cdf(sigma: float, levels: int) -> list[mpmath.mpf]:
+    """mpmath's Phi((k + 1/2)/s) for k = -reach-1 .. reach, to 40 digits."""
+    reach = thresholds(sigma, levels).reach
+    with mpmath.workdps(40):
+        s = mpmath.mpf(sigma) * (levels - 1)
+        lower = [mpmath.ncdf(-(k + mpmath.mpf("0.5")) / s) for k in range(reach + 1)]
+        return lower[::-1] + [1 - p for p in lower]
+
+
+def all_words(table: Thresholds) -> NDArray[np.uint64]:
+    """Where a look-up could go wrong: the ends of every cell, each threshold and its neighbours; and random words."""
+    cells = np.arange(2**16, dtype=np.uint64) << np.uint64(48)
+    one, last = np.uint64(1), np.uint64(2**48 - 1)
+    random = np.random.default_rng(0).integers(0, 2**64, 2**20, np.uint64)
+    near = [table.edges, table.edges - one, table.edges + one]  # at the ends of the range these wrap around: harmless
+    return np.concatenate([cells, cells | last, *near, random])
+
+
+@cases
+def test_thresholds_against_mpmath(sigma: float, levels: int, size: int) -> None:
+    """Each is the correctly rounded 2^64 Phi((k + 1/2)/s)."""
+    table, exact = thresholds(sigma, levels), exact_cdf(sigma, levels)
+    with mpmath.workdps(40):
+        worst = max(abs(int(e) - p * 2**64) for e, p in zip(table.edges, exact[1:-1], strict=True))
+        assert worst <= 0.5 + 1e-15
+        assert exact[0] < mpmath.mpf(2) ** -65  # what lies beyond the reach
+
+
+@cases
+def test_tau_bounds_the_total_variation(sigma: float, levels: int, size: int) -> None:
+    """The true total variation, tail included, by mpmath; the bound is at most four times too large."""
+    edges, exact = [0, *map(int, thresholds(sigma, levels).edges), 2**64], exact_cdf(sigma, levels)
+    with mpmath.workdps(40):
+        outside = exact[0] + (1 - exact[-1])
+        drawn = [mpmath.mpf(b - a) / 2**64 for a, b in pairwise(edges)]
+        mass = [b - a for a, b in pairwise(exact)]
+        true = size * (outside + sum(abs(a - b) for a, b in zip(drawn, mass, strict=True))) / 2
+        bound = tau(sigma, levels, size)
+        assert true <= bound <= 4 * true
+    assert bound < 1e-12
+
+
+@cases
+def test_tau_covers_the_worst_rounding(sigma: float, levels: int, size: int) -> None:
+    """Not only that of the thresholds as they are: each may be off by half of 2^-64, as may the tails."""
+    worst = size * (len(thresholds(sigma, levels).edges) + 2) * (2.0**-65 + 1e-39)
+    assert worst <= tau(sigma, levels, size) <= 1.1 * worst
+
+
+@cases
+def test_distribution_is_the_rounded_gaussian(sigma: float, levels: int, size: int) -> None:
+    """Chi-square of 4 million draws; fixed seed, false-alarm rate 1e-6 a case were the seed drawn anew."""
+    noise = GridNoise(Noise(0, "test"), sigma, levels)
+    votes = [Vote("estimate", i, i) for i in range(4_000_000 // size)]
+    drawn = noise.draw(votes, size).numpy()
+    reach = thresholds(sigma, levels).reach
+    counts = np.bincount(drawn.ravel().astype(np.int64) + reach, minlength=2 * reach + 1)
+
+    def p_value(cdf: NDArray[np.float64]) -> float:
+        expected = np.diff(cdf) * drawn.size
+        kept = np.flatnonzero(expected >= 20)  # an interval; what lies outside joins its ends
+        cuts = np.r_[0, kept[1:]]
+        found, wanted = np.add.reduceat(counts, cuts), np.add.reduceat(expected, cuts)
+        return float(stats.chisquare(found, wanted * found.sum() / wanted.sum()).pvalue)
+
+    edges = (np.arange(-reach - 1, reach + 1) + 0.5) / (sigma * (levels - 1))
+    exact = np.array([float(p) for p in exact_cdf(sigma, levels)])
+    assert p_value(exact) > 1e-6
+    assert p_value(stats.norm.cdf(edges / 1.01)) < 1e-6  # a sigma wrong by 1% is seen
+    assert p_value(stats.norm.cdf(edges + 0.01)) < 1e-6  # and a mean wrong by sigma/100
+    for a, b in ((drawn[:, :-1], drawn[:, 1:]), (drawn[:-1], drawn[1:])):  # neighbours and rows are uncorrelated
+        product = a.astype(np.float64) * b
+        assert abs(product.mean()) < 4.9 * (sigma * (levels - 1)) ** 2 * 1.02 / np.sqrt(product.size)
+
+
+@cases
+def test_look_up_equals_the_search(sigma: float, levels: int, size: int) -> None:
+    table = thresholds(sigma, levels)
+    words = all_words(table)
+    assert np.array_equal(table.values(words), table.search(words))
+    for near in (table.edges, table.edges - np.uint64(1)):
+        below = [int((table.edges <= word).sum()) - table.reach for word in near]
+        assert table.search(near).tolist() == below
+    assert np.array_equal(np.diff(table.search(np.sort(words))) >= 0, np.ones(len(words) - 1, bool))
+    assert (table.guide == gridnoise.AMBIGUOUS).mean() < 0.03
+
+
+@cases
+def test_tail_reaches_beyond_9_sigma(sigma: float, levels: int, size: int) -> None:
+    """The least and the largest word give more than 9 sigma; 24-bit uniforms stop at 5.77."""
+
+    class Constant(Noise):
+        byte = b"\x00"
+
+        def _fill(self, vote: Vote, call: int, parts: list[tuple[memoryview, int]]) -> None:
+            for buffer, length in parts:
+                buffer[:length] = self.byte * length
+
+    bits = Constant(0, "test")
+    low = GridNoise(bits, sigma, levels).draw([Vote("estimate", 0, 0)], 3)
+    bits.byte = b"\xff"
+    high = GridNoise(bits, sigma, levels).draw([Vote("estimate", 0, 0)], 3)
+    reach = thresholds(sigma, levels).reach
+    assert reach > 9 * sigma * (levels - 1)
+    assert (low == -reach).all()
+    assert (high == reach).all()
+
+
+@given(votes=st.lists(keys, min_size=1, max_size=20), size=st.integers(1, 70), cut=st.integers(0, 20))
+@settings(max_examples=40, deadline=None)
+def test_rows_do_not_depend_on_the_block(votes: list[Vote], size: int, cut: int) -> None:
+    noise = GridNoise(Noise(3, "test"), 0.25, 256)
+    whole = noise.draw(votes, size)
+    alone = torch.cat([GridNoise(Noise(3, "test"), 0.25, 256).draw([v], size) for v in votes])
+    parts = torch.cat([noise.draw(p, size) for p in (votes[cut:], votes[:cut]) if p])
+    assert whole.dtype == torch.int16
+    assert torch.equal(whole, alone)
+    assert torch.equal(whole, parts.roll(len(votes[:cut]), 0))
+    assert torch.equal(noise.draw(votes, size + 9)[:, :size], whole)
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise, votes = GridNoise(Noise(3, "test"), 0.25, 256), [Vote("estimate", 0, i) for i in range(50)]
+    whole = noise.draw(votes, 100)
+    for chunk in (1, 700, 5000):
+        monkeypatch.setattr(gridnoise, "CHUNK", chunk)
+        assert torch.equal(noise.draw(votes, 100), whole)
+
+
+def test_values_are_fixed_for_ever() -> None:
+    """Changing the stream would silently change every certificate: bump gridnoise.VERSION with these values."""
+    noise, votes = Noise(7, "test"), [Vote("estimate", 5, 11)]
+    assert noise.words(votes, 2)[0].tolist() == WORDS
+    assert GridNoise(noise, 1.0, 256).draw(votes, 8)[0].tolist() == GOLDEN
+    assert noise.words(votes, 2, CALL)[0].tolist() != WORDS  # grid noise has bits of its own
+
+
+WORDS = [13886032597867830456, 1529727839825043434]
+GOLDEN = [250, -290, -520, -209, -90, 282, -113, 118]
+
+
+class Given(GridNoise):
+    """Grid noise with the values given."""
+
+    values: Tensor
+
+    def draw(self, votes: Sequence[Vote], size: int) -> Tensor:
+        return self.values.reshape(len(votes), size)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("levels", [17, 256])
+def test_f_sees_nothing_but_the_sum(levels: int, device: str) -> None:
+    """Every pixel against every sum the noise can reach: the bits depend on the sum alone and are correctly rounded."""
+    noise = Given(Noise(0, "test"), 1.0, levels)
+    reach = thresholds(1.0, levels).reach
+    pixels, sums = torch.arange(levels), torch.arange(-reach, levels + reach)
+    noise.values = (sums - pixels[:, None]).to(torch.int16)
+    images = pixels.to(torch.uint8)[:, None].expand(levels, len(sums)).contiguous()
+    found = noise.inputs(images.view(levels, 1, 1, -1).to(device), [Vote("estimate", 0, 0)] * levels).cpu()
+    bits = found.view(levels, -1).view(torch.int32)
+    assert found.dtype == torch.float32
+    assert torch.equal(bits, bits[:1].expand_as(bits))
+    for total, value in zip(sums.tolist(), found.view(levels, -1)[0].numpy(), strict=True):
+        error = abs(Fraction(float(value)) - Fraction(total, levels - 1))
+        assert all(
+            error <= abs(Fraction(float(np.nextafter(value, side))) - Fraction(total, levels - 1))
+            for side in (np.float32(-np.inf), np.float32(np.inf))
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(data=st.data(), levels=st.sampled_from([2, 17, 256]), sigma=st.sampled_from([0.12, 0.25, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_equal_sums_give_equal_bits(device: str, data: st.DataObject, levels: int, sigma: float) -> None:
+    """x + k = x' + k' with real noise k: the tensors that reach F are bit-identical."""
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    rng, votes = np.random.default_rng(seed), [Vote("estimate", seed, i) for i in range(3)]
+    x, other = (torch.from_numpy(rng.integers(0, levels, (3, 3, 4, 5), np.uint8)).to(device) for _ in range(2))
+    noise, moved = GridNoise(Noise(0, "test"), sigma, levels), Given(Noise(0, "test"), sigma, levels)
+    k = noise.draw(votes, 60).view(3, 3, 4, 5)
+    moved.values = k + x.cpu() - other.cpu().to(torch.int16)
+    one, two = noise.inputs(x, votes), moved.inputs(other, votes)
+    assert torch.equal(one.view(torch.int32), two.view(torch.int32))
+    assert torch.equal((one.double() * (levels - 1)).round().long().cpu(), x.cpu().long() + k)  # unclipped
+
+
+def test_adding_floats_would_leak_the_image() -> None:
+    """Why integers are summed: in float32 k/255 + x/255 is another number than (k+x)/255 in a third of the pairs."""
+    x = np.arange(256)[:, None]
+    k = np.arange(-255, 256)
+    pixel, noise, total = (v.astype(np.float32) / np.float32(255) for v in (x, k, x + k))
+    share = float((pixel + noise != total).mean())
+    assert 0.25 < share < 0.4
+    assert not (np.arange(17, dtype=np.float32)[:, None] / 16 + k.astype(np.float32) / 16 != (x[:17] + k) / 16).any()
+
+
+def test_refusals() -> None:
+    noise = GridNoise(Noise(0, "test"), 0.25, 17)
+    with pytest.raises(TypeError, match="integer pixels"):
+        noise.inputs(torch.zeros(1, 1, 8, 8), [Vote("estimate", 0, 0)])
+    for sigma, levels in ((0.0, 17), (float("nan"), 17), (0.25, 1)):
+        with pytest.raises(ValueError, match="sigma > 0"):
+            thresholds(sigma, levels)
+    with pytest.raises(ValueError, match="16-bit"):
+        thresholds(1.0, 2**14)
+    assert thresholds(0.001, 2).reach == 0  # noise that never leaves its cell

@@ -1,0 +1,219 @@
+"""The scheduler alone: whatever is lost, late or answered twice, every certificate is that of one batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.dispatch import Dispatcher
+from bench.smoothing.procedures import Decision, Fixed, Procedure, Votes
+from bench.smoothing.scheduler import TILE, Batch, Certificate, Scheduler, Span, Voted
+
+CLASSES = 3
+FIXED = Fixed(33, 210, 0.01)
+ANYTIME = Anytime(20, 2000, 0.01, (0.25, 0.5))
+
+
+def draw(batch: Batch) -> Voted:
+    """Votes that depend on their keys alone, as a sound model's do; some are NaN."""
+    rows = []
+    for span in batch.spans:
+        assert span.first % TILE == span.rows % TILE == 0
+        for i in range(span.rows):
+            key = f"{span.purpose}|{span.image}|{span.first + i}".encode()
+            u = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
+            p = 0.5 + (span.image * 7 % 10) / 20
+            rows.append(span.image % CLASSES if u < p else CLASSES if u > 0.98 else (span.image + 1) % CLASSES)
+    return np.array(rows, np.int64)
+
+
+def back_and_forth(label: int) -> Procedure:
+    """A procedure that goes over to another purpose and comes back, with votes drawn ahead of each change."""
+    total = np.zeros(CLASSES + 1, np.int64)
+    for purpose, count in (("a", 30), ("b", 20), ("a", 50), ("a", 7), ("b", 40)):
+        total += (yield Votes(purpose, count, later=60)) * (1 if purpose == "a" else 1000)
+    return Decision(None, 0.0, 0, int(total.sum()), int(total[0]), 1, int(total[1]), 0.0, 147)
+
+
+def start(kind: str, label: int) -> Procedure:
+    if kind == "back and forth":
+        return back_and_forth(label)
+    return (FIXED if kind == "fixed" else ANYTIME).certify(0.5, label)
+
+
+def scheduler(kind: str, images: list[int]) -> Scheduler:
+    return Scheduler(lambda label: start(kind, label), lambda i: i % CLASSES, CLASSES, images)
+
+
+def bare(c: Certificate) -> Certificate:
+    return replace(c, seconds=0.0)
+
+
+def alone(kind: str, image: int) -> Certificate:
+    """By a plain loop over the procedure, with no scheduler: votes 0, 1, 2, ... of each purpose, each once."""
+    procedure = start(kind, image % CLASSES)
+    seen: Counter[str] = Counter()
+    try:
+        wanted = next(procedure)
+        while True:
+            first, last = seen[wanted.purpose], seen[wanted.purpose] + wanted.count
+            end = -(-last // TILE) * TILE
+            span = Span(wanted.purpose, image, 0, end)
+            voted = draw(Batch(0, (span,)))[first:last]
+            seen[wanted.purpose] = last
+            wanted = procedure.send(np.bincount(voted, minlength=CLASSES + 1))
+    except StopIteration as stop:
+        return Certificate(**vars(stop.value), index=image, label=image % CLASSES)
+
+
+class Sloppy:
+    """A worker that keeps what it is sent until the test says otherwise."""
+
+    def __init__(self) -> None:
+        self.has: list[tuple[int, Batch]] = []
+
+    def send(self, run: int, batch: Batch) -> None:
+        self.has.append((run, batch))
+        assert len(self.has) <= 2, "one batch under way and the next"
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_workers_any_order_losses_and_duplicates(data: st.DataObject) -> None:
+    """Two runs share workers which join, leave with what they have, answer late, out of order and twice."""
+    kinds = [data.draw(st.sampled_from(["fixed", "anytime", "back and forth"])) for _ in range(2)]
+    images = [data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=6, unique=True)) for _ in range(2)]
+    runs = [scheduler(k, i) for k, i in zip(kinds, images, strict=True)]
+    dispatcher = Dispatcher()
+    for number, run in enumerate(runs):
+        dispatcher.open(
+            number, run, data.draw(st.sampled_from([16, 48, 128])), data.draw(st.sampled_from([None, 16, 48]))
+        )
+    workers = [Sloppy() for _ in range(data.draw(st.integers(1, 6)))]
+    for worker in workers:
+        dispatcher.join(worker)
+    found: list[dict[int, Certificate]] = [{}, {}]
+    ghosts: list[tuple[Sloppy, int, Batch]] = []  # answers of workers that were given up, or second answers
+    trouble = data.draw(st.integers(0, 30))
+
+    def answer(worker: Sloppy, number: int, batch: Batch) -> None:
+        for c in dispatcher.answer(worker, number, batch.number, draw(batch), 1.0):
+            assert c.index not in found[number]
+            found[number][c.index] = bare(c)
+
+    rounds = 0
+    while not all(run.done for run in runs):
+        rounds += 1
+        assert rounds < 20_000
+        dispatcher.fill()
+        busy = [w for w in dispatcher.workers if w.has]  # type: ignore[attr-defined]
+        assert busy, "nobody has anything to draw, and images are left"
+        worker = busy[data.draw(st.integers(0, len(busy) - 1))] if rounds < 60 else busy[rounds % len(busy)]
+        event = data.draw(st.sampled_from(["answer", "twice", "leave", "ghost"])) if trouble > 0 else "answer"
+        trouble -= event != "answer"
+        if event == "leave":
+            assert dispatcher.leave(worker) == Counter((n, b.number) for n, b in worker.has)
+            ghosts += [(worker, n, b) for n, b in worker.has]
+            dispatcher.join(Sloppy())
+        elif event == "ghost" and ghosts:
+            worker, number, batch = ghosts.pop()
+            if (number, batch) in worker.has:  # a copy: the dispatcher takes the second answer for the copy's
+                worker.has.remove((number, batch))
+            answer(worker, number, batch)
+        else:
+            number, batch = worker.has.pop(0)  # type: ignore[attr-defined]
+            answer(worker, number, batch)
+            if event == "twice":
+                ghosts.append((worker, number, batch))
+    for ghost in ghosts:
+        answer(*ghost)
+    for number in range(2):
+        assert found[number] == {i: alone(kinds[number], i) for i in images[number]}
+
+
+def one_at_a_time(run: Scheduler, rows: int) -> Iterator[tuple[Batch, list[Certificate]]]:
+    while not run.done:
+        batch = run.next(rows)
+        assert batch is not None
+        yield batch, run.take(batch.number, draw(batch), 1.0)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "anytime", "back and forth"])
+def test_one_at_a_time_is_the_plain_loop(kind: str) -> None:
+    images = list(range(12))
+    found = [c for _, decided in one_at_a_time(scheduler(kind, images), 64) for c in decided]
+    assert sorted((bare(c) for c in found), key=lambda c: c.index) == [alone(kind, i) for i in images]
+
+
+def test_seconds_are_shared_out_whole() -> None:
+    steps = list(one_at_a_time(scheduler("fixed", list(range(7))), 128))
+    assert sum(c.seconds for _, decided in steps for c in decided) == pytest.approx(len(steps))
+
+
+def test_of_a_second_answer_nothing_is_counted() -> None:
+    run, found, batches = scheduler("fixed", [0, 1]), list[Certificate](), 0
+    while not run.done:
+        batch = run.next(48, spare=False)
+        assert batch is not None
+        found += run.take(batch.number, draw(batch), 1.0)
+        assert run.take(batch.number, draw(batch), 1.0) == []
+        batches += 1
+    assert sum(c.seconds for c in found) == pytest.approx(batches)
+    assert sorted((bare(c) for c in found), key=lambda c: c.index) == [alone("fixed", 0), alone("fixed", 1)]
+
+
+def test_needed_votes_first_then_new_images_then_votes_ahead() -> None:
+    run = scheduler("anytime", [0, 1, 2])
+    first = run.next(32, spare=False)  # 20 votes select the class of one image: two tiles
+    assert first is not None and [s.image for s in first.spans] == [0]
+    second = run.next(32, spare=False)
+    assert second is not None and [s.image for s in second.spans] == [1]
+    assert run.take(first.number, draw(first), 1.0) == []
+    third = run.next(32, spare=False)  # image 0 now waits for votes, and image 2 is new
+    assert third is not None and [(s.image, s.purpose) for s in third.spans] == [(0, "estimate")]
+    fourth = run.next(96, spare=False)
+    assert fourth is not None and [s.image for s in fourth.spans] == [0, 2, 0]
+    assert run.next(32, spare=False) is None  # nobody waits for more
+    ahead = run.next(32)
+    assert ahead is not None and {s.image for s in ahead.spans} == {0}
+
+
+def test_what_is_out_longest_is_copied_once_for_somebody_with_nothing_to_do() -> None:
+    run = scheduler("fixed", [0, 1])
+    out = [run.next(48, spare=False), run.next(48, spare=False)]
+    assert [run.next(48), run.next(48), run.next(48)] == [*out, None]
+    assert run.next(48, spare=False) is None
+
+
+def test_a_copy_is_a_batch_of_its_own() -> None:
+    """A worker that holds a batch is given the copy back whose worker left: it holds two, and is given no third."""
+    dispatcher, one, other = Dispatcher(), Sloppy(), Sloppy()
+    dispatcher.open(0, scheduler("fixed", [0]), 48)
+    dispatcher.join(one)
+    dispatcher.join(other)
+    dispatcher.fill()
+    assert one.has == other.has and len(one.has) == 1
+    dispatcher.leave(other)
+    dispatcher.fill()
+    assert len(one.has) == 2
+    number, batch = one.has.pop()
+    dispatcher.answer(one, number, batch.number, draw(batch), 1.0)
+    dispatcher.fill()
+    assert len(one.has) == 2
+    assert dispatcher.leave(one) == Counter((n, b.number) for n, b in one.has)
+
+
+def test_an_answer_of_another_length_is_refused() -> None:
+    run = scheduler("fixed", [0])
+    batch = run.next(64)
+    assert batch is not None
+    with pytest.raises(ValueError, match="votes for a batch of"):
+        run.take(batch.number, draw(batch)[1:], 1.0)
