@@ -153,6 +153,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train (or load) defenses and certify them; typed again, resumes what is unfinished."""
+    from bench.options import RunOptions
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device, same_kind
     from bench.records.record import check_writable
@@ -165,26 +166,28 @@ def run(
     if on_ray and part:
         raise BenchError("--shard and --executor ray are two ways to share the work: leave one out")
     plans = make_plans(
-        defenses=defense,
-        dataset=dataset,
-        sigma=sigma,
-        train_sigma=train_sigma,
-        base=base,
-        weights=weights,
-        preset=preset,
-        split=split,
-        examples=examples,
-        n0=n0,
-        n=n,
-        alpha=alpha,
-        objective=objective,
-        procedure=procedure,
-        target=target,
-        noise=noise,
-        arithmetic=arithmetic,
-        seed=seed,
-        settings=set_ or [],
-        search=search or [],
+        RunOptions(
+            defenses=defense,
+            dataset=dataset,
+            sigma=sigma,
+            train_sigma=train_sigma,
+            base=base,
+            weights=None if weights is None else str(weights),
+            preset=preset,
+            split=split,
+            examples=examples,
+            n0=n0,
+            n=n,
+            alpha=alpha,
+            objective=objective,
+            procedure=procedure,
+            target=target,
+            noise=noise,
+            arithmetic=arithmetic,
+            seed=seed,
+            settings=tuple(set_ or ()),
+            search=tuple(search or ()),
+        )
     )
     check_effects(plans)
     reporter = ConsoleReporter()
@@ -292,10 +295,11 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check that a defense keeps its side of the interface, and say what to mend. Exit 1 when something is wrong."""
+    from bench.options import RunOptions
     from bench.runs.doctor import examine
     from bench.runs.plan import make_plans
 
-    (plan,) = make_plans(defenses=defense, dataset=dataset, settings=set_ or [])
+    (plan,) = make_plans(RunOptions(defenses=defense, dataset=dataset, settings=tuple(set_ or ())))
     print_findings(list(examine(plan)), as_json)
     if not as_json:
         print(f"{defense} may be run: bench run --defense {defense} --dataset {dataset}")

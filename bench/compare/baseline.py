@@ -16,10 +16,9 @@ from typing import Any
 from bench.errors import BenchError, one_line
 from bench.io import files, limits
 from bench.io.files import digest
-from bench.records import schema, verify
+from bench.options import RunOptions
+from bench.records import grouping, schema, verify
 from bench.records.record import Record, find_runs, read_run
-from bench.report import tables
-from bench.runs.plan import command
 
 VERSION = 1
 LARGEST = 256 * limits.MB
@@ -32,13 +31,13 @@ ANY_BASE, SAME_BASE = "trained anew", "same weights"
 def entry(record: Record) -> dict[str, Any]:
     """What a baseline keeps of a finished run."""
     identity, info = record.identity, record.info
-    defense, searched = identity["defense"], tables.searched(record)
-    comparable = tables.comparable(record)
+    defense, searched = identity["defense"], grouping.searched(record)
+    comparable = grouping.comparable(record)
     del comparable["indices"]  # those of the images below
     return {
-        "name": f"{tables.method_name(record)}, {identity['dataset']}, sigma {identity['sigma']:g}, "
+        "name": f"{grouping.method_name(record)}, {identity['dataset']}, sigma {identity['sigma']:g}, "
         f"seed {identity['seed']}" + ("" if identity["split"] == "test" else f", {identity['split']} images"),
-        "command": command(info["arguments"]),
+        "command": RunOptions.of(info["arguments"]).command(),
         "method": {
             "name": defense["name"],
             "config": {k: v for k, v in defense["config"].items() if k not in searched},
@@ -51,7 +50,7 @@ def entry(record: Record) -> dict[str, Any]:
         "comparable": comparable,
         "identity": {"sha256": digest(identity), **{k: defense[k] for k in ("source", "weights", "parts")}},
         "environment": {k: info["environment"].get(k) for k in MACHINE},
-        "radii": [r for r in info["radii"] if r <= tables.reach(record)],
+        "radii": [r for r in info["radii"] if r <= grouping.reach(record)],
         "cost": _cost(info["cost"]),
         "images": sorted(
             [c.index, c.radius if c.predicted == c.label else None, c.n, c.top_count] for c in record.certificates

@@ -19,7 +19,7 @@ from bench.errors import BenchError
 from bench.io.files import digest
 from bench.records import paired
 from bench.records.record import Record, find_runs, read_run
-from bench.report.tables import escape
+from bench.text import escape
 
 LEVEL = 0.01  # of a false alarm in any of a baseline's tests
 POINTS = 2.0  # the least loss that counts

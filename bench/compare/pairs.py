@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from bench.errors import BenchError, NotComparable, note
 from bench.io.files import digest
-from bench.records import audit, metrics, paired
+from bench.records import audit, grouping, metrics, paired
 from bench.records.record import Line, Record, find_runs, read_run
-from bench.report import tables
 from bench.smoothing import bounds
+from bench.text import DASH, escape
 
 TOP = 5  # images shown each way
 COSTS = {
@@ -80,9 +80,10 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     settings = [_settings(r.identity) for r in records]
     keys = sorted({k for s in settings for k in s})
     return {
-        "setting": tables.setting(records[0]),
+        "setting": grouping.setting(records[0]),
         "runs": [
-            {"run": str(r.path), "defense": tables.method_name(r), "flags": r.flags, "cost": _costs(r)} for r in records
+            {"run": str(r.path), "defense": grouping.method_name(r), "flags": r.flags, "cost": _costs(r)}
+            for r in records
         ],
         "unknown": unknown,
         "differs": {k: values for k in keys if not _same(values := [s.get(k) for s in settings])},
@@ -158,7 +159,7 @@ def short(value: Any) -> str:
 
 def _radii(records: Sequence[Record]) -> list[float]:
     common = set.intersection(*(set(r.info["radii"]) for r in records))
-    radii = sorted(r for r in common if r <= min(map(tables.reach, records)))
+    radii = sorted(r for r in common if r <= min(map(grouping.reach, records)))
     if not radii:
         raise NotComparable("not comparable: the runs' tables have no radius within reach in common")
     return radii
@@ -228,7 +229,7 @@ def _ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float | 
 
 def markdown(found: dict[str, Any]) -> str:
     """What ``compare`` found, for people."""
-    runs, escape = found["runs"], tables.escape
+    runs = found["runs"]
     labels = [f"run {i} ({escape(run['defense'])})" for i, run in enumerate(runs, 1)]
     parts = [f"## {escape(found['setting'])}"]
     parts.append("\n".join(f"{i}. {escape(run['defense'])}: {escape(run['run'])}" for i, run in enumerate(runs, 1)))
@@ -297,7 +298,7 @@ def _columns(rows: dict[str, list[str]], runs: Sequence[Any]) -> dict[str, list[
 
 
 def _number(value: Any) -> str:
-    return tables.DASH if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return DASH if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _table(columns: dict[str, list[str]]) -> str:

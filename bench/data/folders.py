@@ -6,17 +6,14 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench.data.card import Card, root
 from bench.data.decoding import SUFFIXES, Decoded, decode
 from bench.data.pictures import Pictures
-from bench.data.sources import Folder, Part, PartName, located, numbered, root, same, some, text
+from bench.data.sources import Folder, Part, PartName, located, numbered, same, some, text
 from bench.errors import BenchError, note
-
-if TYPE_CHECKING:
-    from bench.data.datasets import Card
 
 READ = " ".join(sorted(SUFFIXES))
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.data.card import Card, root
 from bench.data.decoding import Decoded, decode
 from bench.data.pictures import Pictures
-from bench.data.sources import Parquet, Part, PartName, located, numbered, root, same, some
+from bench.data.sources import Parquet, Part, PartName, located, numbered, same, some
 from bench.errors import BenchError, note, one_line
 from bench.io import hub, limits
-
-if TYPE_CHECKING:
-    from bench.data.datasets import Card
 
 ROWS = 10_000_000  # of a file, at most
 STEP = 8  # rows decoded at a time: what may be taken before it is counted, at most 2 GB each

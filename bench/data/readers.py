@@ -6,17 +6,14 @@ Pictures stay encoded, as bytes or files, until rows of them are asked for.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench.data.card import Card
 from bench.data.folders import read_folder
 from bench.data.parquet_files import read_parquet
 from bench.data.sources import Folder, Parquet, Part, PartName, Stored
 from bench.errors import BenchError, note
-
-if TYPE_CHECKING:
-    from bench.data.datasets import Card
 
 
 def read(card: Card, part: PartName) -> Part:

@@ -6,7 +6,7 @@ import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringC
 from pydantic.dataclasses import dataclass as checked
 
 from bench.data.pictures import Pictures
-from bench.errors import BenchError
 from bench.io.hub import REVISION
-
-if TYPE_CHECKING:
-    from bench.data.datasets import Card
 
 _STRICT = ConfigDict(extra="forbid")
 PartName = Literal["train", "validation", "test"]
@@ -100,16 +96,6 @@ class Part:
 def has(source: Digits | Parquet | Folder, part: PartName) -> bool:
     """Whether the source has this part of its own."""
     return part == "train" or bool(getattr(source, part, ""))
-
-
-def root(card: Card, source: Stored) -> tuple[Path, str]:
-    """The local data folder, and how a record calls it: without the path, which is the user's own."""
-    if source.folder:
-        return located(card.home, source.folder), Path(source.folder).name
-    data = os.environ.get("CERTBENCH_DATA")
-    if not data:
-        raise BenchError(f"card {card.name}: set CERTBENCH_DATA to the folder that holds {card.name}/ with its data")
-    return Path(data) / card.name, f"$CERTBENCH_DATA/{card.name}"
 
 
 def located(folder: Path, name: str) -> Path:

@@ -15,7 +15,6 @@ from bench.errors import BenchError
 MB = 2**20
 RUN = 64 * MB  # bytes of a run.json; a million images take 10 MB
 CERTIFICATE = 10_000  # bytes of a line of certificates.jsonl
-LOG = 16 * MB  # bytes of a log that are looked at, from its end: months, at a line every half a minute
 
 _T = TypeVar("_T")
 
@@ -39,15 +38,6 @@ def memory() -> int:
         return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return machine
-
-
-def tail(path: Path, most: int) -> bytes:
-    """The last bytes of a file, at most ``most``. Raises BenchError where it is no file, else OSError."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
-    with path.open("rb") as f:
-        f.seek(max(0, f.seek(0, os.SEEK_END) - most))
-        return f.read(most)
 
 
 def lines(path: Path, longest: int) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault
 from bench.interface import Access
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from bench.data.datasets import Card
+from bench.data.card import Card
 from bench.errors import BenchError, unknown
 from bench.interface import Access, Schedule
 from bench.io import hub, tensors

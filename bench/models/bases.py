@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from bench import rng
-from bench.data.datasets import Card, Split
+from bench.data.card import Card
+from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Schedule
-from bench.io.files import Entry
 from bench.models.base import BaseModel, Classifier, state_sha256
 from bench.models.base_names import blueprint, file_weights
 from bench.models.blueprints import Blueprint
@@ -24,6 +24,7 @@ from bench.models.labels import card_order, permute
 from bench.models.probe import linear_probe, new_head
 from bench.models.served import HTTPBase, is_url
 from bench.training import loop, objectives
+from bench.training.weights import Entry
 
 
 def untrained_base(card: Card, name: str, device: torch.device, probe: bool = True) -> BaseModel:

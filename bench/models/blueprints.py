@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.data.datasets import Card, Split
+from bench.data.card import Card
+from bench.data.split import Split
 from bench.errors import BenchError, one_line
 from bench.interface import Schedule
 from bench.models.base import Classifier, LocalBase

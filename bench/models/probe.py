@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bench import rng
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Schedule
 from bench.io import tensors
-from bench.io.files import Entry
 from bench.models.base import Classifier, state_sha256
 from bench.models.blueprints import Blueprint
 from bench.training import loop, objectives
+from bench.training.weights import Entry
 
 # Features are standardised first: without that, a base whose features vary little ends far below what
 # logistic regression finds.

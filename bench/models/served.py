@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from bench.data.datasets import Card
+from bench.data.card import Card
 from bench.errors import BenchError, one_line
 from bench.interface import Access
 from bench.io.files import digest

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from scipy.special import bdtrc
 
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.errors import shown
 from bench.models.base import BaseModel, LocalBase
 

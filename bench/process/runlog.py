@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import stat
 import sys
 import textwrap
 import time
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from bench.errors import BenchError, DefenseFault, one_line, shown
-from bench.io import limits
-from bench.io.locks import this_process
+from bench.process.locks import this_process
 
 NAME = "log.txt"
+LARGEST = 2**24  # bytes of a log that are looked at, from its end: months, at a line every half a minute
 PERIOD = 30.0  # seconds between two lines of progress
 STARTED, CERTIFY = "started: ", "certify "  # by which bench status finds the last start, and the pace since
 
@@ -142,10 +143,19 @@ def signature() -> str:
     return f"written by {this_process()}"
 
 
+def tail(path: Path) -> bytes:
+    """The last bytes of a log, at most ``LARGEST``. Raises BenchError where it is no file, else OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
+    with path.open("rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - LARGEST))
+        return f.read(LARGEST)
+
+
 def writer(file: Path) -> str:
     """Who writes a log, in brackets, as far as it says."""
     try:
-        end = limits.tail(file, limits.LOG).decode(errors="replace")
+        end = tail(file).decode(errors="replace")
     except (OSError, BenchError):
         return ""
     found = re.findall(r"^(\S+) INFO (?:.*, )?written by (process \d+ on \S+)$", end, re.MULTILINE)

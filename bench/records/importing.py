@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.data.datasets import Card, card_files, load_card
+from bench.data.card import Card
+from bench.data.datasets import card_files, load_card
 from bench.errors import BenchError
 from bench.io import limits
 from bench.io.files import replacing, writing

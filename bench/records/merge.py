@@ -8,12 +8,11 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.io.files import digest, file_sha256
+from bench.options import RunOptions
 from bench.process.runlog import NAME, held
-from bench.records import metrics, schema
+from bench.records import fingerprint, metrics, schema
 from bench.records.record import Record, Run, read_run
 from bench.records.shards import Shard, shards_in
-from bench.runs import fingerprint
-from bench.runs.plan import command
 
 # What adds up over shards; what each paid or saw alike, of which the most counts; what is of one process.
 ADDED = ("certify_seconds", "votes", "base_forwards")
@@ -105,7 +104,7 @@ def _lack(run: Path, shard: Shard, records: dict[Shard, Record]) -> str:
     if shard in records and held(records[shard].path / NAME):
         return f"{run}: shard {shard}: running, {state}"
     where = ["--device", one.identity.get("device") or "auto", "--out", str(run.parent), "--shard", str(shard)]
-    return f"{run}: shard {shard}: {state}; finish it: {command(one.info['arguments'], *where)}"
+    return f"{run}: shard {shard}: {state}; finish it: {RunOptions.of(one.info['arguments']).command(*where)}"
 
 
 def _write(run: Path, shards: Sequence[Record]) -> None:

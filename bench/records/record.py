@@ -20,12 +20,12 @@ import numpy as np
 from bench.errors import BenchError, one_line
 from bench.io import limits
 from bench.io.files import digest, drop_partial, file_sha256, write_json, write_text, writing
-from bench.io.locks import Lock
 from bench.process import runlog
+from bench.process.locks import Lock
 from bench.records import schema
 from bench.records.columns import Columns
 from bench.records.shards import Shard, shards_in
-from bench.smoothing.engine import Certificate
+from bench.smoothing.scheduler import Certificate
 
 SCHEMA = 3
 ELSEWHERE = "choose another folder with --out"

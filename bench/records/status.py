@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.errors import BenchError, one_line, shown
 from bench.io import limits
+from bench.process import runlog
 from bench.process.console import duration
 from bench.process.runlog import CERTIFY, NAME, STARTED, held
 from bench.records.shards import Shard, shards_in
@@ -132,10 +133,10 @@ class _Log:
 
 
 def _read_log(file: Path) -> _Log:
-    """The end of a log, as far as ``limits.LOG``. Raises BenchError or OSError where it is no file that can be read."""
+    """The end of a log, at most ``runlog.LARGEST``. Raises BenchError or OSError where it cannot be read."""
     found = _Log()
     try:
-        end = limits.tail(file, limits.LOG)
+        end = runlog.tail(file)
     except FileNotFoundError:
         return found
     for line in io.BytesIO(end):

@@ -12,10 +12,10 @@ import mpmath
 from bench.errors import BenchError
 from bench.io.files import digest, file_sha256
 from bench.records import importing, metrics
+from bench.records.findings import Finding
 from bench.records.record import Record, read_run
-from bench.runs.doctor import Finding
 from bench.smoothing.anytime import procedure_of
-from bench.smoothing.engine import Certificate
+from bench.smoothing.scheduler import Certificate
 
 
 def check_record(path: Path) -> Iterator[Finding]:

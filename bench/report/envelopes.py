@@ -16,8 +16,9 @@ import pandas as pd
 
 from bench.io.files import digest
 from bench.records import metrics
+from bench.records.grouping import beside_sigma, common, method_key, method_name, reach
 from bench.records.record import Record
-from bench.report.tables import DASH, beside_sigma, common, method_key, method_name, reach
+from bench.text import DASH
 
 BySigma = dict[float, list[Record]]  # a method's runs at each sigma, one a seed
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from bench.io.files import replacing
 from bench.records import metrics
+from bench.records.grouping import heading, method_name, methods, reach
 from bench.records.record import Record
-from bench.report.tables import heading, method_name, methods, pooled, reach
+from bench.report.tables import pooled
 from bench.smoothing import bounds
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell apart without colour.

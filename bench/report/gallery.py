@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bench.data.datasets import Split, load_card, load_split
+from bench.data.datasets import load_card, load_split
+from bench.data.split import Split
 from bench.errors import BenchError
 from bench.records.record import Record
 from bench.smoothing import gridnoise, noise
@@ -59,11 +59,13 @@ def pictures(record: Record, split: Split, index: int, votes: Sequence[int]) -> 
     source = Noise(identity["seed"], identity["split"])
     keys, rows = [Vote("estimate", index, v) for v in votes], [index] * len(votes)
     if kind == "grid":
-        grid = gridnoise.GridNoise(source, sigma, split.levels)
-        noisy = grid.inputs(torch.from_numpy(split.integers(rows)), keys)
+        integers = split.integers(rows)
+        drawn = gridnoise.GridNoise(source, sigma, split.levels).draw(keys, integers[0].size).numpy()
+        noisy = (integers + drawn.reshape(integers.shape)) / np.float32(split.levels - 1)
     else:
-        noisy = noise.add_float(source, sigma)(torch.from_numpy(split.pixels(rows)), keys)
-    return [_data_uri(pixels) for pixels in (split.pixels([index])[0], *noisy.numpy())]
+        pixels = split.pixels(rows)
+        noisy = pixels + sigma * source.normals(keys, pixels[0].size).numpy().reshape(pixels.shape)
+    return [_data_uri(p.astype(np.float32)) for p in (split.pixels([index])[0], *noisy)]
 
 
 def _data_uri(pixels: NDArray[np.float32]) -> str:

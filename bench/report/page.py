@@ -25,12 +25,13 @@ from bench import __version__
 from bench.errors import BenchError
 from bench.io.files import digest
 from bench.records import metrics
+from bench.records.grouping import beside_sigma, common, groups, methods, reach
 from bench.records.record import Line, Record
 from bench.report import envelopes, gallery, plots
-from bench.report.build import columns, limits
+from bench.report.cells import columns, limits
 from bench.report.envelopes import Envelope
 from bench.report.plots import COSTS, Method
-from bench.report.tables import beside_sigma, common, groups, methods, pooled, reach
+from bench.report.tables import pooled
 from bench.smoothing import bounds
 
 POLICY = (

@@ -18,10 +18,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from bench.records import metrics
+from bench.records.grouping import reach
 from bench.records.record import Record
 from bench.report.envelopes import Row
 from bench.report.figures import colour, decimals, drawn_radii
-from bench.report.tables import reach
 
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "triangle-down", "star")
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot")

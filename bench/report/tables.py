@@ -7,9 +7,7 @@ the same whether a linear probe was put on it or the defense brought a head.
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.errors import BenchError, one_line, shown
-from bench.io.files import digest
+from bench.errors import BenchError, one_line
 from bench.records import audit, metrics, paired
+from bench.records.grouping import comparable, heading, method_key, method_name, methods, reach, selects
 from bench.records.record import Record, find_runs, read_run
-from bench.smoothing.anytime import procedure_of
-
-DASH = "—"  # what cannot be, or is not known
 
 
 def load_records(root: Path) -> tuple[list[Record], list[str]]:
@@ -50,37 +45,6 @@ def _unusable(record: Record) -> str:
         what = f"{type(e).__name__}: {one_line(e)}"
         return f"{record.path}: corrupt: run.json lacks something that a table needs, or misstates it ({what})"
     return ""
-
-
-def comparable(record: Record) -> dict[str, Any]:
-    """The part of an identity that must agree for two runs to stand in one table."""
-    kept = {k: v for k, v in record.identity.items() if k not in ("defense", "train_sigma", "seed")}
-    return kept if record.imported else kept | {"base": {**kept["base"], "sha256": _base_sha256(record)}}
-
-
-def beside_sigma(record: Record) -> dict[str, Any]:
-    """The part of an identity that must agree for two runs to be shown together at different sigmas."""
-    same = {k: v for k, v in comparable(record).items() if k != "sigma"}
-    return same | {"noise": {k: v for k, v in same["noise"].items() if k != "tau"}}  # tau follows from sigma
-
-
-def _base_sha256(record: Record) -> str:
-    """The base's hash, that before the probe where it was given one."""
-    return str(record.info["base"].get("before_probe", record.identity["base"]["sha256"]))
-
-
-def groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Runs that may stand in one table together, by data set, split (test first) and sigma."""
-    by_key: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        by_key[digest(comparable(record))].append(record)
-    tables = [sorted(g, key=lambda r: (method_name(r), r.identity["seed"] or 0)) for g in by_key.values()]
-    return sorted(tables, key=_order)
-
-
-def _order(group: Sequence[Record]) -> tuple[Any, ...]:
-    identity = group[0].identity
-    return identity["dataset"], identity["split"] != "test", identity["sigma"], digest(comparable(group[0]))
 
 
 def table(group: Sequence[Record]) -> pd.DataFrame:
@@ -114,26 +78,6 @@ def pooled(group: Sequence[Record]) -> pd.DataFrame:
     return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
 
 
-def methods(group: Sequence[Record]) -> list[list[Record]]:
-    """The runs of each method of a table: those that differ in nothing but their seed and what it brings about."""
-    found: dict[str, list[Record]] = defaultdict(list)
-    for record in group:
-        found[digest({"method": [*method_key(record), record.identity["train_sigma"]]})].append(record)
-    apart: list[list[Record]] = []
-    for records in found.values():
-        same = len({r.identity["seed"] for r in records}) == len(records)
-        apart += [records] if same else [[r] for r in records]
-    return apart
-
-
-def method_key(record: Record) -> list[Any]:
-    """What two runs of one method have in common, beside the sigma they were trained at."""
-    defense = record.identity["defense"]
-    config = {k: v for k, v in defense["config"].items() if k not in searched(record)}
-    given = record.info["defense"]["weights_file"] and defense["weights"]
-    return [defense["name"], defense["source"], config, defense["objective"], given, defense.get("arithmetic")]
-
-
 def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
     """Rows whose certified accuracy at a radius is not significantly below the best's, the best among them.
 
@@ -150,11 +94,6 @@ def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float)
     return level if len(level) > 1 else set()
 
 
-def searched(record: Record) -> set[str]:
-    """The settings whose value was searched for."""
-    return {key for tried in record.info["defense"]["search"] for key in tried["values"]}
-
-
 def _row(record: Record) -> dict[str, Any]:
     info, cost, right = record.info, record.info["cost"], (record.info["base"] or {}).get("clean_correct")
     result = metrics.summarise(record.certificates, info["radii"])
@@ -168,7 +107,7 @@ def _row(record: Record) -> dict[str, Any]:
         "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
         "images": result["images"],
         "base_clean_accuracy": None if right is None else right / info["base"]["images"],
-        "abstained": result["abstained"]["value"] if _selects(record) else None,
+        "abstained": result["abstained"]["value"] if selects(record) else None,
         "train_seconds": cost["train_seconds"],
         "certify_seconds": cost["certify_seconds"],
         "votes": cost["votes"],
@@ -183,54 +122,3 @@ def _row(record: Record) -> dict[str, Any]:
         "flags": "; ".join(record.flags),
     }
     return row
-
-
-def _selects(record: Record) -> bool:
-    """Whether the run predicts at all: one that tests the known label neither predicts nor abstains."""
-    return bool(record.identity["procedure"].get("target", "selected") == "selected")
-
-
-def setting(record: Record) -> str:
-    """What any two runs that are compared have in common, in one line."""
-    identity = record.identity
-    p = identity["procedure"]
-    selection = f"n0 {p['n0'] or 'not stated'}, " if _selects(record) else "known label, "
-    votes = f"n {p['n']:,}" if p["kind"] == "fixed" else f"{p['kind']} up to {p['n']:,} votes"
-    return (
-        f"{identity['dataset']}, sigma {identity['sigma']:g}: {len(identity['indices'])} {identity['split']} images, "
-        f"{selection}{votes}, alpha {p['alpha']:g}, noise {identity['noise']['kind']}"
-    )
-
-
-def heading(record: Record) -> str:
-    """What all runs of a table have in common, in one line."""
-    base = record.identity["base"]
-    known = "not stated" if record.imported else f"{base['name']} ({_base_sha256(record)[:8]})"
-    return f"{setting(record)}, base {known}"
-
-
-def common(record: Record) -> str:
-    """The same without data set and sigma."""
-    return heading(record).partition(": ")[2]
-
-
-def escape(text: str) -> str:
-    """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(" ".join(text.split())))
-
-
-def method_name(record: Record) -> str:
-    """The defense, the settings and objective that are not its defaults, and what was searched."""
-    defense, objective = record.info["defense"], record.identity["defense"]["objective"]
-    words = [record.identity["defense"]["name"]]
-    words += [k if v is True else f"{k}={v}" for k, v in defense["settings"].items()]
-    words += [] if objective in (None, "gaussian") else [f"+ {objective}"]
-    words += record.identity["defense"].get("arithmetic", [])
-    keys = sorted(searched(record))
-    return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
-
-
-def reach(record: Record) -> float:
-    """The largest radius that any image of the record could be certified at."""
-    identity = record.identity
-    return procedure_of(identity).largest_radius(identity["sigma"], identity["noise"].get("tau", 0.0))

@@ -25,16 +25,17 @@ from bench.models.base import BaseModel
 from bench.process import environment
 from bench.process.console import duration
 from bench.process.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog
-from bench.records import metrics
+from bench.records import fingerprint, metrics
+from bench.records.fingerprint import Fingerprint
 from bench.records.record import Run
 from bench.records.shards import Shard
-from bench.runs import fingerprint, fitting, recheck
-from bench.runs.fingerprint import Fingerprint
+from bench.runs import fitting, recheck
 from bench.runs.identity import run_name
 from bench.runs.plan import Plan
 from bench.runs.recheck import Audit
-from bench.smoothing.engine import Certificate, Model
+from bench.smoothing.engine import Model
 from bench.smoothing.procedures import Procedure
+from bench.smoothing.scheduler import Certificate
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from bench import plugins, rng, torchstate
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.errors import BenchError, note
 from bench.interface import Access, Base, Defense, Part
 from bench.io import hub
-from bench.io.files import Entry, digest, file_sha256
+from bench.io.files import digest, file_sha256
 from bench.io.hub import MissingFile
 from bench.models.base import BaseModel
 from bench.plugin_source import source_sha256
@@ -24,6 +24,7 @@ from bench.runs.plan import Plan
 from bench.runs.settings import configured
 from bench.smoothing import noise
 from bench.training import loop, objectives
+from bench.training.weights import Entry
 
 
 @dataclass(frozen=True)

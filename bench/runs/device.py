@@ -17,10 +17,11 @@ from bench.models.arithmetic import steady
 from bench.models.base import LocalBase
 from bench.process import environment
 from bench.process.runlog import log
-from bench.runs import fingerprint, fitting
+from bench.records import fingerprint
+from bench.records.fingerprint import Fingerprint
+from bench.runs import fitting
 from bench.runs.certifier import Certifier, Drifted, Measured
 from bench.runs.costs import cost_per_vote, distinct
-from bench.runs.fingerprint import Fingerprint
 from bench.smoothing import blocks
 from bench.smoothing.engine import Device, Model, Pixels, Task, check_rows, side_by_side
 from bench.smoothing.scheduler import Batch, Voted
@@ -52,7 +53,8 @@ class Placed:
     @property
     def fingerprint(self) -> Fingerprint:
         """That of the function certified here."""
-        return fingerprint.of(self._reference, self._index, environment.describe(self.task.device))
+        logits = self._reference.cpu().float().numpy()
+        return fingerprint.of(logits, self._index, environment.describe(self.task.device))
 
     def widen(self, threads: int) -> None:
         """Draw votes in so many threads: on a CPU a block in each, on a GPU noise in each beside one's forward pass.

@@ -6,7 +6,7 @@ The same checks run over every built-in defense in the tests and over a user's o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from bench.io.files import scratch_cache
 from bench.models.arithmetic import steady
 from bench.models.bases import untrained_base
 from bench.process.runlog import log
+from bench.records.findings import Finding
 from bench.runs import fitting
 from bench.runs.certifier import Certifier
 from bench.runs.context import Workshop
@@ -25,19 +26,12 @@ from bench.runs.device import apart
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan
 from bench.smoothing.blocks import check_logits
-from bench.smoothing.engine import Certificate, Device, Task, certify, check_rows
+from bench.smoothing.engine import Device, Task, certify, check_rows
 from bench.smoothing.noise import Noise, Vote, VoteDraw
 from bench.smoothing.procedures import Fixed
+from bench.smoothing.scheduler import Certificate
 
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: what it asks, and what is wrong (empty when nothing is)."""
-
-    check: str
-    problem: str = ""
 
 
 def examine(plan: Plan) -> Iterator[Finding]:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from bench import plugins, rng, torchstate
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault, one_line
 from bench.interface import Defense
 from bench.io import tensors
-from bench.io.files import Entry, Trained
 from bench.models.arithmetic import steady
 from bench.models.base import BaseModel, Classifier
 from bench.process import watchdog
@@ -32,6 +31,7 @@ from bench.runs.plan import Plan
 from bench.smoothing import blocks, noise
 from bench.smoothing.noise import TrainDraw
 from bench.training import loop, objectives, spsa
+from bench.training.weights import Entry, Trained
 
 MERGE_TOLERANCE = 1e-3  # of the largest logit
 _CHECKED = 8  # images on which logits are compared

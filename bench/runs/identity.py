@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from bench import plugins
-from bench.data.datasets import Split, choose
+from bench.data.datasets import choose
+from bench.data.split import Split
 from bench.interface import Defense
 from bench.models.base import BaseModel
 from bench.runs.fitting import Fitted
@@ -37,7 +38,7 @@ def run_label(plan: Plan) -> str:
 def examples(plan: Plan, split: Split) -> list[int]:
     """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
     asked = plan.examples
-    if plan.split == "validation" and plan.arguments["examples"] is None and asked.isdigit():
+    if plan.split == "validation" and plan.options.examples is None and asked.isdigit():
         asked = str(min(int(asked), len(split)))
     return choose(split, asked)
 

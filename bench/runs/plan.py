@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bench import plugins
-from bench.data.datasets import Card, load_card
+from bench.data.card import Card
+from bench.data.datasets import load_card
 from bench.errors import BenchError, note, unknown
 from bench.interface import Defense, Schedule
 from bench.io import tensors
-from bench.models import arithmetic as arithmetics
+from bench.models import arithmetic
 from bench.models.base_names import choose_base, most_access
 from bench.models.served import is_url
-from bench.runs.settings import Values, variants
+from bench.options import RunOptions
+from bench.runs.settings import Values, Variant, variants
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.procedures import MOST, Fixed
@@ -27,6 +27,7 @@ from bench.training.objectives import OBJECTIVES
 UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
 LARGE = 2.0  # noise, in pixels of [0, 1], through which no image is recognised
 _Number = TypeVar("_Number", int, float)
+Loaded = Mapping[str, tuple[type[Defense], str]]  # name -> class and hash of its source
 
 
 @dataclass(frozen=True)
@@ -52,106 +53,95 @@ class Plan:
     noise: str  # float or grid
     arithmetic: tuple[str, ...]  # how F is computed; empty: plain float32
     seed: int
-    arguments: dict[str, Any]  # of make_plans, for this run alone
+    options: RunOptions  # of this run alone
 
 
-def make_plans(
-    *,
-    defenses: str,
-    dataset: str,
-    sigma: str = ".25",
-    train_sigma: float | None = None,
-    base: str | None = None,
-    weights: str | Path | None = None,
-    preset: str | None = None,
-    split: str = "test",
-    examples: str | None = None,
-    n0: int | None = None,
-    n: int | None = None,
-    alpha: float = 0.001,
-    procedure: str = "fixed",
-    target: str = "selected",
-    noise: str = "grid",
-    arithmetic: str = "float32",
-    seed: str = "0",
-    objective: str = "gaussian",
-    settings: Sequence[str] = (),
-    search: Sequence[str] = (),
-) -> list[Plan]:
+def make_plans(options: RunOptions) -> list[Plan]:
     """All runs a command asks for, in order. Raises BenchError naming the first value that cannot be."""
-    given = dict(locals())
-    card = load_card(dataset)
-    preset = preset or card.preset
+    o = options
+    card = load_card(o.dataset)
+    preset = o.preset or card.preset
     if preset not in card.presets:
         raise unknown(f"preset of {card.name}", preset, card.presets)
     means = card.presets[preset]
-    n0, n = means.n0 if n0 is None else n0, means.n if n is None else n
-    made = _procedure(procedure, target, n0, n, alpha, card)
-    if split != "test" and split != "validation":
-        raise unknown("--split", split, ("test", "validation"))
-    if noise not in ("float", "grid"):
-        raise unknown("--noise", noise, ("float", "grid"))
-    words = arithmetics.parse(arithmetic)
-    if train_sigma is not None and train_sigma <= 0:
-        raise BenchError(f"--train-sigma {train_sigma:g}: must be above 0")
-    chosen = [name for name in plugins.names() if defenses == "all"] or _words("--defense", defenses)
+    n0, n = means.n0 if o.n0 is None else o.n0, means.n if o.n is None else o.n
+    procedure = _procedure(o.procedure, o.target, n0, n, o.alpha, card)
+    if o.split != "test" and o.split != "validation":
+        raise unknown("--split", o.split, ("test", "validation"))
+    if o.noise not in ("float", "grid"):
+        raise unknown("--noise", o.noise, ("float", "grid"))
+    words = arithmetic.parse(o.arithmetic)
+    if o.train_sigma is not None and o.train_sigma <= 0:
+        raise BenchError(f"--train-sigma {o.train_sigma:g}: must be above 0")
+    chosen = [name for name in plugins.names() if o.defenses == "all"] or _words("--defense", o.defenses)
     loaded = {name: plugins.load(name) for name in chosen}
-    if defenses == "all" and not (base or means.transfer_base):
+    if o.defenses == "all" and not (o.base or means.transfer_base):
         loaded = {name: (cls, source) for name, (cls, source) in loaded.items() if not cls.adapts}
-    if objective != "gaussian":
-        _check_objective(objective, loaded)
-    wanted = variants(loaded, preset, card, settings, search)
-    if weights is not None:
-        if search:
-            raise BenchError("--weights with --search: a search trains its own weights; give only one of the two")
-        weights = Path(weights)
-        given["weights"] = str(weights)
-        if len(loaded) > 1:
-            raise BenchError(f"--weights {weights} are of one defense; --defense names {len(loaded)}")
-        tensors.refuse_pickle(weights)
-    bases = {name: choose_base(card, preset, base, cls.adapts) for name, (cls, _) in loaded.items()}
-    for name, variant in ((owner, v) for owner in loaded for v in wanted[owner]):
-        for config in [variant.config, *(c for _, c in variant.candidates)]:
-            access = loaded[name][0].needs(config)
-            if access > most_access(bases[name]):
-                raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} answers queries only")
-        if words and is_url(bases[name]):
-            raise BenchError(
-                f"--arithmetic {arithmetic}: base {bases[name]} is computed by its server: choose it there"
-            )
+    if o.objective != "gaussian":
+        _check_objective(o.objective, loaded)
+    wanted = variants(loaded, preset, card, o.settings, o.search)
+    _check_weights(o, loaded)
+    bases = {name: choose_base(card, preset, o.base, cls.adapts) for name, (cls, _) in loaded.items()}
+    each = [(name, variant) for name in loaded for variant in wanted[name]]
+    _check_bases(o, each, loaded, bases)
     plans = []
-    for s, number in itertools.product(_numbers("--sigma", sigma, float), _numbers("--seed", seed, int)):
-        if s <= 0:
-            raise BenchError(f"--sigma {s:g}: must be above 0")
-        if not 0 <= number < 2**63:
-            raise BenchError(f"--seed {number}: must be a whole number from 0")
-        for name, variant in ((owner, v) for owner in loaded for v in wanted[owner]):
+    for sigma, seed in itertools.product(_numbers("--sigma", o.sigma, float), _numbers("--seed", o.seed, int)):
+        if sigma <= 0:
+            raise BenchError(f"--sigma {sigma:g}: must be above 0")
+        if not 0 <= seed < 2**63:
+            raise BenchError(f"--seed {seed}: must be a whole number from 0")
+        for name, variant in each:
             cls, source = loaded[name]
-            own = {"settings": variant.settings, "search": variant.search}
+            own = {"settings": tuple(variant.settings), "search": tuple(variant.search)}
             plan = Plan(
                 card=card,
                 preset=preset,
                 base=bases[name],
-                weights=weights,
+                weights=None if o.weights is None else Path(o.weights),
                 defense=name,
                 cls=cls,
                 source=source,
                 config=variant.config,
                 changed=variant.changed,
                 candidates=variant.candidates,
-                sigma=s,
-                train_sigma=train_sigma or s,
-                objective=objective,
-                split=split,  # type: ignore[arg-type]
-                examples=examples or str(means.examples),
-                procedure=made,
-                noise=noise,
+                sigma=sigma,
+                train_sigma=o.train_sigma or sigma,
+                objective=o.objective,
+                split=o.split,  # type: ignore[arg-type]
+                examples=o.examples or str(means.examples),
+                procedure=procedure,
+                noise=o.noise,
                 arithmetic=words,
-                seed=number,
-                arguments=given | own | {"defenses": name, "sigma": repr(s), "seed": str(number)},
+                seed=seed,
+                options=replace(o, defenses=name, sigma=repr(sigma), seed=str(seed), **own),  # type: ignore[arg-type]
             )
             plans.append(plan)
     return plans
+
+
+def _check_weights(options: RunOptions, loaded: Loaded) -> None:
+    if options.weights is None:
+        return
+    if options.search:
+        raise BenchError("--weights with --search: a search trains its own weights; give only one of the two")
+    if len(loaded) > 1:
+        raise BenchError(f"--weights {options.weights} are of one defense; --defense names {len(loaded)}")
+    tensors.refuse_pickle(Path(options.weights))
+
+
+def _check_bases(
+    options: RunOptions, each: Sequence[tuple[str, Variant]], loaded: Loaded, bases: Mapping[str, str]
+) -> None:
+    """Refuse a base that does not give a defense the access that it needs, or cannot compute as asked."""
+    for name, variant in each:
+        for config in [variant.config, *(c for _, c in variant.candidates)]:
+            access = loaded[name][0].needs(config)
+            if access > most_access(bases[name]):
+                raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} answers queries only")
+        if arithmetic.parse(options.arithmetic) and is_url(bases[name]):
+            raise BenchError(
+                f"--arithmetic {options.arithmetic}: base {bases[name]} is computed by its server: choose it there"
+            )
 
 
 def check_effects(plans: Sequence[Plan]) -> None:
@@ -159,24 +149,24 @@ def check_effects(plans: Sequence[Plan]) -> None:
 
     Not part of ``make_plans``, since that also reads the arguments of records. Raises BenchError.
     """
-    given = plans[0].arguments
-    trained = [f"--objective {given['objective']}"] if given["objective"] != "gaussian" else []
-    if trained and given["weights"]:
+    given = plans[0].options
+    trained = [f"--objective {given.objective}"] if given.objective != "gaussian" else []
+    if trained and given.weights:
         raise BenchError(f"{trained[0]} has no effect with --weights, which are trained already; leave one of them out")
-    trained += [f"--train-sigma {given['train_sigma']:g}"] if given["train_sigma"] is not None else []
+    trained += [f"--train-sigma {given.train_sigma:g}"] if given.train_sigma is not None else []
     kinds = {plan.cls.kind(plan.config) for plan in plans}
     # A defense that trains nothing may still be made for a noise level.
     if trained and kinds <= ({"none"} if trained[0].startswith("--train-sigma") else set(UNTRAINED)):
         names = ", ".join(dict.fromkeys(plan.defense for plan in plans))
         raise BenchError(f"{trained[0]} has no effect: {names} trains nothing; leave it out")
-    if given["weights"]:
+    if given.weights:
         schedule = {f.name for f in fields(Schedule)}
         trained += [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in schedule]
         for option in dict.fromkeys(trained):
             note(f"{option} is only recorded: --weights are trained already")
-    if given["target"] == "label" and given["n0"] is not None:
-        note(f"--n0 {given['n0']} has no effect: with --target label no votes select the class")
-    levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given["train_sigma"] or 0.0)]
+    if given.target == "label" and given.n0 is not None:
+        note(f"--n0 {given.n0} has no effect: with --target label no votes select the class")
+    levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given.train_sigma or 0.0)]
     for option, level in dict.fromkeys(levels):
         if level > LARGE:
             note(large(option, level))
@@ -185,19 +175,6 @@ def check_effects(plans: Sequence[Plan]) -> None:
 def large(option: str, level: float) -> str:
     """A hint for a noise level that is probably meant in other units."""
     return f"{option} {level:g}: pixels are in [0, 1], so {level:g} of 255 levels are {option} {level / 255:.4g}"
-
-
-def command(arguments: Mapping[str, Any], *more: str) -> str:
-    """The ``bench run`` that a record's arguments stand for, with more words at its end."""
-    flags = {"defenses": "--defense", "settings": "--set"}
-    words = ["bench", "run"]
-    for name, parameter in inspect.signature(make_plans).parameters.items():
-        value = arguments.get(name)
-        if value is None or value == parameter.default:
-            continue
-        for one in value if isinstance(value, list | tuple) else [value]:
-            words += [flags.get(name, f"--{name.replace('_', '-')}"), str(one)]
-    return shlex.join([*words, *more])
 
 
 def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:
@@ -222,7 +199,7 @@ def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card
     return made
 
 
-def _check_objective(objective: str, loaded: dict[str, tuple[type[Defense], str]]) -> None:
+def _check_objective(objective: str, loaded: Loaded) -> None:
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
     for name, (cls, _) in loaded.items():

@@ -12,23 +12,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError, validate_call
 
 from bench import plugins
 from bench.errors import BenchError
-from bench.io.files import stored
 from bench.models.arithmetic import steady
 from bench.models.served import is_url
+from bench.options import RunOptions
 from bench.process import environment
+from bench.records import fingerprint
+from bench.records.findings import Finding
 from bench.records.record import Record
-from bench.runs import fingerprint, recheck
+from bench.runs import recheck
 from bench.runs.certifier import Certifier
 from bench.runs.device import Placed
-from bench.runs.doctor import Finding
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
-from bench.smoothing.engine import Certificate, Pixels, certify
+from bench.smoothing.engine import Pixels, certify
+from bench.smoothing.scheduler import Certificate
+from bench.training.weights import stored
 
 SAMPLE = 5  # images drawn again without --deep
 FALSE_ALARM = 1e-4  # chance that the two-sample tests accuse a true record
@@ -150,11 +152,9 @@ def _plan(record: Record, defense: str | None, base: str | None) -> Plan:
     """What the record says was typed, with the files and servers that the user names in place of its own."""
     named = {k: v for k, v in (("defenses", defense), ("base", base)) if v is not None}
     try:
-        plans = validate_call(config={"strict": True})(make_plans)(**record.info["arguments"] | named)
-    except ValidationError as e:
-        first = e.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BenchError(f"{record.path}: cannot be drawn again: arguments: {where}: {first['msg']}") from None
+        plans = make_plans(RunOptions.of(record.info["arguments"] | named))
+    except BenchError as e:
+        raise BenchError(f"{record.path}: cannot be drawn again: {e}") from None
     if len(plans) != 1:
         raise BenchError(f"{record.path}: cannot be drawn again: its arguments are of {len(plans)} runs")
     return plans[0]

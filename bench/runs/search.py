@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.models.arithmetic import steady
 from bench.models.base import BaseModel
 from bench.process import watchdog

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from bench import plugins, torchstate
-from bench.data.datasets import Split, load_splits
+from bench.data.datasets import load_splits
+from bench.data.split import Split
 from bench.errors import DefenseFault
 from bench.io.files import digest
 from bench.models import arithmetic
@@ -28,7 +29,7 @@ from bench.runs.certifier import Certifier, Drifted, Filling, Ready
 from bench.runs.costs import cost_per_vote
 from bench.runs.device import Placed, check_apart
 from bench.runs.identity import examples, identity, make_task, run_label, run_name
-from bench.runs.plan import Plan, command
+from bench.runs.plan import Plan
 from bench.runs.timing import vote_seconds
 from bench.smoothing import blocks
 from bench.smoothing.engine import Pixels, Task, certify, check_rows
@@ -135,7 +136,7 @@ class Session:
         words += ["--shard", str(self.shard)] if self.shard else []
         versions = ", ".join(f"{k} {v}" for k, v in environment.describe(self.device).items())
         log.info("on %s, %s", versions, signature())
-        log.info("%s%s", STARTED, command(plan.arguments, *words))
+        log.info("%s%s", STARTED, plan.options.command(*words))
         log.info("loading %s and base %s", plan.card.name, plan.base)
         split = self.materials(plan).certified(plan)
         self._shared_out(plan, split)  # raises before anything is trained for a shard without images
@@ -156,7 +157,7 @@ class Session:
     def log_file(self, plan: Plan) -> Path:
         """Where a run's log is until the run has a folder."""
         share = f".{self.shard.folder}" if self.shard else ""
-        return self.out / f"{run_name(plan)}-{digest(plan.arguments)[:8]}{share}.log"
+        return self.out / f"{run_name(plan)}-{digest(plan.options.record())[:8]}{share}.log"
 
     def runs(self, plans: Sequence[Plan]) -> Iterator[Record | DefenseFault]:
         """Do all the runs; yields the record of each or, where its defense is at fault, that: the others go on."""
@@ -236,7 +237,7 @@ class Session:
             right, _ = shared.base.accuracy(shared.certified(plan), indices)
         return {
             "environment": environment.describe(self.device),
-            "arguments": plan.arguments,
+            "arguments": plan.options.record(),
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),

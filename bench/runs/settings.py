@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bench import plugins
-from bench.data.datasets import Card
+from bench.data.card import Card
 from bench.errors import BenchError, unknown
 from bench.interface import Defense, Schedule
 

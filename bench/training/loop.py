@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from bench.errors import BenchError, DefenseFault, note, one_line
 from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
-from bench.io.files import MEND, file_sha256, replacing, writing
+from bench.io.files import file_sha256, replacing, writing
 from bench.process import watchdog
 from bench.rng import fixed_rng
 from bench.smoothing.noise import Noise, TrainDraw
+from bench.training.weights import MEND
 
 SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
 CHECKPOINT_SECONDS = 20.0

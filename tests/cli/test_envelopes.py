@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.records.columns import Columns
+from bench.records.grouping import reach
 from bench.records.record import Record, read_run
 from bench.report import envelopes
-from bench.report.tables import reach
 from bench.smoothing import bounds
 from bench.smoothing.engine import Certificate
 from tests.helpers.commands import TINY, Result

@@ -187,7 +187,7 @@ def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pyt
     """Commands that differ, but for a training that they share."""
     from threading import Thread
 
-    from bench.io.files import Entry
+    from bench.training.weights import Entry
 
     order = []
 

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from bench.data.datasets import load_split
-from bench.report import build, tables
+from bench.options import RunOptions
+from bench.report import build, cells, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Vote
@@ -175,7 +176,7 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
     lines = {t["name"]: t for t in plots[0][""]["data"] if "name" in t}
     for group, (costs, abstained, classes) in zip(groups, (plots[1:4], plots[4:7]), strict=True):
-        frame, shown, sigma = tables.pooled(group), build.columns(group), group[0].identity["sigma"]
+        frame, shown, sigma = tables.pooled(group), cells.columns(group), group[0].identity["sigma"]
         for i, (label, (_, row)) in enumerate(zip(shown["defense"], frame.iterrows(), strict=True)):
             line = lines[f"{label}, sigma {sigma:g}"]
             assert 0 <= tables.reach(group[0]) - line["x"][-1] < 1e-4 and line["x"][0] == 0
@@ -269,7 +270,7 @@ def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Pat
     assert sorted(indices) == records[0].identity["indices"] and len(uris) == 3 * len(indices)
     shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))) for uri in uris]
 
-    (plan,) = make_plans(**records[0].info["arguments"])
+    (plan,) = make_plans(RunOptions(**records[0].info["arguments"]))
     split = load_split(plan.card, "test")
     task = make_task(plan, split, torch.device("cpu"))
     for place, index in enumerate(indices):

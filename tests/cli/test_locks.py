@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.io.files import Entry
-from bench.io.locks import Lock
+from bench.process.locks import Lock
 from bench.process.runlog import RunLog, log, recording, signature
 from bench.records.record import Run
+from bench.training.weights import Entry
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import stated
 

@@ -124,6 +124,7 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
     from bench.cluster.worker import pack, unpack
     from bench.data.datasets import load_splits
     from bench.models.bases import untrained_base
+    from bench.options import RunOptions
     from bench.runs import fitting
     from bench.runs.certifier import Certifier
     from bench.runs.context import Workshop
@@ -132,7 +133,7 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
     from bench.smoothing.noise import Vote, VoteDraw
 
     cpu = torch.device("cpu")
-    (plan,) = make_plans(defenses=name, dataset=TINY)
+    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY))
     base = untrained_base(plan.card, plan.base, cpu, probe=not plan.cls.adapts)
     train, test = load_splits(plan.card, "train", "test")
     built = fitting.construct(plan, base, cpu)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import build, tables
+from bench.report import cells, tables
 from tests.helpers.commands import Result
 from tests.helpers.records import RADII, certificate, fewest, made_up, seal, stated
 
@@ -210,7 +210,7 @@ def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
     """Each number of the table comes from its record: another cost or certificate is another cell, and no other's."""
     golden_runs(tmp_path)
     records, _ = tables.load_records(tmp_path)
-    before = build.columns(records)
+    before = cells.columns(records)
     for key, title in {
         "train_seconds": "train (s)",
         "certify_seconds": "certify (s)",
@@ -223,7 +223,7 @@ def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
     }.items():
         (record,) = (r for r in records if r.identity["defense"]["name"] == "full")
         old, record.info["cost"][key] = record.info["cost"][key], 7.5e9
-        after = build.columns(records)
+        after = cells.columns(records)
         record.info["cost"][key] = old
         changed = [(row, c) for row in range(len(after)) for c in after if after[c][row] != before[c][row]]
         assert changed == [(list(before["defense"]).index("full"), title)]

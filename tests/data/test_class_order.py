@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bench.data.datasets import Card, load_card, load_split, load_splits
+from bench.data.card import Card
+from bench.data.datasets import load_card, load_split, load_splits
 from bench.errors import BenchError
 from tests.helpers.madeup import png
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.data.datasets import Split, card_files, choose, load_card, load_split, load_splits
+from bench.data.datasets import card_files, choose, load_card, load_split, load_splits
+from bench.data.split import Split
 from bench.errors import BenchError
 
 SHARED = Path(os.environ.get("CERTBENCH_SHARED") or Path(__file__).parents[3] / "shared")

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bench.data.datasets import Split, load_card, load_split
+from bench.data.datasets import load_card, load_split
+from bench.data.split import Split
 from bench.errors import BenchError
 from tests.helpers import encoded
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bench.data.datasets import Card, load_card, load_split, load_splits
+from bench.data.card import Card
+from bench.data.datasets import load_card, load_split, load_splits
 from bench.errors import BenchError
 from tests.helpers import hubserver
 from tests.helpers.madeup import png

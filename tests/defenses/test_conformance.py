@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from bench import plugins
-from bench.runs.doctor import Finding, examine
+from bench.options import RunOptions
+from bench.records.findings import Finding
+from bench.runs.doctor import examine
 from bench.runs.plan import Plan, make_plans
 from tests.helpers.commands import TINY, defense
 
 
 def plan(name: str) -> Plan:
-    (found,) = make_plans(defenses=name, dataset=TINY)
+    (found,) = make_plans(RunOptions(defenses=name, dataset=TINY))
     return found
 
 

@@ -23,6 +23,7 @@ from bench.errors import BenchError
 from bench.interface import Access
 from bench.io.files import cache_root
 from bench.models.bases import load_base, untrained_base
+from bench.options import RunOptions
 from bench.runs import fitting, search
 from bench.runs.doctor import examine
 from bench.runs.identity import make_task
@@ -38,7 +39,7 @@ STEP = 2 * 5 * 32  # queries: two sides, five directions, a batch
 
 
 def plan(*settings: str, dataset: str = TINY, **arguments: Any) -> Plan:
-    (made,) = make_plans(defenses="coordinator", dataset=dataset, settings=settings, **arguments)
+    (made,) = make_plans(RunOptions(defenses="coordinator", dataset=dataset, settings=settings, **arguments))
     return made
 
 

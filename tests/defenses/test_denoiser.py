@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bench import rng
-from bench.data.datasets import Split, load_splits
+from bench.data.datasets import load_splits
+from bench.data.split import Split
 from bench.interface import Access, Schedule
 from bench.models.base import BaseModel
 from bench.models.bases import untrained_base
+from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.context import Workshop
 from bench.runs.doctor import examine
@@ -38,7 +40,7 @@ STEPS, BATCH = 12, 50  # 3 epochs (the card's scale of 30) of 200 images
 
 def plan(*settings: str, dataset: str = TINY, preset: str | None = None) -> Plan:
     batch = () if preset else (f"batch={BATCH}",)
-    (found,) = make_plans(defenses="denoiser", dataset=dataset, preset=preset, settings=[*batch, *settings])
+    (found,) = make_plans(RunOptions(defenses="denoiser", dataset=dataset, preset=preset, settings=[*batch, *settings]))
     return found
 
 

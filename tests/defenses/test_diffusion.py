@@ -23,6 +23,7 @@ from bench.data.datasets import load_split
 from bench.errors import BenchError
 from bench.interface import Schedule
 from bench.models.bases import untrained_base
+from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.doctor import examine
 from bench.runs.plan import make_plans
@@ -61,7 +62,7 @@ def saved(folder: Path, scheduler: Any = None, **change: Any) -> Path:
 
 def build(*settings: str, sigma: float = 0.25) -> Any:
     """The defense on the tiny card, nothing trained."""
-    (plan,) = make_plans(defenses="diffusion", dataset=TINY, sigma=str(sigma), settings=settings)
+    (plan,) = make_plans(RunOptions(defenses="diffusion", dataset=TINY, sigma=str(sigma), settings=settings))
     return fitting.construct(plan, untrained_base(plan.card, plan.base, CPU), CPU)
 
 
@@ -148,7 +149,7 @@ def test_many_steps_sample_the_posterior_and_belong_to_the_vote(tmp_path: Path) 
 
 @pytest.mark.parametrize("settings", [("steps=3",), ("classifier=lora", "steps=2")])
 def test_variants_conform(settings: tuple[str, ...]) -> None:
-    (plan,) = make_plans(defenses="diffusion", dataset=TINY, settings=settings)
+    (plan,) = make_plans(RunOptions(defenses="diffusion", dataset=TINY, settings=settings))
     found = list(examine(plan))
     assert [f for f in found if f.problem] == []
     assert len(found) == 7
@@ -310,7 +311,7 @@ def test_the_model_trained_here_is_shared_by_noise_levels_and_takes_noise_away(b
     assert one["cost"]["trained_here"] == sum(p.numel() for p in made.unet.parameters())
     assert one["cost"]["trained_elsewhere"] == one["cost"]["trainable_nominal"] == 0
 
-    (plan,) = make_plans(defenses="diffusion", dataset=TINY)
+    (plan,) = make_plans(RunOptions(defenses="diffusion", dataset=TINY))
     train = load_split(plan.card, "train").first(200)  # as the preset cuts it: from the cache
     base = untrained_base(plan.card, plan.base, CPU)
     fitted = fitting.fit(plan, base, train, CPU, lambda *_: pytest.fail("trained again"))
@@ -366,7 +367,7 @@ class Killed(Exception):
 
 def test_a_killed_training_resumes_to_the_same_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    (plan,) = make_plans(defenses="diffusion", dataset=TINY)
+    (plan,) = make_plans(RunOptions(defenses="diffusion", dataset=TINY))
     data = load_split(plan.card, "train").first(64)
     part = Diffusion(width=8, schedule=Schedule(epochs=7.5, batch=16), timesteps=100)
 

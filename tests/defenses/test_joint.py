@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from bench import plugins, rng
-from bench.data.datasets import Split, load_card, load_splits
+from bench.data.datasets import load_card, load_splits
+from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Defense
 from bench.models import bases
 from bench.models.base import BaseModel, Classifier
 from bench.models.base_names import blueprint
+from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.runs import fitting
 from bench.runs.plan import Plan, make_plans
@@ -43,7 +45,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(defense: str, method: str = "lora", **given: Any) -> Plan:
     settings = [f"method={method}"] if defense in ("joint", "two-stage") else []
-    (only,) = make_plans(defenses=defense, dataset=TINY, settings=settings, **given)
+    (only,) = make_plans(RunOptions(defenses=defense, dataset=TINY, settings=settings, **given))
     return only
 
 
@@ -212,14 +214,17 @@ def test_only_defenses_without_a_head_of_their_own_get_a_probe(tmp_path: Path, m
 
 
 def test_which_base_each_defense_gets() -> None:
-    found = make_plans(defenses="joint,lora,two-stage", dataset="cifar10", preset="paper")
+    found = make_plans(RunOptions(defenses="joint,lora,two-stage", dataset="cifar10", preset="paper"))
     published = "timm:vit_base_patch16_224.augreg_in21k"
     assert [p.base for p in found] == [published, "vit-b16", published]
     assert blueprint(found[0].card, published).made_for == 21843
     for preset in ("quick", "standard", "paper"):
-        found = make_plans(defenses="joint,lora", dataset="digits", preset=preset)
+        found = make_plans(RunOptions(defenses="joint,lora", dataset="digits", preset=preset))
         assert [p.base for p in found] == ["vit-0to4", "vit"]
-    assert [p.base for p in make_plans(defenses="joint,lora", dataset="digits", base="vit")] == ["vit", "vit"]
+    assert [p.base for p in make_plans(RunOptions(defenses="joint,lora", dataset="digits", base="vit"))] == [
+        "vit",
+        "vit",
+    ]
 
 
 # The command line ------------------------------------------------------------------------------------
@@ -312,6 +317,6 @@ def test_all_are_those_the_card_has_a_base_for(tmp_path: Path) -> None:
     bare.write_text(Path(TINY).read_text().replace('transfer_base = "vit-0to4"', ""))
     everything = set(plugins.names())
     given = {"tiny": {"dataset": TINY}, "bare": {"dataset": str(bare)}, "base": {"dataset": str(bare), "base": "vit"}}
-    found = {k: {p.defense for p in make_plans(defenses="all", **v)} for k, v in given.items()}
+    found = {k: {p.defense for p in make_plans(RunOptions(defenses="all", **v))} for k, v in given.items()}
     adapting = {"joint", "two-stage"}
     assert found == {"tiny": everything, "bare": everything - adapting, "base": everything}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bench.data.datasets import card_files, load_card
 from bench.models.base_names import blueprint
+from bench.options import RunOptions
 from bench.records.flaws import Stated
 from bench.records.importing import import_log
 from bench.records.verify import check_record
@@ -56,7 +57,9 @@ def _use_card(data: bytes) -> None:
             card.sha256()
             for name in card.bases:
                 blueprint(card, name)
-            (plan,) = make_plans(defenses="none", dataset=str(folder / "card.toml"), base=next(iter(card.bases)))
+            (plan,) = make_plans(
+                RunOptions(defenses="none", dataset=str(folder / "card.toml"), base=next(iter(card.bases)))
+            )
             assert plan.procedure.most > 0
 
         judge("card", read)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import http.client
 import io
 import json
 import math
@@ -14,6 +13,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPResponse
 from typing import Any
 
 import httpx2
@@ -201,7 +201,7 @@ class _Line:
 
 def heard(reply: bytes) -> Any:
     """The logits in a raw answer, as http.client (which bench does not use) and ``understood`` read it."""
-    response = http.client.HTTPResponse(_Line(reply), method="POST")  # type: ignore[arg-type]
+    response = HTTPResponse(_Line(reply), method="POST")  # type: ignore[arg-type]
     response.begin()
     body = response.read()
     head = int(response.headers.get("Inference-Header-Content-Length", len(body)))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
-from bench.data.datasets import Card
+from bench.data.card import Card
 from bench.models import base_names, bases
 from bench.models.base import LocalBase
 

@@ -20,13 +20,16 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from sklearn.linear_model import LogisticRegression
 
-from bench.data.datasets import Card, Recipe, Split, load_card, load_split
+from bench.data.card import Card, Recipe
+from bench.data.datasets import load_card, load_split
+from bench.data.split import Split
 from bench.errors import BenchError
 from bench.io import tensors
 from bench.models import base_names, bases, probe
 from bench.models.base import BaseModel
+from bench.options import RunOptions
 from bench.records.record import read_run
-from bench.report import build, tables
+from bench.report import cells, tables
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
 from tests.helpers.hubserver import COMMIT, HubServer
@@ -492,19 +495,21 @@ class Quiet:
 
 def plan(defense: str, base: Path | None, weights: Path | None, *settings: str) -> Plan:
     [only] = make_plans(
-        defenses=defense,
-        dataset="digits",
-        sigma=".25",
-        train_sigma=None,
-        base=base and str(base),
-        weights=weights,
-        preset=None,
-        examples="10",
-        n0=10,
-        n=50,
-        alpha=0.05,
-        seed="0",
-        settings=settings,
+        RunOptions(
+            defenses=defense,
+            dataset="digits",
+            sigma=".25",
+            train_sigma=None,
+            base=base and str(base),
+            weights=weights,
+            preset=None,
+            examples="10",
+            n0=10,
+            n=50,
+            alpha=0.05,
+            seed="0",
+            settings=settings,
+        )
     )
     return only
 
@@ -544,7 +549,7 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     assert ours["train_seconds"] > 0 and theirs["train_seconds"] is None
     assert given.info["defense"]["weights_file"] == "own.safetensors"
     assert given.info["defense"]["trained_elsewhere"] == ["own.safetensors"]
-    shown = build.columns([read_run(given.path)])
+    shown = cells.columns([read_run(given.path)])
     assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", tables.DASH)
 
 

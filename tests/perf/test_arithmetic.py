@@ -20,6 +20,7 @@ from bench.interface import Draw
 from bench.models import arithmetic
 from bench.models.arithmetic import steady
 from bench.models.bases import untrained_base
+from bench.options import RunOptions
 from bench.process.environment import keep_freed_memory
 from bench.runs import fitting
 from bench.runs.plan import Plan, make_plans
@@ -54,7 +55,7 @@ class Alone(nn.Module):
 
 
 def plan(defense: str) -> Plan:
-    (made,) = make_plans(defenses=defense, dataset="digits")
+    (made,) = make_plans(RunOptions(defenses=defense, dataset="digits"))
     return made
 
 

@@ -16,6 +16,7 @@ import torch
 from scipy.stats import beta, norm
 
 from bench.models.arithmetic import steady
+from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records import metrics
 from bench.runs.certifier import Certifier
@@ -54,7 +55,9 @@ def test_engine_against_the_shipped_loop(
     benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str, target: str
 ) -> None:
     """Wall-clock ratio of the same table on the same trained digits classifier, n = 10,000."""
-    (plan,) = make_plans(defenses="full", dataset="digits", sigma=str(SIGMA), n0=N0, n=N, procedure=kind, target=target)
+    (plan,) = make_plans(
+        RunOptions(defenses="full", dataset="digits", sigma=str(SIGMA), n0=N0, n=N, procedure=kind, target=target)
+    )
     device = torch.device("cpu")
     session = Session(device, tmp_path, ConsoleReporter())
     identity, task, fitted = session.prepare(plan)

@@ -14,7 +14,7 @@ from scipy import optimize, stats
 
 from bench.records import metrics, paired
 from bench.records.record import read_run
-from bench.report import build, tables
+from bench.report import cells, tables
 from bench.smoothing import bounds
 from tests.helpers.records import made_up
 
@@ -87,7 +87,7 @@ def test_more_seeds_do_not_weaken_a_clear_verdict(tmp_path: Path, seeds: int) ->
         low, high = (frame[f"certified_0.25_{end}"][name] for end in ("low", "high"))
         exact = bounds.interval(frame["certified_0.25"][name] * 100, 100)
         assert (low, high) == pytest.approx(exact) and high - low < 0.2
-    said = build.limits(group)
+    said = cells.limits(group)
     if seeds == 1:
         assert "(brackets: 95% Clopper-Pearson intervals)" in said
     else:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.errors import BenchError
 from bench.training import loop, objectives
 from tests.helpers.commands import TINY, Result

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.errors import BenchError
 from bench.interface import Draw
+from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records.record import Record
 from bench.runs import session
@@ -68,7 +69,7 @@ def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 def test_two_devices_certify_as_one(
     procedure: str, tmp_path: Path, drawn_by: set[int], set_threads: Callable[[int], None]
 ) -> None:
-    (plan,) = make_plans(defenses="none", dataset=TINY, procedure=procedure, n=1000)
+    (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY, procedure=procedure, n=1000))
     set_threads(1)
     alone = session.Session(CPU, tmp_path / "one", Quiet()).run(plan)
     assert drawn_by == {threading.get_ident()}
@@ -85,7 +86,7 @@ def test_threads_certify_as_one(
     name: str, procedure: str, tmp_path: Path, drawn_by: set[int], set_threads: Callable[[int], None]
 ) -> None:
     """A block in each thread, each with modules of its own: one that leaves notes on itself is not disturbed."""
-    (plan,) = make_plans(defenses=name, dataset=TINY, procedure=procedure, n=3000)
+    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY, procedure=procedure, n=3000))
     reporter = Quiet()
     set_threads(3)
     together = session.Session(CPU, tmp_path / "three", reporter).run(plan)
@@ -106,7 +107,7 @@ def test_what_cannot_be_copied_votes_in_one_thread(tmp_path: Path, set_threads: 
         .read_text()
         .replace("self.note = None", "self.note = __import__('_thread').allocate_lock()")
     )
-    (plan,) = make_plans(defenses=str(mine), dataset=TINY)
+    (plan,) = make_plans(RunOptions(defenses=str(mine), dataset=TINY))
     reporter = Quiet()
     session.Session(CPU, tmp_path / "three", reporter).run(plan)
     assert any("votes in one thread, not 3: TypeError" in line for line in reporter.said)
@@ -151,7 +152,7 @@ def test_threads_of_one_gpu_take_turns() -> None:
 
 
 def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (plan,) = make_plans(defenses="none", dataset=TINY)
+    (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
     copied = Certifier.copy
 
     def other(self: Certifier, share_weights: bool) -> Certifier:
@@ -167,7 +168,7 @@ def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: 
 
 def test_a_copy_asks_the_copy_of_its_base(tmp_path: Path) -> None:
     """What a defense sees of its base goes along when both are copied, and holds no more than before."""
-    (plan,) = make_plans(defenses="none", dataset=TINY)
+    (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
     _, certifier = session.Session(CPU, tmp_path, ConsoleReporter()).ready(plan)
     defense, base = copy.deepcopy((certifier.defense, certifier.base))
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import rng
-from bench.data.datasets import Split
+from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Draw, Schedule
 from bench.smoothing.noise import Noise, TrainDraw

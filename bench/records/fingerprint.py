@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
 from bench.process import environment
 
@@ -23,12 +23,12 @@ TOLERANCE, TOLERANCE_BFLOAT16 = 1e-3, 5e-2
 Fingerprint = dict[str, Any]
 
 
-def of(logits: Tensor, index: int, machine: Mapping[str, Any]) -> Fingerprint:
+def of(logits: NDArray[np.float32], index: int, machine: Mapping[str, Any]) -> Fingerprint:
     """The fingerprint of a block's logits [rows, classes], of votes of the image ``index``. JSON-able.
 
     ``machine``: the environment that computed them.
     """
-    values = logits.detach().to("cpu").float().nan_to_num().contiguous().numpy()
+    values = np.nan_to_num(logits)
     largest = values[:ROWS].max(1)
     return {
         "index": index,

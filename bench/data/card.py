@@ -1,0 +1,132 @@
+"""The schema of a data set's card, datasets/*.toml.
+
+A card is data, no Python: where the images come from, their shape and levels, the splits, and what
+each preset means here. Images stay integers 0 .. levels-1; pixels are integers / (levels - 1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic.dataclasses import dataclass as checked
+
+from bench.data.sources import Digits, Source, Stored, has, located, same
+from bench.errors import BenchError
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+_Side = Annotated[int, Field(ge=1, le=16_384)]
+
+
+@checked(config=_STRICT, frozen=True)
+class Preset:
+    """What quick, standard or paper means on this data set."""
+
+    examples: PositiveInt | Annotated[str, StringConstraints(pattern=r"^every:[1-9]\d*$")]
+    n0: PositiveInt
+    n: PositiveInt
+    base: str = ""  # a recipe of [bases]; default: the card's first
+    transfer_base: str = ""  # the base of defenses that adapt one of another task; as --base takes it; default: none
+    train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
+    epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of every training of a default schedule
+
+
+@checked(config=_STRICT, frozen=True)
+class Recipe:
+    """A base classifier: a timm model and the schedule that trains it clean, from scratch or pretrained weights."""
+
+    model: str
+    schedule: dict[str, Any]
+    args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False  # start from timm's published weights, with their normalisation
+    classes: tuple[str, ...] = ()  # train on the images of these alone: another task; default: all
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: two at least, all different")
+
+
+def _presets() -> dict[str, Preset]:
+    return {
+        "quick": Preset(examples=100, n0=100, n=1000, train_examples=10000, epoch_scale=0.15),
+        "standard": Preset(examples=500, n0=100, n=10000),
+        "paper": Preset(examples=500, n0=100, n=100000),
+    }
+
+
+def _names(value: Any) -> Any:
+    if type(value) is not int:
+        return value
+    if not 2 <= value <= 100_000:
+        raise ValueError(f"{value}: must be 2 to 100,000, or a list of names")
+    return tuple(map(str, range(value)))
+
+
+@checked(config=_STRICT, frozen=True)
+class Card:
+    """One data set, as its TOML file states it; all but name, source and shape has a default."""
+
+    # The name is part of folder names, so it must not lead out of them.
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    source: Source
+    shape: tuple[_Side, _Side, _Side]
+    levels: Annotated[int, Field(ge=2, le=256)] = 256
+    classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or how many; default: names of folders
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] = ()  # pixels in [0, 1]; neither may end in infinity
+    std: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = ()
+    radii: Annotated[tuple[Annotated[float, Field(ge=0, le=1e30)], ...], Field(min_length=1, max_length=100)] = (
+        *(0.0, 0.25, 0.5, 0.75, 1.0),
+    )
+    # Sizes of the splits that are cut from train, because the source has no such part.
+    splits: dict[Literal["test", "validation"], PositiveInt] = field(default_factory=dict)
+    presets: dict[str, Preset] = field(default_factory=_presets)
+    bases: dict[str, Recipe] = field(default_factory=dict)
+    preset: str = "quick"
+    augment: tuple[Literal["crop", "flip"], ...] = ()
+    home: Path = Path()  # the card's own folder; not a key of the file
+
+    def __post_init__(self) -> None:
+        for key in ("mean", "std"):
+            if getattr(self, key) and len(getattr(self, key)) != self.shape[0]:
+                raise ValueError(f"{key}: {len(getattr(self, key))} values for {self.shape[0]} channels")
+        for name in self.splits:
+            if has(self.source, name):
+                raise ValueError(f"splits.{name}: the source has its own {name} part, which is taken whole")
+        if not isinstance(self.source, Digits):
+            if self.shape[0] not in (1, 3):
+                raise ValueError(f"shape: pictures have 1 or 3 channels, not {self.shape[0]}")
+            if self.levels != 256:
+                raise ValueError("levels: pictures have 256")
+            if 0 < self.source.resize < max(self.shape[1:]):
+                raise ValueError(f"source.resize: {self.source.resize} is less than the shape's side")
+        if len(self.classes) == 1 or len(set(map(same, self.classes))) != len(self.classes):
+            raise ValueError("classes: two at least, all different")
+        if len({f"{r:g}" for r in self.radii}) < len(self.radii) or list(self.radii) != sorted(self.radii):
+            raise ValueError("radii: rising, and not printed alike")
+        if self.preset not in self.presets:
+            raise ValueError(f"preset = {self.preset!r} has no [presets.{self.preset}] table")
+
+    def sha256(self) -> str:
+        """Hash of what decides images and labels: the presets, recipes and report grid may change without it."""
+        parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
+        # Where a copy lies decides nothing; what is in it is hashed with the images.
+        parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def root(card: Card, source: Stored) -> tuple[Path, str]:
+    """The local data folder, and how a record calls it: without the path, which is the user's own."""
+    if source.folder:
+        return located(card.home, source.folder), Path(source.folder).name
+    data = os.environ.get("CERTBENCH_DATA")
+    if not data:
+        raise BenchError(f"card {card.name}: set CERTBENCH_DATA to the folder that holds {card.name}/ with its data")
+    return Path(data) / card.name, f"$CERTBENCH_DATA/{card.name}"

@@ -1,0 +1,97 @@
+"""The options of ``bench run`` that decide what is certified."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from bench.errors import BenchError
+
+
+def option(help: str, default: Any = MISSING, flag: str | None = None) -> Any:
+    """A field of ``RunOptions`` with its text for ``--help``; ``flag``: its name where the field's does not give it."""
+    metadata = {"help": help, "flag": flag}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def flag(one: Field[Any]) -> str:
+    """The name of an option on the command line."""
+    return one.metadata["flag"] or f"--{one.name.replace('_', '-')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options as typed, unchecked: ``runs.plan.make_plans`` turns them into runs.
+
+    A record keeps those of its run under ``arguments``, so that the run can be repeated.
+    """
+
+    defenses: str = option(
+        "Names or ./file.py, with commas between, or all that the card has a base for.", flag="--defense"
+    )
+    dataset: str = option("A card's name or ./card.toml.")
+    sigma: str = option("Noise of the certificate, in pixels of [0, 1]; several with commas.", ".25")
+    train_sigma: float | None = option("Noise while training; default: sigma.", None)
+    base: str | None = option(
+        "The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or "
+        "http://HOST/v2/models/NAME; default: the card's for the preset.",
+        None,
+    )
+    weights: str | None = option("Certify these weights of the defense (of the base, for none); train nothing.", None)
+    preset: str | None = option("quick, standard or paper; default: the card's.", None)
+    split: str = option("test; or validation, to choose sigma by: never in one table with test.", "test")
+    examples: str | None = option("N images, class-balanced, or every:K.", None)
+    n0: int | None = option("Votes that select the class, per image.", None)
+    n: int | None = option("Votes that bound the probability, per image.", None)
+    alpha: float = option("Failure probability of each certificate.", 0.001)
+    procedure: str = option(
+        "fixed: n votes an image (Cohen et al.); anytime: stop as soon as the answer is known.", "fixed"
+    )
+    target: str = option("selected: the class chosen on n0 votes; label: test the known label directly.", "selected")
+    noise: str = option(
+        "grid: rounded to the pixel grid, sound in floating point; float: as published numbers.", "grid"
+    )
+    arithmetic: str = option(
+        "How logits are computed when certifying: float32, or bfloat16, channels-last, compile, several "
+        "with commas. Each makes another classifier, named in tables.",
+        "float32",
+    )
+    seed: str = option("Seed of training and noise; several with commas.", "0")
+    objective: str = option("Training objective: gaussian, stability, consistency or dign.", "gaussian")
+    settings: tuple[str, ...] = option(
+        "[defense.]key=value; several values: a run for each. Repeatable.", (), flag="--set"
+    )
+    search: tuple[str, ...] = option(
+        "[defense.]key=value,value: train with each, keep the most accurate under noise on the "
+        "validation split. Repeatable.",
+        (),
+    )
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> RunOptions:
+        """Read the arguments of a record. Raises BenchError naming the first that ``bench run`` does not take."""
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(arguments), strict=True)
+        except ValidationError as e:
+            first = e.errors(include_url=False, include_input=False)[0]
+            raise BenchError(f"arguments: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+    def record(self) -> dict[str, Any]:
+        """The arguments as a record keeps them, JSON-able."""
+        return asdict(self) | {"settings": list(self.settings), "search": list(self.search)}
+
+    def command(self, *more: str) -> str:
+        """The command line of these options, with more words at its end; options at their defaults are left out."""
+        words = ["bench", "run"]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value == one.default or value is None:
+                continue
+            for single in value if isinstance(value, tuple) else [value]:
+                words += [flag(one), str(single)]
+        return shlex.join([*words, *more])
