@@ -86,12 +86,17 @@ class RunOptions:
         return asdict(self) | {"settings": list(self.settings), "search": list(self.search)}
 
     def command(self, *more: str) -> str:
-        """The command line of these options, with more words at its end; options at their defaults are left out."""
-        words = ["bench", "run"]
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value == one.default or value is None:
-                continue
-            for single in value if isinstance(value, tuple) else [value]:
-                words += [flag(one), str(single)]
-        return shlex.join([*words, *more])
+        """The command line of these options, with more words at its end."""
+        return command(self.record(), *more)
+
+
+def command(arguments: Mapping[str, Any], *more: str) -> str:
+    """The command line that a record's arguments stand for, as far as they are there; defaults are left out."""
+    words = ["bench", "run"]
+    for one in fields(RunOptions):
+        value = arguments.get(one.name)
+        if value is None or value == one.default or value == []:
+            continue
+        for single in value if isinstance(value, list) else [value]:
+            words += [flag(one), str(single)]
+    return shlex.join([*words, *more])

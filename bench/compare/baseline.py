@@ -16,7 +16,7 @@ from typing import Any
 from bench.errors import BenchError, one_line
 from bench.io import files, limits
 from bench.io.files import digest
-from bench.options import RunOptions
+from bench.options import command
 from bench.records import grouping, schema, verify
 from bench.records.record import Record, find_runs, read_run
 
@@ -37,7 +37,7 @@ def entry(record: Record) -> dict[str, Any]:
     return {
         "name": f"{grouping.method_name(record)}, {identity['dataset']}, sigma {identity['sigma']:g}, "
         f"seed {identity['seed']}" + ("" if identity["split"] == "test" else f", {identity['split']} images"),
-        "command": RunOptions.of(info["arguments"]).command(),
+        "command": command(info["arguments"]),
         "method": {
             "name": defense["name"],
             "config": {k: v for k, v in defense["config"].items() if k not in searched},

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.io.files import digest, file_sha256
-from bench.options import RunOptions
+from bench.options import command
 from bench.process.runlog import NAME, held
 from bench.records import fingerprint, metrics, schema
 from bench.records.record import Record, Run, read_run
@@ -104,7 +104,7 @@ def _lack(run: Path, shard: Shard, records: dict[Shard, Record]) -> str:
     if shard in records and held(records[shard].path / NAME):
         return f"{run}: shard {shard}: running, {state}"
     where = ["--device", one.identity.get("device") or "auto", "--out", str(run.parent), "--shard", str(shard)]
-    return f"{run}: shard {shard}: {state}; finish it: {RunOptions.of(one.info['arguments']).command(*where)}"
+    return f"{run}: shard {shard}: {state}; finish it: {command(one.info['arguments'], *where)}"
 
 
 def _write(run: Path, shards: Sequence[Record]) -> None:

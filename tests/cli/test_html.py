@@ -22,6 +22,7 @@ from PIL import Image
 
 from bench.data.datasets import load_split
 from bench.options import RunOptions
+from bench.records import grouping
 from bench.report import build, cells, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
@@ -170,7 +171,7 @@ def test_the_page_asks_for_nothing(page: Path) -> None:
 
 def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     seen = read(page)
-    groups = tables.groups(tables.load_records(runs)[0])
+    groups = grouping.groups(tables.load_records(runs)[0])
     assert len(groups) == 2
     plots = list(seen.views.values())
     assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
@@ -179,12 +180,12 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
         frame, shown, sigma = tables.pooled(group), cells.columns(group), group[0].identity["sigma"]
         for i, (label, (_, row)) in enumerate(zip(shown["defense"], frame.iterrows(), strict=True)):
             line = lines[f"{label}, sigma {sigma:g}"]
-            assert 0 <= tables.reach(group[0]) - line["x"][-1] < 1e-4 and line["x"][0] == 0
+            assert 0 <= grouping.reach(group[0]) - line["x"][-1] < 1e-4 and line["x"][0] == 0
             at = [100 * row[k] for k in ("certified_0", "certified_0_low", "certified_0_high")]
             assert [line["y"][0], *line["customdata"][0]] == pytest.approx(at)
             before, after = np.searchsorted(line["x"], 0.25) - 1, np.searchsorted(line["x"], 0.25)
             assert line["y"][before] >= 100 * row["certified_0.25"] >= line["y"][after]
-            for radius in [r for r in (0.0, 0.25, 0.5) if r <= tables.reach(group[0])]:
+            for radius in [r for r in (0.0, 0.25, 0.5) if r <= grouping.reach(group[0])]:
                 for key in ("trained_here", "train_seconds", "flops_per_vote", "votes"):
                     view = costs[f"{radius:g}|{key}"]
                     (point,) = (t for t in view["data"] if t["name"] == label)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bench.records import grouping
 from bench.records.record import read_run
-from bench.report import published, tables
+from bench.report import published
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import made_up
 
@@ -132,7 +133,7 @@ def test_holms_correction_counts_all_pairs_of_rows(bench: Bench, tmp_path: Path)
 
 def test_a_reach_is_printed_rounded_up(bench: Bench, tmp_path: Path) -> None:
     run = made_up(tmp_path, [0.3] * 10)
-    reach = tables.reach(read_run(run))
+    reach = grouping.reach(read_run(run))
     (said,) = re.findall(r"certified beyond r = ([\d.]+) ", bench("report", tmp_path).out)
     assert reach <= float(said) < reach + 0.001
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from bench.records import grouping
 from bench.report import cells, tables
 from tests.helpers.commands import Result
 from tests.helpers.records import RADII, certificate, fewest, made_up, seal, stated
@@ -94,7 +95,7 @@ def test_a_figure_of_many_rows_shows_the_first_and_says_so(many: Path, tmp_path:
     from bench.report.figures import MOST, curves
 
     records, _ = tables.load_records(many)
-    svg = curves(tables.groups(records)[0], tmp_path, "figure")[0].read_text()
+    svg = curves(grouping.groups(records)[0], tmp_path, "figure")[0].read_text()
     said = " ".join(re.findall(r"<!-- (.*?) -->", svg))  # matplotlib draws text as paths, and says which
     assert f"the first {MOST} of the table's 50 rows" in said
     assert len(re.findall(r"<!-- m\d+ -->", svg)) == MOST

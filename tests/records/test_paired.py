@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from bench.records import metrics, paired
+from bench.records import grouping, metrics, paired
 from bench.records.record import read_run
 from bench.report import cells, tables
 from bench.smoothing import bounds
@@ -79,7 +79,7 @@ def test_more_seeds_do_not_weaken_a_clear_verdict(tmp_path: Path, seeds: int) ->
     for seed in range(seeds):
         made_up(tmp_path, [0.3] * (63 + seed) + [0.1] * (37 - seed), name="lora", seed=seed)
         made_up(tmp_path, [0.3] * (10 - seed) + [0.1] * (90 + seed), name="none", seed=seed)
-    (group,) = tables.groups(tables.load_records(tmp_path)[0])
+    (group,) = grouping.groups(tables.load_records(tmp_path)[0])
     frame = tables.pooled(group).set_index("defense")
     assert tables.level_with_best(group, tables.pooled(group), 0.25) == set()
     assert frame["certified_0.25_low"]["lora"] > frame["certified_0.25_high"]["none"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.records import metrics
+from bench.records import grouping, metrics
 from bench.records.record import Record
 from bench.report import envelopes, figures, plots, tables
 from bench.smoothing.anytime import Anytime, describe
@@ -28,7 +28,7 @@ def group(request: pytest.FixtureRequest, tmp_path: Path) -> list[Record]:
     procedure, most = (FIXED, 0.6) if request.param == "fixed" else (ANYTIME, 0.5)
     for name, seed in (("one", 0), ("one", 1), ("other", 0)):
         made_up(tmp_path, rng.uniform(0, most, 30).tolist(), name=name, seed=seed, procedure=procedure)
-    (found,) = tables.groups(tables.load_records(tmp_path)[0])
+    (found,) = grouping.groups(tables.load_records(tmp_path)[0])
     return found
 
 
@@ -55,7 +55,7 @@ def level_or_upright(x: Sequence[float], y: Sequence[float]) -> Iterator[bool]:
 
 def test_a_line_of_the_page_is_never_above_what_is_certified(group: list[Record]) -> None:
     frame = tables.pooled(group)
-    by_run = {m[0].path.name: m for m in tables.methods(group)}
+    by_run = {m[0].path.name: m for m in grouping.methods(group)}
     found = [plots.Method(str(i), by_run[row["run"]], row, i) for i, row in frame.iterrows()]
     figure = plots.curves({0.25: found})
     bands, lines = figure.data[::2], figure.data[1::2]
@@ -64,7 +64,7 @@ def test_a_line_of_the_page_is_never_above_what_is_certified(group: list[Record]
         radii = inside(EVERYWHERE, line.x)
         assert (drawn(line.x, line.y, radii) <= truth(method.records, radii) + 1e-9).all()
         assert list(line.y) == pytest.approx(truth(method.records, line.x).tolist())
-        assert line.x[-1] <= tables.reach(group[0])
+        assert line.x[-1] <= grouping.reach(group[0])
         corners = len(band.x) // 2
         assert all(level_or_upright(band.x[:corners], band.y[:corners]))
         assert all(level_or_upright(band.x[corners:], band.y[corners:]))
@@ -84,7 +84,7 @@ def test_a_line_of_a_figure_is_never_above_what_is_certified(
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.update(figure=self), save(self, *a, **k))[1])
     figures.curves(group, tmp_path, "figure")
     (axes,) = kept["figure"].axes
-    by_run = {m[0].path.name: m for m in tables.methods(group)}
+    by_run = {m[0].path.name: m for m in grouping.methods(group)}
     runs = [by_run[run] for run in tables.pooled(group)["run"]]
     assert len(axes.lines) == len(axes.collections) == len(runs) == 2
     for seeds, line, band in zip(runs, axes.lines, axes.collections, strict=True):
@@ -110,7 +110,7 @@ def test_a_curve_of_one_radius_is_a_point(tmp_path: Path) -> None:
     """No image can be certified at .25 with so few votes: one point, at 0."""
     procedure = describe(Anytime(10, 20, 0.001, (0.25, 0.5)))
     made_up(tmp_path, [0.0, None], procedure=procedure)
-    (group,) = tables.groups(tables.load_records(tmp_path)[0])
+    (group,) = grouping.groups(tables.load_records(tmp_path)[0])
     method = plots.Method("one", group, tables.pooled(group).iloc[0], 0)
     (_, line) = plots.curves({0.25: [method]}).data
     assert list(line.x) == [0] and "markers" in line.mode
