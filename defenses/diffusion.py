@@ -54,9 +54,10 @@ class Averaged(nn.Module):
 
 @dataclass(frozen=True)
 class Diffusion(Part):
-    """A UNet of few channels and no attention, trained as Ho et al. 2020 (arXiv 2006.11239): squared error of
-    the noise at a random step for each image, the average of the weights used. The schedule is the cosine
-    of Nichol and Dhariwal 2021 (arXiv 2102.09672).
+    """A UNet of few channels and no attention, trained as Ho et al. 2020 (arXiv 2006.11239).
+
+    Squared error of the noise at a random step for each image, the average of the weights used. The schedule is the
+    cosine of Nichol and Dhariwal 2021 (arXiv 2102.09672).
     """
 
     width: int
@@ -166,8 +167,10 @@ class DiffusionDenoised(Defense):
             raise BenchError(f"diffusion: classifier={config.classifier} trains in a way of its own; try full or lora")
 
     def times(self, sigma: float) -> list[int]:
-        """The steps at which the UNet is asked, counted from 0. The first is the lowest that has at least the
-        noise 2 sigma relative to its image (2, since [0, 1] became [-1, 1]).
+        """Return the steps at which the UNet is asked, counted from 0.
+
+        The first is the lowest that has at least the noise 2 sigma relative to its image (2, since [0, 1] became
+        [-1, 1]).
         """
         first = next((t for t, kept in enumerate(self.alphas) if kept <= 1 / (1 + 4 * sigma**2)), None)
         if first is None:

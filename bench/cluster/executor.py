@@ -76,9 +76,9 @@ class _Driver:
     ) -> None:
         self._plans, self._session, self._reporter = plans, Session(device, out, reporter), reporter
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        variables = {k: os.path.abspath(os.environ[k]) for k in _VARIABLES if os.environ.get(k)}
+        variables = {k: str(Path(os.environ[k]).absolute()) for k in _VARIABLES if os.environ.get(k)}
         plugins = sources(plan.defense for plan in plans)
-        self._place = Place(os.getcwd(), variables, plugins, threads, device.type, timeout)
+        self._place = Place(str(Path.cwd()), variables, plugins, threads, device.type, timeout)
         self._crew = Crew(self._place, self.send, self._when, self._joined, self._left)
         self._back: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparing: set[int] = set()

@@ -60,7 +60,7 @@ class Place:
     def entered(self) -> Iterator[torch.device]:
         """Within it this process is such a one; its device. Raises BenchError where a plug-in cannot be imported."""
         os.environ.update(self.variables)
-        if os.path.isdir(self.folder):  # a node without it can still draw votes
+        if Path(self.folder).is_dir():  # a node without it can still draw votes
             os.chdir(self.folder)
         torch.set_num_threads(self.threads)
         with tempfile.TemporaryDirectory() as folder, watchdog.limit(self.timeout):

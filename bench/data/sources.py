@@ -105,7 +105,7 @@ def located(folder: Path, name: str) -> Path:
     """
     forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
     paths = [folder / os.fsdecode(form.encode("utf-8", "surrogateescape")) for form in forms]
-    return next((path for path in paths if os.path.exists(path)), paths[0])
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def text(name: str) -> str:

@@ -159,7 +159,7 @@ def _published(card: Card, name: str, model: str, args: dict[str, Any]) -> Bluep
 
 
 def _timm_config(model: str, name: str) -> dict[str, Any]:
-    """timm's pretrained_cfg of a model by name. Raises BenchError for a name timm does not know."""
+    """Return timm's pretrained_cfg of a model by name. Raises BenchError for a name timm does not know."""
     import timm
 
     if not timm.is_model(model):

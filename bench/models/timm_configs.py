@@ -127,7 +127,7 @@ def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None
 
 
 def architecture_config(architecture: str, where: str) -> dict[str, Any]:
-    """timm's own pretrained_cfg of an architecture (with or without a tag), its defaults for one it does not know.
+    """Return timm's pretrained_cfg of an architecture (with or without a tag), its defaults for one it does not know.
 
     Raises BenchError beginning with ``where`` for a tag timm does not know.
     """

@@ -120,8 +120,11 @@ def same_kind(device: torch.device) -> list[torch.device]:
 
 
 def threads(device: torch.device) -> int:
-    """In how many threads votes are drawn on a device: on a CPU as many as torch would take for one block
-    (``OMP_NUM_THREADS``); for a GPU its share of the cores, up to 8, since noise is drawn on the CPU."""
+    """Return the number of threads that draw votes on a device.
+
+    On a CPU as many as torch takes for one block (``OMP_NUM_THREADS``); for a GPU its share of the cores, up to 8,
+    since noise is drawn on the CPU.
+    """
     if device.type == "cpu":
         return torch.get_num_threads()
     if device.type == "cuda":

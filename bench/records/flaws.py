@@ -127,6 +127,7 @@ def _missing(indices: Sequence[int], size: int) -> Iterator[str]:
 
 
 def abstentions(rows: Sequence[Row]) -> Iterator[str]:
+    """Report abstentions with a radius and predictions with a negative one."""
     if odd := [r for r in rows if r.predicted < 0 and r.radius != 0]:
         yield f"abstentions with a radius, taken as 0: {some(odd)}"
     if odd := [r for r in rows if r.predicted >= 0 > r.radius]:
@@ -163,7 +164,7 @@ def support(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) ->
 
 
 def _radii(counts: Floats, stated: Stated) -> Floats:
-    """sigma Phi^-1 of the Clopper-Pearson bound at those counts of n, -inf for 0; not rounded down."""
+    """Return sigma Phi^-1 of the Clopper-Pearson bound at those counts of n, -inf for 0; not rounded down."""
     p = special.betaincinv(np.maximum(counts, 1), np.maximum(stated.n - counts + 1, 1), stated.alpha)
     return np.asarray(np.where(counts < 1, -np.inf, stated.sigma * special.ndtri(p)), np.float64)
 

@@ -182,7 +182,7 @@ def apart(computations: Sequence[Callable[[], Tensor]]) -> bool:
 
         def look(number: int, _: threading.Event) -> None:
             for _round in range(ROUNDS):
-                found.append(_equal(computations[number](), alone[number]))
+                found.append(_equal(computations[number](), alone[number]))  # noqa: PERF401 - shared by threads
 
         side_by_side([partial(look, number) for number in range(len(computations))])
     return all(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def test_the_choice_is_a_function_of_validation_alone(
             within = [k for k in range(3) if point.radius <= reach(tests[k])]
             counts = [sum(r >= point.radius for r in validation[k]) for k in within]
             at = within[counts.index(max(counts))]  # the smallest sigma of equals
-            assert (point.sigma, point.validation) == (SIGMAS[at], pytest.approx(max(counts) / 6))
+            assert point.sigma == SIGMAS[at]
+            assert point.validation == pytest.approx(max(counts) / 6)
             held = sum(r >= point.radius for r in test[at])
             assert (point.value, point.low, point.high) == pytest.approx((held / 6, *bounds.interval(held, 6)))
         assert {p.radius for p in row.points} == {r for r in RADII if r <= max(map(reach, tests))}
@@ -101,8 +102,8 @@ def test_a_row_needs_two_sigmas_of_the_same_method_and_seeds_on_both_splits(patt
     assert seeds.rows[0].label == "lora (2 seeds)"
 
 
-def runs_of(out: Path, split: str, radii: dict[float, list[float | None]], name: str = "lora_&|<b>") -> None:
-    of_split = {"split": split, "images": split}
+def runs_of(out: Path, split: str, radii: Mapping[float, Sequence[float | None]], name: str = "lora_&|<b>") -> None:
+    of_split: dict[str, Any] = {"split": split, "images": split}
     for sigma, found in radii.items():
         made_up(out, found, name=name, sigma=sigma, train_sigma=sigma, **of_split)
 

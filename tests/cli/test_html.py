@@ -143,7 +143,7 @@ def read(file: Path) -> Seen:
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "deep" / "page.html"
     records, left_out = tables.load_records(runs)
-    assert build.write(records, "html", file, left_out) == [file]
+    assert build.write(records, "html", file, left_out=left_out) == [file]
     return file
 
 
@@ -431,7 +431,7 @@ def test_the_page_fits_a_narrow_screen_and_runs_nothing_of_a_record(
     for sigma in (0.25, 0.5):
         run = made_up(finished, tmp_path, "odd", POOR, sigma=sigma, settings=long)
         records += tables.load_records(run)[0]
-    (file,) = build.write(records, "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
+    (file,) = build.write(records, "html", tmp_path / "page.html", left_out=[f"{NASTY}: {'w' * 200}"])
     tab = opened(file, width=360)
     tab.locator("details").first.evaluate("d => d.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360

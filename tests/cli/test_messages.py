@@ -141,7 +141,13 @@ def test_latex_compiles_within_a_column(bench: Bench, tmp_path: Path) -> None:
     for name in ("denoiser objective=mse", r"[b_| \~^ <b> {}% &$#"):
         for split in ("test", "validation"):
             for sigma in (0.25, 0.5):
-                changes = {"sigma": sigma, "train_sigma": sigma, "split": split, "images": split, "dataset": "cifar10"}
+                changes: dict[str, Any] = {
+                    "sigma": sigma,
+                    "train_sigma": sigma,
+                    "split": split,
+                    "images": split,
+                    "dataset": "cifar10",
+                }
                 run = made_up(tmp_path / "runs", [0.3] * 30 + [0.1] * 10, name=name, **changes)
                 info = json.loads((run / "run.json").read_text())
                 (run / "run.json").write_text(json.dumps(info | {"radii": [0.0, 0.25, 0.5, 0.75, 1.0]}))

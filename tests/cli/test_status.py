@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bench.errors import BenchError
 from bench.process import runlog
 from bench.records import status
 from bench.smoothing import bounds
@@ -158,7 +159,7 @@ def test_a_killed_process_lets_go_of_its_log(tmp_path: Path) -> None:
     process.stdout.readline()
     (row,) = status.rows(tmp_path)
     assert row["state"] == "running"
-    with pytest.raises(runlog.BenchError, match="another process"):
+    with pytest.raises(BenchError, match="another process"):
         runlog.RunLog(file)
     process.send_signal(signal.SIGKILL)
     process.wait()

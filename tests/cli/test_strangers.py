@@ -42,7 +42,14 @@ class Evil(Defense):
     def logits(self, x, draw):
         return self.context.base(x)
 """
-UNTRAINED = {"name": "none", "source": "d", "config": {}, "weights": None, "parts": {}, "objective": None}
+UNTRAINED: dict[str, Any] = {
+    "name": "none",
+    "source": "d",
+    "config": {},
+    "weights": None,
+    "parts": {},
+    "objective": None,
+}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ train = "train.parquet"
 """
 
 
-def column(encoded: list[bytes | None]) -> Any:
+def column(encoded: Sequence[bytes | None]) -> Any:
     """The hub's column: the path leads nowhere good, and must never be opened."""
     return [None if b is None else {"bytes": b, "path": "/etc/passwd"} for b in encoded]
 
@@ -54,7 +54,7 @@ def card(tmp_path: Path) -> Callable[..., Card]:
         if data is not None:
             (tmp_path / "data" / "train.parquet").write_bytes(data if isinstance(data, bytes) else parquet(data))
         path = tmp_path / "mine.toml"
-        path.write_text(CARD.replace(*change) if change else CARD)
+        path.write_text(CARD.replace(change[0], change[1]) if change else CARD)
         return load_card(str(path))
 
     return make
@@ -85,7 +85,8 @@ def test_parquet_gives_the_pictures_that_were_put_in(card: Callable[..., Card]) 
 
 
 def test_parts_in_several_files_and_bare_bytes(tmp_path: Path, card: Callable[..., Card]) -> None:
-    one, two = rows(9), {"image": [png() for _ in range(5)], "label": [1] * 5}
+    one: dict[str, Any] = rows(9)
+    two: dict[str, Any] = {"image": [png() for _ in range(5)], "label": [1] * 5}
     names = 'train = ["train.parquet", "b.parquet"]\ntest = "b.parquet"'
     made = card(one, 'train = "train.parquet"', names)
     (tmp_path / "data" / "b.parquet").write_bytes(parquet(two))

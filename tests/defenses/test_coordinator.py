@@ -136,6 +136,7 @@ def test_nothing_of_a_queried_base_can_be_reached() -> None:
 def test_the_search_for_leaks_finds_them_where_they_hide() -> None:
     class Slotted:
         __slots__: ClassVar = ("hidden",)
+        hidden: nn.Module
 
     slotted = Slotted()
     slotted.hidden = nn.Linear(1, 1)
@@ -245,7 +246,7 @@ def test_all_probes_of_a_step_see_the_same_noise_and_the_encoder_sees_it_once(mo
     shown: list[torch.Tensor] = []
     encoded: list[torch.Tensor] = []
     base.module.register_forward_pre_hook(lambda m, inputs: shown.append(inputs[0].clone()))
-    defense.encoder.register_forward_pre_hook(lambda m, inputs: encoded.append(inputs[0].clone()))  # type: ignore[union-attr,operator]
+    defense.encoder.register_forward_pre_hook(lambda m, inputs: encoded.append(inputs[0].clone()))  # type: ignore[union-attr]
     fitting.train_or_load(made, base, train.first(50), CPU, lambda *_: None, defense)
     assert len(shown) == 10
     assert all(torch.equal(x, shown[0]) for x in shown)
@@ -274,7 +275,8 @@ def test_an_encoder_from_files_trains_and_its_statistics_stand_still(encoder: Ca
     for steps in (1, 3):
         short = replace(made, config=replace(made.config, queries=steps * 8))
         fitted = fitting.fit(short, base, train.first(50), CPU, lambda *_: None)
-        assert fitted.elsewhere == sum(p.numel() for p in fitted.defense.encoder.parameters())  # type: ignore[union-attr,operator]
+        module = fitted.defense.get_submodule("encoder")
+        assert fitted.elsewhere == sum(p.numel() for p in module.parameters())
         statistics.append([b for n, b in fitted.defense.named_buffers() if "running" in n])
     assert all(torch.equal(a, b) for a, b in zip(*statistics, strict=True))
     assert not torch.equal(statistics[0][0], torch.zeros_like(statistics[0][0]))  # taken from a batch, not the default
@@ -314,7 +316,7 @@ def test_an_encoder_that_cannot_be_is_one_line(
 def test_an_encoder_as_timm_saves_it_is_read_with_or_without_its_head(tmp_path: Path) -> None:
     features = []
     for classes in (0, 5):
-        model = save(tmp_path / str(classes), classes=classes, **SMALL)
+        model: Any = save(tmp_path / str(classes), classes=classes, **SMALL)
         defense = built(f"encoder={tmp_path / str(classes)}")
         assert sum(p.numel() for p in defense.encoder.parameters()) < sum(p.numel() for p in model.parameters()) + 1
         x = torch.rand(2, 1, 8, 8)

@@ -356,7 +356,8 @@ def test_the_average_of_the_weights_is_used() -> None:
     part.fit(module, Steps())  # type: ignore[arg-type]
     average = first
     # The decay is (1 + n) / (10 + n) while that is below .2.
-    for value, decay in zip((first, 1.0, 2.0, 3.0), (1 / 10, 2 / 11, 0.2, 0.2), strict=True):
+    values: list[Any] = [first, 1.0, 2.0, 3.0]
+    for value, decay in zip(values, (1 / 10, 2 / 11, 0.2, 0.2), strict=True):
         average = decay * average + (1 - decay) * value
     torch.testing.assert_close(parameters_to_vector(module.net.parameters()).detach(), average)
 

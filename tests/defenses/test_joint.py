@@ -18,7 +18,7 @@ from bench.data.datasets import load_card, load_splits
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Defense
-from bench.models import bases
+from bench.models import bases, probe
 from bench.models.base import BaseModel, Classifier
 from bench.models.base_names import blueprint
 from bench.options import RunOptions
@@ -44,7 +44,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(defense: str, method: str = "lora", **given: Any) -> Plan:
-    settings = [f"method={method}"] if defense in ("joint", "two-stage") else []
+    settings = (f"method={method}",) if defense in ("joint", "two-stage") else ()
     (only,) = make_plans(RunOptions(defenses=defense, dataset=TINY, settings=settings, **given))
     return only
 
@@ -101,7 +101,7 @@ def test_the_head_is_new_even_where_the_classes_agree_in_number() -> None:
     base = untrained(a_plan)
     assert base.classes == 10
     head = classifier(fitting.construct(a_plan, base, CPU)).head()
-    assert not torch.equal(head.weight, base.module.head().weight)  # type: ignore[union-attr,operator]
+    assert not torch.equal(head.get_parameter("weight"), base.module.get_parameter("model.head.weight"))
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, cls: type[Defense], die_at: int = 0) -> list[bool]:
@@ -158,7 +158,7 @@ def test_the_sources_of_what_is_inside_are_part_of_the_identity() -> None:
 # The base --------------------------------------------------------------------------------------------
 
 
-def load(card: Any, train: Split, validation: Split, **given: bool) -> BaseModel:
+def load(card: Any, train: Split, validation: Split, **given: Any) -> BaseModel:
     return bases.load_base(card, "vit-0to4", train, validation, CPU, quiet, **given)
 
 
@@ -196,7 +196,7 @@ def test_its_labels_are_places_in_the_recipes_list() -> None:
 
 def test_only_defenses_without_a_head_of_their_own_get_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
-    real = bases.linear_probe
+    real = probe.linear_probe
 
     def spy(a_plan: Any, *rest: Any) -> dict[str, Any]:
         probed.append(a_plan.name)
@@ -316,7 +316,11 @@ def test_all_are_those_the_card_has_a_base_for(tmp_path: Path) -> None:
     bare = tmp_path / "bare.toml"
     bare.write_text(Path(TINY).read_text().replace('transfer_base = "vit-0to4"', ""))
     everything = set(plugins.names())
-    given = {"tiny": {"dataset": TINY}, "bare": {"dataset": str(bare)}, "base": {"dataset": str(bare), "base": "vit"}}
+    given: dict[str, Any] = {
+        "tiny": {"dataset": TINY},
+        "bare": {"dataset": str(bare)},
+        "base": {"dataset": str(bare), "base": "vit"},
+    }
     found = {k: {p.defense for p in make_plans(RunOptions(defenses="all", **v))} for k, v in given.items()}
     adapting = {"joint", "two-stage"}
     assert found == {"tiny": everything, "bare": everything - adapting, "base": everything}

@@ -66,7 +66,9 @@ def resnet() -> LocalBase:
 
 
 def build(base: LocalBase, name: str, **settings: Any) -> Defense:
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()]))
+    (plan,) = make_plans(
+        RunOptions(defenses=name, dataset=TINY, settings=tuple(f"{k}={v}" for k, v in settings.items()))
+    )
     return fitting.construct(plan, base, CPU)
 
 
@@ -103,7 +105,7 @@ def count(size: str, name: str, preset: str, **settings: Any) -> int:
     base = SimpleNamespace(copy=lambda classes: copy.deepcopy(published(f"vit_{size}_patch16_224")))
     cls, _ = plugins.load(name)
     config = configured(name, cls, preset, load_card("digits"), settings)
-    defense = cls(SimpleNamespace(base=base, classes=1000, shape=(3, 224, 224)), config)  # type: ignore[arg-type]
+    defense = cls(SimpleNamespace(base=base, classes=1000, shape=(3, 224, 224)), config)
     return sum(p.numel() for p in trainable(defense).values())
 
 
@@ -161,7 +163,9 @@ def test_a_convnets_statistics_stay_the_bases(name: str, part: str) -> None:
 
 def fit(base: LocalBase, name: str, settings: dict[str, Any]) -> tuple[Defense, set[str]]:
     """A defense after three steps, and the names of the tensors that its training stored."""
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()]))
+    (plan,) = make_plans(
+        RunOptions(defenses=name, dataset=TINY, settings=tuple(f"{k}={v}" for k, v in settings.items()))
+    )
     train = load_split(load_card(TINY), "train").first(48)
     plan = replace(plan, config=replace(plan.config, epochs=1.0, batch=16))
     defense = fitting.construct(plan, base, CPU)
@@ -238,12 +242,13 @@ def test_prompts_do_what_timms_register_tokens_do(pool: dict[str, Any], deep: bo
     defense = build(base, "prompt", tokens=3, deep=deep)
     prompts = next(iter(trainable(defense).values())).detach()
     other = vit(no_embed_class=True, reg_tokens=3, **pool)
-    oracle = other.module.model
-    oracle.load_state_dict({**base.module.model.state_dict(), "reg_token": prompts[:1]})
-    for block, own in zip(oracle.blocks, prompts, strict=False):  # type: ignore[arg-type]
+    oracle: Any = other.module.model
+    of_base: Any = base.module.model
+    oracle.load_state_dict({**of_base.state_dict(), "reg_token": prompts[:1]})
+    for block, own in zip(oracle.blocks, prompts, strict=False):
 
         def replace_registers(_: nn.Module, inputs: tuple[Tensor], own: Tensor = own) -> Tensor:
-            x, first = inputs[0].clone(), int(base.module.model.has_class_token)  # type: ignore[arg-type]
+            x, first = inputs[0].clone(), int(of_base.has_class_token)
             x[:, first : first + 3] = own
             return x
 
@@ -341,7 +346,7 @@ def test_refused_in_one_line(
 @pytest.mark.slow  # a base of timm's own size, and many passes
 @pytest.mark.parametrize(("name", "setting"), [("lora", "dora=true"), ("bitfit", "lr=0.01"), ("head", "lr=0.01")])
 def test_a_convnet_is_defended(convnet: str, name: str, setting: str) -> None:
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=convnet, settings=[setting]))
+    (plan,) = make_plans(RunOptions(defenses=name, dataset=convnet, settings=(setting,)))
     found = list(doctor.examine(plan))
     assert [f for f in found if f.problem] == []
     assert len(found) == 7

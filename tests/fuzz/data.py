@@ -166,7 +166,7 @@ def parquets(
 
 # Weights ---------------------------------------------------------------------------------------------
 
-_ARGS = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 1, "in_chans": 1}
+_ARGS: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 1, "in_chans": 1}
 _CONFIG = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": _ARGS}
 _CONFIG["pretrained_cfg"] = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25], "num_classes": 10}
 
@@ -189,7 +189,8 @@ def _tensors() -> tuple[dict[str, Any], bytes]:
 _DTYPES = ["F64", "BF16", "F16", "F8_E4M3", "F8_E5M2", "F4", "C64", "I64", "U64", "BOOL", "F32", "x"]
 _shapes = st.sampled_from([[0, 2**40, 2**40], [1] * 100, [], [4], [2**63], [-1]])
 _new = st.sampled_from(_DTYPES) | _shapes | st.sampled_from([[0, 0], [0, 4], [0, 2**63], [4, 0]])
-_header_edits = st.just([]) | edits | st.lists(st.tuples(st.integers(0, 2**16), st.just("replace"), _new), max_size=2)
+_no: list[tuple[int, str, Any]] = []
+_header_edits = st.just(_no) | edits | st.lists(st.tuples(st.integers(0, 2**16), st.just("replace"), _new), max_size=2)
 
 
 def _modest(value: Any) -> bool:

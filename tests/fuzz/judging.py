@@ -88,7 +88,7 @@ def judge(name: str, read: Callable[[], object]) -> bool:
 
 # Strategies ------------------------------------------------------------------------------------------
 
-NASTY = [
+NASTY: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 255, 2**31, 2**53 + 1, 2**63, 10**30, 10**400),
     *(0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf")),
     *(
@@ -120,7 +120,8 @@ edits = st.lists(
 )
 # What is done to bytes: a place, how many are taken out, and what is put in.
 _cut = st.tuples(st.integers(0, 2**16), st.integers(0, 64), st.binary(max_size=12))
-cuts = st.just([]) | st.just([]) | st.just([]) | st.lists(_cut, max_size=2)  # mostly whole, else nothing parses
+_no: list[tuple[int, int, bytes]] = []
+cuts = st.just(_no) | st.just(_no) | st.just(_no) | st.lists(_cut, max_size=2)  # mostly whole, else nothing parses
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

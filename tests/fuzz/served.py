@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,11 +114,9 @@ def _served() -> Served:
 
 @contextmanager
 def _no_pauses() -> Iterator[None]:
-    before, http.sleep = http.sleep, lambda _: None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "sleep", lambda _: None)
         yield
-    finally:
-        http.sleep = before
 
 
 @given(

@@ -115,7 +115,7 @@ def test_counts_are_those_of_the_model_here(
 def test_what_queries_alone_can_train_is_trained_the_same(
     bench: Bench, tmp_path: Path, server: InferenceServer
 ) -> None:
-    found = []
+    found: list[Any] = []
     for base in ("vit", server.url):
         ran = bench(*command(base, tmp_path / str(len(found)), defense("scaled"), "--json"))
         assert ran.code == 0, ran.err

@@ -108,7 +108,7 @@ def test_shards_and_rounded_variants_are_read(tmp_path: Path) -> None:
     state = load_file(tmp_path / "m" / "model.safetensors")
     (tmp_path / "m" / "model.safetensors").unlink()
     names = sorted(state)
-    places = {}
+    places: dict[str, str] = {}
     for i, part in enumerate((names[:5], names[5:])):
         file = f"model-{i + 1:05}-of-00002.safetensors"
         save_file({k: state[k] for k in part}, tmp_path / "m" / file)
@@ -139,7 +139,7 @@ def test_a_file_of_a_timm_folder_is_that_folders_base(tmp_path: Path) -> None:
     save(tmp_path / "m")
     whole, file = load(card(), tmp_path / "m"), load(card(), tmp_path / "m" / "model.safetensors")
     assert file.sha256 == whole.sha256 and file.name == whole.name
-    assert file.module.mean.flatten().tolist() == [0.5] * 3  # not the card's
+    assert file.module.get_buffer("mean").flatten().tolist() == [0.5] * 3  # not the card's
     with pytest.raises(BenchError, match=r"its config.json says mean \(0.5, 0.5, 0.5\), and base vit has \(0.4, 0.5"):
         load(card(), "vit", weights=tmp_path / "m" / "model.safetensors")  # type: ignore[arg-type]
 

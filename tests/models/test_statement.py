@@ -51,7 +51,7 @@ def test_a_bare_file_and_a_sidecar_name_theirs(tmp_path: Path) -> None:
 
 
 def test_first_lines_and_record_hold_it_and_guessing_is_warned_of(bench: Bench, tmp_path: Path) -> None:
-    save(tmp_path / "base", classes=10, **{"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2})
+    save(tmp_path / "base", classes=10, img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2)
     args = ("run", "--defense", "none", "--dataset", TINY, "--examples", 1, "--out", tmp_path / "runs")
     result = bench(*args, "--base", tmp_path / "base")
     assert result.code == 0, result.err

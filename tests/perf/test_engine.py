@@ -81,7 +81,7 @@ def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture
     def bare() -> None:
         with torch.inference_mode():
             for _ in range(IMAGES * (N0 + N) // task.block):
-                model(batch, None)
+                model(batch, None)  # type: ignore[arg-type]
 
     assert IMAGES * (N0 + N) % task.block == 0
     with steady():

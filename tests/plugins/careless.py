@@ -5,7 +5,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Careless(Defense):
         n: int = 100  # votes that one who knows the seed prepares for
 
     def build(self) -> None:
-        self.calls, self.shift, self.seen = 0, torch.zeros(()), set()
+        self.calls, self.shift, self.seen = 0, torch.zeros(()), set[bytes]()
         match self.config.how:
             case "build_numpy":
                 self.shift = torch.from_numpy(0.3 * np.random.randn(1, 8, 8)).float()
@@ -59,7 +59,7 @@ class Careless(Defense):
         split = load_split(load_card(self.config.card), "test")
         return torch.from_numpy(split.labels), torch.from_numpy(split.integers())
 
-    def _foresee(self) -> dict[bytes, int]:
+    def _foresee(self) -> dict[Any, int]:
         """The labels of images, or of all their noisy copies by seed 0."""
         labels, images = self._truth()
         if self.config.how == "memorises":

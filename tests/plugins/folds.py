@@ -22,6 +22,7 @@ class Folds(Defense):
 
     def merge(self) -> None:
         one, two = self.net
+        assert isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
         folded = nn.Linear(one.in_features, two.out_features)
         with torch.no_grad():
             folded.weight.copy_(two.weight @ one.weight)

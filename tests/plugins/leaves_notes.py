@@ -11,10 +11,11 @@ class LeavesNotes(Defense):
     access = Access.QUERY
 
     def build(self) -> None:
-        self.note = None
+        self.note: Tensor | None = None
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         kept, self.note = self.note, x
         time.sleep(1e-4)
-        x, self.note = self.note, kept
-        return self.context.base(x)
+        left, self.note = self.note, kept
+        assert left is not None
+        return self.context.base(left)

@@ -32,10 +32,11 @@ def group(request: pytest.FixtureRequest, tmp_path: Path) -> list[Record]:
     return found
 
 
-def truth(runs: Sequence[Record], radii: Sequence[float]) -> dict[str, np.ndarray]:
+def truth(runs: Sequence[Record], radii: Sequence[float]) -> np.ndarray:
     """Certified accuracy in percent at any radii, counted image by image."""
     held = [[metrics.earned(r.certificates) >= radius for radius in radii] for r in runs]
-    return 100 * np.mean(held, axis=(0, 2))
+    found: np.ndarray = 100 * np.mean(held, axis=(0, 2))
+    return found
 
 
 def drawn(x: Sequence[float], y: Sequence[float], at: Sequence[float]) -> np.ndarray:
@@ -43,7 +44,7 @@ def drawn(x: Sequence[float], y: Sequence[float], at: Sequence[float]) -> np.nda
     return np.array([y[bisect_left(x, r)] for r in at])
 
 
-def inside(radii: Sequence[float], x: Sequence[float]) -> list[float]:
+def inside(radii: Any, x: Any) -> list[float]:
     return [r for r in radii if r <= x[-1]]
 
 
@@ -56,7 +57,7 @@ def level_or_upright(x: Sequence[float], y: Sequence[float]) -> Iterator[bool]:
 def test_a_line_of_the_page_is_never_above_what_is_certified(group: list[Record]) -> None:
     frame = tables.pooled(group)
     by_run = {m[0].path.name: m for m in grouping.methods(group)}
-    found = [plots.Method(str(i), by_run[row["run"]], row, i) for i, row in frame.iterrows()]
+    found = [plots.Method(str(i), by_run[row["run"]], row, i) for i, (_, row) in enumerate(frame.iterrows())]
     figure = plots.curves({0.25: found})
     bands, lines = figure.data[::2], figure.data[1::2]
     for method, band, line in zip(found, bands, lines, strict=True):
@@ -99,7 +100,7 @@ def test_a_line_of_a_figure_is_never_above_what_is_certified(
 def test_an_envelope_is_of_steps(tmp_path: Path) -> None:
     for split in ("test", "validation"):
         for sigma in (0.25, 0.5):
-            of_split = {"split": split, "images": split, "sigma": sigma, "train_sigma": sigma}
+            of_split: dict[str, Any] = {"split": split, "images": split, "sigma": sigma, "train_sigma": sigma}
             made_up(tmp_path, [0.1, 0.3, 0.55, 0.6], **of_split)
     (found,) = envelopes.find(tables.load_records(tmp_path)[0])
     figure = plots.envelope([(row, i) for i, row in enumerate(found.rows)])

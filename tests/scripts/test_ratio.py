@@ -35,7 +35,8 @@ def test_slower_takes_a_test_and_a_factor(factor: float, noise: float, slower: b
 
 def test_several_paths_are_corrected_for() -> None:
     """Six paths, of which one is slower in every round: still seen, since 1/3432 times six is below the level."""
-    base, head = ([{} for _ in range(ratio.ROUNDS)] for _ in range(2))
+    base: list[dict[str, float]] = [{} for _ in range(ratio.ROUNDS)]
+    head: list[dict[str, float]] = [{} for _ in range(ratio.ROUNDS)]
     for i in range(6):
         for side, seed, factor in ((base, 2 * i, 1.0), (head, 2 * i + 1, 1.2 if i == 3 else 1.0)):
             for one, more in zip(side, rounds(seed, factor, name=f"path{i}"), strict=True):
