@@ -1,4 +1,4 @@
-"""Pictures and weights that strangers made: parquet files, folders, encoded pictures, safetensors and their configs."""
+"""Fuzz pictures and weights: parquet files, folders, encoded pictures, safetensors and their configs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ reader = "{reader}"
 
 
 def _read_all(folder: Path) -> None:
-    """The train split as a run takes it: what says which pictures they are, and each of them decoded."""
+    """Load the train split as a run does, and decode each picture."""
     split = load_split(load_card(str(folder / "card.toml")), "train")
     assert len(split.sha256()) == 64
     pixels = split.images[np.arange(len(split))]
@@ -95,7 +95,7 @@ _NAMES = [
 
 @given(st.lists(st.tuples(st.sampled_from(_NAMES), pictures), min_size=1, max_size=6), looks)
 def picture_folders(files: list[tuple[bytes, bytes]], look: tuple[int, int]) -> None:
-    """Pictures with bytes torn, under names that may be no text, in a folder for each class."""
+    """Read damaged pictures, under file names that may not be valid text, in a folder for each class."""
     with scratch() as folder:
         for number, (name, data) in enumerate([*files, *(((b"z.png"), _encoded("PNG", "L", (8, 8))),) * 3]):
             place = folder / "train" / ("cat", "dog", "\udcff")[number % 3]
@@ -152,7 +152,7 @@ def _columns(images: list[bytes | None], labels: list[int | None], kind: Any, la
 def parquets(
     rows: list[Any], kind: Any, label_kind: Any, packed: str, old: bool, torn: list[Any], look: tuple[int, int]
 ) -> None:
-    """A parquet file of many kinds of columns, its bytes torn."""
+    """Read a damaged parquet file with columns of many kinds."""
     images = [None if k is None else _encoded(*KINDS[k], (8, 8)) for k, _ in rows]
     images += [_encoded("PNG", "L", (8, 8))] * 3
     table = _columns(images, [label for _, label in rows] + [0, 1, 2], kind, label_kind)
@@ -173,7 +173,7 @@ _CONFIG["pretrained_cfg"] = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.2
 
 @functools.cache
 def _tensors() -> tuple[dict[str, Any], bytes]:
-    """Header and data of a safetensors file of that model."""
+    """Return header and data of a safetensors file of the model in ``_CONFIG``."""
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **_ARGS)
@@ -194,7 +194,7 @@ _header_edits = st.just(_no) | edits | st.lists(st.tuples(st.integers(0, 2**16),
 
 
 def _modest(value: Any) -> bool:
-    """Whether no number in a config asks for a model that takes long: docs/security.md says that none is refused."""
+    """Return whether all sizes in a config are small; large models are slow but not refused (docs/security.md)."""
     if isinstance(value, dict | list):
         return all(map(_modest, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int | float) or not value > 64
@@ -202,7 +202,7 @@ def _modest(value: Any) -> bool:
 
 @given(_header_edits, st.sampled_from(["file", "sidecar", "inside", "folder"]), st.just([]) | edits, cuts, cuts)
 def weights(changes: list[Any], where: str, others: list[Any], torn: list[Any], torn_config: list[Any]) -> None:
-    """Weights with the header changed and bytes torn, and a config beside or inside of it: finite logits' weights."""
+    """Load damaged weights with a changed header, and a config in a file or in the header."""
     header, data = _tensors()
     config = changed(_CONFIG, others)
     if isinstance(config, dict) and not _modest(config.get("model_args")):
