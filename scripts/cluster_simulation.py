@@ -22,9 +22,10 @@ import numpy as np
 from scipy import special
 
 from bench.smoothing.anytime import Anytime
-from bench.smoothing.dispatch import Dispatcher, enlarged
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Batch, Certificate, Scheduler, Span, Voted
+from bench.smoothing.dispatch import Dispatcher, batch_factor
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.scheduler import Scheduler
+from bench.smoothing.votes import Batch, Certificate, Span, Voted
 
 BLOCK, SECONDS, LATENCY = 64, 0.03, 0.002  # votes of a block, what they take, and a message's way
 SIGMA, RADII, CLASSES = 0.5, (0.25, 0.5, 0.75, 1.0, 1.5), 2
@@ -80,7 +81,7 @@ def simulate(
     rng = np.random.default_rng(seed)
     p = special.ndtr(rng.normal(1.0, 1.2, (runs, images)))  # each image's probability of its label
     clock, dispatcher = Clock(), Dispatcher()
-    rows = enlarged(workers, SECONDS) * BLOCK
+    rows = batch_factor(workers, SECONDS) * BLOCK
     schedulers = [
         Scheduler(lambda label: procedure.certify(SIGMA, label), lambda i: 0, CLASSES, range(images))
         for _ in range(runs)

@@ -23,7 +23,8 @@ from scipy import special
 
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime, Floats, Tables, tabulate
-from bench.smoothing.procedures import Counts, Fixed, Target
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.votes import Counts, Target
 
 N0, N, ALPHA, STEP = 100, 100_000, 0.001, 0.25
 # The logs peak at 3.91 sigma, beyond what n = 100,000 gives at the stated alpha of .001 (3.81): they fit .01.

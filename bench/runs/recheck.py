@@ -22,10 +22,11 @@ from scipy import stats
 from bench.models.arithmetic import steady
 from bench.smoothing.anytime import Anytime, schedule
 from bench.smoothing.bounds import interval
-from bench.smoothing.engine import Device, side_by_side
+from bench.smoothing.engine import Device
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, VoteDraw
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Batch, Certificate, Voted
+from bench.smoothing.threads import side_by_side
+from bench.smoothing.votes import Batch, Certificate, Voted
 
 LEVEL = 1e-6  # chance that the audit of one record accuses an honest one
 VOTES = 512  # fresh votes an image, at most

@@ -19,9 +19,9 @@ from PIL import Image
 from scipy import stats
 
 from bench.smoothing import bounds, gridnoise
-from bench.smoothing.anytime import procedure_of
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote
+from bench.smoothing.procedures import procedure_of
 from tests.helpers.commands import Result, defense
 
 Bench = Callable[..., Result]

@@ -25,10 +25,12 @@ from bench.interface import Draw
 from bench.models.arithmetic import steady
 from bench.models.bases import untrained_base
 from bench.process.environment import keep_freed_memory
-from bench.smoothing.engine import Device, Model, Task, block_rows, certify, side_by_side
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote, add_float
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.task import Model, Task, block_rows
+from bench.smoothing.threads import side_by_side
 from tests.helpers.turns import paired
 
 SHAPE = (3, 32, 32)

@@ -46,7 +46,7 @@ def test_grid_noise(benchmark: Any) -> None:
 
 
 def test_bound_and_radius(benchmark: Any) -> None:
-    from bench.smoothing.procedures import Fixed
+    from bench.smoothing.fixed import Fixed
 
     fixed = Fixed(100, 10_000, 0.001)
 
@@ -57,9 +57,10 @@ def test_bound_and_radius(benchmark: Any) -> None:
 
 
 def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any, images: int, n: int) -> None:
-    from bench.smoothing.engine import Device, Task, certify
+    from bench.smoothing.engine import Device, certify
+    from bench.smoothing.fixed import Fixed
     from bench.smoothing.noise import Noise
-    from bench.smoothing.procedures import Fixed
+    from bench.smoothing.task import Task
 
     noise, fixed, pixels = Noise(0, "test"), Fixed(100, n, 0.001), np.zeros((images, *shape), np.uint8)
     task = Task(lambda i: pixels[i], lambda i: 0, noisy, shape, 10, 0.25, noise, ROWS, torch.device("cpu"))

@@ -23,8 +23,9 @@ from bench.runs.certifier import Certifier
 from bench.runs.device import Placed
 from bench.runs.plan import make_plans
 from bench.runs.session import Session
-from bench.smoothing.engine import Certificate, certify
+from bench.smoothing.engine import certify
 from bench.smoothing.noise import Noise, TrainDraw
+from bench.smoothing.votes import Certificate
 from tests.helpers.turns import paired
 
 SIGMA, N0, N, ALPHA, IMAGES, BATCH = 0.25, 100, 10_000, 0.001, 5, 1000

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 from bench.smoothing import bounds
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.fixed import Fixed
 
 
 def tail(p: float, top: int, n: int) -> mpmath.mpf:

@@ -18,9 +18,12 @@ from bench.errors import BenchError
 from bench.interface import Draw
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime
-from bench.smoothing.engine import TILE, Certificate, Device, Task, block_rows, certify, check_rows
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, add_float
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import Task, block_rows
+from bench.smoothing.votes import TILE, Certificate
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 4)

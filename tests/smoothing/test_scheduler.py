@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.dispatch import Dispatcher
-from bench.smoothing.procedures import Decision, Fixed, Procedure, Votes
-from bench.smoothing.scheduler import TILE, Batch, Certificate, Scheduler, Span, Voted
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.scheduler import Scheduler
+from bench.smoothing.votes import TILE, Batch, Certificate, Counts, Decision, ImageProcedure, Span, Voted, VoteRequest
 
 CLASSES = 3
 FIXED = Fixed(33, 210, 0.01)
@@ -23,7 +24,7 @@ ANYTIME = Anytime(20, 2000, 0.01, (0.25, 0.5))
 
 
 def draw(batch: Batch) -> Voted:
-    """Votes that depend on their keys alone, as a sound model's do; some are NaN."""
+    """VoteRequest that depend on their keys alone, as a sound model's do; some are NaN."""
     rows = []
     for span in batch.spans:
         assert span.first % TILE == span.rows % TILE == 0
@@ -35,17 +36,29 @@ def draw(batch: Batch) -> Voted:
     return np.array(rows, np.int64)
 
 
-def back_and_forth(label: int) -> Procedure:
-    """A procedure that goes over to another purpose and comes back, with votes drawn ahead of each change."""
-    total = np.zeros(CLASSES + 1, np.int64)
-    for purpose, count in (("a", 30), ("b", 20), ("a", 50), ("a", 7), ("b", 40)):
-        total += (yield Votes(purpose, count, later=60)) * (1 if purpose == "a" else 1000)
-    return Decision(None, 0.0, 0, int(total.sum()), int(total[0]), 1, int(total[1]), 0.0, 147)
+class BackAndForth:
+    """A procedure that changes to another purpose and back, with votes drawn ahead of each change."""
+
+    def __init__(self) -> None:
+        self.requests = [
+            VoteRequest(purpose, count, later=60)
+            for purpose, count in (("a", 30), ("b", 20), ("a", 50), ("a", 7), ("b", 40))
+        ]
+        self.total = np.zeros(CLASSES + 1, np.int64)
+
+    def first(self) -> VoteRequest:
+        return self.requests[0]
+
+    def update(self, counts: Counts) -> VoteRequest | Decision:
+        self.total += counts * (1 if self.requests.pop(0).purpose == "a" else 1000)
+        if self.requests:
+            return self.requests[0]
+        return Decision(None, 0.0, 0, int(self.total.sum()), int(self.total[0]), 1, int(self.total[1]), 0.0, 147)
 
 
-def start(kind: str, label: int) -> Procedure:
+def start(kind: str, label: int) -> ImageProcedure:
     if kind == "back and forth":
-        return back_and_forth(label)
+        return BackAndForth()
     return (FIXED if kind == "fixed" else ANYTIME).certify(0.5, label)
 
 
@@ -61,17 +74,15 @@ def alone(kind: str, image: int) -> Certificate:
     """By a plain loop over the procedure, with no scheduler: votes 0, 1, 2, ... of each purpose, each once."""
     procedure = start(kind, image % CLASSES)
     seen: Counter[str] = Counter()
-    try:
-        wanted = next(procedure)
-        while True:
-            first, last = seen[wanted.purpose], seen[wanted.purpose] + wanted.count
-            end = -(-last // TILE) * TILE
-            span = Span(wanted.purpose, image, 0, end)
-            voted = draw(Batch(0, (span,)))[first:last]
-            seen[wanted.purpose] = last
-            wanted = procedure.send(np.bincount(voted, minlength=CLASSES + 1))
-    except StopIteration as stop:
-        return Certificate(**vars(stop.value), index=image, label=image % CLASSES)
+    answer: VoteRequest | Decision = procedure.first()
+    while isinstance(answer, VoteRequest):
+        first, last = seen[answer.purpose], seen[answer.purpose] + answer.count
+        end = -(-last // TILE) * TILE
+        span = Span(answer.purpose, image, 0, end)
+        voted = draw(Batch(0, (span,)))[first:last]
+        seen[answer.purpose] = last
+        answer = procedure.update(np.bincount(voted, minlength=CLASSES + 1))
+    return Certificate(**vars(answer), index=image, label=image % CLASSES)
 
 
 class Sloppy:
@@ -141,9 +152,9 @@ def test_any_workers_any_order_losses_and_duplicates(data: st.DataObject) -> Non
 
 def one_at_a_time(run: Scheduler, rows: int) -> Iterator[tuple[Batch, list[Certificate]]]:
     while not run.done:
-        batch = run.next(rows)
+        batch = run.next_batch(rows)
         assert batch is not None
-        yield batch, run.take(batch.number, draw(batch), 1.0)
+        yield batch, run.receive(batch.number, draw(batch), 1.0)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "anytime", "back and forth"])
@@ -161,10 +172,10 @@ def test_seconds_are_shared_out_whole() -> None:
 def test_of_a_second_answer_nothing_is_counted() -> None:
     run, found, batches = scheduler("fixed", [0, 1]), list[Certificate](), 0
     while not run.done:
-        batch = run.next(48, spare=False)
+        batch = run.next_batch(48, speculate=False)
         assert batch is not None
-        found += run.take(batch.number, draw(batch), 1.0)
-        assert run.take(batch.number, draw(batch), 1.0) == []
+        found += run.receive(batch.number, draw(batch), 1.0)
+        assert run.receive(batch.number, draw(batch), 1.0) == []
         batches += 1
     assert sum(c.seconds for c in found) == pytest.approx(batches)
     assert sorted((bare(c) for c in found), key=lambda c: c.index) == [alone("fixed", 0), alone("fixed", 1)]
@@ -172,25 +183,25 @@ def test_of_a_second_answer_nothing_is_counted() -> None:
 
 def test_needed_votes_first_then_new_images_then_votes_ahead() -> None:
     run = scheduler("anytime", [0, 1, 2])
-    first = run.next(32, spare=False)  # 20 votes select the class of one image: two tiles
+    first = run.next_batch(32, speculate=False)  # 20 votes select the class of one image: two tiles
     assert first is not None and [s.image for s in first.spans] == [0]
-    second = run.next(32, spare=False)
+    second = run.next_batch(32, speculate=False)
     assert second is not None and [s.image for s in second.spans] == [1]
-    assert run.take(first.number, draw(first), 1.0) == []
-    third = run.next(32, spare=False)  # image 0 now waits for votes, and image 2 is new
+    assert run.receive(first.number, draw(first), 1.0) == []
+    third = run.next_batch(32, speculate=False)  # image 0 now waits for votes, and image 2 is new
     assert third is not None and [(s.image, s.purpose) for s in third.spans] == [(0, "estimate")]
-    fourth = run.next(96, spare=False)
+    fourth = run.next_batch(96, speculate=False)
     assert fourth is not None and [s.image for s in fourth.spans] == [0, 2, 0]
-    assert run.next(32, spare=False) is None  # nobody waits for more
-    ahead = run.next(32)
+    assert run.next_batch(32, speculate=False) is None  # nobody waits for more
+    ahead = run.next_batch(32)
     assert ahead is not None and {s.image for s in ahead.spans} == {0}
 
 
 def test_what_is_out_longest_is_copied_once_for_somebody_with_nothing_to_do() -> None:
     run = scheduler("fixed", [0, 1])
-    out = [run.next(48, spare=False), run.next(48, spare=False)]
-    assert [run.next(48), run.next(48), run.next(48)] == [*out, None]
-    assert run.next(48, spare=False) is None
+    out = [run.next_batch(48, speculate=False), run.next_batch(48, speculate=False)]
+    assert [run.next_batch(48), run.next_batch(48), run.next_batch(48)] == [*out, None]
+    assert run.next_batch(48, speculate=False) is None
 
 
 def test_a_copy_is_a_batch_of_its_own() -> None:
@@ -213,7 +224,7 @@ def test_a_copy_is_a_batch_of_its_own() -> None:
 
 def test_an_answer_of_another_length_is_refused() -> None:
     run = scheduler("fixed", [0])
-    batch = run.next(64)
+    batch = run.next_batch(64)
     assert batch is not None
     with pytest.raises(ValueError, match="votes for a batch of"):
-        run.take(batch.number, draw(batch)[1:], 1.0)
+        run.receive(batch.number, draw(batch)[1:], 1.0)

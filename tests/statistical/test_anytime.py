@@ -16,25 +16,22 @@ from scipy import stats
 
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime, Floats, log_wealth, mixture, schedule, tabulate
-from bench.smoothing.procedures import Counts, Decision, Fixed, Procedure, Target, Votes
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 CONFIG = Anytime(n0=100, n=100_000, alpha=0.001, radii=RADII)
 
 
-def play(procedure: Procedure, draw: dict[str, list[list[int]]]) -> Decision:
+def play(procedure: ImageProcedure, draw: dict[str, list[list[int]]]) -> Decision:
     """Answer a procedure's requests from lists of counts, checking that each has as many votes as asked."""
     queue = {purpose: iter(counts) for purpose, counts in draw.items()}
-    try:
-        wanted = next(procedure)
-        while True:
-            counts = np.array(next(queue[wanted.purpose]), np.int64)
-            assert counts.sum() == wanted.count
-            wanted = procedure.send(counts)
-    except StopIteration as stop:
-        decision = stop.value
-        assert isinstance(decision, Decision)
-        return decision
+    answer: VoteRequest | Decision = procedure.first()
+    while isinstance(answer, VoteRequest):
+        counts = np.array(next(queue[answer.purpose]), np.int64)
+        assert counts.sum() == answer.count
+        answer = procedure.update(counts)
+    return answer
 
 
 def two_class(hits: list[int], looks: list[int]) -> list[list[int]]:
@@ -93,7 +90,7 @@ def test_no_radius_above_clopper_pearson_at_the_decisive_look(n: int, sigma: flo
 
 @given(st.integers(0, 10**9), st.floats(0.3, 1.0), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0.0, 0.03]))
 @settings(max_examples=150, deadline=None)
-def test_generator_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float, tau: float) -> None:
+def test_procedure_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float, tau: float) -> None:
     config = replace(CONFIG, target="label", n=20_000)
     tables = tabulate(config, sigma, tau)
     steps = np.diff(tables.looks, prepend=0)
@@ -141,13 +138,10 @@ def test_a_later_look_that_certifies_nothing_more_is_not_recorded() -> None:
 def test_votes_that_all_agree_reach_the_largest_radius(config: Fixed | Anytime, target: Target) -> None:
     config, largest = replace(config, target=target), []
     for tau in (0.0, 0.05):
-        procedure, counts, wanted = config.certify(1.0, 0, tau), None, None
-        try:
-            while True:
-                wanted = next(procedure) if counts is None else procedure.send(counts)
-                counts = np.array([wanted.count, 0, 0])
-        except StopIteration as stop:
-            decision = stop.value
+        procedure = config.certify(1.0, 0, tau)
+        decision: VoteRequest | Decision = procedure.first()
+        while isinstance(decision, VoteRequest):
+            decision = procedure.update(np.array([decision.count, 0, 0]))
         assert decision.radius == config.largest_radius(1.0, tau)
         found = config.recompute(1.0, decision.n, decision.top_count, tau)
         assert found == (decision.p_lower, decision.radius)
@@ -258,7 +252,7 @@ def test_selected_and_label_target() -> None:
     assert (decision.predicted, decision.radius, decision.n0, decision.runner_up) == (1, 1.5, 100, None)
     assert decision.votes == decision.n + 100 < 10_000
     label = replace(CONFIG, target="label")
-    assert next(label.certify(0.5, label=0)) == Votes("estimate", 64, CONFIG.n - 64)
+    assert label.certify(0.5, label=0).first() == VoteRequest("estimate", 64, CONFIG.n - 64)
     decision = play(label.certify(0.5, label=0), {"estimate": sure["estimate"]})
     assert (decision.predicted, decision.radius, decision.n0, decision.votes) == (None, 0.0, 0, 64)
 
@@ -309,9 +303,9 @@ def test_few_votes(n: int) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="no look"):
+    with pytest.raises(ValueError, match="not a look"):
         CONFIG.recompute(0.5, 65, 60)
-    with pytest.raises(ValueError, match="no look"):
+    with pytest.raises(ValueError, match="not a look"):
         CONFIG.recompute(0.5, 64, 65)
     with pytest.raises(ValueError, match="rising"):
         replace(CONFIG, radii=(0.5, 0.25))

@@ -14,9 +14,11 @@ from scipy import stats
 from torch import Tensor
 
 from bench.interface import Draw
-from bench.smoothing.engine import Certificate, Device, Task, certify
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, add_float
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.task import Task
+from bench.smoothing.votes import Certificate
 
 SHAPE = (1, 8, 8)
 SIGMA = 0.5
