@@ -1,6 +1,6 @@
-"""The engine's hot paths, each alone: ``make perf`` times them, ``make perf-ratio`` holds them against another commit.
+"""The engine's hot paths: ``make perf`` times them, ``make perf-ratio`` compares them with another commit.
 
-Another commit's bench may lack what a benchmark imports, so each imports for itself.
+Another commit may lack a module that a benchmark imports, so each benchmark has its own imports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROWS, PIXELS = 256, 3 * 32 * 32  # a block of CIFAR-10
 
 @pytest.fixture(autouse=True)
 def measured(benchmark: Any) -> None:
-    """Which bench it is, for whoever compares two."""
+    """Record which ``bench`` was measured, for comparisons of two."""
     import bench
 
     benchmark.extra_info["bench"] = bench.__file__
@@ -73,7 +73,7 @@ def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any
 
 
 def test_packing(benchmark: Any) -> None:
-    """All that the engine does but noise and model: twenty images' votes packed into blocks and counted."""
+    """The engine without noise and model: the votes of twenty images are packed into blocks and counted."""
     logits = torch.zeros(ROWS, 10)
     _certify(benchmark, (1, 1, 1), lambda x, draw: logits, lambda images, keys: images, images=20, n=1_000)
 

@@ -1,4 +1,4 @@
-"""The scheduler alone: whatever is lost, late or answered twice, every certificate is that of one batch at a time."""
+"""The scheduler: lost, late and duplicate answers change no certificate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANYTIME = Anytime(20, 2000, 0.01, (0.25, 0.5))
 
 
 def draw(batch: Batch) -> Voted:
-    """VoteRequest that depend on their keys alone, as a sound model's do; some are NaN."""
+    """Draw votes that depend only on their keys, as a valid model's do; some are NaN."""
     rows = []
     for span in batch.spans:
         assert span.first % TILE == span.rows % TILE == 0
@@ -37,7 +37,7 @@ def draw(batch: Batch) -> Voted:
 
 
 class BackAndForth:
-    """A procedure that changes to another purpose and back, with votes drawn ahead of each change."""
+    """A procedure that changes to another purpose and back, with speculative votes before each change."""
 
     def __init__(self) -> None:
         self.requests = [
@@ -71,7 +71,7 @@ def bare(c: Certificate) -> Certificate:
 
 
 def alone(kind: str, image: int) -> Certificate:
-    """By a plain loop over the procedure, with no scheduler: votes 0, 1, 2, ... of each purpose, each once."""
+    """Certify without a scheduler, by a plain loop: votes 0, 1, 2, ... of each purpose, each once."""
     procedure = start(kind, image % CLASSES)
     seen: Counter[str] = Counter()
     answer: VoteRequest | Decision = procedure.first()
@@ -85,8 +85,8 @@ def alone(kind: str, image: int) -> Certificate:
     return Certificate(**vars(answer), index=image, label=image % CLASSES)
 
 
-class Sloppy:
-    """A worker that keeps what it is sent until the test says otherwise."""
+class FakeWorker:
+    """A worker that keeps its batches until the test answers them."""
 
     def __init__(self) -> None:
         self.has: list[tuple[int, Batch]] = []
@@ -99,7 +99,7 @@ class Sloppy:
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_workers_any_order_losses_and_duplicates(data: st.DataObject) -> None:
-    """Two runs share workers which join, leave with what they have, answer late, out of order and twice."""
+    """Two runs share workers that join, leave with batches, and answer late, out of order or twice."""
     kinds = [data.draw(st.sampled_from(["fixed", "anytime", "back and forth"])) for _ in range(2)]
     images = [data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=6, unique=True)) for _ in range(2)]
     runs = [scheduler(k, i) for k, i in zip(kinds, images, strict=True)]
@@ -108,14 +108,14 @@ def test_any_workers_any_order_losses_and_duplicates(data: st.DataObject) -> Non
         dispatcher.open(
             number, run, data.draw(st.sampled_from([16, 48, 128])), data.draw(st.sampled_from([None, 16, 48]))
         )
-    workers = [Sloppy() for _ in range(data.draw(st.integers(1, 6)))]
+    workers = [FakeWorker() for _ in range(data.draw(st.integers(1, 6)))]
     for worker in workers:
         dispatcher.join(worker)
     found: list[dict[int, Certificate]] = [{}, {}]
-    ghosts: list[tuple[Sloppy, int, Batch]] = []  # answers of workers that were given up, or second answers
+    ghosts: list[tuple[FakeWorker, int, Batch]] = []  # answers of workers that left, and second answers
     trouble = data.draw(st.integers(0, 30))
 
-    def answer(worker: Sloppy, number: int, batch: Batch) -> None:
+    def answer(worker: FakeWorker, number: int, batch: Batch) -> None:
         for c in dispatcher.answer(worker, number, batch.number, draw(batch), 1.0):
             assert c.index not in found[number]
             found[number][c.index] = bare(c)
@@ -125,22 +125,22 @@ def test_any_workers_any_order_losses_and_duplicates(data: st.DataObject) -> Non
         rounds += 1
         assert rounds < 20_000
         dispatcher.fill()
-        busy = [w for w in dispatcher.workers if w.has]  # type: ignore[attr-defined]
-        assert busy, "nobody has anything to draw, and images are left"
+        busy = [w for w in dispatcher.workers if isinstance(w, FakeWorker) and w.has]
+        assert busy, "no worker has a batch, and images are left"
         worker = busy[data.draw(st.integers(0, len(busy) - 1))] if rounds < 60 else busy[rounds % len(busy)]
         event = data.draw(st.sampled_from(["answer", "twice", "leave", "ghost"])) if trouble > 0 else "answer"
         trouble -= event != "answer"
         if event == "leave":
             assert dispatcher.leave(worker) == Counter((n, b.number) for n, b in worker.has)
             ghosts += [(worker, n, b) for n, b in worker.has]
-            dispatcher.join(Sloppy())
+            dispatcher.join(FakeWorker())
         elif event == "ghost" and ghosts:
             worker, number, batch = ghosts.pop()
-            if (number, batch) in worker.has:  # a copy: the dispatcher takes the second answer for the copy's
+            if (number, batch) in worker.has:  # a duplicate: the dispatcher takes the second answer for it
                 worker.has.remove((number, batch))
             answer(worker, number, batch)
         else:
-            number, batch = worker.has.pop(0)  # type: ignore[attr-defined]
+            number, batch = worker.has.pop(0)
             answer(worker, number, batch)
             if event == "twice":
                 ghosts.append((worker, number, batch))
@@ -164,12 +164,12 @@ def test_one_at_a_time_is_the_plain_loop(kind: str) -> None:
     assert sorted((bare(c) for c in found), key=lambda c: c.index) == [alone(kind, i) for i in images]
 
 
-def test_seconds_are_shared_out_whole() -> None:
+def test_seconds_are_divided_among_images() -> None:
     steps = list(one_at_a_time(scheduler("fixed", list(range(7))), 128))
     assert sum(c.seconds for _, decided in steps for c in decided) == pytest.approx(len(steps))
 
 
-def test_of_a_second_answer_nothing_is_counted() -> None:
+def test_a_second_answer_is_ignored() -> None:
     run, found, batches = scheduler("fixed", [0, 1]), list[Certificate](), 0
     while not run.done:
         batch = run.next_batch(48, speculate=False)
@@ -181,7 +181,7 @@ def test_of_a_second_answer_nothing_is_counted() -> None:
     assert sorted((bare(c) for c in found), key=lambda c: c.index) == [alone("fixed", 0), alone("fixed", 1)]
 
 
-def test_needed_votes_first_then_new_images_then_votes_ahead() -> None:
+def test_requested_votes_come_first_then_new_images_then_speculative_votes() -> None:
     run = scheduler("anytime", [0, 1, 2])
     first = run.next_batch(32, speculate=False)  # 20 votes select the class of one image: two tiles
     assert first is not None and [s.image for s in first.spans] == [0]
@@ -192,21 +192,21 @@ def test_needed_votes_first_then_new_images_then_votes_ahead() -> None:
     assert third is not None and [(s.image, s.purpose) for s in third.spans] == [(0, "estimate")]
     fourth = run.next_batch(96, speculate=False)
     assert fourth is not None and [s.image for s in fourth.spans] == [0, 2, 0]
-    assert run.next_batch(32, speculate=False) is None  # nobody waits for more
+    assert run.next_batch(32, speculate=False) is None  # no image waits for votes
     ahead = run.next_batch(32)
     assert ahead is not None and {s.image for s in ahead.spans} == {0}
 
 
-def test_what_is_out_longest_is_copied_once_for_somebody_with_nothing_to_do() -> None:
+def test_the_oldest_batch_is_duplicated_once_for_an_idle_worker() -> None:
     run = scheduler("fixed", [0, 1])
     out = [run.next_batch(48, speculate=False), run.next_batch(48, speculate=False)]
     assert [run.next_batch(48), run.next_batch(48), run.next_batch(48)] == [*out, None]
     assert run.next_batch(48, speculate=False) is None
 
 
-def test_a_copy_is_a_batch_of_its_own() -> None:
-    """A worker that holds a batch is given the copy back whose worker left: it holds two, and is given no third."""
-    dispatcher, one, other = Dispatcher(), Sloppy(), Sloppy()
+def test_a_duplicate_counts_as_a_batch() -> None:
+    """A worker gets a duplicate of its own batch when the other worker leaves: it has two, and gets no third."""
+    dispatcher, one, other = Dispatcher(), FakeWorker(), FakeWorker()
     dispatcher.open(0, scheduler("fixed", [0]), 48)
     dispatcher.join(one)
     dispatcher.join(other)
