@@ -31,7 +31,7 @@ OnBatch = Callable[[Batch, Voted], None]
 
 @dataclass(frozen=True)
 class Device:
-    """Where votes are drawn: the task there, and the model once for each thread that computes blocks."""
+    """A device that draws votes: the task there, and the model once for each thread that computes blocks."""
 
     task: Task
     models: Sequence[Model]

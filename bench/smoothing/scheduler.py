@@ -1,4 +1,4 @@
-"""Which votes to draw next, and what the drawn ones decide: bookkeeping without model, device or clock.
+"""The scheduler: chooses the votes to draw next and gives them to the procedures, without model, device or clock.
 
 Each image has a procedure that requests votes until it decides. The scheduler packs the votes that images still need
 into batches. Several batches may be in flight at once, and be answered in any order, twice or never: a procedure gets

@@ -21,7 +21,7 @@ Noisy = Callable[[Tensor, Sequence[Vote]], Tensor]  # images and their votes -> 
 
 @dataclass(frozen=True)
 class Task:
-    """What to certify: images by index, their labels and noise, and the shape of the compute block."""
+    """The images to certify, by index, with their labels and noise, and the shape of the compute block."""
 
     images: Callable[[list[int]], NDArray[Any]]  # indices -> [len, C, H, W], as ``noisy`` takes them
     labels: Callable[[int], int]
