@@ -130,10 +130,10 @@ def short_name(name: str) -> str:
 
 
 def _import(module: str, name: str) -> ModuleType:
-    from bench import torchstate  # here, since torch takes a while to import and listing needs none
+    from bench import globalstate  # here, since torch takes a while to import and listing needs none
 
     try:
-        with torchstate.kept(name, "when it was imported"):
+        with globalstate.restored_torch_settings(name, "when it was imported"):
             return importlib.import_module(module)
     except Exception as e:
         raise BenchError(f"defense {name}: importing {module} failed: {one_line(e)}") from e
@@ -173,10 +173,10 @@ def _import_file(path: Path, name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    from bench import torchstate  # here, since torch takes a while to import and listing needs none
+    from bench import globalstate  # here, since torch takes a while to import and listing needs none
 
     try:
-        with torchstate.kept(str(path), "when it was imported"):
+        with globalstate.restored_torch_settings(str(path), "when it was imported"):
             spec.loader.exec_module(module)
     except Exception as e:
         raise BenchError(f"{path}: {one_line(e)}") from e

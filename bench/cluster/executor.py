@@ -37,10 +37,10 @@ from bench.runs.identity import make_task
 from bench.runs.plan import Plan
 from bench.runs.recheck import fresh_noise
 from bench.runs.session import Session
-from bench.smoothing.dispatch import Dispatcher, enlarged
-from bench.smoothing.engine import Pixels, Task
+from bench.smoothing.dispatch import Dispatcher, batch_factor
 from bench.smoothing.noise import Noise
-from bench.smoothing.scheduler import Batch
+from bench.smoothing.task import ImageCache, Task
+from bench.smoothing.votes import Batch
 
 LOOK = 2.0  # seconds between two looks at what the cluster has
 
@@ -166,7 +166,7 @@ class _Driver:
             filling=filling,
             log=log,
             task=task(),
-            pixels=Pixels(task()),
+            pixels=ImageCache(task()),
             sent=sent,
             fresh=lambda wanted: task(fresh_noise(wanted)),
         )
@@ -213,7 +213,7 @@ class _Driver:
         if run.measured is None:
             return run.task.block, run.task.block
         seconds = run.measured.block_seconds * run.measured.rows / run.task.block
-        times = enlarged(len(self._dispatcher.workers), seconds)
+        times = batch_factor(len(self._dispatcher.workers), seconds)
         return run.measured.rows * times, run.measured.at_once * times
 
     # Votes --------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class _Driver:
         """Ask a worker for a batch; the first of a run comes after what it certifies."""
         run = self._runs[key // 2]
         self._hold(actor, run)
-        images = {s.image: run.pixels[s.image] for s in batch.spans}
+        images = run.pixels.get(s.image for s in batch.spans)
         actor.call(actor.handle.draw, run.number, batch, images, then=partial(self._answered, actor, key, batch))
 
     def _hold(self, actor: Actor, run: ClusterRun) -> None:

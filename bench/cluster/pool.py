@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from bench.cluster.worker import Place, VoteWorker
 from bench.errors import BenchError, one_line
 from bench.process import environment
-from bench.smoothing.scheduler import Batch
+from bench.smoothing.votes import Batch
 
 LOSSES = 5  # workers that may die over one thing before it is given up
 

@@ -15,8 +15,9 @@ from bench.cluster.worker import pack
 from bench.process.runlog import RunLog
 from bench.runs.certifier import Drifted, Filling, Measured
 from bench.runs.recheck import Audit, Sample
-from bench.smoothing.engine import Pixels, Task
-from bench.smoothing.scheduler import Batch, Certificate, Scheduler, Voted
+from bench.smoothing.scheduler import Scheduler
+from bench.smoothing.task import ImageCache, Task
+from bench.smoothing.votes import Batch, Certificate, Voted
 
 # Phases. A resumed run first certifies some images once more; a certified one is checked, then let go of.
 REDRAW, CERTIFY, CHECK, FINISH = range(4)
@@ -42,7 +43,7 @@ class ClusterRun:
     filling: Filling
     log: RunLog
     task: Task
-    pixels: Pixels
+    pixels: ImageCache
     sent: tuple[Any, Any]  # what certifies and the task, packed, in the object store
     fresh: Callable[[Audit], Task]  # the task of an audit
     phase: int = CERTIFY
@@ -82,7 +83,7 @@ class ClusterRun:
         self.samples.setdefault(actor, Sample(self.task.block)).see(batch, voted)
         for certificate in decided:
             self.filling.add(certificate)
-            self.pixels.pop(certificate.index, None)
+            self.pixels.drop(certificate.index)
 
     def redrawn(self, holders: list[Actor]) -> None:
         """Go on with the images that are left. Raises Drifted where those drawn again have other counts."""
@@ -100,7 +101,7 @@ class ClusterRun:
 
     def _again(self, by: Actor, batch: Batch, voted: Voted) -> Check:
         def send(actor: Actor, then: Callable[[Any], None]) -> None:
-            images = {s.image: self.pixels[s.image] for s in batch.spans}
+            images = self.pixels.get(s.image for s in batch.spans)
             actor.call(actor.handle.draw, self.number, batch, images, then=then)
 
         def judge(actor: Actor, value: Any) -> None:
@@ -117,7 +118,7 @@ class ClusterRun:
     def _audit(self, wanted: Audit) -> Check:
         def send(actor: Actor, then: Callable[[Any], None]) -> None:
             task = ray.put(pack(replace(self.fresh(wanted), images=not_here, labels=not_here)))
-            images = {i: self.pixels[i] for i in wanted.claims}
+            images = self.pixels.get(wanted.claims)
             actor.call(actor.handle.audit, self.number, task, wanted, images, then=then)
 
         return Check(send, lambda _, hits: self.filling.check_audit(wanted, hits))

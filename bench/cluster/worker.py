@@ -30,8 +30,9 @@ from bench.runs.certifier import Certifier
 from bench.runs.device import Placed
 from bench.runs.recheck import Audit
 from bench.runs.session import Session
-from bench.smoothing.engine import Device, Task
-from bench.smoothing.scheduler import Batch
+from bench.smoothing.engine import Device
+from bench.smoothing.task import Task
+from bench.smoothing.votes import Batch
 
 
 def pack(thing: Any) -> bytes:

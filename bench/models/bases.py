@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import rng
+from bench import globalstate
 from bench.data.card import Card
 from bench.data.split import Split
 from bench.errors import BenchError
@@ -65,7 +65,7 @@ def load_base(
     if weights is not None:
         plan = replace(plan, weights=file_weights(weights, plan), schedule=None, classes=classes)
     if plan.weights is None:
-        with rng.fixed_rng(0):
+        with globalstate.fixed_rng(0):
             module, source = plan.fresh(plan.classes), {"kind": "trained here"}
     else:
         module, source = plan.load()

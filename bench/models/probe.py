@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench import rng
+from bench import globalstate
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Schedule
@@ -93,7 +93,7 @@ def new_head(module: Classifier, classes: int, device: torch.device) -> nn.Linea
 
     ``module`` ends on ``device``. Raises BenchError where its kind of head is not one linear layer.
     """
-    with rng.fixed_rng(0):
+    with globalstate.fixed_rng(0):
         module.model.reset_classifier(classes)  # type: ignore[operator]
     module.to(device)
     head = module.head()

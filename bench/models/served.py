@@ -30,8 +30,8 @@ from bench.interface import Access
 from bench.io.files import digest
 from bench.io.http import LARGEST, TOKEN, Answer, Client, Refused
 from bench.models.base import BaseModel, BlackBox, View
-from bench.smoothing.engine import block_rows
 from bench.smoothing.noise import Noise, Vote
+from bench.smoothing.task import block_rows
 
 PROBES = 16  # noisy images whose logits tell one model from another
 

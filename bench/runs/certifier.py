@@ -33,9 +33,8 @@ from bench.runs import fitting, recheck
 from bench.runs.identity import run_name
 from bench.runs.plan import Plan
 from bench.runs.recheck import Audit
-from bench.smoothing.engine import Model
-from bench.smoothing.procedures import Procedure
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.task import Model
+from bench.smoothing.votes import Certificate, ImageProcedure
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ class Filling:
             )
         self.record.info["audit"] = done.record()
 
-    def start(self, label: int) -> Procedure:
+    def start(self, label: int) -> ImageProcedure:
         """The procedure of one image."""
         plan = self._ready.plan
         return plan.procedure.certify(plan.sigma, label, self.record.info["identity"]["noise"]["tau"])
@@ -210,7 +209,7 @@ class Filling:
         rows, procedure = self._ready.identity["block"][0], self._ready.plan.procedure
         if measured.nan_rows:
             self._reporter.say(f"{measured.nan_rows} of {rows} rows of logits hold NaN: such votes count for no class")
-        votes = len(self.left) * procedure.most
+        votes = len(self.left) * procedure.max_votes
         seconds = votes * measured.block_seconds / rows / devices
         self._reporter.say(
             f"{self.record.path.name}: {len(self.left)} images, {procedure.kind} procedure, at most {votes:,} votes, "

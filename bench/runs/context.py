@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import plugins, rng, torchstate
+from bench import globalstate, plugins
 from bench.data.split import Split
 from bench.errors import BenchError, note
 from bench.interface import Access, Base, Defense, Part
@@ -46,7 +46,7 @@ class BuildContext:
         self.base: Base = base.view(access)
         self.classes, self.shape = len(plan.card.classes), plan.card.shape
         self.asked_train_sigma = False
-        self._torch = torchstate.settings()
+        self._torch = globalstate.torch_settings()
         self.used: dict[str, str] = {}  # name -> sha256 of what decides the defense beside its config and base
         self.sources: list[str] = []  # hub ids and folders that files were taken from
         self.commits: dict[str, str] = {}  # hub id -> the commit that its files are of
@@ -66,8 +66,9 @@ class BuildContext:
 
     def once(self, part: Part) -> nn.Module:
         """The part's module, frozen: trained here once, and cached under all that decides it."""
-        with torchstate.under(self._torch):  # other defenses share the part, whatever this one has set before
-            with rng.fixed_rng(self._plan.seed):
+        # Other defenses share the part, so it must not depend on what this one has set.
+        with globalstate.using_torch_settings(self._torch):
+            with globalstate.fixed_rng(self._plan.seed):
                 module = part.build(self.classes, self.shape).to(self._device)
             if self._workshop is not None:
                 self._train_or_load(part, module, self._workshop)
@@ -106,7 +107,7 @@ class BuildContext:
                     spent=spent,
                     most=workshop.most,
                 )
-                with rng.fixed_rng(seed):
+                with globalstate.fixed_rng(seed):
                     part.fit(module, job)
                 trained = entry.save(module.state_dict(), {"train_seconds": sum(spent)})
         module.load_state_dict(trained.state)

@@ -23,8 +23,11 @@ from bench.runs import fitting
 from bench.runs.certifier import Certifier, Drifted, Measured
 from bench.runs.costs import cost_per_vote, distinct
 from bench.smoothing import blocks
-from bench.smoothing.engine import Device, Model, Pixels, Task, check_rows, side_by_side
-from bench.smoothing.scheduler import Batch, Voted
+from bench.smoothing.engine import Device
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import ImageCache, Model, Task
+from bench.smoothing.threads import side_by_side
+from bench.smoothing.votes import Batch, Voted
 
 ROUNDS = 4  # blocks that each thread computes while the others compute theirs
 
@@ -123,7 +126,7 @@ class Placed:
     def check_again(self, batch: Batch, voted: Voted) -> None:
         """Draw a batch once more that was counted. Raises Drifted where the votes are others now."""
         with steady():
-            again = self.device.vote(batch, Pixels(self.task))
+            again = self.device.vote(batch, ImageCache(self.task).get(s.image for s in batch.spans))
         if changed := int(np.sum(again != voted)):
             raise Drifted(
                 f"{changed} of {len(voted)} votes are others when a block is drawn again at the end of the run: it "

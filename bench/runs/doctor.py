@@ -26,10 +26,12 @@ from bench.runs.device import apart
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan
 from bench.smoothing.blocks import check_logits
-from bench.smoothing.engine import Device, Task, certify, check_rows
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, VoteDraw
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import Task
+from bench.smoothing.votes import Certificate
 
 STEPS = 3
 

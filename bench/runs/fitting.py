@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import plugins, rng, torchstate
+from bench import globalstate, plugins
 from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault, one_line
 from bench.interface import Defense
@@ -64,7 +64,10 @@ def blame(name: str, doing: str, alone: bool = True) -> Iterator[None]:
     back, but where it runs in several threads at once (not ``alone``).
     """
     try:
-        with watchdog.watched(name, doing), torchstate.kept(name, doing) if alone else nullcontext():
+        with (
+            watchdog.watched(name, doing),
+            globalstate.restored_torch_settings(name, doing) if alone else nullcontext(),
+        ):
             yield
     except DefenseFault as e:
         raise e if e.defense else DefenseFault(str(e), name) from None
@@ -79,7 +82,7 @@ def blame(name: str, doing: str, alone: bool = True) -> Iterator[None]:
 def construct(plan: Plan, base: BaseModel, device: torch.device, workshop: Workshop | None = None) -> Defense:
     """The untrained defense, with the random state fixed by the seed; its shared parts are trained."""
     context = BuildContext(plan, base, plan.cls.needs(plan.config), device, workshop)
-    with blame(plan.defense, "while it is built"), rng.fixed_rng(plan.seed):
+    with blame(plan.defense, "while it is built"), globalstate.fixed_rng(plan.seed):
         return plan.cls(context, plan.config).to(device).eval()
 
 
@@ -108,7 +111,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
             trained = train_or_load(plan, base, train, device, progress, defense)
     if trained is not None:
         defense = construct(plan, base, device, workshop)
-        with rng.fixed_rng(plan.seed, 1):
+        with globalstate.fixed_rng(plan.seed, 1):
             load(defense, trained, plan.defense)
     merge(defense, train, plan, device)
     defense.requires_grad_(False)
@@ -148,12 +151,12 @@ def merge(defense: Defense, data: Split, plan: Plan, device: torch.device) -> No
     def logits() -> Tensor:
         # The randomness of a defense that draws some must be the same at both calls.
         draw = TrainDraw(noise.Noise(1, "check"), 0, len(rows), plan.sigma, device)
-        with torch.no_grad(), rng.fixed_rng(0), steady():
+        with torch.no_grad(), globalstate.fixed_rng(0), steady():
             return cast(Tensor, defense(noisy, draw)).double()
 
     with blame(plan.defense, "in merge"):
         before = logits()
-        with rng.fixed_rng(plan.seed, 2):
+        with globalstate.fixed_rng(plan.seed, 2):
             defense.merge()
         defense.eval()
         moved, largest = float((logits() - before).abs().max()), float(before.abs().max())
@@ -236,7 +239,7 @@ def train_or_load(
             base=defense.context.base,
             most=most,
         )
-        with blame(plan.defense, "in training"), rng.fixed_rng(plan.seed):
+        with blame(plan.defense, "in training"), globalstate.fixed_rng(plan.seed):
             defense.fit(job)
         after = defense.state_dict()
         owned = {k: v for k, v in after.items() if not _same_as_base(k, v, before, base)}

@@ -11,7 +11,6 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,11 @@ from scipy import stats
 from bench.models.arithmetic import steady
 from bench.smoothing.anytime import Anytime, schedule
 from bench.smoothing.bounds import interval
-from bench.smoothing.engine import Device, side_by_side
+from bench.smoothing.engine import Device
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, VoteDraw
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Batch, Certificate, Voted
+from bench.smoothing.threads import share_out
+from bench.smoothing.votes import Batch, Certificate, Voted
 
 LEVEL = 1e-6  # chance that the audit of one record accuses an honest one
 VOTES = 512  # fresh votes an image, at most
@@ -94,16 +94,8 @@ def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> di
             for (i, _), found in zip(part[:used], classes[:used], strict=True):
                 hits[i] += found == audit.claims[i]
 
-    left = iter(range(0, len(rows), task.block))
-
-    def work(model: Callable[..., torch.Tensor], over: threading.Event) -> None:
-        for begin in left:
-            if over.is_set():
-                return
-            look(model, begin)
-
     with steady(), torch.inference_mode():
-        side_by_side([partial(work, model) for model in device.models])
+        share_out(device.models, range(0, len(rows), task.block), look)
     return hits
 
 

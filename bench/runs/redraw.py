@@ -28,8 +28,9 @@ from bench.runs.device import Placed
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
-from bench.smoothing.engine import Pixels, certify
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.engine import certify
+from bench.smoothing.task import ImageCache
+from bench.smoothing.votes import Certificate
 from bench.training.weights import stored
 
 SAMPLE = 5  # images drawn again without --deep
@@ -58,7 +59,7 @@ class _Rebuilt:
         split = self.session.materials(self.plan).certified(self.plan)
         task = make_task(self.plan, split, self.session.device, recheck.fresh_noise(wanted))
         task = replace(task, block=self.placed.task.block)
-        return recheck.draw(replace(self.placed.device, task=task), wanted, Pixels(task))
+        return recheck.draw(replace(self.placed.device, task=task), wanted, ImageCache(task).get(wanted.claims))
 
 
 def draw_again(

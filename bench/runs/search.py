@@ -16,8 +16,8 @@ from bench.process import watchdog
 from bench.runs import fitting
 from bench.runs.plan import Plan
 from bench.smoothing import blocks
-from bench.smoothing.engine import Task
 from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.task import Task
 from bench.training import loop
 
 IMAGES, DRAWS = 500, 8  # validation images (at most) and noisy copies of each

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import plugins, torchstate
+from bench import globalstate, plugins
 from bench.data.datasets import load_splits
 from bench.data.split import Split
 from bench.errors import DefenseFault
@@ -32,8 +32,10 @@ from bench.runs.identity import examples, identity, make_task, run_label, run_na
 from bench.runs.plan import Plan
 from bench.runs.timing import vote_seconds
 from bench.smoothing import blocks
-from bench.smoothing.engine import Pixels, Task, certify, check_rows
+from bench.smoothing.engine import certify
 from bench.smoothing.noise import Noise
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import ImageCache, Task
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Session:
 
         # A run that is begun goes on in its own blocks, whatever fits now.
         folder = self.shard.folder if self.shard else ""
-        places = ((rows, run_folder(self.out, name, with_rows(rows))) for rows in blocks.sizes(task.block))
+        places = ((rows, run_folder(self.out, name, with_rows(rows))) for rows in blocks.block_sizes(task.block))
         rows = next((rows for rows, place in places if (place / folder / "run.json").exists()), None)
         if rows is None:
             with steady(), torch.inference_mode(), fitting.blame(plan.defense, "at its first block"):
@@ -171,7 +173,7 @@ class Session:
         """Do the run, or what is left of it, or of its shard. Every image is on disk as soon as it is certified."""
         with (
             recording(self.log_file(plan), self.reporter.aloud) as own_log,
-            torchstate.kept(plan.defense, "when it certified"),
+            globalstate.restored_torch_settings(plan.defense, "when it certified"),
         ):
             ready, certifier = self.ready(plan)
             whole = run_folder(self.out, run_name(plan), ready.identity)
@@ -216,7 +218,7 @@ class Session:
             peak = max(place.finish() for place in placed)
             if (last := filling.audit(task.block)) is not None:
                 fresh = self._task(ready, recheck.fresh_noise(last))
-                hits = recheck.draw(replace(first.device, task=fresh), last, Pixels(fresh))
+                hits = recheck.draw(replace(first.device, task=fresh), last, ImageCache(fresh).get(last.claims))
                 filling.check_audit(last, hits)
         except Drifted as e:
             raise filling.refuse(e) from None
@@ -274,7 +276,7 @@ class Session:
             per_vote = seconds / at_once
             # A server's operations cannot be counted, so it is not asked again.
             flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
-        votes = len(indices) * plan.procedure.most
+        votes = len(indices) * plan.procedure.max_votes
         # A training step's backward pass costs about twice its forward pass.
         trainings = 0 if plan.weights else max(1, len(plan.candidates))
         epochs = trainings * getattr(defense.schedule(), "epochs", 0.0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from bench.smoothing.blocks import out_of_memory
-from bench.smoothing.engine import Model, Task
 from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.task import Model, Task
 
 PATIENCE = 1.0  # seconds: where a block takes longer, part of it is timed
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.errors import BenchError, DefenseFault, note, one_line
+from bench.globalstate import fixed_rng
 from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
 from bench.io.files import file_sha256, replacing, writing
 from bench.process import watchdog
-from bench.rng import fixed_rng
 from bench.smoothing.noise import Noise, TrainDraw
 from bench.training.weights import MEND
 

@@ -19,7 +19,7 @@ from bench.records.grouping import reach
 from bench.records.record import Record, read_run
 from bench.report import envelopes
 from bench.smoothing import bounds
-from bench.smoothing.engine import Certificate
+from bench.smoothing.votes import Certificate
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import RADII, made_up
 

@@ -310,10 +310,10 @@ def test_a_fault_in_one_of_several_threads(
     how: str,
     words: str,
 ) -> None:
-    from bench.smoothing import engine
+    from bench.smoothing import threads
 
     set_threads(2)
-    monkeypatch.setattr(engine, "PATIENCE", 0.1)
+    monkeypatch.setattr(threads, "PATIENCE", 0.1)
     args = ("--dataset", TINY, "--n", "8000", "--set", f"how={how}", "--set", "after=85", "--timeout", "1")
     result = bench("run", "--defense", f"{FAULTY},none", *args, "--out", tmp_path)
     assert result.code == 2

@@ -26,7 +26,8 @@ from bench.io import http, hub, limits, tensors
 from bench.io.http import Client
 from bench.process.runlog import RunLog
 from bench.records.record import Run, read_run
-from bench.smoothing.anytime import Anytime, describe
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.fuzz.served import raw_server
 from tests.helpers.commands import TINY, Result
 from tests.helpers.inferenceserver import InferenceServer

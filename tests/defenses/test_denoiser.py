@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench import rng
+from bench import globalstate
 from bench.data.datasets import load_splits
 from bench.data.split import Split
 from bench.interface import Access, Schedule
@@ -53,7 +53,7 @@ def digits() -> tuple[Split, Split]:
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
     """Untrained: it is wrong more often than not."""
-    with rng.fixed_rng(0):
+    with globalstate.fixed_rng(0):
         return untrained_base(plan().card, plan().base, CPU)
 
 

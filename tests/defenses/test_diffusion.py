@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from bench import rng
+from bench import globalstate
 from bench.data.datasets import load_split
 from bench.errors import BenchError
 from bench.interface import Schedule
@@ -49,7 +49,7 @@ SMALL = {
 
 
 def unet(**change: Any) -> diffusers.UNet2DModel:
-    with rng.fixed_rng(7):
+    with globalstate.fixed_rng(7):
         return diffusers.UNet2DModel(**{**SMALL, **change})
 
 
@@ -378,7 +378,7 @@ def test_a_killed_training_resumes_to_the_same_average(tmp_path: Path, monkeypat
                 raise Killed
 
         (tmp_path / folder).mkdir(exist_ok=True)
-        with rng.fixed_rng(1):
+        with globalstate.fixed_rng(1):
             module = part.build(10, plan.card.shape)
         checkpoint = tmp_path / folder / "checkpoint.pt"
         part.fit(module, loop.TrainingJob(data, (), 0.0, objectives.clean, 3, CPU, checkpoint, progress, []))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import plugins, rng
+from bench import globalstate, plugins
 from bench.data.datasets import load_card, load_splits
 from bench.data.split import Split
 from bench.errors import BenchError
@@ -55,7 +55,7 @@ def quiet(done: int, total: int, loss: float) -> None:
 
 def untrained(a_plan: Plan) -> BaseModel:
     """The plan's base with the same fresh weights at every call."""
-    with rng.fixed_rng(0):
+    with globalstate.fixed_rng(0):
         return bases.untrained_base(a_plan.card, a_plan.base, CPU, probe=not a_plan.cls.adapts)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import plugins, rng
+from bench import globalstate, plugins
 from bench.data.datasets import load_card, load_split
 from bench.data.split import Split
 from bench.errors import BenchError
@@ -45,7 +45,7 @@ def _one_thread() -> None:
 
 def classifier(arch: str, **args: Any) -> LocalBase:
     """A base of random weights in every layer: timm's biases are zero and its matrices small, which hides mistakes."""
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         model = timm.create_model(arch, num_classes=10, in_chans=1, **args)
         for p in model.parameters():
             if p.ndim == 1:
@@ -273,7 +273,7 @@ def flops(model: Callable[[Tensor], Tensor]) -> int:
 def test_merged_it_is_the_same_function_at_the_price_of_the_base(targets: str, dora: bool) -> None:
     base, targets = (resnet(), "linear") if targets == "convnet" else (vit(), targets)
     defense = build(base, "lora", targets=targets, dora=dora)
-    with torch.no_grad(), rng.fixed_rng(2):
+    with torch.no_grad(), globalstate.fixed_rng(2):
         for p in trainable(defense).values():
             p.add_(0.1 * torch.randn_like(p))
     x = images()
@@ -293,7 +293,7 @@ def test_merged_it_is_the_same_function_at_the_price_of_the_base(targets: str, d
 def test_qv_leaves_the_key_as_it_is() -> None:
     base = vit()
     defense = build(base, "lora", targets="qv")
-    with torch.no_grad(), rng.fixed_rng(2):
+    with torch.no_grad(), globalstate.fixed_rng(2):
         for p in trainable(defense).values():
             p.add_(0.1 * torch.randn_like(p))
     defense.merge()
@@ -386,7 +386,7 @@ def resumed_fit(defense: Defense, data: Split, checkpoint: Path, die_at: int = 1
         return objectives.gaussian(f, x, y, draw)
 
     job = loop.TrainingJob(data, (), 0.25, objective, 0, CPU, checkpoint, lambda *_: None, [])
-    with rng.fixed_rng(0):
+    with globalstate.fixed_rng(0):
         defense.fit(job)
     return {key: value.clone() for key, value in defense.state_dict().items()}
 

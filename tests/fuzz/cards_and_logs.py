@@ -60,7 +60,7 @@ def _use_card(data: bytes) -> None:
             (plan,) = make_plans(
                 RunOptions(defenses="none", dataset=str(folder / "card.toml"), base=next(iter(card.bases)))
             )
-            assert plan.procedure.most > 0
+            assert plan.procedure.max_votes > 0
 
         judge("card", read)
 

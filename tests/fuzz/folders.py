@@ -20,7 +20,8 @@ from bench.records.logs import export_log
 from bench.records.record import Record, read_run
 from bench.records.verify import check_record
 from bench.report import build, tables
-from bench.smoothing.anytime import Anytime, describe
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.fuzz.cards_and_logs import COHEN
 from tests.fuzz.judging import SCRATCH, changed, cut, cuts, dumped, edits, judge, scratch
 from tests.helpers.records import made_up

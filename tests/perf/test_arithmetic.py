@@ -24,8 +24,8 @@ from bench.options import RunOptions
 from bench.process.environment import keep_freed_memory
 from bench.runs import fitting
 from bench.runs.plan import Plan, make_plans
-from bench.smoothing.engine import block_rows
 from bench.smoothing.noise import Noise, Vote, VoteDraw
+from bench.smoothing.task import block_rows
 from tests.helpers.turns import paired
 
 CPU = torch.device("cpu")

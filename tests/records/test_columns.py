@@ -17,7 +17,7 @@ from bench.errors import BenchError
 from bench.records import metrics
 from bench.records.columns import NULL, Columns, column
 from bench.records.record import SCHEMA, Claim, read_run
-from bench.smoothing.engine import Certificate
+from bench.smoothing.votes import Certificate
 from tests.helpers.records import stated
 
 LARGE = st.integers(NULL + 1, 2**63 - 1)

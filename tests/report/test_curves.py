@@ -13,7 +13,8 @@ import pytest
 from bench.records import grouping, metrics
 from bench.records.record import Record
 from bench.report import envelopes, figures, plots, tables
-from bench.smoothing.anytime import Anytime, describe
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.helpers.records import made_up
 
 ANYTIME = describe(Anytime(100, 1000, 0.001, (0.25, 0.5)))

@@ -14,7 +14,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from bench import rng
+from bench import globalstate
 from bench.data.datasets import load_card, load_split, load_splits
 from bench.errors import BenchError, DefenseFault
 from bench.interface import Defense
@@ -125,7 +125,7 @@ BODIES: dict[str, Callable[[], list[nn.Module]]] = {
 
 
 def based(model: nn.Module) -> LocalBase:
-    with rng.fixed_rng(0), torch.no_grad():
+    with globalstate.fixed_rng(0), torch.no_grad():
         model.eval()(torch.rand(1, 1, 8, 8))
     return LocalBase("made", Classifier(model, (0.3,), (0.4,)), lambda classes: model, 10, {}, {})
 
@@ -135,7 +135,7 @@ def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
     (plan,) = make_plans(RunOptions(defenses="lora", dataset=TINY, settings=settings))
     workshop = Workshop(load_split(plan.card, "train").first(20), lambda *_: None)
     made = fitting.construct(plan, base, CPU, workshop)
-    with torch.no_grad(), rng.fixed_rng(2):
+    with torch.no_grad(), globalstate.fixed_rng(2):
         for p in made.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
@@ -145,7 +145,7 @@ def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("dora", [False, True])
 def test_merged_it_is_what_was_trained_whatever_the_layer(kind: str, dora: bool) -> None:
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         base = based(Layers(*BODIES[kind]()))
     made, notes = adapted(base, f"dora={dora}")
     assert ("computed weight" if kind == "pruned" else kind) in " ".join(notes)
@@ -169,7 +169,7 @@ NAMED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "args"), NAMED)
 def test_timms_families_are_adapted_and_merged(name: str, args: dict[str, Any]) -> None:
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         model = timm.create_model(name, num_classes=10, in_chans=1, **args)
     base = LocalBase(name, Classifier(model, (0.3,), (0.4,), (32, 32)), lambda classes: model, 10, {}, {})
     made, _ = adapted(base)
@@ -199,7 +199,7 @@ DEIT: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth"
 
 
 def distilled() -> LocalBase:
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, in_chans=1, **DEIT)
     return LocalBase("dist", Classifier(model, (0.3,), (0.4,)), lambda classes: model, 10, {}, {})
 

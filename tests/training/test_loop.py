@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import rng
+from bench import globalstate
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Draw, Schedule
@@ -22,7 +22,7 @@ DATA = Split("train", RNG.integers(0, 17, (100, 1, 8, 8)).astype(np.uint8), RNG.
 
 
 def network() -> nn.Module:
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 3))
 
 
@@ -65,11 +65,11 @@ def test_global_random_states_are_seeded_and_restored() -> None:
     before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()
     found = []
     for _ in range(2):
-        with rng.fixed_rng(3):
+        with globalstate.fixed_rng(3):
             found.append(drawn())
-    with rng.fixed_rng(4):
+    with globalstate.fixed_rng(4):
         other = drawn()
-    with pytest.raises(ZeroDivisionError), rng.fixed_rng(3):
+    with pytest.raises(ZeroDivisionError), globalstate.fixed_rng(3):
         1 // int(drawn() is None)
     assert found[0] == found[1] and not set(found[0]) & set(other)
     assert torch.equal(torch.get_rng_state(), before[0])
