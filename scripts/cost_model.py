@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bench.data.datasets import load_card
 from bench.interface import Draw
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.bases import untrained_base
 from bench.process.console import duration
 from bench.process.environment import keep_freed_memory
@@ -215,7 +215,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    with steady(), torch.inference_mode():
+    with deterministic(), torch.inference_mode():
         found = list(subjects())
         measured = measure(found, given.rounds)
         noise = line(found, measured)

@@ -22,7 +22,7 @@ from ray import cloudpickle
 
 from bench import plugins
 from bench.errors import BenchError, one_line
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.process import environment, watchdog
 from bench.process.runlog import recording
 from bench.runs import recheck
@@ -146,7 +146,7 @@ class VoteWorker:
         """A batch's votes (see ``Device.vote``), as 32-bit integers, and the seconds they took."""
         began = time.perf_counter()
         try:
-            with steady():
+            with deterministic():
                 voted = self._device_of(run).vote(batch, pixels)
         except BenchError as e:
             return e

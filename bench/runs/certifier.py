@@ -52,7 +52,7 @@ class Certifier:
         logits, kept = arithmetic.model(self.defense, self.arithmetic, device), self
 
         def model(x: Tensor, draw: Draw) -> Tensor:
-            with fitting.blame(kept.name, "in certification", alone=False):
+            with fitting.attribute_errors(kept.name, "in certification", alone=False):
                 return logits(x, draw)
 
         return model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.errors import BenchError, DefenseFault, one_line
 from bench.interface import Draw
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.base import LocalBase
 from bench.process import environment
 from bench.process.runlog import log
@@ -40,9 +40,9 @@ class Placed:
         self.certifier, self.task, self._index = certifier, task, index
         environment.reset_peak_memory(task.device)
         self._models = [certifier.model(task.device)]
-        with steady(), torch.inference_mode():
+        with deterministic(), torch.inference_mode():
             self._reference = self._block(self._models[0])
-            with fitting.blame(certifier.name, "in the check of its rows"):
+            with fitting.attribute_errors(certifier.name, "in the check of its rows"):
                 self._block_seconds = check_rows(self._models[0], task, index)
 
     @property
@@ -105,7 +105,7 @@ class Placed:
     def measure(self, calibrate: bool) -> Measured:
         """What a vote costs here and, if so asked, the unit of seconds elsewhere."""
         at_once = len(self._models) if self.task.device.type == "cpu" else 1
-        with steady(), torch.inference_mode():
+        with deterministic(), torch.inference_mode():
             per_vote = cost_per_vote(self.certifier.defense, self.task, self._index)  # counted, so not as compiled
             calibration = environment.calibration_seconds(self.task.device) / at_once if calibrate else None
         parameters = None if per_vote.flops is None else distinct([self.certifier.defense, *per_vote.classifiers])
@@ -122,7 +122,7 @@ class Placed:
 
     def check_again(self, batch: Batch, voted: Voted) -> None:
         """Draw a batch once more that was counted. Raises Drifted where the votes are others now."""
-        with steady():
+        with deterministic():
             again = self.device.vote(batch, Pixels(self.task))
         if changed := int(np.sum(again != voted)):
             raise Drifted(
@@ -153,7 +153,7 @@ class Placed:
         def look(model: Model, _: threading.Event) -> None:
             found.append(_equal(self._block(model), self._reference))
 
-        with steady():
+        with deterministic():
             side_by_side([partial(look, model) for model in dict.fromkeys(models)])
         return all(found)
 
@@ -177,7 +177,7 @@ def apart(computations: Sequence[Callable[[], Tensor]]) -> bool:
     if len(computations) == 1:
         return True
     found: list[bool] = []
-    with steady(), torch.inference_mode():
+    with deterministic(), torch.inference_mode():
         alone = [compute() for compute in computations]
 
         def look(number: int, _: threading.Event) -> None:

@@ -15,7 +15,7 @@ from bench.data.datasets import choose, load_splits
 from bench.errors import BenchError, one_line
 from bench.interface import Schedule
 from bench.io.files import scratch_cache
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.bases import untrained_base
 from bench.process.runlog import log
 from bench.records.findings import Finding
@@ -50,7 +50,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
     check = ""
     try:
         # A cache of its own, so that training really happens.
-        with scratch_cache(), fitting.blame(plan.defense, "under examination"), steady():
+        with scratch_cache(), fitting.attribute_errors(plan.defense, "under examination"), deterministic():
             check = "it is built, and asks the base for no more than its access"
             # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
             defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))

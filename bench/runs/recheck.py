@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.smoothing.anytime import Anytime, schedule
 from bench.smoothing.bounds import interval
 from bench.smoothing.engine import Device, side_by_side
@@ -102,7 +102,7 @@ def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> di
                 return
             look(model, begin)
 
-    with steady(), torch.inference_mode():
+    with deterministic(), torch.inference_mode():
         side_by_side([partial(work, model) for model in device.models])
     return hits
 

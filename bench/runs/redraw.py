@@ -15,7 +15,7 @@ import torch
 
 from bench import plugins
 from bench.errors import BenchError
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.process import environment
@@ -49,7 +49,7 @@ class _Rebuilt:
     def certify(self, chosen: list[int], tau: float) -> list[Certificate]:
         """The images once more."""
         plan = self.plan
-        with steady(), torch.inference_mode():
+        with deterministic(), torch.inference_mode():
             start = certify([self.placed.device], lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen)
             return list(start)
 

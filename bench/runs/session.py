@@ -15,7 +15,7 @@ from bench.data.split import Split
 from bench.errors import DefenseFault
 from bench.io.files import digest
 from bench.models import arithmetic
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.base import BaseModel, LocalBase
 from bench.models.bases import load_base, untrained_base
 from bench.models.served import is_url
@@ -124,7 +124,7 @@ class Session:
         places = ((rows, run_folder(self.out, name, with_rows(rows))) for rows in blocks.sizes(task.block))
         rows = next((rows for rows, place in places if (place / folder / "run.json").exists()), None)
         if rows is None:
-            with steady(), torch.inference_mode(), fitting.blame(plan.defense, "at its first block"):
+            with deterministic(), torch.inference_mode(), fitting.attribute_errors(plan.defense, "at its first block"):
                 rows = blocks.fitting_block(fitted.defense, task, indices[0]).block
             if rows < task.block:
                 self.reporter.say(f"{name}: blocks of {rows} rows; {task.block} do not fit into memory")
@@ -199,12 +199,12 @@ class Session:
         filling.same_function(first.fingerprint, "this process")
         devices, sample = [place.device for place in placed], recheck.Sample(task.block)
         try:
-            with steady(), torch.inference_mode():
+            with deterministic(), torch.inference_mode():
                 again = list(certify(devices, filling.start, filling.to_redraw()))
                 filling.check_redrawn(again, filling.drawn_on(ready.extra["environment"]))
             measured = first.measure(calibrate=not filling.resumed)
             filling.announce(measured, len(placed))
-            with filling.progress() as update, steady(), torch.inference_mode():
+            with filling.progress() as update, deterministic(), torch.inference_mode():
                 update(*filling.so_far)
                 for certificate in certify(devices, filling.start, filling.left, sample.see):
                     filling.add(certificate)
@@ -263,7 +263,7 @@ class Session:
         base = self._untrained_base(plan)
         defense = fitting.construct(plan, base, self.device)
         task, indices = make_task(plan, split, self.device), self._shared_out(plan, split)
-        with steady(), torch.inference_mode(), fitting.blame(plan.defense, "in the estimate"):
+        with deterministic(), torch.inference_mode(), fitting.attribute_errors(plan.defense, "in the estimate"):
             fitting.merge(defense, train, plan, self.device)  # as it certifies
             model, whole = arithmetic.model(defense, plan.arithmetic, self.device), task.block
             at_once = self.threads if self.device.type == "cpu" else 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.stats import beta, norm
 
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records import metrics
@@ -70,7 +70,7 @@ def test_engine_against_the_shipped_loop(
     tables: dict[str, list[float]] = {}
 
     def ours() -> None:
-        with steady(), torch.inference_mode():
+        with deterministic(), torch.inference_mode():
             found = list(certify([placed.device], lambda y: plan.procedure.certify(SIGMA, y, tau), images))
         tables["ours"] = certified(found)
 
