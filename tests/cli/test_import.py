@@ -573,4 +573,4 @@ def test_released_logs(bench: Bench, tmp_path: Path, real: Path) -> None:
     flags = json.loads(bench("import", real, *stated, "--alpha", 0.01).out)["flags"]
     assert all("above" not in f and "no count" not in f for f in flags) and "rounded up" in flags[0]
     verified = bench("verify", info["path"])
-    assert verified.code == 1 and "wrong: the log is without known defects" in verified.out
+    assert verified.code == 1 and "FAIL: the log is without known defects" in verified.out

@@ -44,12 +44,12 @@ def test_help_keeps_words_in_brackets(bench: Bench, command: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("run --defense none --dataset d --sigma .25 .5", "commas between: --sigma .25,.5"),
+        ("run --defense none --dataset d --sigma .25 .5", "with commas: --sigma .25,.5"),
         ("run --sigma .25, .5 --defense none --dataset d", "--sigma .25,.5"),
         ("run --sigma=.25 .5 --defense none --dataset d", "--sigma .25,.5"),
-        ("run --defense none lora full --dataset d", "commas between: --defense none,lora,full"),
+        ("run --defense none lora full --dataset d", "with commas: --defense none,lora,full"),
         ("run --defense none --dataset d --seed 0 1 2", "--seed 0,1,2"),
-        ("run --defense none --dataset d --set rank=1 lr=2", "give the option again for each: --set rank=1 --set lr=2"),
+        ("run --defense none --dataset d --set rank=1 lr=2", "repeat the option for each: --set rank=1 --set lr=2"),
     ],
 )
 def test_values_with_blanks_between_get_a_hint(bench: Bench, typed: str, words: str) -> None:
@@ -261,14 +261,14 @@ class Counts(Defense):
 def test_a_dry_run_of_a_slow_model_times_few_rows_and_says_so(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.runs import timing
+    from bench.runs import estimate
 
     seen = tmp_path / "rows"
     (tmp_path / "counts.py").write_text(ROWS.format(file=str(seen)))
     args = ("run", "--defense", tmp_path / "counts.py", "--dataset", TINY, "--dry-run", "--out", tmp_path / "runs")
     assert "rows of a block" not in bench(*args).out
     seen.unlink()
-    monkeypatch.setattr(timing, "PATIENCE", 0.0)  # every model is slow
+    monkeypatch.setattr(estimate, "LONG", 0.0)  # every model is slow
     said = bench(*args)
     assert "timed on 1 of 256 rows of a block in 1 of 1 runs" in said.out
     assert [int(n) for n in seen.read_text().split()] == [1, 1, 1]  # a warm-up, the timing, the count of operations

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.records.record import Run
-from bench.runs import certifier
+from bench.runs import writer
 from tests.helpers.commands import TINY, Result, defense
 
 Bench = Callable[..., Result]
@@ -114,7 +114,7 @@ def test_an_honest_run_resumes_to_the_same_record(
             if after < 8:
                 interrupt(patch, after)
             else:
-                patch.setattr(certifier.Filling, "finish", _interrupted)
+                patch.setattr(writer.RunWriter, "finish", _interrupted)
             assert bench(*command, "--out", tmp_path / "resumed").code == 130
     assert bench(*command, "--out", tmp_path / "resumed").code == 0
     assert certificates(tmp_path / "resumed") == certificates(tmp_path / "whole")
@@ -277,7 +277,7 @@ def test_verify_on_fresh_noise_catches_what_a_sample_of_the_seed_does_not(
 ) -> None:
     set_threads(1)
     with monkeypatch.context() as patch:
-        patch.setattr(certifier.Filling, "audit", lambda *_: None)
+        patch.setattr(writer.RunWriter, "audit", lambda *_: None)
         assert bench(*cheating(how, tmp_path)).code == 0
     (run,) = tmp_path.iterdir()
     result = bench("verify", run, "--fresh", "--defense", CARELESS)

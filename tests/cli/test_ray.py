@@ -92,9 +92,7 @@ def test_ctrl_c_on_a_cluster_says_how_to_resume(tmp_path: Path) -> None:
     assert process.stderr is not None
     err = process.stderr.read().decode()
     assert process.wait() == 130
-    assert err.splitlines()[-1] == (
-        "bench: interrupted; all that is certified is kept: type the same command again to resume"
-    )
+    assert err.splitlines()[-1] == ("bench: interrupted; all certified images are kept: repeat the command to resume")
     assert "Traceback" not in err
     (log,) = (tmp_path / "runs").glob("*/log.txt")
     assert log.read_text().splitlines()[-1].endswith("INFO interrupted")
@@ -266,5 +264,5 @@ def test_a_drift_that_a_worker_took_with_it_is_seen(tmp_path: Path) -> None:
     finally:
         nodes.close()
     said = (tmp_path / "err").read_text()
-    assert "votes of the worker on" in said and "are others when they are drawn again" in said
+    assert "votes of the worker on" in said and "differ when they are drawn again" in said
     assert list(tmp_path.glob("ray/*/refused.jsonl")) and not list(tmp_path.glob("ray/*/certificates.jsonl"))

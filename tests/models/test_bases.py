@@ -30,6 +30,7 @@ from bench.models.base import BaseModel
 from bench.options import RunOptions
 from bench.records.record import read_run
 from bench.report import cells, tables
+from bench.runs.estimate import estimate
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
 from tests.helpers.hubserver import COMMIT, HubServer
@@ -595,7 +596,7 @@ def test_a_part_of_the_weights_leaves_the_rest_to_the_base(fast_base: Path, tmp_
 
 
 def test_estimate_needs_no_weights(server: HubServer) -> None:
-    session(Path("unused")).estimate(plan("lora", Path("timm:test_vit"), None))
+    estimate(plan("lora", Path("timm:test_vit"), None), CPU)
     assert not server.requests
 
 

@@ -19,8 +19,7 @@ from bench.models.arithmetic import deterministic
 from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records import metrics
-from bench.runs.certifier import Certifier
-from bench.runs.device import Placed
+from bench.runs.certifier import DeviceCertifier
 from bench.runs.plan import make_plans
 from bench.runs.session import Session
 from bench.smoothing.engine import Certificate, certify
@@ -60,12 +59,12 @@ def test_engine_against_the_shipped_loop(
     )
     device = torch.device("cpu")
     session = Session(device, tmp_path, ConsoleReporter())
-    identity, task, fitted = session.prepare(plan)
-    images = identity["indices"][:IMAGES]
-    placed = Placed(Certifier("full", fitted.defense, session.materials(plan).base), task, images[0])
-    placed.widen(session.threads)
-    tau = identity["noise"]["tau"]
-    test = session.materials(plan).test
+    run = session.prepare(plan)
+    task, images = run.task, run.indices[:IMAGES]
+    placed = DeviceCertifier(run.certifier, task, images[0])
+    placed.use_threads(session.threads)
+    tau = run.identity["noise"]["tau"]
+    test = run.materials.test
     unused = TrainDraw(Noise(0, "test"), 0, BATCH, SIGMA, device)  # this defense draws nothing
     tables: dict[str, list[float]] = {}
 
@@ -79,7 +78,7 @@ def test_engine_against_the_shipped_loop(
         with torch.inference_mode():
             for i in images:
                 x = torch.from_numpy(test.pixels([i])[0])
-                top, radius = shipped_loop(lambda z: fitted.defense(z, unused), x, task.classes)
+                top, radius = shipped_loop(lambda z: run.fitted.defense(z, unused), x, task.classes)
                 hits += (top == test.labels[i]) & (radius >= np.array(plan.card.radii))
         tables["theirs"] = (hits / len(images)).tolist()
 

@@ -22,8 +22,7 @@ from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records.record import Record
 from bench.runs import session
-from bench.runs.certifier import Certifier
-from bench.runs.device import in_turn
+from bench.runs.certifier import Certifier, serialized
 from bench.runs.plan import make_plans
 from bench.smoothing import engine
 from bench.smoothing.gridnoise import GridNoise
@@ -148,7 +147,7 @@ def test_threads_of_one_gpu_take_turns() -> None:
         found = engine.certify([engine.Device(task, models)], lambda y: fixed.certify(0.5, y), range(30))
         return sorted((replace(c, seconds=0.0) for c in found), key=lambda c: c.index)
 
-    assert run([in_turn(model)] * 4) == run([model])
+    assert run([serialized(model)] * 4) == run([model])
 
 
 def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +168,7 @@ def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: 
 def test_a_copy_asks_the_copy_of_its_base(tmp_path: Path) -> None:
     """What a defense sees of its base goes along when both are copied, and holds no more than before."""
     (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
-    _, certifier = session.Session(CPU, tmp_path, ConsoleReporter()).ready(plan)
+    certifier = session.Session(CPU, tmp_path, ConsoleReporter()).prepare(plan).certifier
     defense, base = copy.deepcopy((certifier.defense, certifier.base))
     with torch.no_grad():
         base.module.head().bias += torch.arange(10.0)  # type: ignore[operator]

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
-from bench.runs import fingerprint, recheck
-from bench.runs.recheck import Audit
+from bench.runs import fresh_noise
+from bench.runs.fresh_noise import Audit
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.engine import Certificate
 from bench.smoothing.procedures import Fixed, Votes
@@ -41,13 +40,13 @@ def false_alarms(procedure: Fixed | Anytime, records: int, images: int, votes: i
         claims = {c.index: 0 for c in certificates if c.predicted == 0}
         if claims:
             hits = {i: int(rng.binomial(votes, p[i])) for i in claims}
-            found += bool(recheck.overstated(procedure, Audit(claims, votes, 0), hits, certificates))
+            found += bool(fresh_noise.overstated(procedure, Audit(claims, votes, 0), hits, certificates))
     return found
 
 
 @pytest.mark.parametrize("votes", [64, 512])
 def test_no_honest_fixed_record_of_ten_thousand_is_accused(votes: int) -> None:
-    """Each with a chance of at most 1e-6, so any of them with at most 1e-2, for a seed drawn anew."""
+    """Each with a chance of at most 1e-6, so any of them with at most 1e-2, for a random seed."""
     assert false_alarms(FIXED, 10_000, 2, votes) == 0
 
 
@@ -70,7 +69,7 @@ def test_the_level_is_kept_at_every_probability(procedure: Fixed | Anytime) -> N
         accused = 0
         for _ in range(2000):
             c = certificate(procedure, 0, p, rng)
-            accused += recheck.fewer((int(rng.binomial(512, p)), 512), (c.top_count, c.n), procedure, 0.05)
+            accused += fresh_noise.fewer((int(rng.binomial(512, p)), 512), (c.top_count, c.n), procedure, 0.05)
         assert accused <= 155, p
 
 
@@ -82,16 +81,16 @@ def test_what_is_false_is_found(procedure: Fixed | Anytime, truth: float) -> Non
         certificates = [certificate(procedure, i, 1.0, rng) for i in range(8)]
         audit = Audit(dict.fromkeys(range(8), 0), 512, 0)
         hits = {i: int(rng.binomial(512, truth)) for i in range(8)}
-        missed += not recheck.overstated(procedure, audit, hits, certificates)
+        missed += not fresh_noise.overstated(procedure, audit, hits, certificates)
     assert missed == 0
 
 
 @pytest.mark.parametrize(("recorded", "found", "missed"), [(1000, 0.97, 0.98), (550, 0.405, 0.42)])
 def test_how_small_a_lie_512_fresh_votes_find(recorded: int, found: float, missed: float) -> None:
     """As docs/certification.md says, of a record of 1,000 votes: half of the time at these probabilities."""
-    level = recheck.LEVEL / 8
-    assert recheck.fewer((round(512 * found), 512), (recorded, 1000), FIXED, level)
-    assert not recheck.fewer((round(512 * missed), 512), (recorded, 1000), FIXED, level)
+    level = fresh_noise.LEVEL / 8
+    assert fresh_noise.fewer((round(512 * found), 512), (recorded, 1000), FIXED, level)
+    assert not fresh_noise.fewer((round(512 * missed), 512), (recorded, 1000), FIXED, level)
 
 
 def made(images: int, votes: int, abstain: Sequence[int] = ()) -> list[Certificate]:
@@ -103,12 +102,12 @@ def made(images: int, votes: int, abstain: Sequence[int] = ()) -> list[Certifica
 
 def test_an_audit_is_of_a_few_certified_images_within_its_share() -> None:
     for images, votes, block in ((500, 100_100, 64), (100, 1100, 256), (20, 612, 256), (3, 120, 16), (1, 40, 64)):
-        audit = recheck.at_the_end(made(images, votes, abstain=[0] if images > 1 else []), block)
+        audit = fresh_noise.audit_of_run(made(images, votes, abstain=[0] if images > 1 else []), block)
         assert audit is not None
         cost = len(audit.claims) * audit.votes
         assert 0 < cost <= max(block, 0.02 * images * votes)
         assert set(audit.claims) <= set(range(images)) - ({0} if images > 1 else set())
-    assert recheck.at_the_end(made(2, 100, abstain=[0, 1]), 64) is None
+    assert fresh_noise.audit_of_run(made(2, 100, abstain=[0, 1]), 64) is None
 
 
 def test_each_batch_is_kept_with_the_same_chance() -> None:
@@ -116,7 +115,7 @@ def test_each_batch_is_kept_with_the_same_chance() -> None:
     batches = [Batch(i, (Span("estimate", i, 0, 16),)) for i in range(5)]
     found = np.zeros(5)
     for _ in range(10_000):
-        sample = recheck.Sample(16)
+        sample = fresh_noise.BatchSample(16)
         for batch in batches:
             sample.see(batch, np.zeros(16, np.int64))
         assert sample.kept is not None
@@ -126,38 +125,9 @@ def test_each_batch_is_kept_with_the_same_chance() -> None:
 
 def test_of_a_batch_the_first_block_is_kept() -> None:
     spans = (Span("select", 0, 0, 16), Span("estimate", 1, 32, 48), Span("estimate", 2, 0, 64))
-    sample, voted = recheck.Sample(32), np.arange(128)
+    sample, voted = fresh_noise.BatchSample(32), np.arange(128)
     sample.see(Batch(7, spans), voted)
     assert sample.kept is not None
     batch, kept = sample.kept
     assert batch == Batch(7, (Span("select", 0, 0, 16), Span("estimate", 1, 32, 16)))
     assert kept.tolist() == voted[:32].tolist()
-
-
-MACHINE = {"device": "one", "platform": "linux", "packages": {"torch": "2"}}
-
-
-def test_fingerprints_are_equal_on_one_machine_and_close_on_another() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(64, 10)
-    one = fingerprint.of(logits.numpy(), 3, MACHINE)
-    assert fingerprint.differs(one, fingerprint.of(logits.clone().numpy(), 3, MACHINE)) == ""
-    nearly = logits * (1 + 1e-6)
-    assert "same kind of machine" in fingerprint.differs(one, fingerprint.of(nearly.numpy(), 3, MACHINE))
-    other = MACHINE | {"device": "two"}
-    assert fingerprint.differs(one, fingerprint.of(nearly.numpy(), 3, other)) == ""
-    for changed in (logits * 1.1, logits + 0.1, logits.roll(1, 0)):
-        assert "more than another machine explains" in fingerprint.differs(
-            one, fingerprint.of(changed.numpy(), 3, other)
-        )
-    assert "classes differ" in fingerprint.differs(one, fingerprint.of(logits.flip(1).numpy(), 3, other))
-    half = fingerprint.of((logits * 1.01).numpy(), 3, other)
-    assert fingerprint.differs(one, half) and not fingerprint.differs(one, half, ["bfloat16"])
-    assert "images 3 and 4" in fingerprint.differs(one, fingerprint.of(logits.numpy(), 4, MACHINE))
-
-
-def test_a_fingerprint_takes_nan_and_infinity() -> None:
-    logits = torch.full((16, 3), torch.nan)
-    logits[0, 0] = torch.inf
-    one = fingerprint.of(logits.numpy(), 0, MACHINE)
-    assert fingerprint.differs(one, fingerprint.of(logits.numpy(), 0, MACHINE | {"device": "two"})) == ""
