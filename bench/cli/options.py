@@ -7,12 +7,15 @@ import json
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from bench.errors import shown
 from bench.options import flag, option
+
+if TYPE_CHECKING:
+    from bench.records.findings import Finding
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 RUNS = Path("runs")
@@ -76,7 +79,7 @@ def _value(one: Field[Any], given: Any) -> Any:
     return tuple(given or ()) if isinstance(one.default, tuple) else given
 
 
-def print_findings(findings: list[Any], as_json: bool) -> None:
+def print_findings(findings: list[Finding], as_json: bool) -> None:
     """Print each check on its line, a problem below it; exit 1 if there is one."""
     if as_json:
         print(json.dumps([vars(f) for f in findings], indent=1))

@@ -77,13 +77,16 @@ class Session:
     def prepare(self, plan: Plan) -> PreparedRun:
         """Search and train a plan's defense, or take it from the cache, and choose the size of its blocks."""
         materials = self.materials(plan)
+        split, name = materials.certified(plan), run_name(plan)
+        indices = examples(plan, split)
+        if self.shard:
+            self.shard.part(indices)  # raises for a shard without images, before anything is trained for it
         plan, tried = self._searched(plan, materials)
         with self.reporter.training(f"{plugins.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
             fitted = fitting.fit(plan, materials.base, materials.train, self.device, progress)
         if fitted.sha256 and fitted.train_seconds is not None:
             log.info("weights %s, which took %.1f s of training", fitted.sha256[:8], fitted.train_seconds)
-        split, name = materials.certified(plan), run_name(plan)
-        task, indices = make_task(plan, split, self.device), examples(plan, split)
+        task = make_task(plan, split, self.device)
         largest = identity(plan, materials.base, split, fitted, indices, task)
 
         def with_rows(rows: int) -> dict[str, Any]:
@@ -122,8 +125,6 @@ class Session:
         log.info("on %s, %s", versions, signature())
         log.info("%s%s", STARTED, plan.options.command(*words))
         log.info("loading %s and base %s", plan.card.name, plan.base)
-        if self.shard:  # raises for a shard without images, before anything is trained for it
-            self.shard.part(examples(plan, self.materials(plan).certified(plan)))
         prepared = self.prepare(plan)
         prepared.warn_of_unused_options()
         return prepared

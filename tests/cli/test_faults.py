@@ -81,7 +81,7 @@ def test_a_full_cache_loses_nothing(whole: Path, tmp_path: Path) -> None:
     assert certificates(tmp_path / "kept") == certificates(whole)
 
 
-def test_a_write_that_ends_within_a_line_loses_nothing(whole: Path, tmp_path: Path) -> None:
+def test_an_incomplete_write_loses_nothing(whole: Path, tmp_path: Path) -> None:
     """Where no disk can be mounted: files of at most 5,000 bytes, so that a certificate is written in part."""
     command, log = [*RUN, "--out", str(tmp_path / "runs")], tmp_path / "log"
     process = start(with_small_files, command, tmp_path / "runs", 5000, cache=cache_root(), log=log)
@@ -136,7 +136,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["weights.safetensors", "meta.json", "no weights", "another's"])
-def test_a_corrupt_cache_entry_is_said_and_made_anew(
+def test_a_corrupt_cache_entry_is_reported_and_retrained(
     bench: Bench, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
@@ -166,7 +166,7 @@ def test_a_corrupt_cache_entry_is_said_and_made_anew(
 # Two processes ----------------------------------------------------------------------------------------
 
 
-def test_started_twice_at_once_one_writes(tmp_path: Path) -> None:
+def test_of_two_simultaneous_commands_one_writes(tmp_path: Path) -> None:
     """From an empty cache: one trains and certifies, the other is told so."""
     command = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "1000"]
     cache, logs = tmp_path / "cache", [tmp_path / "log-0", tmp_path / "log-1"]
@@ -183,7 +183,7 @@ def test_started_twice_at_once_one_writes(tmp_path: Path) -> None:
     assert sorted(indices, key=str) == [c["index"] for c in certificates(tmp_path / "runs")]  # each of them once
 
 
-def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_commands_that_share_a_training_wait_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Commands that differ, but for a training that they share."""
     from threading import Thread
 
@@ -208,7 +208,7 @@ def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pyt
 # Memory -----------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_the_block_that_fits_is_found_and_kept(
+def test_out_of_memory_halves_the_block_and_keeps_its_size(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bench.records.record import Run
@@ -237,7 +237,7 @@ def test_out_of_memory_the_block_that_fits_is_found_and_kept(
     assert bench("verify", info["path"]).code == 0
 
 
-def test_the_cpu_says_out_of_memory_in_words() -> None:
+def test_out_of_memory_on_the_cpu_is_recognized_by_its_words() -> None:
     import torch
 
     from bench.smoothing.blocks import out_of_memory
@@ -273,7 +273,7 @@ def test_too_little_memory_for_any_block_names_the_defense(bench: Bench, tmp_pat
         ("sleeps", 16, "no answer for 1 s in certification", 4),
     ],
 )
-def test_a_defense_at_fault_is_named_and_no_vote_invented(
+def test_a_faulty_defense_is_named_and_no_vote_invented(
     bench: Bench,
     tmp_path: Path,
     set_threads: Callable[[int], None],
@@ -331,7 +331,7 @@ def certificates_of(out: Path, name: str) -> list[dict[str, object]]:
     return [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
 
 
-def test_what_a_drifting_defense_certified_is_set_aside(
+def test_certificates_of_a_drifting_defense_are_set_aside(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
     set_threads(1)
@@ -346,7 +346,7 @@ def test_what_a_drifting_defense_certified_is_set_aside(
     assert bench("report", tmp_path).code == 2
 
 
-def test_a_drift_in_one_of_several_threads_is_seen(
+def test_drift_in_one_of_several_threads_is_detected(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
     set_threads(2)
@@ -356,7 +356,7 @@ def test_a_drift_in_one_of_several_threads_is_seen(
     assert not list(tmp_path.glob("*/certificates.jsonl"))
 
 
-def test_nan_is_no_vote_for_any_class(bench: Bench, tmp_path: Path) -> None:
+def test_nan_is_a_vote_for_no_class(bench: Bench, tmp_path: Path) -> None:
     result = bench(
         "run", "--defense", FAULTY, "--set", "how=nan", "--dataset", TINY, "--out", tmp_path, "--noise", "float"
     )
@@ -366,7 +366,7 @@ def test_nan_is_no_vote_for_any_class(bench: Bench, tmp_path: Path) -> None:
     assert all((r["predicted"], r["radius"], r["top_count"], r["runner_up_count"]) == (None, 0.0, 0, 100) for r in rows)
 
 
-def test_a_defense_that_hangs_in_c_is_named_and_ended(tmp_path: Path) -> None:
+def test_a_defense_that_hangs_in_c_is_named_and_its_process_ended(tmp_path: Path) -> None:
     args = ["--dataset", TINY, "--set", "how=computes", "--set", "after=16", "--timeout", "1", "--out", str(tmp_path)]
     log = tmp_path / "log"
     process = start(impatient, ["run", "--defense", FAULTY, *args], cache=cache_root(), log=log)

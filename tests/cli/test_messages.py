@@ -52,7 +52,7 @@ def test_help_keeps_words_in_brackets(bench: Bench, command: str) -> None:
         ("run --defense none --dataset d --set rank=1 lr=2", "repeat the option for each: --set rank=1 --set lr=2"),
     ],
 )
-def test_values_with_blanks_between_get_a_hint(bench: Bench, typed: str, words: str) -> None:
+def test_values_separated_by_blanks_get_a_hint(bench: Bench, typed: str, words: str) -> None:
     result = bench(*shlex.split(typed))
     assert result.code == 2 and result.err.count("\n") == 1
     assert "unexpected extra argument" in result.err and words in result.err
@@ -97,7 +97,7 @@ def figures(bench: Bench, runs: Path, out: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in out.glob("*.svg")}
 
 
-def test_a_figure_keeps_its_name_whatever_else_is_reported(bench: Bench, tmp_path: Path) -> None:
+def test_a_figure_keeps_its_name_in_every_report(bench: Bench, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     made_up(runs, [0.3] * 10, name="one")
     first = figures(bench, runs, tmp_path / "first")
@@ -158,7 +158,7 @@ def test_latex_compiles_within_a_column(bench: Bench, tmp_path: Path) -> None:
 # Compare, status and list -----------------------------------------------------------------------------
 
 
-def test_compare_of_a_folder_compares_what_is_in_it(bench: Bench, tmp_path: Path) -> None:
+def test_compare_of_a_folder_compares_its_runs(bench: Bench, tmp_path: Path) -> None:
     one, two = made_up(tmp_path, [0.3] * 10, name="one"), made_up(tmp_path, [0.1] * 10, name="two")
     assert json.loads(bench("compare", tmp_path, "--json").out) == json.loads(bench("compare", one, two, "--json").out)
     other = made_up(tmp_path, [0.1] * 10, name="other", sigma=0.5)
@@ -173,14 +173,14 @@ def test_compare_of_a_folder_compares_what_is_in_it(bench: Bench, tmp_path: Path
     assert text.count("## digits, sigma") == 2 and "sigma 0.25" in text and "sigma 0.5" in text
 
 
-def test_compare_of_a_folder_without_two_is_one_line(bench: Bench, tmp_path: Path) -> None:
+def test_compare_of_a_folder_without_two_runs_is_one_line(bench: Bench, tmp_path: Path) -> None:
     made_up(tmp_path / "runs", [0.3] * 10)
     for folder in (tmp_path / "runs", tmp_path / "nothere"):
         result = bench("compare", folder)
         assert result.code == 2 and "Traceback" not in result.err
 
 
-def test_status_of_a_folder_that_is_not_there_is_exit_2(bench: Bench, tmp_path: Path) -> None:
+def test_status_of_a_missing_folder_is_exit_2(bench: Bench, tmp_path: Path) -> None:
     result = bench("status", tmp_path / "nothere")
     assert (result.code, result.out) == (2, "")
     assert result.err == f"bench: no folder {tmp_path / 'nothere'}; bench run makes one\n"
@@ -258,7 +258,7 @@ class Counts(Defense):
 """
 
 
-def test_a_dry_run_of_a_slow_model_times_few_rows_and_says_so(
+def test_a_dry_run_of_a_slow_model_times_few_rows_and_reports_it(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bench.runs import estimate

@@ -62,7 +62,7 @@ def test_copies_that_share_a_buffer_vote_in_one_thread(
     assert certificates(tmp_path / "two") == certificates(tmp_path / "one")
 
 
-def test_copies_that_come_to_share_a_buffer_are_refused(
+def test_copies_that_share_a_buffer_later_are_refused(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
     """Not seen at the start: what they certified is set aside at the end."""
@@ -84,7 +84,7 @@ def test_the_doctor_names_a_shared_buffer(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("procedure", ["fixed", "anytime"])
-def test_a_drift_that_a_process_took_with_it_is_seen_when_resuming(
+def test_drift_of_a_killed_process_is_detected_when_resuming(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None], procedure: str
 ) -> None:
     """It drifts late, is killed, and its state is gone: nothing in the new process shows it but the counts."""
@@ -217,10 +217,10 @@ def test_a_file_changed_before_a_resume_is_refused_and_nothing_is_lost(
     number.write_text("0.6")
     result = bench("verify", run, "--defense", mine)
     assert result.code == 1
-    assert "another function than the one certified" in result.out
+    assert "the function built here is not the one certified" in result.out
 
 
-def test_a_helper_module_beside_a_defense_is_part_of_its_source(bench: Bench, tmp_path: Path) -> None:
+def test_a_helper_module_next_to_a_defense_is_part_of_its_source(bench: Bench, tmp_path: Path) -> None:
     """Directly and through another module; a file that is not imported is not."""
     plugins = tmp_path / "plugins"
     plugins.mkdir()
@@ -261,7 +261,7 @@ def cheating(how: str, out: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("how", CHEATS)
-def test_what_holds_on_known_noise_alone_is_set_aside_at_the_end(
+def test_certificates_that_hold_only_on_known_noise_are_set_aside(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None], how: str
 ) -> None:
     set_threads(1)
@@ -272,7 +272,7 @@ def test_what_holds_on_known_noise_alone_is_set_aside_at_the_end(
 
 
 @pytest.mark.parametrize("how", CHEATS)
-def test_verify_on_fresh_noise_catches_what_a_sample_of_the_seed_does_not(
+def test_verify_on_fresh_noise_catches_what_redrawing_from_the_seed_misses(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None], how: str
 ) -> None:
     set_threads(1)

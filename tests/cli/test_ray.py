@@ -59,7 +59,7 @@ def test_the_records_of_a_cluster_are_those_of_one_process(bench: Bench, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_defense_at_fault_on_a_cluster_is_named_and_the_other_run_finished(bench: Bench, tmp_path: Path) -> None:
+def test_a_faulty_defense_on_a_cluster_is_named_and_the_other_run_finishes(bench: Bench, tmp_path: Path) -> None:
     faulty = defense("faulty")
     args = ["run", "--defense", f"{faulty},none", "--dataset", TINY, "--set", "faulty.how=sleeps"]
     args += ["--set", "faulty.after=16", "--timeout", "2"]
@@ -98,7 +98,7 @@ def test_ctrl_c_on_a_cluster_says_how_to_resume(tmp_path: Path) -> None:
     assert log.read_text().splitlines()[-1].endswith("INFO interrupted")
 
 
-def test_ray_is_asked_for_by_name(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_must_be_requested_and_installed(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path)
     wrong = bench(*args, "--executor", "rya")
     assert (wrong.code, wrong.err) == (2, "bench: unknown --executor 'rya'; did you mean ray?\n")
@@ -115,7 +115,7 @@ def test_ray_is_asked_for_by_name(bench: Bench, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", [*names(), defense("randomised")])
-def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
+def test_every_defense_can_be_sent_to_a_worker(name: str) -> None:
     """With the base that it asks, and without the training data."""
     import torch
 
@@ -229,7 +229,7 @@ def test_killed_workers_nodes_and_commands_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_drift_that_a_worker_took_with_it_is_seen(tmp_path: Path) -> None:
+def test_drift_of_workers_that_died_is_detected(tmp_path: Path) -> None:
     """Two workers drift and are killed; those that follow do not, so nothing in them shows what was counted before.
 
     Of each dead worker one batch in some 300 is drawn again, of which at most 26 are of before the drift: none of the

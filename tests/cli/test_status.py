@@ -83,7 +83,9 @@ def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monk
     assert "finished: 8 images" in log.splitlines()[-1]
 
 
-def test_a_failure_is_shown_until_it_is_mended(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_shown_until_the_run_is_resumed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         stop(patch, 2, lambda: RuntimeError("the disk is\non fire"))
         with pytest.raises(RuntimeError):
@@ -115,7 +117,7 @@ def test_a_run_that_fails_before_it_has_a_folder(bench: Bench, tmp_path: Path) -
     assert [r["state"] for r in rows(bench, out)] == ["complete"]
 
 
-def test_training_is_seen_before_there_is_a_folder(
+def test_training_is_shown_before_there_is_a_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bench.runs import fitting
@@ -146,7 +148,7 @@ def test_training_is_seen_before_there_is_a_folder(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_killed_process_lets_go_of_its_log(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_log(tmp_path: Path) -> None:
     file = tmp_path / "tiny-none-s0.25-01234567.log"
     code = (
         "import sys, time; from pathlib import Path; from bench.process.runlog import RunLog, log\n"
@@ -221,7 +223,7 @@ def unfinished(out: Path, log: bytes = b"", **changes: Any) -> Path:
     return run
 
 
-def test_a_log_of_a_terabyte_is_read_from_its_end(bench: Bench, tmp_path: Path) -> None:
+def test_only_the_end_of_a_huge_log_is_read(bench: Bench, tmp_path: Path) -> None:
     run = unfinished(tmp_path)
     for file in (run / "log.txt", tmp_path / "begun.log", tmp_path / "foreign.log"):
         os.truncate(file, 0) if file.exists() else file.touch()

@@ -98,7 +98,9 @@ def test_threads_certify_as_one(
     assert certificates(together) == certificates(alone)
 
 
-def test_what_cannot_be_copied_votes_in_one_thread(tmp_path: Path, set_threads: Callable[[int], None]) -> None:
+def test_a_defense_that_cannot_be_copied_votes_in_one_thread(
+    tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
     set_threads(3)
     mine = tmp_path / "mine.py"
     mine.write_text(
@@ -119,7 +121,7 @@ def task_of(images: int) -> engine.Task:
 
 
 @pytest.mark.parametrize("where", ["device", "thread"])
-def test_what_one_of_them_raises_stops_the_run(where: str) -> None:
+def test_an_error_in_one_thread_or_device_stops_the_run(where: str) -> None:
     def sound(x: Tensor, draw: Draw) -> Tensor:
         return x.flatten(1)[:, :3]
 
@@ -165,7 +167,7 @@ def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: 
         session.Session(CPU, tmp_path, Quiet(), devices=[CPU, CPU]).run(plan)
 
 
-def test_a_copy_asks_the_copy_of_its_base(tmp_path: Path) -> None:
+def test_a_copy_queries_the_copy_of_its_base(tmp_path: Path) -> None:
     """What a defense sees of its base goes along when both are copied, and holds no more than before."""
     (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
     certifier = session.Session(CPU, tmp_path, ConsoleReporter()).prepare(plan).certifier

@@ -45,18 +45,18 @@ def false_alarms(procedure: Fixed | Anytime, records: int, images: int, votes: i
 
 
 @pytest.mark.parametrize("votes", [64, 512])
-def test_no_honest_fixed_record_of_ten_thousand_is_accused(votes: int) -> None:
+def test_no_honest_fixed_record_of_ten_thousand_fails(votes: int) -> None:
     """Each with a chance of at most 1e-6, so any of them with at most 1e-2, for a random seed."""
     assert false_alarms(FIXED, 10_000, 2, votes) == 0
 
 
-def test_no_honest_anytime_record_is_accused() -> None:
+def test_no_honest_anytime_record_fails() -> None:
     """Looks are chosen by their own counts: the level must hold all the same. At most 2e-3 for 2,000 records."""
     assert false_alarms(ANYTIME, 2_000, 2, 512) == 0
 
 
 @pytest.mark.slow
-def test_no_honest_anytime_record_of_ten_thousand_is_accused() -> None:
+def test_no_honest_anytime_record_of_ten_thousand_fails() -> None:
     assert false_alarms(ANYTIME, 10_000, 4, 512) == 0
 
 
@@ -74,7 +74,7 @@ def test_the_level_is_kept_at_every_probability(procedure: Fixed | Anytime) -> N
 
 
 @pytest.mark.parametrize(("procedure", "truth"), [(FIXED, 0.9), (ANYTIME, 0.6)])
-def test_what_is_false_is_found(procedure: Fixed | Anytime, truth: float) -> None:
+def test_false_records_are_detected(procedure: Fixed | Anytime, truth: float) -> None:
     """A record of certainty is not; an anytime look at some 100 votes says less, so a smaller lie is missed there."""
     rng, missed = np.random.default_rng(2), 0
     for _ in range(100):
@@ -86,7 +86,7 @@ def test_what_is_false_is_found(procedure: Fixed | Anytime, truth: float) -> Non
 
 
 @pytest.mark.parametrize(("recorded", "found", "missed"), [(1000, 0.97, 0.98), (550, 0.405, 0.42)])
-def test_how_small_a_lie_512_fresh_votes_find(recorded: int, found: float, missed: float) -> None:
+def test_the_smallest_overstatement_that_512_fresh_votes_detect(recorded: int, found: float, missed: float) -> None:
     """As docs/certification.md says, of a record of 1,000 votes: half of the time at these probabilities."""
     level = fresh_noise.LEVEL / 8
     assert fresh_noise.fewer((round(512 * found), 512), (recorded, 1000), FIXED, level)
@@ -123,7 +123,7 @@ def test_each_batch_is_kept_with_the_same_chance() -> None:
     assert stats.chisquare(found).pvalue > 1e-6
 
 
-def test_of_a_batch_the_first_block_is_kept() -> None:
+def test_the_first_block_of_a_batch_is_kept() -> None:
     spans = (Span("select", 0, 0, 16), Span("estimate", 1, 32, 48), Span("estimate", 2, 0, 64))
     sample, voted = fresh_noise.BatchSample(32), np.arange(128)
     sample.see(Batch(7, spans), voted)

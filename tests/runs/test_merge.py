@@ -50,7 +50,7 @@ def test_a_merge_that_changes_logits_is_refused(name: str, settings: list[str]) 
     assert "merge() changes its logits" in list(doctor.examine(plan))[-1].problem
 
 
-def test_a_sound_merge_is_not(bench: Bench, tmp_path: Path) -> None:
+def test_a_sound_merge_passes(bench: Bench, tmp_path: Path) -> None:
     (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY, settings=[]))
     assert [f.problem for f in doctor.examine(plan)] == [""] * 7
     result = bench("run", "--defense", defense("folds"), "--dataset", TINY, "--examples", 1, "--out", tmp_path)
@@ -144,7 +144,7 @@ def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
 
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_it_is_what_was_trained_whatever_the_layer(kind: str, dora: bool) -> None:
+def test_merging_keeps_the_function_for_every_kind_of_layer(kind: str, dora: bool) -> None:
     with rng.fixed_rng(1):
         base = based(Layers(*BODIES[kind]()))
     made, notes = adapted(base, f"dora={dora}")
@@ -180,7 +180,7 @@ def test_timms_families_are_adapted_and_merged(name: str, args: dict[str, Any]) 
         assert torch.allclose(made.eval().logits(x, DRAW), before, atol=1e-5 * float(before.abs().max()))
 
 
-def test_nothing_to_adapt_names_the_layers() -> None:
+def test_a_base_without_layers_to_adapt_is_refused_with_its_layers_names() -> None:
     with pytest.raises(BenchError, match="it cannot adapt 1 dilated Conv2d; use full or bitfit"):
         adapted(based(Layers(nn.Conv2d(1, 4, 3, dilation=2))))
 
@@ -224,7 +224,7 @@ def test_a_probe_of_two_heads_is_refused_in_one_line(tmp_path: Path) -> None:
         new_head(distilled().module, 5, CPU)  # type: ignore[arg-type]
 
 
-def test_loras_weights_on_the_digits_baseline_are_those_they_were() -> None:
+def test_lora_weights_on_the_digits_baseline_are_unchanged() -> None:
     """Of commit e61c7b0: which layers are adapted, how they start, and where half an epoch takes them."""
     file = str(Path(__file__).parents[2] / "reports" / "baselines" / "digits-vit.safetensors")
     (plan,) = make_plans(RunOptions(defenses="lora", dataset="digits", base=file, settings=[]))
