@@ -183,8 +183,8 @@ class DeviceCertifier:
         self.certifier.base.check_unchanged(self.certifier.name)
         if not self._unchanged(self._models):
             raise NotOneFunction(
-                "logits of the same image and draw differ between the start and the end of the run: the defense keeps "
-                "a state, so none of its certificates hold",
+                "logits of the same image and draw differ at the end of the run from those at its start: the defense "
+                "keeps a state, so none of its certificates hold",
                 self.certifier.name,
             )
         check_independent([self])

@@ -60,19 +60,19 @@ def examine(plan: Plan) -> Iterator[Finding]:
                 fitting.train_or_load(plan, base, train, device, lambda *_: None, defense, STEPS)
             yield Finding(f"trains{steps}")
 
-            failed = "merging it changes its logits"
+            failed = "could not merge it without changing its logits"
             # A few steps change little: a merge that loses what they changed shows once all of it has moved.
             _move(moved := fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS)))
             fitting.merge(moved, train, plan, device)
             fitting.merge(defense, train, plan, device)
             yield Finding("merging it leaves its logits as they were trained")
 
-            failed = "its logits depend on more than each image and its draw"
+            failed = "could not show that its logits depend on each image and its draw alone"
             with torch.inference_mode():
                 check_rows(defense, task, 0)
             yield Finding("its logits are a function of each image and its draw alone")
 
-            failed = "stored and loaded it is another function, or the base was changed"
+            failed = "could not reload it as the same function, on an unchanged base"
             loaded = fitting.fit(plan, base, train, device, lambda *_: None).defense
             if not _same_logits(defense, loaded, task):
                 raise BenchError(_RELOAD)
@@ -86,7 +86,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
                 )
             yield Finding("copies of it in two threads give the logits that each gives alone")
 
-            failed = "could not certify, or not with the same counts in any order"
+            failed = "could not certify with the same counts in any order"
             images = choose(test, "4")
             if _counts(loaded, task, images) != _counts(loaded, task, images[::-1]):
                 raise BenchError("the counts changed with the order of the images")

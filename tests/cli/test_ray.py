@@ -10,13 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.plugins import names
 from tests.helpers.commands import TINY, Result, defense
 
 pytest.importorskip("ray")
@@ -112,43 +110,6 @@ def test_ray_must_be_requested_and_installed(bench: Bench, tmp_path: Path, monke
         2,
         "bench: --executor ray: Ray is not installed; pip install 'certbench[ray]'\n",
     )
-
-
-@pytest.mark.parametrize("name", [*names(), defense("randomised")])
-def test_every_defense_can_be_sent_to_a_worker(name: str) -> None:
-    """With the base that it asks, and without the training data."""
-    import torch
-
-    from bench.cluster.worker import pack, unpack
-    from bench.data.datasets import load_splits
-    from bench.models.bases import untrained_base
-    from bench.options import RunOptions
-    from bench.runs import fitting
-    from bench.runs.certifier import Certifier
-    from bench.runs.context import Workshop
-    from bench.runs.identity import make_task
-    from bench.runs.plan import make_plans
-    from bench.smoothing.noise import Vote, VoteDraw
-
-    cpu = torch.device("cpu")
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY))
-    base = untrained_base(plan.card, plan.base, cpu, probe=not plan.cls.adapts)
-    train, test = load_splits(plan.card, "train", "test")
-    built = fitting.construct(plan, base, cpu)
-    built.context._workshop = Workshop(train, lambda *_: None)  # type: ignore[attr-defined]
-    built.merge()
-    here = Certifier(name, built.eval(), base)
-    task = make_task(plan, test, cpu)
-    packed = pack(here), pack(replace(task, images=None, labels=None))  # type: ignore[arg-type]
-    assert sum(map(len, packed)) < 5e6
-    there, their_task = map(unpack, packed)
-    votes = [Vote("estimate", 0, i) for i in range(task.block)]
-    with torch.inference_mode():
-        logits = [
-            c.model(cpu)(t.noisy(task.repeated(0), votes), VoteDraw(t.noise, votes, t.sigma, cpu))
-            for c, t in ((here, task), (there, their_task))
-        ]
-    assert torch.equal(*logits)
 
 
 class Nodes:
