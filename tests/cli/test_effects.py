@@ -1,4 +1,4 @@
-"""Options that can have no effect are refused, or a line says so; and a noise level in other units gets a hint."""
+"""Test that options without effect are refused or reported, and that noise in other units gets a hint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_an_option_that_no_defense_of_the_command_uses_is_refused(
 
 
 def test_an_option_that_one_defense_uses_is_reported_unused_for_the_others(bench: Bench, tmp_path: Path) -> None:
-    names = f"none,head,{defense('half_space')}"  # the last one trains nothing and does not state so
+    names = f"none,head,{defense('half_space')}"  # the last one trains nothing, but does not declare it
     args = ("--objective", "stability", "--train-sigma", ".5", "--set", "epochs=0.1", "--out", tmp_path)
     ran = bench("run", "--defense", names, *FEW, *args, "--json")
     assert ran.code == 0, ran.err
@@ -49,7 +49,7 @@ def test_an_option_that_one_defense_uses_is_reported_unused_for_the_others(bench
         assert runs[name]["defense"]["objective"] is None
     said = [line for line in ran.err.splitlines() if "has no effect" in line]
     assert [("none" in line, "half_space" in line) for line in said] == [(True, False)] * 2 + [(False, True)] * 2
-    # It is the run that the command without them makes.
+    # The command without these options makes the same run.
     again = bench("run", "--defense", "none", *FEW, "--out", tmp_path)
     assert "already complete" in again.err
 
@@ -59,7 +59,7 @@ def test_training_options_with_the_users_weights_are_only_recorded(bench: Bench,
     save_file({"model.head.weight": np.zeros(1)}, tmp_path / "w.safetensors")
     given = ("--weights", tmp_path / "w.safetensors", "--train-sigma", ".5", "--set", "epochs=3.5")
     said = bench(*args, *given)
-    assert said.code == 2  # of another shape
+    assert said.code == 2  # its shape differs
     for option in ("--train-sigma 0.5", "--set epochs=3.5"):
         assert f"bench: {option} is only recorded: --weights are trained already" in said.err
 

@@ -1,4 +1,4 @@
-"""What goes wrong on a long run, end to end: disks, caches, two processes at once, memory, and defenses at fault."""
+"""Test faults of long runs: disks, caches, two processes at once, memory, and faulty defenses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = ["run", "--defense", "none", "--dataset", TINY, "--examples", "60"]
 
 
 def certificates(out: Path) -> list[dict[str, object]]:
-    """All of one run folder, without their timing, by image."""
+    """Read the certificates of one run folder, sorted by image, without their timing."""
     (file,) = out.glob("*/certificates.jsonl")
     rows = [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
     return sorted(rows, key=lambda r: str(r["index"]))
@@ -28,7 +28,7 @@ def certificates(out: Path) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folders of ``RUN``, undisturbed; and the base it needs is in the cache."""
+    """Make the run folders of ``RUN`` without faults, and cache its base."""
     from bench.cli import main
 
     out = tmp_path_factory.mktemp("whole")
@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
-    """A real small disk, which grows by a page at a time: every write of a run meets its end once."""
+    """Use a real small disk that grows by one page at a time, so that every write of a run fails once."""
     disk = tmp_path / "disk"
     disk.mkdir()
     pages = [*range(4, 128, 4), 256, 512]
@@ -55,16 +55,16 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
     said = log.read_text()
     assert process.exitcode == 0, said
     errors = [line for line in said.splitlines() if line.startswith("bench: ")]
-    # A log that has gaps ends no run; whatever does is one line.
+    # A log with gaps does not end a run; every error is one line.
     errors = [e for e in errors if not ("log.txt has gaps: No space left" in e and str(disk) in e)]
-    assert said.count("-- ") == len(errors) + 2 >= 5  # the last size, and that it fits
+    assert said.count("-- ") == len(errors) + 2 >= 5  # the last size, and the line that it fits
     assert all("cannot write" in e and str(disk) in e and "No space left" in e for e in errors)
     assert any("certificates.jsonl" in e and "all certified before is kept: free space there" in e for e in errors)
     assert certificates(tmp_path / "kept") == certificates(whole)
 
 
 def test_a_full_cache_loses_nothing(whole: Path, tmp_path: Path) -> None:
-    """The same of checkpoints and weights."""
+    """Checkpoints and weights."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command, log = [*RUN, "--out", str(tmp_path / "runs")], tmp_path / "log"
@@ -82,7 +82,7 @@ def test_a_full_cache_loses_nothing(whole: Path, tmp_path: Path) -> None:
 
 
 def test_an_incomplete_write_loses_nothing(whole: Path, tmp_path: Path) -> None:
-    """Where no disk can be mounted: files of at most 5,000 bytes, so that a certificate is written in part."""
+    """Limit files to 5,000 bytes, so that a certificate is written in part; works where no disk can be mounted."""
     command, log = [*RUN, "--out", str(tmp_path / "runs")], tmp_path / "log"
     process = start(with_small_files, command, tmp_path / "runs", 5000, cache=cache_root(), log=log)
     process.join()
@@ -123,7 +123,7 @@ def test_a_file_in_place_of_the_output_is_refused_before_anything_is_trained(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache and the run that filled it."""
+    """Make a cache and the run that filled it."""
     from bench.cli import main
 
     place = tmp_path_factory.mktemp("trained")
@@ -167,7 +167,7 @@ def test_a_corrupt_cache_entry_is_reported_and_retrained(
 
 
 def test_of_two_simultaneous_commands_one_writes(tmp_path: Path) -> None:
-    """From an empty cache: one trains and certifies, the other is told so."""
+    """From an empty cache one trains and certifies; the other exits with an error."""
     command = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "1000"]
     cache, logs = tmp_path / "cache", [tmp_path / "log-0", tmp_path / "log-1"]
     both = [start(run, [[*command, "--out", str(tmp_path / "runs")]], cache=cache, log=log) for log in logs]
@@ -184,7 +184,7 @@ def test_of_two_simultaneous_commands_one_writes(tmp_path: Path) -> None:
 
 
 def test_commands_that_share_a_training_wait_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Commands that differ, but for a training that they share."""
+    """The commands differ, but share a training."""
     from threading import Thread
 
     from bench.training.weights import Entry
@@ -226,7 +226,7 @@ def test_out_of_memory_halves_the_block_and_keeps_its_size(
     assert stopped.code == 130
     assert "blocks of 64 rows; 256 do not fit into memory" in stopped.err
     monkeypatch.setattr(Run, "append", real)
-    # More memory now: the run that is begun goes on in its own blocks.
+    # With more memory, the run that has begun keeps its blocks.
     from bench.smoothing import blocks
 
     monkeypatch.setattr(blocks, "fitting_block", lambda *_: pytest.fail("a block was looked for"))
@@ -282,7 +282,7 @@ def test_a_faulty_defense_is_named_and_no_vote_invented(
     words: str,
     kept: int,
 ) -> None:
-    set_threads(1)  # the defense counts its calls, and so each thread's copy would
+    set_threads(1)  # the defense counts its calls, and each thread's copy would count its own
     args = ("--dataset", TINY, "--set", f"how={how}", "--set", f"after={after}", "--timeout", "1", "--out", tmp_path)
     result = bench("run", "--defense", f"{FAULTY},none", *args)
     assert result.code == 2
@@ -290,7 +290,7 @@ def test_a_faulty_defense_is_named_and_no_vote_invented(
     assert last.startswith(f"bench: 1 of 2 runs failed: defense {FAULTY}: ")
     assert words in last
     assert "Traceback" not in result.err
-    # The other run of the command is finished, and this one's folder holds what was certified before.
+    # The other run of the command is finished; the folder of this one keeps its certificates.
     assert json.loads(next(tmp_path.glob("tiny-none-*/run.json")).read_text())["status"] == "complete"
     files = list(tmp_path.glob("tiny-faulty-*/certificates.jsonl"))
     rows = files[0].read_text().splitlines() if files else []
@@ -326,7 +326,7 @@ def test_a_fault_in_one_of_several_threads(
 
 
 def certificates_of(out: Path, name: str) -> list[dict[str, object]]:
-    """The certificates of one of several runs."""
+    """Find the certificates of one of several runs."""
     (file,) = out.glob(f"tiny-{name}-*/certificates.jsonl")
     return [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
 
@@ -336,7 +336,7 @@ def test_certificates_of_a_drifting_defense_are_set_aside(
 ) -> None:
     set_threads(1)
     args = ("run", "--defense", FAULTY, "--set", "how=drifts", "--set", "after=16", "--dataset", TINY)
-    for _ in range(2):  # typed again it is no sounder
+    for _ in range(2):  # a repeated command fails too
         result = bench(*args, "--out", tmp_path)
         assert result.code == 2
         assert "refused.jsonl" in result.err
@@ -397,7 +397,7 @@ def test_a_training_that_hangs_is_named(bench: Bench, tmp_path: Path) -> None:
 def test_a_report_is_whole_or_absent(
     bench: Bench, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    """The last byte does not fit: the old report stays, and nothing is left beside it."""
+    """The last byte does not fit: the old report stays, and no other file is left."""
     import os
 
     out = tmp_path / "report"

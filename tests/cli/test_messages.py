@@ -1,4 +1,4 @@
-"""What a newcomer meets at the command line: options and names that follow one rule, and errors that lead on."""
+"""Test what a newcomer sees: consistent options and names, and errors that explain how to fix them."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
     assert body.count("{") == body.count("}")
     assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}")
     (columns,) = re.findall(r"\\begin\{tabular\}\{@\{\}p\{([\d.]+)\\columnwidth\}(r+)@\{\}\}", body)
-    # As many cells in a row as there are columns, one of them as wide as several where it spans them.
+    # Every row has a cell for each column; a cell may span several columns.
     for line in (
         row for row in body.splitlines() if row.rstrip().endswith(("\\\\", "\\\\[1pt]")) and "provide" not in row
     ):
         spanned = sum(int(k) - 1 for k in re.findall(r"\\multicolumn\{(\d+)\}", line))
         assert len(re.findall(r"(?<!\\)&", line)) + spanned == len(columns[1]), line
-    # 34 points for a value with its interval and 5 between two, in a column of 229 points.
+    # 34 points for a value with its interval, 5 between two values, in a column of 229 points.
     assert 229 * float(columns[0]) + len(columns[1]) * 39 <= 231
     rows = {line.split(" &")[0]: line for line in reversed(body.splitlines())}
     assert r"\certified{\textbf{75.0}}" in rows["best"] and r"\certified{\textbf{65.0}}" in rows["close"]
@@ -184,7 +184,7 @@ def test_status_of_a_missing_folder_is_exit_2(bench: Bench, tmp_path: Path) -> N
     result = bench("status", tmp_path / "nothere")
     assert (result.code, result.out) == (2, "")
     assert result.err == f"bench: no folder {tmp_path / 'nothere'}; bench run makes one\n"
-    assert bench("status", tmp_path).code == 0  # there, and empty
+    assert bench("status", tmp_path).code == 0  # an empty folder
 
 
 def test_list_and_status_use_the_same_words(bench: Bench, tmp_path: Path) -> None:

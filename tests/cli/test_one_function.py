@@ -1,4 +1,4 @@
-"""A record holds one fixed function: careless defenses are refused or caught, honest ones certified as before."""
+"""Test that a record holds one fixed function: careless defenses are refused, sound ones are certified."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def info(out: Path) -> dict[str, Any]:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """End a run once so many images are certified, as Ctrl-C does."""
+    """Interrupt a run after a number of images, as Ctrl-C does."""
     real = Run.append
 
     def append(self: Run, certificate: Any) -> None:
@@ -65,7 +65,7 @@ def test_copies_that_share_a_buffer_vote_in_one_thread(
 def test_copies_that_share_a_buffer_later_are_refused(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
-    """Not seen at the start: what they certified is set aside at the end."""
+    """Not detected at the start: certificates are set aside at the end."""
     set_threads(2)
     more = ("--set", f"after={CHECKS}", "--n", "3000")
     result = bench(*args("global_buffer", tmp_path, *more))
@@ -87,7 +87,7 @@ def test_the_doctor_names_a_shared_buffer(bench: Bench) -> None:
 def test_drift_of_a_killed_process_is_detected_when_resuming(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None], procedure: str
 ) -> None:
-    """It drifts late, is killed, and its state is gone: nothing in the new process shows it but the counts."""
+    """The killed process had drifted, and its state is lost: only the counts show it."""
     set_threads(1)
     command = args("drifts", tmp_path, "--set", f"after={CHECKS}", "--examples", 30, "--n", 1000)
     command += ["--procedure", procedure]
@@ -109,7 +109,7 @@ def test_an_honest_run_resumes_to_the_same_record(
 ) -> None:
     command = ["run", "--defense", name, "--dataset", TINY]
     assert bench(*command, "--out", tmp_path / "whole").code == 0
-    for after in (1, 4, 7, 8):  # the last: all is certified, and nothing checked
+    for after in (1, 4, 7, 8):  # the last: all images are certified, and nothing is checked
         with monkeypatch.context() as patch:
             if after < 8:
                 interrupt(patch, after)
@@ -130,7 +130,7 @@ def _interrupted(*_: object) -> None:
 def test_a_record_of_another_machine_is_compared_as_two_samples(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One count moved by a vote: of this machine it is a fault, of another one rounding."""
+    """A count that differs by one vote is a fault on the same machine, and rounding on another one."""
     command = ["run", "--defense", "none", "--dataset", TINY, "--out", tmp_path]
     with monkeypatch.context() as patch:
         interrupt(patch, 1)
@@ -172,7 +172,7 @@ from pathlib import Path
 from bench.interface import Access, Defense
 
 class Mine(Defense):
-    """Reads a number of a file that nobody hashes."""
+    """Read a number from a file that is not hashed."""
     access = Access.QUERY
 
     def build(self):
@@ -221,7 +221,7 @@ def test_a_file_changed_before_a_resume_is_refused_and_nothing_is_lost(
 
 
 def test_a_helper_module_next_to_a_defense_is_part_of_its_source(bench: Bench, tmp_path: Path) -> None:
-    """Directly and through another module; a file that is not imported is not."""
+    """Imported directly or through another module; a file that is not imported is not part of it."""
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     (plugins / "my_defense.py").write_text(
@@ -297,7 +297,7 @@ def test_honest_defenses_are_certified(bench: Bench, tmp_path: Path, how: str, p
 
 
 def test_the_audit_costs_little_and_is_recorded(bench: Bench, tmp_path: Path) -> None:
-    """2% of the votes, at least one block, and not counted among them."""
+    """It costs 2% of the votes, at least one block, and is not counted among them."""
     assert bench("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path, "--n", 20_000).code == 0
     found = info(tmp_path)
     votes = len(found["audit"]["images"]) * found["audit"]["votes"]

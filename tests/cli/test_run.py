@@ -1,4 +1,4 @@
-"""The command line, in process, on a tiny card: run, resume, list, report, and bad input."""
+"""Test the command line on a tiny card: run, resume, list, report, and invalid input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Bench = Callable[..., Result]
 
 
 def lines(out: Path) -> dict[str, list[dict[str, object]]]:
-    """Certificates by run folder, without their timing, by image."""
+    """Read the certificates of each run folder, sorted by image, without their timing."""
     found = {}
     for file in sorted(out.glob("*/certificates.jsonl")):
         rows = [json.loads(line) for line in file.read_text().splitlines()]

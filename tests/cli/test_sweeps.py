@@ -1,4 +1,4 @@
-"""Several values of a setting, a search on the validation split, several seeds: one command, readable rows."""
+"""Test commands with several values of a setting, a search on the validation split, or several seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_each_value_of_a_list_makes_a_run(bench: Bench, tmp_path: Path) -> None:
     )
     assert ran.code == 0, ran.err
     assert sorted(i["identity"]["defense"]["config"].get("rank", 0) for i in infos(tmp_path)) == [0, 2, 4]
-    # A value that is the default anyway is no part of the name.
+    # A default value is not part of the name.
     assert "| lora rank=2 " in ran.out and "| lora rank=4 " in ran.out and "lora_alpha" not in ran.out
     for info in infos(tmp_path):
         assert len(info["arguments"]["settings"]) == (0 if info["identity"]["defense"]["name"] == "none" else 2)

@@ -40,7 +40,7 @@ STEPS, BATCH = 12, 50  # 3 epochs (the card's scale of 30) of 200 images
 
 def plan(*settings: str, dataset: str = TINY, preset: str | None = None) -> Plan:
     batch = () if preset else (f"batch={BATCH}",)
-    (found,) = make_plans(RunOptions(defenses="denoiser", dataset=dataset, preset=preset, settings=[*batch, *settings]))
+    (found,) = make_plans(RunOptions(defenses="denoiser", dataset=dataset, preset=preset, settings=(*batch, *settings)))
     return found
 
 

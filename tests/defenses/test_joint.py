@@ -44,7 +44,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(defense: str, method: str = "lora", **given: Any) -> Plan:
-    settings = [f"method={method}"] if defense in ("joint", "two-stage") else []
+    settings = (f"method={method}",) if defense in ("joint", "two-stage") else ()
     (only,) = make_plans(RunOptions(defenses=defense, dataset=TINY, settings=settings, **given))
     return only
 

@@ -66,7 +66,9 @@ def resnet() -> LocalBase:
 
 
 def build(base: LocalBase, name: str, **settings: Any) -> Defense:
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()]))
+    (plan,) = make_plans(
+        RunOptions(defenses=name, dataset=TINY, settings=tuple(f"{k}={v}" for k, v in settings.items()))
+    )
     return fitting.construct(plan, base, CPU)
 
 
@@ -161,7 +163,9 @@ def test_a_convnets_statistics_stay_the_bases(name: str, part: str) -> None:
 
 def fit(base: LocalBase, name: str, settings: dict[str, Any]) -> tuple[Defense, set[str]]:
     """A defense after three steps, and the names of the tensors that its training stored."""
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY, settings=[f"{k}={v}" for k, v in settings.items()]))
+    (plan,) = make_plans(
+        RunOptions(defenses=name, dataset=TINY, settings=tuple(f"{k}={v}" for k, v in settings.items()))
+    )
     train = load_split(load_card(TINY), "train").first(48)
     plan = replace(plan, config=replace(plan.config, epochs=1.0, batch=16))
     defense = fitting.construct(plan, base, CPU)
@@ -341,7 +345,7 @@ def test_refused_in_one_line(
 @pytest.mark.slow  # a base of timm's own size, and many passes
 @pytest.mark.parametrize(("name", "setting"), [("lora", "dora=true"), ("bitfit", "lr=0.01"), ("head", "lr=0.01")])
 def test_a_convnet_is_defended(convnet: str, name: str, setting: str) -> None:
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=convnet, settings=[setting]))
+    (plan,) = make_plans(RunOptions(defenses=name, dataset=convnet, settings=(setting,)))
     found = list(doctor.examine(plan))
     assert [f for f in found if f.problem] == []
     assert len(found) == 7

@@ -1,4 +1,4 @@
-"""Several threads and devices in one process: the counts of one. Two CPU "devices" stand for GPUs."""
+"""Test that several threads and devices give the counts of one. Two CPU "devices" stand for GPUs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def certificates(record: Record) -> dict[int, Certificate]:
 
 
 class Quiet(ConsoleReporter):
-    """Keeps what is said."""
+    """Keep all messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Quiet(ConsoleReporter):
 
 @pytest.fixture
 def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """The threads that draw the noise of votes which count."""
+    """Collect the threads that draw the noise of counted votes."""
     found: set[int] = set()
     inputs = GridNoise.inputs
 
@@ -74,7 +74,7 @@ def test_two_devices_certify_as_one(
     assert drawn_by == {threading.get_ident()}
     drawn_by.clear()
     together = session.Session(CPU, tmp_path / "two", Quiet(), devices=[CPU, CPU]).run(plan)
-    assert len(drawn_by - {threading.get_ident()}) == 2  # this thread draws what is checked at the end
+    assert len(drawn_by - {threading.get_ident()}) == 2  # this thread draws the votes of the checks at the end
     assert together.path.name == alone.path.name
     assert certificates(together) == certificates(alone)
 
@@ -84,7 +84,7 @@ def test_two_devices_certify_as_one(
 def test_threads_certify_as_one(
     name: str, procedure: str, tmp_path: Path, drawn_by: set[int], set_threads: Callable[[int], None]
 ) -> None:
-    """A block in each thread, each with modules of its own: one that leaves notes on itself is not disturbed."""
+    """Each thread computes blocks with its own modules, so that state of a call in a module does no harm."""
     (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY, procedure=procedure, n=3000))
     reporter = Quiet()
     set_threads(3)
@@ -136,7 +136,7 @@ def test_an_error_in_one_thread_or_device_stops_the_run(where: str) -> None:
 
 
 def test_threads_of_one_gpu_take_turns() -> None:
-    """As on a GPU: one model in several threads, which leaves on itself what it is about."""
+    """As on a GPU: several threads call one model that keeps state of a call."""
     task, fixed = task_of(30), Fixed(20, 2000, 0.001)
     held: list[Tensor] = []
 
@@ -168,7 +168,7 @@ def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_a_copy_queries_the_copy_of_its_base(tmp_path: Path) -> None:
-    """What a defense sees of its base goes along when both are copied, and holds no more than before."""
+    """A defense's view of its base is copied with both, and keeps its access."""
     (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
     certifier = session.Session(CPU, tmp_path, ConsoleReporter()).prepare(plan).certifier
     defense, base = copy.deepcopy((certifier.defense, certifier.base))
@@ -193,13 +193,13 @@ def test_threads_share_a_noise_source() -> None:
     assert all(torch.equal(alone, f) for f in found)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
 def test_a_run_keeps_the_memory_that_it_frees(tmp_path: Path) -> None:
     session.Session(CPU, tmp_path, Quiet())
 
     def fill(rounds: int) -> None:
         for _ in range(rounds):
-            torch.ones(10_000_000)  # 40 MB: glibc by itself keeps no piece above 32
+            torch.ones(10_000_000)  # 40 MB: by default glibc keeps no block above 32 MB
 
     fill(10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,4 +1,4 @@
-"""Certificates tested on fresh noise: honest records pass, false ones do not."""
+"""Test the audit on fresh noise: honest records pass, false ones fail."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANYTIME = Anytime(100, 1000, 0.001, (0.25, 0.5, 0.75))
 
 
 def certificate(procedure: Fixed | Anytime, index: int, p: float, rng: np.random.Generator) -> Certificate:
-    """That of an image whose class 0 has probability ``p``, by the procedure itself."""
+    """Certify an image whose class 0 has probability ``p``."""
     run = procedure.certify(0.5, 0)
     wanted: Votes = next(run)
     while True:
@@ -32,7 +32,7 @@ def certificate(procedure: Fixed | Anytime, index: int, p: float, rng: np.random
 
 
 def false_alarms(procedure: Fixed | Anytime, records: int, images: int, votes: int) -> int:
-    """How many honest records fail: images at every probability, half of them where a certificate hangs by a vote."""
+    """Count the honest records that fail: images of every probability, half of them close to certain."""
     rng, found = np.random.default_rng(0), 0
     for _ in range(records):
         p = np.where(rng.random(images) < 0.5, rng.uniform(0.5, 1, images), rng.beta(60, 1, images))
@@ -46,12 +46,12 @@ def false_alarms(procedure: Fixed | Anytime, records: int, images: int, votes: i
 
 @pytest.mark.parametrize("votes", [64, 512])
 def test_no_honest_fixed_record_of_ten_thousand_fails(votes: int) -> None:
-    """Each with a chance of at most 1e-6, so any of them with at most 1e-2, for a random seed."""
+    """Each fails with a chance of at most 1e-6, so any of them with at most 1e-2, for a random seed."""
     assert false_alarms(FIXED, 10_000, 2, votes) == 0
 
 
 def test_no_honest_anytime_record_fails() -> None:
-    """Looks are chosen by their own counts: the level must hold all the same. At most 2e-3 for 2,000 records."""
+    """The decisive look depends on its counts; the level must still hold: at most 2e-3 for 2,000 records."""
     assert false_alarms(ANYTIME, 2_000, 2, 512) == 0
 
 
@@ -62,20 +62,20 @@ def test_no_honest_anytime_record_of_ten_thousand_fails() -> None:
 
 @pytest.mark.parametrize("procedure", [FIXED, ANYTIME])
 def test_the_level_is_kept_at_every_probability(procedure: Fixed | Anytime) -> None:
-    """At a level of 5%, 2,000 records of one image: at most 155 accused, which 5% exceed with a chance below 1e-7."""
+    """At a level of 5%, 2,000 records of one image: at most 155 fail, exceeded with a chance below 1e-7."""
     assert stats.binom.sf(155, 2000, 0.05) < 1e-7
     rng = np.random.default_rng(1)
     for p in (0.6, 0.8, 0.95, 0.999):
-        accused = 0
+        failed = 0
         for _ in range(2000):
             c = certificate(procedure, 0, p, rng)
-            accused += fresh_noise.fewer((int(rng.binomial(512, p)), 512), (c.top_count, c.n), procedure, 0.05)
-        assert accused <= 155, p
+            failed += fresh_noise.fewer((int(rng.binomial(512, p)), 512), (c.top_count, c.n), procedure, 0.05)
+        assert failed <= 155, p
 
 
 @pytest.mark.parametrize(("procedure", "truth"), [(FIXED, 0.9), (ANYTIME, 0.6)])
 def test_false_records_are_detected(procedure: Fixed | Anytime, truth: float) -> None:
-    """A record of certainty is not; an anytime look at some 100 votes says less, so a smaller lie is missed there."""
+    """Records claim certainty. An anytime look at some 100 votes proves less: smaller lies are missed."""
     rng, missed = np.random.default_rng(2), 0
     for _ in range(100):
         certificates = [certificate(procedure, i, 1.0, rng) for i in range(8)]
@@ -87,7 +87,7 @@ def test_false_records_are_detected(procedure: Fixed | Anytime, truth: float) ->
 
 @pytest.mark.parametrize(("recorded", "found", "missed"), [(1000, 0.97, 0.98), (550, 0.405, 0.42)])
 def test_the_smallest_overstatement_that_512_fresh_votes_detect(recorded: int, found: float, missed: float) -> None:
-    """As docs/certification.md says, of a record of 1,000 votes: half of the time at these probabilities."""
+    """As in docs/certification.md: at these probabilities half of the records of 1,000 votes are detected."""
     level = fresh_noise.LEVEL / 8
     assert fresh_noise.fewer((round(512 * found), 512), (recorded, 1000), FIXED, level)
     assert not fresh_noise.fewer((round(512 * missed), 512), (recorded, 1000), FIXED, level)
@@ -111,7 +111,7 @@ def test_an_audit_is_of_a_few_certified_images_within_its_share() -> None:
 
 
 def test_each_batch_is_kept_with_the_same_chance() -> None:
-    """10,000 times one of five: chi-square at 1e-6, for a seed that the system draws."""
+    """Choose one of five 10,000 times: chi-square test at 1e-6, for a random seed."""
     batches = [Batch(i, (Span("estimate", i, 0, 16),)) for i in range(5)]
     found = np.zeros(5)
     for _ in range(10_000):

@@ -1,4 +1,4 @@
-"""What is merged is what was trained, whoever merges; LoRA on layers whose output is not W x."""
+"""Test that merging keeps the trained function, also of LoRA on layers whose output is not W x."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# Whatever merges ---------------------------------------------------------------------------------------
+# Any defense that merges ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "settings"), [("forgets", []), ("folds", ["half=true"])])
@@ -51,14 +51,14 @@ def test_a_merge_that_changes_logits_is_refused(name: str, settings: list[str]) 
 
 
 def test_a_sound_merge_passes(bench: Bench, tmp_path: Path) -> None:
-    (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY, settings=[]))
+    (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY))
     assert [f.problem for f in doctor.examine(plan)] == [""] * 7
     result = bench("run", "--defense", defense("folds"), "--dataset", TINY, "--examples", 1, "--out", tmp_path)
     assert result.code == 0, result.err
 
 
 def test_parameters_without_a_schedule_are_named() -> None:
-    (plan,) = make_plans(RunOptions(defenses=defense("no_schedule"), dataset=TINY, settings=[]))
+    (plan,) = make_plans(RunOptions(defenses=defense("no_schedule"), dataset=TINY))
     last = list(doctor.examine(plan))[-1]
     assert "2 parameters to train (norm.weight, ...)" in last.problem
     assert "class Config(Schedule)" in last.problem and "requires_grad_(False)" in last.problem
@@ -131,8 +131,8 @@ def based(model: nn.Module) -> LocalBase:
 
 
 def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
-    """LoRA on a base, its adapters moved, and what it states."""
-    (plan,) = make_plans(RunOptions(defenses="lora", dataset=TINY, settings=list(settings)))
+    """Build LoRA on a base and move its adapters; returns its notes too."""
+    (plan,) = make_plans(RunOptions(defenses="lora", dataset=TINY, settings=settings))
     workshop = Workshop(load_split(plan.card, "train").first(20), lambda *_: None)
     made = fitting.construct(plan, base, CPU, workshop)
     with torch.no_grad(), rng.fixed_rng(2):
@@ -161,7 +161,7 @@ def test_merging_keeps_the_function_for_every_kind_of_layer(kind: str, dora: boo
 
 NAMED: list[tuple[str, dict[str, Any]]] = [
     ("nf_resnet26", {"depths": (1, 1, 1, 1), "channels": (16, 16, 32, 32)}),
-    ("dla46_c", {}),  # one of its layers is called base_layer, as those that peft adapts
+    ("dla46_c", {}),  # one of its layers is named base_layer, as are those that peft adapts
     ("skresnet18", {}),
     ("resnetv2_50", {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "conv_layer": timm.layers.StdConv2d}),
 ]
@@ -205,14 +205,14 @@ def distilled() -> LocalBase:
 
 
 def test_both_heads_of_a_distilled_base_are_heads() -> None:
-    (plan,) = make_plans(RunOptions(defenses="head", dataset=TINY, settings=[]))
+    (plan,) = make_plans(RunOptions(defenses="head", dataset=TINY))
     trained = [n for n, p in fitting.construct(plan, distilled(), CPU).named_parameters() if p.requires_grad]
     assert {n.split("model.")[-1] for n in trained} == {
         *("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
     }
     lora, _ = adapted(distilled())
     assert not [n for n, p in lora.named_parameters() if p.requires_grad and "head" in n]
-    (plan,) = make_plans(RunOptions(defenses="joint", dataset=TINY, settings=[]))
+    (plan,) = make_plans(RunOptions(defenses="joint", dataset=TINY))
     joint = fitting.construct(plan, distilled(), CPU)
     assert len([n for n, p in joint.named_parameters() if p.requires_grad and "head" in n]) == 4
 
@@ -225,9 +225,9 @@ def test_a_probe_of_two_heads_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_lora_weights_on_the_digits_baseline_are_unchanged() -> None:
-    """Of commit e61c7b0: which layers are adapted, how they start, and where half an epoch takes them."""
+    """As in commit e61c7b0: the adapted layers, their initial weights, and those after half an epoch."""
     file = str(Path(__file__).parents[2] / "reports" / "baselines" / "digits-vit.safetensors")
-    (plan,) = make_plans(RunOptions(defenses="lora", dataset="digits", base=file, settings=[]))
+    (plan,) = make_plans(RunOptions(defenses="lora", dataset="digits", base=file))
     plan = replace(plan, config=replace(plan.config, epochs=0.5))
     train, validation = load_splits(load_card("digits"), "train", "validation")
     base = load_base(plan.card, file, train, validation, CPU, lambda *_: None)
