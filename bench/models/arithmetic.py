@@ -53,7 +53,7 @@ def model(defense: nn.Module, words: tuple[str, ...], device: torch.device) -> L
 
 
 @contextmanager
-def steady() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Arithmetic that is the same at every call: no TF32, nothing chosen by timing, on a CPU one thread a block."""
     benchmark = torch.backends.cudnn.benchmark
     tf32 = torch.backends.cudnn.allow_tf32

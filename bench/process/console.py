@@ -30,7 +30,7 @@ class ConsoleReporter:
     def certifying(self, what: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
         with self._bar(f"certify {what}", total) as update:
             yield lambda images, correct: update(
-                images, total, f"{correct / images:.0%} right so far" if images else ""
+                images, total, f"accuracy so far {correct / images:.0%}" if images else ""
             )
 
     @contextmanager

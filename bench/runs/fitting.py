@@ -23,7 +23,7 @@ from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault, one_line
 from bench.interface import Defense
 from bench.io import tensors
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.base import BaseModel, Classifier
 from bench.process import watchdog
 from bench.runs.context import BuildContext, Workshop
@@ -57,7 +57,7 @@ class Fitted:
 
 
 @contextmanager
-def blame(name: str, doing: str, alone: bool = True) -> Iterator[None]:
+def attribute_errors(name: str, doing: str, alone: bool = True) -> Iterator[None]:
     """Turn whatever a defense raises, or its silence, into one line that names it and the place: a DefenseFault.
 
     ``doing``: what it is asked for, as in "no answer for 9 s in training". What it changes of torch's settings is put
@@ -82,7 +82,7 @@ def blame(name: str, doing: str, alone: bool = True) -> Iterator[None]:
 def construct(plan: Plan, base: BaseModel, device: torch.device, workshop: Workshop | None = None) -> Defense:
     """The untrained defense, with the random state fixed by the seed; its shared parts are trained."""
     context = BuildContext(plan, base, plan.cls.needs(plan.config), device, workshop)
-    with blame(plan.defense, "while it is built"), globalstate.fixed_rng(plan.seed):
+    with attribute_errors(plan.defense, "while it is built"), globalstate.fixed_rng(plan.seed):
         return plan.cls(context, plan.config).to(device).eval()
 
 
@@ -151,10 +151,10 @@ def merge(defense: Defense, data: Split, plan: Plan, device: torch.device) -> No
     def logits() -> Tensor:
         # The randomness of a defense that draws some must be the same at both calls.
         draw = TrainDraw(noise.Noise(1, "check"), 0, len(rows), plan.sigma, device)
-        with torch.no_grad(), globalstate.fixed_rng(0), steady():
+        with torch.no_grad(), globalstate.fixed_rng(0), deterministic():
             return cast(Tensor, defense(noisy, draw)).double()
 
-    with blame(plan.defense, "in merge"):
+    with attribute_errors(plan.defense, "in merge"):
         before = logits()
         with globalstate.fixed_rng(plan.seed, 2):
             defense.merge()
@@ -239,7 +239,7 @@ def train_or_load(
             base=defense.context.base,
             most=most,
         )
-        with blame(plan.defense, "in training"), globalstate.fixed_rng(plan.seed):
+        with attribute_errors(plan.defense, "in training"), globalstate.fixed_rng(plan.seed):
             defense.fit(job)
         after = defense.state_dict()
         owned = {k: v for k, v in after.items() if not _same_as_base(k, v, before, base)}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.data.split import Split
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.base import BaseModel
 from bench.process import watchdog
 from bench.runs import fitting
@@ -35,7 +35,7 @@ def best(
     scores: list[float] = []
     for values, config in plan.candidates:
         fitted = fitting.fit(replace(plan, config=config), base, train, task.device, progress)
-        with steady(), torch.inference_mode(), fitting.blame(plan.defense, "on the validation split"):
+        with deterministic(), torch.inference_mode(), fitting.attribute_errors(plan.defense, "on the validation split"):
             fits = blocks.fitting_block(fitted.defense, task, 0)
             score = accuracy_under_noise(fitted.defense, fits, min(images, IMAGES))
         scores.append(score)

@@ -60,7 +60,7 @@ def test_a_broken_plugin_fails_only_when_selected(bench: Bench, tmp_path: Path, 
 def test_doctor_says_what_to_mend(bench: Bench) -> None:
     sick = bench("doctor", defense("batch_average"), "--dataset", TINY)
     assert sick.code == 1
-    assert "wrong:" in sick.out
+    assert "FAIL:" in sick.out
     assert "other rows of its batch" in sick.out
     as_json = bench("doctor", defense("batch_average"), "--dataset", TINY, "--json")
     assert as_json.code == 1

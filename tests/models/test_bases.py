@@ -31,6 +31,7 @@ from bench.models.base import BaseModel, Classifier, LocalBase
 from bench.options import RunOptions
 from bench.records.record import read_run
 from bench.report import cells
+from bench.runs.estimate import estimate
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
 from bench.text import DASH
@@ -602,7 +603,7 @@ def test_a_part_of_the_weights_leaves_the_rest_to_the_base(fast_base: Path, tmp_
 
 
 def test_estimate_needs_no_weights(server: HubServer) -> None:
-    session(Path("unused")).estimate(plan("lora", Path("timm:test_vit"), None))
+    estimate(plan("lora", Path("timm:test_vit"), None), CPU)
     assert not server.requests
 
 

@@ -1,4 +1,4 @@
-"""Several threads and devices in one process: the counts of one. Two CPU "devices" stand for GPUs."""
+"""Test that several threads and devices give the counts of one. Two CPU "devices" stand for GPUs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records.record import Record
 from bench.runs import session
-from bench.runs.certifier import Certifier
-from bench.runs.device import in_turn
+from bench.runs.certifier import Certifier, serialized
 from bench.runs.plan import make_plans
 from bench.smoothing import engine
 from bench.smoothing.fixed import Fixed
@@ -41,7 +40,7 @@ def certificates(record: Record) -> dict[int, Certificate]:
 
 
 class Quiet(ConsoleReporter):
-    """Keeps what is said."""
+    """Keep all messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class Quiet(ConsoleReporter):
 
 @pytest.fixture
 def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """The threads that draw the noise of votes which count."""
+    """Collect the threads that draw the noise of counted votes."""
     found: set[int] = set()
     inputs = GridNoise.inputs
 
@@ -76,7 +75,7 @@ def test_two_devices_certify_as_one(
     assert drawn_by == {threading.get_ident()}
     drawn_by.clear()
     together = session.Session(CPU, tmp_path / "two", Quiet(), devices=[CPU, CPU]).run(plan)
-    assert len(drawn_by - {threading.get_ident()}) == 2  # this thread draws what is checked at the end
+    assert len(drawn_by - {threading.get_ident()}) == 2  # this thread draws the votes of the checks at the end
     assert together.path.name == alone.path.name
     assert certificates(together) == certificates(alone)
 
@@ -86,7 +85,7 @@ def test_two_devices_certify_as_one(
 def test_threads_certify_as_one(
     name: str, procedure: str, tmp_path: Path, drawn_by: set[int], set_threads: Callable[[int], None]
 ) -> None:
-    """A block in each thread, each with modules of its own: one that leaves notes on itself is not disturbed."""
+    """Each thread computes blocks with its own modules, so that state of a call in a module does no harm."""
     (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY, procedure=procedure, n=3000))
     reporter = Quiet()
     set_threads(3)
@@ -100,7 +99,9 @@ def test_threads_certify_as_one(
     assert certificates(together) == certificates(alone)
 
 
-def test_what_cannot_be_copied_votes_in_one_thread(tmp_path: Path, set_threads: Callable[[int], None]) -> None:
+def test_a_defense_that_cannot_be_copied_votes_in_one_thread(
+    tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
     set_threads(3)
     mine = tmp_path / "mine.py"
     mine.write_text(
@@ -121,7 +122,7 @@ def task_of(images: int) -> Task:
 
 
 @pytest.mark.parametrize("where", ["device", "thread"])
-def test_what_one_of_them_raises_stops_the_run(where: str) -> None:
+def test_an_error_in_one_thread_or_device_stops_the_run(where: str) -> None:
     def sound(x: Tensor, draw: Draw) -> Tensor:
         return x.flatten(1)[:, :3]
 
@@ -136,7 +137,7 @@ def test_what_one_of_them_raises_stops_the_run(where: str) -> None:
 
 
 def test_threads_of_one_gpu_take_turns() -> None:
-    """As on a GPU: one model in several threads, which leaves on itself what it is about."""
+    """As on a GPU: several threads call one model that keeps state of a call."""
     task, fixed = task_of(30), Fixed(20, 2000, 0.001)
     held: list[Tensor] = []
 
@@ -149,7 +150,7 @@ def test_threads_of_one_gpu_take_turns() -> None:
         found = engine.certify([engine.Device(task, models)], lambda y: fixed.certify(0.5, y), range(30))
         return sorted((replace(c, seconds=0.0) for c in found), key=lambda c: c.index)
 
-    assert run([in_turn(model)] * 4) == run([model])
+    assert run([serialized(model)] * 4) == run([model])
 
 
 def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +168,10 @@ def test_devices_whose_logits_differ_share_nothing(tmp_path: Path, monkeypatch: 
         session.Session(CPU, tmp_path, Quiet(), devices=[CPU, CPU]).run(plan)
 
 
-def test_a_copy_asks_the_copy_of_its_base(tmp_path: Path) -> None:
-    """What a defense sees of its base goes along when both are copied, and holds no more than before."""
+def test_a_copy_queries_the_copy_of_its_base(tmp_path: Path) -> None:
+    """A defense's view of its base is copied with both, and keeps its access."""
     (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
-    _, certifier = session.Session(CPU, tmp_path, ConsoleReporter()).ready(plan)
+    certifier = session.Session(CPU, tmp_path, ConsoleReporter()).prepare(plan).certifier
     defense, base = copy.deepcopy((certifier.defense, certifier.base))
     with torch.no_grad():
         base.module.head().bias += torch.arange(10.0)  # type: ignore[operator]
@@ -193,13 +194,13 @@ def test_threads_share_a_noise_source() -> None:
     assert all(torch.equal(alone, f) for f in found)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
 def test_a_run_keeps_the_memory_that_it_frees(tmp_path: Path) -> None:
     session.Session(CPU, tmp_path, Quiet())
 
     def fill(rounds: int) -> None:
         for _ in range(rounds):
-            torch.ones(10_000_000)  # 40 MB: glibc by itself keeps no piece above 32
+            torch.ones(10_000_000)  # 40 MB: by default glibc keeps no block above 32 MB
 
     fill(10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,8 +1,8 @@
-"""Certificates tested on noise that nothing could have known, and votes drawn twice.
+"""Test certificates on fresh noise, and compare votes that were drawn twice.
 
 A certificate is a statement about F on fresh Gaussian noise. A defense that recognises its votes, by the key of a
-draw, by the noise of a seed or by the rows around them, shows other counts once votes come with a new random seed,
-mixed over images in a random order, with draws whose keys have nothing to do with the image.
+draw, by the noise of a seed or by the other rows of a block, shows other counts once votes come with a new random
+seed, mixed over images in a random order, with draws whose keys have nothing to do with the image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.smoothing.anytime import Anytime, schedule
 from bench.smoothing.bounds import interval
 from bench.smoothing.engine import Device
@@ -27,7 +27,7 @@ from bench.smoothing.noise import Noise, Vote, VoteDraw
 from bench.smoothing.threads import share_out
 from bench.smoothing.votes import Batch, Certificate, Voted
 
-LEVEL = 1e-6  # chance that the audit of one record accuses an honest one
+LEVEL = 1e-6  # chance that the audit of an honest record fails
 VOTES = 512  # fresh votes an image, at most
 IMAGES = 32  # images at the end of a run, at most
 SHARE = 0.02  # of a run's votes that its audit may cost; at least one block of them is drawn
@@ -36,27 +36,32 @@ DEEP = 500  # images of bench verify --fresh, at most
 
 @dataclass(frozen=True)
 class Audit:
-    """What is to be drawn: images with the class that each is certified for, votes for each, and the new seed."""
+    """A test on fresh noise: the images, the votes of each, and the seed of the noise."""
 
-    claims: dict[int, int]
-    votes: int
+    claims: dict[int, int]  # image -> the class that it is certified for
+    votes: int  # of each image
     seed: int
 
+    @property
+    def noise(self) -> Noise:
+        """The noise to make the audit's task with."""
+        return Noise(self.seed, "audit")
+
     def record(self) -> dict[str, Any]:
-        """As run.json says it, once passed."""
+        """The audit as run.json keeps it, once passed."""
         return {"images": sorted(self.claims), "votes": self.votes, "seed": self.seed, "level": LEVEL}
 
 
-def at_the_end(certificates: Sequence[Certificate], block: int) -> Audit | None:
-    """The audit of a finished run: a few random images, within its share of the votes. None: nothing is claimed."""
+def audit_of_run(certificates: Sequence[Certificate], block: int) -> Audit | None:
+    """Choose a few random images of a finished run, within ``SHARE`` of its votes. None: no image is certified."""
     share = int(SHARE * sum(c.votes for c in certificates))
     votes = max(block, share // block * block)
     images = max(1, min(4, votes // 64), min(IMAGES, votes // VOTES))
-    return of(certificates, images, min(VOTES, votes // images))
+    return audit_of(certificates, images, min(VOTES, votes // images))
 
 
-def of(certificates: Sequence[Certificate], images: int, votes: int) -> Audit | None:
-    """An audit of so many random images among those with a prediction, which alone claim something."""
+def audit_of(certificates: Sequence[Certificate], images: int, votes: int) -> Audit | None:
+    """Choose at most ``images`` random images with a prediction, since an abstention claims nothing."""
     claims = {c.index: c.predicted for c in certificates if c.predicted is not None}
     if not claims:
         return None
@@ -65,13 +70,8 @@ def of(certificates: Sequence[Certificate], images: int, votes: int) -> Audit | 
     return Audit({i: claims[i] for i in chosen}, votes, seed)
 
 
-def fresh_noise(audit: Audit) -> Noise:
-    """The noise to make the task of an audit with."""
-    return Noise(audit.seed, "audit")
-
-
 def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> dict[int, int]:
-    """How many fresh votes of each image are for its class. ``device.task`` draws the audit's own noise."""
+    """Count the fresh votes of each image for its class. ``device.task`` draws the audit's own noise."""
     task, rng = device.task, np.random.default_rng([audit.seed, 1])
     indices = list(audit.claims)
     rows = [(i, vote) for i in indices for vote in range(audit.votes)]
@@ -82,7 +82,7 @@ def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> di
     beyond = max(indices) + 2  # keys of draws name images at random, mostly others
     keys = [Vote("estimate", int(rng.integers(beyond)), int(rng.integers(2**30))) for _ in rows]
 
-    def look(model: Callable[..., torch.Tensor], begin: int) -> None:
+    def count(model: Callable[..., torch.Tensor], begin: int) -> None:
         part, draws = rows[begin : begin + task.block], keys[begin : begin + task.block]
         used = len(part)
         part, draws = part + part[:1] * (task.block - used), draws + draws[:1] * (task.block - used)
@@ -94,15 +94,15 @@ def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> di
             for (i, _), found in zip(part[:used], classes[:used], strict=True):
                 hits[i] += found == audit.claims[i]
 
-    with steady(), torch.inference_mode():
-        share_out(device.models, range(0, len(rows), task.block), look)
+    with deterministic(), torch.inference_mode():
+        share_out(device.models, range(0, len(rows), task.block), count)
     return hits
 
 
 def overstated(
     procedure: Fixed | Anytime, audit: Audit, hits: Mapping[int, int], certificates: Sequence[Certificate]
 ) -> str:
-    """The first image whose record shows more votes for its class than fresh noise does; empty where none does.
+    """Describe the first image whose record shows more votes for its class than fresh noise does; empty: none does.
 
     An honest record fails with a chance of at most ``LEVEL``, whatever its images' probabilities.
     """
@@ -117,7 +117,7 @@ def overstated(
 
 
 def fewer(fresh: tuple[int, int], recorded: tuple[int, int], procedure: Fixed | Anytime, level: float) -> bool:
-    """Whether ``fresh`` (hits, votes) shows a lower probability than the ``recorded`` decisive look.
+    """Test whether ``fresh`` (hits, votes) shows a lower probability than the ``recorded`` decisive look.
 
     True with a chance of at most ``level`` where both have the same probability. At a fixed number of votes Fisher's
     exact test, one-sided. An anytime look is chosen by its own counts, so there the upper Clopper-Pearson bound of the
@@ -132,8 +132,8 @@ def fewer(fresh: tuple[int, int], recorded: tuple[int, int], procedure: Fixed | 
     return upper < lower
 
 
-def redrawn(old: Certificate, new: Certificate, procedure: Fixed | Anytime, exactly: bool, level: float) -> str:
-    """How a certificate that was drawn again contradicts the recorded one; empty where it does not.
+def contradiction(old: Certificate, new: Certificate, procedure: Fixed | Anytime, exactly: bool, level: float) -> str:
+    """Describe how a certificate drawn again contradicts the recorded one; empty where it does not.
 
     ``exactly``: all but seconds must be equal. Else the counts are compared as two samples, at ``level``.
     """
@@ -149,17 +149,17 @@ def _votes(c: Certificate) -> str:
     return f"label {c.label}, predicted {c.predicted}, {c.top_count} of {c.n} votes"
 
 
-class Sample:
-    """The first block of one batch, each of those shown with the same chance: to be drawn once more at the end."""
+class BatchSample:
+    """The first block of one batch, each batch seen with the same chance, to be drawn again at the end of a run."""
 
     def __init__(self, block: int) -> None:
-        self._block, self._shown = block, 0
+        self._block, self._seen = block, 0
         self.kept: tuple[Batch, Voted] | None = None
 
     def see(self, batch: Batch, voted: Voted) -> None:
-        """Show it a batch that is counted."""
-        self._shown += 1
-        if secrets.randbelow(self._shown) == 0:
+        """Note a batch that is counted (reservoir sampling)."""
+        self._seen += 1
+        if secrets.randbelow(self._seen) == 0:
             self.kept = self._first_block(batch), voted[: self._block]
 
     def _first_block(self, batch: Batch) -> Batch:
