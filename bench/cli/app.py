@@ -223,9 +223,9 @@ def run(
             print(f"{r.path}: complete, {len(r.certificates)} images")
         print(f"bench merge {out} joins the {part.of} shards when all are complete")
     elif records:
-        from bench.report import build
+        from bench.report import tables, text
 
-        print(build.render(records, "md"))
+        print(text.render(tables.build(records), "md"))
         print(f"runs in {out}; bench report {out} makes the report")
     if faults:
         raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])

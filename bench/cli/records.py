@@ -30,11 +30,11 @@ def report_(
 ) -> None:
     """Make the table, and with --out the figures or the page, of all finished runs. Exit 1 when some were left out."""
     from bench.errors import unknown
-    from bench.report import build, tables
+    from bench.report import output, tables, text
 
     if format not in (known := (None, "md", "latex", "csv", "json", "html")):
         raise unknown("format", format, filter(None, known))
-    format = build.format_of(out, format)
+    format = output.format_of(out, format)
     if published and format not in ("md", "latex"):
         raise BenchError(f"--published: goes with --format md or latex, not {format}")
     if format == "html" and out is None:
@@ -46,10 +46,11 @@ def report_(
         print(f"bench: left out: {shown(line)}", file=sys.stderr)
     if not records:
         raise BenchError(f"no finished run in {runs}; bench run makes one")
+    report = tables.build(records, published)
     if format != "html":
-        print(build.render(records, format, published), end="")
+        print(text.render(report, format), end="")
     if out is not None:
-        for file in build.write(records, format, out, published, left_out):
+        for file in output.write(report, format, out, left_out):
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)
@@ -176,7 +177,7 @@ def import_(
 ) -> None:
     """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
     from bench.records import importing
-    from bench.report import build
+    from bench.report import tables, text
     from bench.runs.plan import LARGE, large
 
     given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
@@ -187,7 +188,7 @@ def import_(
     if as_json:
         print(json.dumps({"path": str(record.path), **record.info}, indent=1))
     else:
-        print(build.render([record], "md"))
+        print(text.render(tables.build([record]), "md"))
         print(f"imported as {record.path}")
     if record.flags:
         raise typer.Exit(1)
