@@ -141,7 +141,7 @@ def best_sigma(curves: Sequence[Curve], looks: Looks) -> go.Figure:
         fig.add_scatter(
             x=[p.radius for p in curve.points],
             y=[100 * p.value for p in curve.points],
-            error_y=_bars([(100 * p.value, 100 * p.low, 100 * p.high) for p in curve.points]) | {"thickness": 1},
+            error_y=_bars([(p.value, p.low, p.high) for p in curve.points], 100) | {"thickness": 1},
             mode="lines+markers",
             line={"color": colour(look), "dash": DASHES[look % len(DASHES)], "shape": STEP},
             marker=_marker(look),
@@ -152,11 +152,11 @@ def best_sigma(curves: Sequence[Curve], looks: Looks) -> go.Figure:
     return fig
 
 
-def _bars(points: Sequence[tuple[float, float, float]]) -> dict[str, object]:
-    """Return the error bars of points (value, low, high)."""
+def _bars(points: Sequence[tuple[float, float, float]], scale: float = 1) -> dict[str, object]:
+    """Return the error bars of points (value, low, high), times ``scale``."""
     return {
-        "array": [high - value for value, _, high in points],
-        "arrayminus": [value - low for value, low, _ in points],
+        "array": [scale * (high - value) for value, _, high in points],
+        "arrayminus": [scale * (value - low) for value, low, _ in points],
         "symmetric": False,
     }
 

@@ -22,8 +22,7 @@ from PIL import Image
 
 from bench.data.datasets import load_split
 from bench.options import RunOptions
-from bench.records import grouping
-from bench.report import build, cells, tables
+from bench.report import output, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Vote
@@ -143,7 +142,7 @@ def read(file: Path) -> Seen:
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "deep" / "page.html"
     records, left_out = tables.load_records(runs)
-    assert build.write(records, "html", file, left_out) == [file]
+    assert output.write(tables.build(records), "html", file, left_out) == [file]
     return file
 
 
@@ -171,32 +170,34 @@ def test_the_page_asks_for_nothing(page: Path) -> None:
 
 def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     seen = read(page)
-    groups = grouping.groups(tables.load_records(runs)[0])
-    assert len(groups) == 2
+    made = tables.build(tables.load_records(runs)[0]).tables
+    assert len(made) == 2
     plots = list(seen.views.values())
     assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
     lines = {t["name"]: t for t in plots[0][""]["data"] if "name" in t}
-    for group, (costs, abstained, classes) in zip(groups, (plots[1:4], plots[4:7]), strict=True):
-        frame, shown, sigma = tables.pooled(group), cells.columns(group), group[0].identity["sigma"]
-        for i, (label, (_, row)) in enumerate(zip(shown["defense"], frame.iterrows(), strict=True)):
+    for table, (costs, abstained, classes) in zip(made, (plots[1:4], plots[4:7]), strict=True):
+        shown, sigma, reach = table.cells, table.common.sigma, table.common.reach
+        for i, method in enumerate(table.methods):
+            label, row = method.label, method.row
             line = lines[f"{label}, sigma {sigma:g}"]
-            assert 0 <= grouping.reach(group[0]) - line["x"][-1] < 1e-4 and line["x"][0] == 0
-            at = [100 * row[k] for k in ("certified_0", "certified_0_low", "certified_0_high")]
+            assert 0 <= reach - line["x"][-1] < 1e-4 and line["x"][0] == 0
+            at = [100 * v for v in (row.certified[0].value, row.certified[0].low, row.certified[0].high)]
             assert [line["y"][0], *line["customdata"][0]] == pytest.approx(at)
             before, after = np.searchsorted(line["x"], 0.25) - 1, np.searchsorted(line["x"], 0.25)
-            assert line["y"][before] >= 100 * row["certified_0.25"] >= line["y"][after]
-            for radius in [r for r in (0.0, 0.25, 0.5) if r <= grouping.reach(group[0])]:
+            assert line["y"][before] >= 100 * row.certified[0.25].value >= line["y"][after]
+            for radius in [r for r in (0.0, 0.25, 0.5) if r <= reach]:
                 for key in ("trained_here", "train_seconds", "flops_per_vote", "votes"):
                     view = costs[f"{radius:g}|{key}"]
                     (point,) = (t for t in view["data"] if t["name"] == label)
                     _, low, high = point["customdata"][0]
-                    expected = [100 * row[f"certified_{radius:g}{end}"] for end in ("", "_low", "_high")]
+                    share = row.certified[radius]
+                    expected = [100 * share.value, 100 * share.low, 100 * share.high]
                     assert [point["y"][0], low, high] == pytest.approx(expected)
                     if view["layout"]["xaxis"].get("type") != "log":
-                        assert point["x"] == [row[key]]
-            assert abstained[""]["data"][0]["x"][i] == pytest.approx(100 * row["abstained"])
+                        assert point["x"] == [getattr(row, key)]
+            assert abstained[""]["data"][0]["x"][i] == pytest.approx(100 * row.abstained)
             column = [line[i] for line in classes["0"]["data"][0]["z"]]
-            assert np.mean(column) == pytest.approx(100 * row["certified_0"])  # one image a class
+            assert np.mean(column) == pytest.approx(100 * row.certified[0].value)  # one image a class
             assert [shown[k][i] for k in shown] in seen.rows
         assert "0.5" not in classes or sigma == 0.5  # no view of a radius out of reach
 
@@ -265,7 +266,7 @@ def test_unfinished_runs_are_named_and_one_run_is_enough(bench: Bench, finished:
 
 def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Path, tmp_path: Path) -> None:
     records, _ = tables.load_records(finished)
-    (file,) = build.write(records, "html", tmp_path / "page.html")
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     uris = [str(a["src"]) for t, a in read(file).tags if t == "img"]
     indices = [int(i) for i in re.findall(r"image (\d+), <b>", file.read_text())]
     assert sorted(indices) == records[0].identity["indices"] and len(uris) == 3 * len(indices)
@@ -295,7 +296,7 @@ def test_without_its_images_the_page_says_why(
     finished: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], why: str
 ) -> None:
     records, _ = tables.load_records(made_up(finished, tmp_path, "none", GOOD, change=change))
-    (file,) = build.write(records, "html", tmp_path / "page.html")
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     seen = read(file)
     assert why in seen.text and "img" not in [t for t, _ in seen.tags]
 
@@ -305,14 +306,14 @@ def test_a_known_label_is_not_abstained_on(finished: Path, tmp_path: Path) -> No
         info["identity"]["procedure"]["target"] = "label"
 
     records, _ = tables.load_records(made_up(finished, tmp_path, "none", FAIR, change=change))
-    (file,) = build.write(records, "html", tmp_path / "page.html")
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     seen = read(file)
     assert "neither predict nor abstain" in seen.text and "none: not certified" in seen.text
     assert "none: abstained" not in seen.text and len(seen.views) == 3
 
 
 def test_the_wheel_holds_what_the_page_is_made_of(tmp_path: Path) -> None:
-    root = Path(build.__file__).parents[2]
+    root = Path(output.__file__).parents[2]
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -431,7 +432,7 @@ def test_the_page_fits_a_narrow_screen_and_runs_nothing_of_a_record(
     for sigma in (0.25, 0.5):
         run = made_up(finished, tmp_path, "odd", POOR, sigma=sigma, settings=long)
         records += tables.load_records(run)[0]
-    (file,) = build.write(records, "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
     tab = opened(file, width=360)
     tab.locator("details").first.evaluate("d => d.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360

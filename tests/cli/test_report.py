@@ -76,13 +76,13 @@ def test_names_from_a_file_are_escaped(bench: Bench, runs: Path, tmp_path: Path,
 
 
 def test_published_rows_come_from_the_file_with_their_source() -> None:
-    rows = published.rows()
+    rows = published.facts()
     assert len(rows) > 100
     assert (rows[["paper", "arxiv", "dataset", "method", "radius", "value", "source"]] != "").all().all()
     assert pd.to_numeric(rows["value"]).between(0, 100).all()
 
 
-def test_published_rows_stand_beside_a_table_and_say_what_differs(bench: Bench, runs: Path, tmp_path: Path) -> None:
+def test_published_rows_are_below_a_table_and_say_what_differs(bench: Bench, runs: Path, tmp_path: Path) -> None:
     for run in runs.iterdir():
         info = json.loads((run / "run.json").read_text())
         info["identity"]["dataset"] = "cifar10"
@@ -92,7 +92,7 @@ def test_published_rows_stand_beside_a_table_and_say_what_differs(bench: Bench, 
     result = bench("report", tmp_path, "--published")
     assert result.code == 0
     row = next(line for line in result.out.splitlines() if "Cohen 2019" in line)
-    facts = published.rows()
+    facts = published.facts()
     facts = facts[(facts["arxiv"] == "1902.02918") & (facts["dataset"] == "cifar10") & (facts["sigma"] == "0.25")]
     assert f"{facts[facts['radius'] == '0.25']['value'].item()}%" in row
     assert "its own base; 500 images; n 100000" in row
@@ -115,8 +115,8 @@ def test_rows_not_significantly_worse_than_the_best_are_marked(bench: Bench, tmp
     assert column["best"].startswith("75.0%") and column["best"].endswith("] =")
     assert column["close"].startswith("65.0%") and column["close"].endswith("] =")
     assert column["far"].startswith("50.0%") and not column["far"].endswith("=")
-    assert "best certifies the most images (75.0%); not significantly worse: close." in result.out
-    assert "Holm's correction over all 3 pairs of rows; each column is corrected by itself" in result.out
+    assert "best certifies the most images (75.0%); not significantly different: close." in result.out
+    assert "Holm's correction over all 3 pairs of rows; each column is corrected separately" in result.out
 
 
 def test_holms_correction_counts_all_pairs_of_rows(bench: Bench, tmp_path: Path) -> None:
@@ -146,4 +146,4 @@ def test_a_table_of_validation_images_keeps_its_warning(bench: Bench, tmp_path: 
     file = tmp_path / f"report.{'tex' if format == 'latex' else format}"
     assert bench("report", tmp_path / "runs", "--format", format, "--out", file).code == 0
     text = file.read_text()
-    assert "These are validation images, to choose by: no result of any defense. At r = 0.25 one certifies" in text
+    assert "These are validation images, for choosing settings: not a result. At r = 0.25 one certifies" in text

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.records import grouping
-from bench.report import cells, tables
+from bench.report import tables
 from tests.helpers.commands import Result
 from tests.helpers.records import RADII, certificate, fewest, made_up, seal, stated
 
@@ -95,7 +94,7 @@ def test_a_figure_of_many_rows_shows_the_first_and_says_so(many: Path, tmp_path:
     from bench.report.figures import MOST, curves
 
     records, _ = tables.load_records(many)
-    svg = curves(grouping.groups(records)[0], tmp_path, "figure")[0].read_text()
+    svg = curves(tables.build(records).tables[0], tmp_path, "figure")[0].read_text()
     said = " ".join(re.findall(r"<!-- (.*?) -->", svg))  # matplotlib draws text as paths, and says which
     assert f"the first {MOST} of the table's 50 rows" in said
     assert len(re.findall(r"<!-- m\d+ -->", svg)) == MOST
@@ -211,7 +210,7 @@ def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
     """Each number of the table comes from its record: another cost or certificate is another cell, and no other's."""
     golden_runs(tmp_path)
     records, _ = tables.load_records(tmp_path)
-    before = cells.columns(records)
+    before = tables.build(records).tables[0].cells
     for key, title in {
         "train_seconds": "train (s)",
         "certify_seconds": "certify (s)",
@@ -224,7 +223,7 @@ def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
     }.items():
         (record,) = (r for r in records if r.identity["defense"]["name"] == "full")
         old, record.info["cost"][key] = record.info["cost"][key], 7.5e9
-        after = cells.columns(records)
+        after = tables.build(records).tables[0].cells
         record.info["cost"][key] = old
         changed = [(row, c) for row in range(len(after)) for c in after if after[c][row] != before[c][row]]
         assert changed == [(list(before["defense"]).index("full"), title)]

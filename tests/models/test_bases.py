@@ -29,9 +29,10 @@ from bench.models import base_names, bases, probe
 from bench.models.base import BaseModel
 from bench.options import RunOptions
 from bench.records.record import read_run
-from bench.report import cells, tables
+from bench.report import tables
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
+from bench.text import DASH
 from tests.helpers.hubserver import COMMIT, HubServer
 
 SHARED = Path(os.environ.get("CERTBENCH_SHARED") or Path(__file__).parents[2] / ".." / "shared")
@@ -549,8 +550,8 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     assert ours["train_seconds"] > 0 and theirs["train_seconds"] is None
     assert given.info["defense"]["weights_file"] == "own.safetensors"
     assert given.info["defense"]["trained_elsewhere"] == ["own.safetensors"]
-    shown = cells.columns([read_run(given.path)])
-    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", tables.DASH)
+    shown = tables.build([read_run(given.path)]).tables[0].cells
+    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", DASH)
 
 
 def test_weights_of_the_base(fast_base: Path, tmp_path: Path) -> None:
