@@ -21,13 +21,13 @@ def label(row: Row, rows: Sequence[Row]) -> str:
     return f"{text}{seed} ({row.run.rpartition('-')[2]})"
 
 
-def cells(common: Setting, methods: Sequence[Method]) -> pd.DataFrame:
+def cells(setting: Setting, methods: Sequence[Method]) -> pd.DataFrame:
     """Format a table: percent with 95% intervals; a dash for a radius out of reach and for an unknown value."""
     rows = [m.row for m in methods]
     shown: dict[str, list[str]] = {"defense": [m.label for m in methods]}
-    for r in common.radii:
+    for r in setting.radii:
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
-        shown[title] = [_accuracy(m, r) if r <= common.reach else DASH for m in methods]
+        shown[title] = [_accuracy(m, r) if r <= setting.reach else DASH for m in methods]
     shown |= {
         "family": [row.family or DASH for row in rows],
         "trains": [row.trains for row in rows],
@@ -40,7 +40,7 @@ def cells(common: Setting, methods: Sequence[Method]) -> pd.DataFrame:
         "trained here": _numbers([row.trained_here for row in rows], ",.0f"),
         "trained elsewhere": _numbers([row.trained_elsewhere for row in rows], ",.0f"),
         "parameters": _numbers([row.parameters for row in rows], ",.0f"),
-        "extra data": [DASH if common.imported else row.extra_data or "no" for row in rows],
+        "extra data": [DASH if setting.imported else row.extra_data or "no" for row in rows],
         "peak memory (MB)": _numbers([row.peak_memory for row in rows], ",.0f", 1e6),
         "ACR": _numbers([row.acr for row in rows], ".3f"),
     }
@@ -57,30 +57,30 @@ def _numbers(values: Sequence[float | None], form: str, unit: float = 1) -> list
     return [DASH if v is None else format(v / unit, form) for v in values]
 
 
-def notes(common: Setting, methods: Sequence[Method]) -> str:
-    """State in a few sentences what the table shows and what it cannot show."""
-    split = "" if common.split == "test" else f"These are {common.split} images, for choosing settings: not a result."
-    beyond = bounds.printed_reach(common.reach)  # rounded up, so that no certificate lies beyond what is printed
+def notes(setting: Setting, methods: Sequence[Method]) -> str:
+    """Explain in a few sentences what the table shows and what it cannot show."""
+    split = "" if setting.split == "test" else f"These are {setting.split} images, for choosing settings: not a result."
+    beyond = bounds.printed_reach(setting.reach)  # rounded up, so that no certificate lies beyond what is printed
     sentences = [
         split,
-        _best(common, methods),
-        _margin(common, methods),
+        _best(setting, methods),
+        _margin(setting, methods),
         _marks(methods),
         f"With this many votes no image can be certified beyond r = {beyond} (a dash).",
         "Grid noise: a certificate covers every image of integer pixel values within its radius."
-        if common.noise == "grid"
+        if setting.noise == "grid"
         else "",
-        _imported() if common.imported else _heads(methods),
+        _imported() if setting.imported else _heads(methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
-        if common.preset == "quick"
+        if setting.preset == "quick"
         else "",
     ]
     return " ".join(filter(None, sentences))
 
 
-def _best(common: Setting, methods: Sequence[Method]) -> str:
+def _best(setting: Setting, methods: Sequence[Method]) -> str:
     """Name the method that certifies the most images at the lowest radius above 0, and those level with it."""
-    above = [r for r in common.within if r > 0]
+    above = [r for r in setting.within if r > 0]
     if len(methods) == 1 or not above:
         return ""
     radius = above[0]
@@ -91,8 +91,8 @@ def _best(common: Setting, methods: Sequence[Method]) -> str:
     return f"At r = {radius:g} {best.label} certifies the most images ({share:.1%}); {rest}."
 
 
-def _margin(common: Setting, methods: Sequence[Method]) -> str:
-    shares = [m.row.certified[r] for m in methods for r in common.within]
+def _margin(setting: Setting, methods: Sequence[Method]) -> str:
+    shares = [m.row.certified[r] for m in methods for r in setting.within]
     widest = max((s.high - s.low for s in shares), default=0.0) / 2
     text = f"With {methods[0].row.images:.0f} images the margin of error is up to {100 * widest:.0f} points"
     if all(m.row.seeds == 1 for m in methods):

@@ -27,12 +27,12 @@ def curves(table: Table, out: Path, name: str) -> list[Path]:
 
     Between two drawn radii, line and band have the values of the larger radius, where at most as much is certified.
     """
-    grid = drawn_radii(table.common)
+    grid = drawn_radii(table.setting)
     fig, ax = _axes(table)
     for i, (label, method) in enumerate(_drawn(table)):
         points = metrics.pooled([r.certificates for r in method.records], grid)
         values = [100 * p["value"] for p in points]
-        marker = MARKERS[i % len(MARKERS)] if table.common.grid_only else ""
+        marker = MARKERS[i % len(MARKERS)] if table.setting.grid_only else ""
         (line,) = ax.plot(
             grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker, drawstyle="steps-pre"
         )
@@ -43,15 +43,15 @@ def curves(table: Table, out: Path, name: str) -> list[Path]:
     return _save(fig, out, name)
 
 
-def drawn_radii(common: Setting) -> list[float]:
+def drawn_radii(setting: Setting) -> list[float]:
     """Return the radii at which a curve has points: the grid if only it is certified, else 200 steps up to the reach.
 
     The steps are rounded down, so that the value shown holds at the radius shown.
     """
-    if common.grid_only:
-        return common.within or [0.0]
-    places = decimals(common.reach)
-    return sorted({float(bounds.printed_radius(common.reach * i / 200, places)) for i in range(201)})
+    if setting.grid_only:
+        return setting.within or [0.0]
+    places = decimals(setting.reach)
+    return sorted({float(bounds.printed_radius(setting.reach * i / 200, places)) for i in range(201)})
 
 
 def decimals(within: float) -> int:
@@ -61,7 +61,7 @@ def decimals(within: float) -> int:
 
 def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
     """Draw certified accuracy, at the lowest radius above 0, against floating point operations of a vote."""
-    radius = next((r for r in table.common.within if r > 0), 0.0)
+    radius = next((r for r in table.setting.within if r > 0), 0.0)
     fig, ax = _axes(table)
     free = any(not m.row.flops_per_vote for m in table.methods)  # 0 has no place on a logarithmic axis
     for i, (label, method) in enumerate(_drawn(table)):
@@ -89,7 +89,7 @@ def _axes(table: Table) -> Any:
     rows = len(table.methods)
     fig, ax = plt.subplots(figsize=(WIDTH, HEIGHT + 0.12 * -(-min(rows, MOST) // 2)), layout="constrained")
     shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
-    ax.set_title("\n".join(textwrap.wrap(table.common.heading + shown, 80)), fontsize=5)
+    ax.set_title("\n".join(textwrap.wrap(table.setting.heading + shown, 80)), fontsize=5)
     return fig, ax
 
 

@@ -39,9 +39,9 @@ def render(report: Report) -> str:
 
 def _table(table: Table) -> str:
     """Write the columns that a paper has room for."""
-    common, cells = table.common, table.cells
+    setting, cells = table.setting, table.cells
     accuracies = {
-        f"{r:g}": [_accuracy(m, r) if r <= common.reach else "--" for m in table.methods] for r in common.radii
+        f"{r:g}": [_accuracy(m, r) if r <= setting.reach else "--" for m in table.methods] for r in setting.radii
     }
     costs = {
         f"\\shortstack[r]{{{title}}}": [*map(_escape, cells[column])]
@@ -57,7 +57,7 @@ def _table(table: Table) -> str:
     if len(table.published):
         parts.append(_published(table))
     notes = table.notes.replace("=: not", "Bold: not")
-    return _comment(common.heading) + _comment(notes) + "\n".join(parts)
+    return _comment(setting.heading) + _comment(notes) + "\n".join(parts)
 
 
 def _accuracy(method: Method, radius: float) -> str:
@@ -71,7 +71,7 @@ def _published(table: Table) -> str:
     numbers = facts.shape[1] - 2
     text = f"p{{{(0.96 - 0.105 * numbers) / 2:.2f}\\columnwidth}}"
     body = facts.to_latex(index=False, escape=False, column_format=f"@{{}}{text}{'r' * numbers}{text}@{{}}")
-    return _comment(published_heading(table.common)) + f"{{\\tiny\\setlength{{\\tabcolsep}}{{2pt}}%\n{body}}}\n"
+    return _comment(published_heading(table.setting)) + f"{{\\tiny\\setlength{{\\tabcolsep}}{{2pt}}%\n{body}}}\n"
 
 
 def _envelope(envelope: Envelope) -> str:

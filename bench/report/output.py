@@ -26,7 +26,7 @@ def format_of(out: Path | None, format: str | None) -> str:
     if suffix in UNSUPPORTED:
         raise BenchError(f"--out {out}: a report is written as {', '.join(SUFFIXES)}, or into a folder")
     if named and format and named != format:
-        raise BenchError(f"--out {out} means {named}, --format says {format}; leave one of them out")
+        raise BenchError(f"--out {out} is a file of format {named}, --format is {format}; leave one of them out")
     return named or format or "md"
 
 
@@ -49,17 +49,17 @@ def write(report: Report, format: str, out: Path, left_out: Sequence[str] = ()) 
         files = [file]
         if format in ("md", "latex"):
             for table in report.tables:
-                name = figure_name(table.common)
+                name = figure_name(table.setting)
                 name = f"{out.stem}-{name}" if named else name
                 files += [*curves(table, file.parent, name), *tradeoff(table, file.parent, name)]
                 if format == "md":
-                    content += f"\n![{escape(table.common.heading)}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
+                    content += f"\n![{escape(table.setting.heading)}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
         write_text(file, content)
     return files
 
 
-def figure_name(common: Setting) -> str:
-    """Name a table's figures by what its runs have in common, so that other tables do not change the name."""
-    dataset = re.sub(r"[^\w.-]", "-", common.dataset)  # part of a file's name, from untrusted input
-    split = "" if common.split == "test" else "-validation"
-    return f"{dataset}{split}-s{common.sigma:g}-{common.table[:8]}"
+def figure_name(setting: Setting) -> str:
+    """Name a table's figures by what its runs have in setting, so that other tables do not change the name."""
+    dataset = re.sub(r"[^\w.-]", "-", setting.dataset)  # part of a file's name, from untrusted input
+    split = "" if setting.split == "test" else "-validation"
+    return f"{dataset}{split}-s{setting.sigma:g}-{setting.key[:8]}"

@@ -65,7 +65,7 @@ def page(report: Report, left_out: Sequence[str] = ()) -> str:
     """Write the whole page; ``left_out`` lists the runs that are not in it, and why."""
     sections: dict[str, list[Table]] = {}
     for table in report.tables:
-        sections.setdefault(table.common.section, []).append(table)
+        sections.setdefault(table.setting.section, []).append(table)
     figures, over_sigma = _Figures(), {e.section: e for e in report.envelopes}
     body = "".join(
         _section(f"section-{i}", tables, over_sigma.get(key), figures)
@@ -73,7 +73,7 @@ def page(report: Report, left_out: Sequence[str] = ()) -> str:
     )
     count = sum(len(table.runs) for table in report.tables)
     missing = "".join(f"<li>{escape(line)}</li>" for line in left_out)
-    titles = [f"{_title(s[0].common)}: {s[0].common.common}" for s in sections.values()]
+    titles = [f"{_title(s[0].setting)}: {s[0].setting.terms}" for s in sections.values()]
     links = "".join(f'<li><a href="#section-{i}">{escape(t)}</a></li>' for i, t in enumerate(titles, 1))
     # "<" would end the script block where a name holds "</script>".
     views = json.dumps(figures.views, allow_nan=False).replace("<", "\\u003c")
@@ -106,12 +106,12 @@ Made by certbench {__version__} from run folders.</p>
 
 def _section(key: str, tables: list[Table], envelope: Envelope | None, figures: _Figures) -> str:
     """Write all that can be compared: the curves of every sigma together, then a part for each sigma."""
-    common, looks = tables[0].common, _looks(tables, envelope)
-    sigmas = dict.fromkeys(f"{table.common.sigma:g}" for table in tables)
+    setting, looks = tables[0].setting, _looks(tables, envelope)
+    sigmas = dict.fromkeys(f"{table.setting.sigma:g}" for table in tables)
     boxes = "".join(f'<label><input type="checkbox" value="{s}" checked> {s}</label>' for s in sigmas)
     return (
-        f'<section id="{key}"><h2>{escape(_title(common))}</h2>'
-        f"<p>{escape(common.common)}</p>"
+        f'<section id="{key}"><h2>{escape(_title(setting))}</h2>'
+        f"<p>{escape(setting.terms)}</p>"
         + (f'<fieldset class="sigmas"><legend>sigma shown</legend>{boxes}</fieldset>' if len(sigmas) > 1 else "")
         + figures.add("Certified accuracy against radius, with 95% intervals", {"": plots.curves(tables, looks)}, {})
         + '<p class="note">Click a name in the legend to hide or show it; double-click to show it alone.</p>'
@@ -128,8 +128,8 @@ def _looks(tables: Sequence[Table], envelope: Envelope | None) -> Looks:
     return {label: i for i, label in enumerate(dict.fromkeys(labels))}
 
 
-def _title(common: Setting) -> str:
-    return common.dataset + ("" if common.split == "test" else f", {common.split} images")
+def _title(setting: Setting) -> str:
+    return setting.dataset + ("" if setting.split == "test" else f", {setting.split} images")
 
 
 def _envelope(envelope: Envelope, looks: Looks, figures: _Figures) -> str:
@@ -144,11 +144,11 @@ def _envelope(envelope: Envelope, looks: Looks, figures: _Figures) -> str:
 
 def _part(table: Table, looks: Looks, figures: _Figures) -> str:
     """Write one table and the figures, images and identities of its runs."""
-    common = table.common
-    radii = {"certified at radius": {f"{r:g}": f"{r:g}" for r in common.within}}
+    setting = table.setting
+    radii = {"certified at radius": {f"{r:g}": f"{r:g}" for r in setting.within}}
     identities = "".join(_identity(m.label, r) for m in table.methods for r in m.records)
     return (
-        f'<div data-sigma="{common.sigma:g}"><h3>sigma {common.sigma:g}</h3>{_sortable(table.cells)}'
+        f'<div data-sigma="{setting.sigma:g}"><h3>sigma {setting.sigma:g}</h3>{_sortable(table.cells)}'
         f'<p class="note">{escape(table.notes)}</p>'
         + _costs(table, looks, figures)
         + _abstention(table, looks, figures)
@@ -164,8 +164,8 @@ def _costs(table: Table, looks: Looks, figures: _Figures) -> str:
     known = {k: t for k, t in COSTS.items() if any(getattr(m.row, k) is not None for m in table.methods)}
     if not known:
         return "<p>The costs of these runs are unknown.</p>"
-    radii = {f"{r:g}": f"{r:g}" for r in table.common.within}
-    views = {f"{r:g}|{k}": plots.cost(table.methods, looks, r, k) for r in table.common.within for k in known}
+    radii = {f"{r:g}": f"{r:g}" for r in table.setting.within}
+    views = {f"{r:g}|{k}": plots.cost(table.methods, looks, r, k) for r in table.setting.within for k in known}
     return (
         figures.add("Certified accuracy against cost", views, {"certified at radius": radii, "cost": known})
         + '<p class="note">The line is the Pareto front of the measured values: no method beats one on it in both cost '
@@ -227,17 +227,17 @@ def _picture(certificate: Line, table: Table, uris: list[str]) -> str:
     images = "".join(
         f'<img src="{uri}" alt="image {index}, {f"noisy copy {i}" if i else "clean"}">' for i, uri in enumerate(uris)
     )
-    outcomes = "".join(f"<li>{escape(f'{m.label}: {_outcomes(m, index, table.common)}')}</li>" for m in table.methods)
-    caption = f"image {index}, <b>{escape(table.common.class_name(certificate.label))}</b><ul>{outcomes}</ul>"
+    outcomes = "".join(f"<li>{escape(f'{m.label}: {_outcomes(m, index, table.setting)}')}</li>" for m in table.methods)
+    caption = f"image {index}, <b>{escape(table.setting.class_name(certificate.label))}</b><ul>{outcomes}</ul>"
     return f"<figure><div>{images}</div><figcaption>{caption}</figcaption></figure>"
 
 
-def _outcomes(method: Method, index: int, common: Setting) -> str:
+def _outcomes(method: Method, index: int, setting: Setting) -> str:
     outcomes = []
     nothing = "not certified" if method.row.abstained is None else "abstained"
     for record in method.records:
         c = record.certificates[record.certificates.place("index", index)]
-        wrong = "" if c.predicted in (None, c.label) else f"wrong ({common.class_name(c.predicted)}), "
+        wrong = "" if c.predicted in (None, c.label) else f"wrong ({setting.class_name(c.predicted)}), "
         outcomes.append(nothing if c.predicted is None else f"{wrong}radius {bounds.printed_radius(c.radius)}")
     return "; ".join(outcomes)
 

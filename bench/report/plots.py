@@ -77,18 +77,18 @@ def curves(tables: Sequence[Table], looks: Looks) -> go.Figure:
 
     Between two drawn radii, line and band have the values of the larger radius, where at most as much is certified.
     """
-    places = max(6, *(decimals(t.common.reach) for t in tables))
+    places = max(6, *(decimals(t.setting.reach) for t in tables))
     radius = {"title": "l2 radius", "rangemode": "tozero", "hoverformat": f".{places}~f"}
     several = len(tables) > 1
     names = {
-        (t.common.sigma, m.label): _text(f"{m.label}, sigma {t.common.sigma:g}" if several else m.label, 40)
+        (t.setting.sigma, m.label): _text(f"{m.label}, sigma {t.setting.sigma:g}" if several else m.label, 40)
         for t in tables
         for m in t.methods
     }
     fig = _figure(420, xaxis=radius, yaxis=PERCENT, legend=list(names.values()))
     fig.update_layout(hovermode="x unified")
     for place, table in enumerate(tables):
-        sigma, grid = table.common.sigma, drawn_radii(table.common)
+        sigma, grid = table.setting.sigma, drawn_radii(table.setting)
         for m in table.methods:
             look, points = looks[m.label], _shares(m, grid)
             low, high = points["low"].tolist(), points["high"].tolist()
@@ -240,10 +240,10 @@ def abstention(methods: Sequence[Method], looks: Looks) -> go.Figure:
 
 def by_class(table: Table) -> dict[str, go.Figure]:
     """Draw certified accuracy of each class that has images: a figure for each radius within reach."""
-    methods, radii = table.methods, table.common.within
+    methods, radii = table.methods, table.setting.within
     images = Counter(methods[0].records[0].certificates.column("label").tolist())
     labels = sorted(images)
-    rows = [_text(f"{table.common.class_name(k)} ({images[k]})", 18) for k in labels]
+    rows = [_text(f"{table.setting.class_name(k)} ({images[k]})", 18) for k in labels]
     columns = [_text(m.label, 18) for m in methods]
     above = max(15 * max(_lines(columns)), 7 * max(len(m.label[:18]) for m in methods))  # level, or turned where narrow
     shares = [[_shares(m, radii, k) for m in methods] for k in labels]

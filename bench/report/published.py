@@ -20,18 +20,18 @@ def facts() -> pd.DataFrame:
         return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
-def rows_for(common: Setting) -> pd.DataFrame:
+def rows_for(setting: Setting) -> pd.DataFrame:
     """Select what was published for a table's data set, at its sigma or at the best sigma for each radius.
 
     Columns are text: method, a percentage for each of the table's radii, and what differs from our runs; a row a
     method and setting. Empty where nothing was published, as for validation images.
     """
-    if common.split != "test":
+    if setting.split != "test":
         return pd.DataFrame()
-    radii, found = [f"{r:g}" for r in common.radii], facts()
-    found = found[(found["dataset"] == common.dataset) & (found["metric"] == "certified_accuracy")]
+    radii, found = [f"{r:g}" for r in setting.radii], facts()
+    found = found[(found["dataset"] == setting.dataset) & (found["metric"] == "certified_accuracy")]
     sigma = pd.to_numeric(found["sigma"], errors="coerce")
-    found = found[(sigma == common.sigma) | (found["sigma"] == "envelope")]
+    found = found[(sigma == setting.sigma) | (found["sigma"] == "envelope")]
     out = []
     keys = ["paper", "arxiv", "method", "sigma", "inputs", "n", "alpha", "source"]
     for key, part in found.groupby(keys, sort=False):
@@ -50,9 +50,9 @@ def rows_for(common: Setting) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def heading(common: Setting) -> str:
+def heading(setting: Setting) -> str:
     """Introduce the published rows and name our setting."""
     return (
         "Published by others for the same data set; not comparable with the rows above "
-        f"(ours: {common.images} images, n {common.n:,}, alpha {common.alpha:g}, base {common.base})."
+        f"(ours: {setting.images} images, n {setting.n:,}, alpha {setting.alpha:g}, base {setting.base})."
     )

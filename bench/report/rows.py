@@ -78,10 +78,10 @@ class Method:
 class Setting:
     """What all runs of a table have in common."""
 
-    table: str  # key that no other table has
+    key: str  # of the table, unique
     section: str  # key of the tables that differ in sigma alone
     heading: str
-    common: str  # the heading without data set and sigma
+    terms: str  # the heading without data set and sigma
     dataset: str
     split: str
     sigma: float
@@ -107,15 +107,15 @@ class Setting:
         return str(self.classes[label]) if label < len(self.classes) else str(label)
 
 
-def setting(record: Record) -> Setting:
+def read_setting(record: Record) -> Setting:
     """Read what the runs of a record's table have in common."""
     identity, info = record.identity, record.info
     procedure, head = identity["procedure"], heading(record)
     return Setting(
-        table=digest(comparable(record)),
+        key=digest(comparable(record)),
         section=digest(beside_sigma(record)),
         heading=head,
-        common=head.partition(": ")[2],
+        terms=head.partition(": ")[2],
         dataset=identity["dataset"],
         split=identity["split"],
         sigma=identity["sigma"],
@@ -133,7 +133,7 @@ def setting(record: Record) -> Setting:
     )
 
 
-def read(record: Record) -> Row:
+def read_row(record: Record) -> Row:
     """Read the row of one run; accuracies are recomputed from its certificates."""
     info, cost, base = record.info, record.info["cost"], record.info["base"] or {}
     right = base.get("clean_correct")

@@ -25,7 +25,7 @@ from bench.report.rows import Method, Row, Setting
 class Table:
     """Runs that may be compared, with their numbers and the same as text."""
 
-    common: Setting
+    setting: Setting
     runs: list[Row]  # one a run, the best first
     methods: list[Method]  # one a method, the best first
     cells: pd.DataFrame  # text, a row a method
@@ -64,7 +64,7 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
 def _unusable(record: Record) -> str:
     """Name what keeps a finished run out of tables: a missing or mistyped entry of run.json."""
     try:
-        rows.read(record), rows.setting(record), grouping.method_key(record)
+        rows.read_row(record), rows.read_setting(record), grouping.method_key(record)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"
         return f"{record.path}: corrupt: an entry of run.json that a table needs is missing or of a wrong type ({what})"
@@ -77,22 +77,22 @@ def build(records: Sequence[Record], with_published: bool = False) -> Report:
 
 
 def _table(group: Sequence[Record], with_published: bool) -> Table:
-    common, runs = rows.setting(group[0]), {r.path: rows.read(r) for r in group}
-    pooled = [(rows.pool([runs[r.path] for r in seeds], seeds), seeds) for seeds in grouping.methods(group)]
+    setting, runs = rows.read_setting(group[0]), {id(r): rows.read_row(r) for r in group}
+    pooled = [(rows.pool([runs[id(r)] for r in seeds], seeds), seeds) for seeds in grouping.methods(group)]
     pooled = [pooled[i] for i in rows.ordered([row for row, _ in pooled])]
-    level = [(r, place) for r in common.within for place in _level(r, pooled)]
+    level = [(r, place) for r in setting.within for place in _level(r, pooled)]
     methods = [
         Method(label(row, [row for row, _ in pooled]), row, seeds, frozenset(r for r, place in level if place == i))
         for i, (row, seeds) in enumerate(pooled)
     ]
     by_run = list(runs.values())
     return Table(
-        common=common,
+        setting=setting,
         runs=[by_run[i] for i in rows.ordered(by_run)],
         methods=methods,
-        cells=cells(common, methods),
-        notes=notes(common, methods),
-        published=published.rows_for(common) if with_published else pd.DataFrame(),
+        cells=cells(setting, methods),
+        notes=notes(setting, methods),
+        published=published.rows_for(setting) if with_published else pd.DataFrame(),
     )
 
 

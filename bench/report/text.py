@@ -33,10 +33,10 @@ def _table(table: Table) -> str:
     shown = table.cells.copy()
     shown[_FROM_RECORDS] = shown[_FROM_RECORDS].map(escape)
     flagged = [escape(f"{m.label}: {m.row.flags}") for m in table.methods if m.row.flags]
-    text = "\n\n".join([f"### {escape(table.common.heading)}", _grid(shown), table.notes, *flagged]) + "\n"
+    text = "\n\n".join([f"### {escape(table.setting.heading)}", _grid(shown), table.notes, *flagged]) + "\n"
     if len(table.published):
         italic = table.published.assign(published=[f"*{p}*" for p in table.published["published"]])
-        text += f"\n{published_heading(table.common)}\n\n{_grid(italic)}\n"
+        text += f"\n{published_heading(table.setting)}\n\n{_grid(italic)}\n"
     return text
 
 
@@ -59,7 +59,7 @@ def _csv(report: Report) -> str:
 
 def _json(report: Report) -> str:
     tables = [
-        {"heading": table.common.heading, "rows": json.loads(table.frame().to_json(orient="records"))}
+        {"heading": table.setting.heading, "rows": json.loads(table.frame().to_json(orient="records"))}
         for table in report.tables
     ]
     envelopes = [

@@ -107,8 +107,8 @@ def runs_of(out: Path, split: str, radii: dict[float, list[float | None]], name:
         made_up(out, found, name=name, sigma=sigma, train_sigma=sigma, **of_split)
 
 
-def test_every_format_shows_it_and_labels_validation(bench: Bench, tmp_path: Path) -> None:
-    """On validation .25 is best at 0 and .5 at .5; on test it is the other way round."""
+def test_every_format_shows_the_curve_and_labels_validation(bench: Bench, tmp_path: Path) -> None:
+    """On validation .25 is best at 0 and .5 at .5; on test the reverse."""
     good, poor = [0.6] * 9 + [None], [0.1] * 9 + [None]
     runs_of(tmp_path / "runs", "test", {0.25: [0.3] * 4 + [None] * 6, 0.5: [0.6] * 3 + [0.1] * 7})
     lacking = bench("report", tmp_path / "runs")
@@ -143,8 +143,8 @@ def test_every_format_shows_it_and_labels_validation(bench: Bench, tmp_path: Pat
 def test_published_results_are_never_shown_with_validation_images(bench: Bench, tmp_path: Path) -> None:
     for split in ("test", "validation"):
         made_up(tmp_path / split, [0.3] * 10, dataset="cifar10", split=split)
-        said = bench("report", tmp_path / split, "--published").out
-        assert ("Cohen 2019" in said) == (split == "test")
+        shown = bench("report", tmp_path / split, "--published").out
+        assert ("Cohen 2019" in shown) == (split == "test")
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ def test_votes_of_two_splits_have_other_noise() -> None:
     assert (Noise(0, "test").words(key, 8) != Noise(0, "validation").words(key, 8)).any()
 
 
-def test_how_many_images_of_a_small_validation_split(bench: Bench, tmp_path: Path) -> None:
-    """A preset's number is meant for test: all of a smaller validation split. A number asked for is kept to."""
+def test_a_small_validation_split_is_taken_whole(bench: Bench, tmp_path: Path) -> None:
+    """A preset's number is meant for test: of a smaller validation split, all images are taken. --examples is exact."""
     card = tmp_path / "card.toml"
     card.write_text(Path(TINY).read_text().replace("validation = 100", "validation = 5"))
     args = ("run", "--defense", "none", "--dataset", card, "--split", "validation", "--dry-run", "--json")

@@ -22,6 +22,8 @@ from PIL import Image
 
 from bench.data.datasets import load_split
 from bench.options import RunOptions
+from bench.records.flaws import Stated
+from bench.records.importing import import_log
 from bench.report import output, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
@@ -35,7 +37,7 @@ NASTY = "</script><script>window.pwned=1</script><img src=x onerror=\"window.pwn
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One real run, from which the others are made up."""
+    """One real run, the pattern for the made-up ones."""
     from bench.cli import main
 
     out = tmp_path_factory.mktemp("runs")
@@ -101,7 +103,7 @@ class Seen(NamedTuple):
 
 
 def read(file: Path) -> Seen:
-    """The page as HTML says it: what is within a script or an attribute is no tag."""
+    """Parse the page as a browser does: text in scripts and attributes is not a tag."""
     tags: list[tuple[str, dict[str, str | None]]] = []
     text: list[str] = []
     scripts: dict[str, str] = {}
@@ -146,7 +148,7 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_page_is_a_file_of_its_own_and_not_printed(bench: Bench, runs: Path, tmp_path: Path) -> None:
+def test_the_page_is_written_to_a_file_and_not_printed(bench: Bench, runs: Path, tmp_path: Path) -> None:
     printed = bench("report", runs, "--format", "html")
     assert (printed.code, printed.out) == (2, "")
     assert "--out" in printed.err and printed.err.count("\n") == 1
@@ -156,7 +158,7 @@ def test_the_page_is_a_file_of_its_own_and_not_printed(bench: Bench, runs: Path,
     assert "report.html" in folder.err
 
 
-def test_the_page_asks_for_nothing(page: Path) -> None:
+def test_the_page_loads_nothing(page: Path) -> None:
     seen = read(page)
     addresses = [(t, v) for t, attrs in seen.tags for k, v in attrs.items() if k in ("src", "href", "action", "srcset")]
     assert any(t == "img" for t, _ in addresses)
@@ -176,7 +178,7 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
     lines = {t["name"]: t for t in plots[0][""]["data"] if "name" in t}
     for table, (costs, abstained, classes) in zip(made, (plots[1:4], plots[4:7]), strict=True):
-        shown, sigma, reach = table.cells, table.common.sigma, table.common.reach
+        shown, sigma, reach = table.cells, table.setting.sigma, table.setting.reach
         for i, method in enumerate(table.methods):
             label, row = method.label, method.row
             line = lines[f"{label}, sigma {sigma:g}"]
@@ -202,7 +204,7 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
         assert "0.5" not in classes or sigma == 0.5  # no view of a radius out of reach
 
 
-def test_the_front_is_what_no_other_method_beats(page: Path) -> None:
+def test_no_method_beats_one_on_the_pareto_front(page: Path) -> None:
     costs = list(read(page).views.values())[4]  # of sigma 0.5
     view = costs["0.25|train_seconds"]["data"]
     front, *points = view
@@ -226,7 +228,7 @@ def test_looks_differ_without_colour(page: Path) -> None:
     assert len(set(looks)) == len(looks) == 6
 
 
-def test_what_a_record_says_stays_text(bench: Bench, finished: Path, tmp_path: Path) -> None:
+def test_text_of_a_record_is_escaped(bench: Bench, finished: Path, tmp_path: Path) -> None:
     def change(info: dict[str, Any]) -> None:
         info["classes"] = [f"{NASTY}{k}" for k in range(10)]
         info["environment"]["device"] = NASTY + "\ud800"
@@ -247,7 +249,7 @@ def test_what_a_record_says_stays_text(bench: Bench, finished: Path, tmp_path: P
         assert "&lt;img" in text and set(re.findall("<[^>]*>", text)) == {"<br>"} and "%" not in text
 
 
-def test_unfinished_runs_are_named_and_one_run_is_enough(bench: Bench, finished: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_are_listed_and_one_run_is_enough(bench: Bench, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     empty = bench("report", tmp_path / "none", "--format", "html", "--out", tmp_path / "page.html")
     assert empty.code == 2 and "no finished run" in empty.err and not (tmp_path / "page.html").exists()
@@ -292,7 +294,7 @@ def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Pat
         (lambda info: info["identity"]["noise"].update(version="other"), "another version"),
     ],
 )
-def test_without_its_images_the_page_says_why(
+def test_without_its_images_the_page_explains_why(
     finished: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], why: str
 ) -> None:
     records, _ = tables.load_records(made_up(finished, tmp_path, "none", GOOD, change=change))
@@ -301,7 +303,7 @@ def test_without_its_images_the_page_says_why(
     assert why in seen.text and "img" not in [t for t, _ in seen.tags]
 
 
-def test_a_known_label_is_not_abstained_on(finished: Path, tmp_path: Path) -> None:
+def test_runs_of_a_known_label_never_abstain(finished: Path, tmp_path: Path) -> None:
     def change(info: dict[str, Any]) -> None:
         info["identity"]["procedure"]["target"] = "label"
 
@@ -310,6 +312,33 @@ def test_a_known_label_is_not_abstained_on(finished: Path, tmp_path: Path) -> No
     seen = read(file)
     assert "neither predict nor abstain" in seen.text and "none: not certified" in seen.text
     assert "none: abstained" not in seen.text and len(seen.views) == 3
+
+
+def test_unknown_costs_are_left_out_of_the_cost_figure(finished: Path, tmp_path: Path) -> None:
+    def unknown(info: dict[str, Any]) -> None:
+        info["cost"]["flops_per_vote"] = None
+
+    for name, change in (("known", lambda info: None), ("unknown", unknown)):
+        made_up(finished, tmp_path / "runs", name, FAIR, change=change)
+    report = tables.build(tables.load_records(tmp_path / "runs")[0])
+    (file,) = output.write(report, "html", tmp_path / "page.html")
+    costs = list(read(file).views.values())[1]
+    drawn = {key: [t["name"] for t in view["data"]] for key, view in costs.items() if key.startswith("0|")}
+    assert drawn["0|flops_per_vote"] == ["Pareto front", "known"]
+    assert drawn["0|votes"] == ["Pareto front", "known", "unknown"]
+
+
+def test_an_imported_log_has_a_page(tmp_path: Path) -> None:
+    """Its costs and class names are unknown."""
+    log = tmp_path / "log.tsv"
+    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime", *(f"{i}\t{i}\t{i}\t0.1\t1\t0:00:01" for i in range(5))]
+    log.write_text("\n".join(rows))
+    record = import_log(log, Stated("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs")
+    (file,) = output.write(tables.build([record], with_published=True), "html", tmp_path / "page.html")
+    seen = read(file)
+    assert "The costs of these runs are unknown" in seen.text
+    classes = list(seen.views.values())[-1]
+    assert classes["0"]["data"][0]["y"] == [f"{k} (1)" for k in range(5)]
 
 
 def test_the_wheel_holds_what_the_page_is_made_of(tmp_path: Path) -> None:
@@ -336,7 +365,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page; whatever it complains of or asks for fails the test."""
+    """Open a page; errors in it and requests by it fail the test."""
     complaints: list[str] = []
     tabs = []
 

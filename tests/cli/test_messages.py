@@ -183,7 +183,7 @@ def test_compare_of_a_folder_without_two_is_one_line(bench: Bench, tmp_path: Pat
 def test_status_of_a_folder_that_is_not_there_is_exit_2(bench: Bench, tmp_path: Path) -> None:
     result = bench("status", tmp_path / "nothere")
     assert (result.code, result.out) == (2, "")
-    assert result.err == f"bench: no folder {tmp_path / 'nothere'}; bench run makes one\n"
+    assert result.err == f"bench: no folder {tmp_path / 'nothere'}; create runs with bench run\n"
     assert bench("status", tmp_path).code == 0  # there, and empty
 
 

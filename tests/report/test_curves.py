@@ -62,13 +62,13 @@ def test_a_line_of_the_page_is_never_above_what_is_certified(table: Table) -> No
         radii = inside(EVERYWHERE, line.x)
         assert (drawn(line.x, line.y, radii) <= truth(method.records, radii) + 1e-9).all()
         assert list(line.y) == pytest.approx(truth(method.records, line.x).tolist())
-        assert line.x[-1] <= table.common.reach
+        assert line.x[-1] <= table.setting.reach
         corners = len(band.x) // 2
         assert all(level_or_upright(band.x[:corners], band.y[:corners]))
         assert all(level_or_upright(band.x[corners:], band.y[corners:]))
         upper = {x: min(y for u, y in zip(band.x[:corners], band.y[:corners], strict=True) if u == x) for x in line.x}
         assert all(upper[x] == pytest.approx(c[1]) for x, c in zip(line.x[1:-1], line.customdata[2:], strict=True))
-    if table.common.grid_only:
+    if table.setting.grid_only:
         assert all(list(line.x) == [0, 0.25, 0.5] for line in lines)
 
 
