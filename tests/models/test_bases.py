@@ -30,7 +30,7 @@ from bench.models import base_names, bases, probe
 from bench.models.base import BaseModel, Classifier, LocalBase
 from bench.options import RunOptions
 from bench.records.record import read_run
-from bench.report import cells
+from bench.report import tables
 from bench.runs.estimate import estimate
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
@@ -557,7 +557,7 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     assert ours["train_seconds"] > 0 and theirs["train_seconds"] is None
     assert given.info["defense"]["weights_file"] == "own.safetensors"
     assert given.info["defense"]["trained_elsewhere"] == ["own.safetensors"]
-    shown = cells.columns([read_run(given.path)])
+    shown = tables.build([read_run(given.path)]).tables[0].cells
     assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", DASH)
 
 
