@@ -200,7 +200,7 @@ def run(
     check_writable(out)
     records, faults = [], []
     try:
-        with watchdog.limit(timeout):
+        with watchdog.time_limit(timeout):
             if on_ray:
                 from bench.cluster.executor import run as run_on_ray
 

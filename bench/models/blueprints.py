@@ -18,8 +18,8 @@ from bench.errors import BenchError, one_line
 from bench.interface import Schedule
 from bench.models.base import Classifier, LocalBase
 from bench.models.labels import Names
-from bench.models.state_dict import Architecture
 from bench.models.timm_configs import Described, described
+from bench.models.timm_models import Architecture
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value a channel
 

@@ -16,7 +16,7 @@ from typing import Any
 from bench.errors import BenchError, one_line, unknown
 from bench.io import limits
 from bench.models.labels import Names, stated_names
-from bench.models.state_dict import Architecture
+from bench.models.timm_models import Architecture
 
 LARGEST = 16 * limits.MB  # of a config.json
 

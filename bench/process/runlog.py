@@ -162,7 +162,7 @@ def writer(file: Path) -> str:
     return f" ({shown(found[-1][1])} since {shown(found[-1][0])})" if found else ""
 
 
-def held(file: Path) -> bool:
+def is_locked(file: Path) -> bool:
     """Whether a living process writes the log ``file``, as far as this file system's locks tell."""
     try:
         if not file.is_file():  # to open a pipe would take for ever
@@ -179,7 +179,7 @@ def held(file: Path) -> bool:
 @contextmanager
 def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
     """Write what is logged into ``file`` while the context lasts, and how it ended; warnings are said, too."""
-    handler, aloud = RunLog(file), _Aloud(reporter)
+    handler, aloud = RunLog(file), _TerminalWarnings(reporter)
     shown = warnings.showwarning
 
     def show(
@@ -214,7 +214,7 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
         handler.close()
 
 
-class _Aloud(logging.Handler):
+class _TerminalWarnings(logging.Handler):
     """Says warnings to the person at the terminal."""
 
     def __init__(self, reporter: Reporter) -> None:
@@ -226,19 +226,19 @@ class _Aloud(logging.Handler):
         self._reporter.say(record.getMessage())
 
 
-class Logged:
+class LoggingReporter:
     """A reporter of one run that is also written to its log; of training every half a minute."""
 
     def __init__(self, reporter: Reporter, write: Callable[[str], None]) -> None:
-        self.aloud, self._write = reporter, write
+        self.terminal, self._write = reporter, write
 
     def say(self, text: str) -> None:
         self._write(text)
-        self.aloud.say(text)
+        self.terminal.say(text)
 
     @contextmanager
     def training(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
-        with self.aloud.training(what) as update:
+        with self.terminal.training(what) as update:
             spoke = -math.inf
 
             def both(done: int, total: int, loss: float) -> None:
@@ -252,4 +252,4 @@ class Logged:
             yield both
 
     def certifying(self, what: str, total: int, done: int) -> Any:
-        return self.aloud.certifying(what, total, done)
+        return self.terminal.certifying(what, total, done)

@@ -71,7 +71,7 @@ _watch: _Watch | None = None
 
 
 @contextmanager
-def limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Within this context, no ``watched`` code may take more than ``seconds`` between two signs of life. 0: no limit.
 
     For the main thread. Ended by DefenseFault, or by exit code 2 after one line on stderr.
@@ -135,7 +135,7 @@ def paused() -> Iterator[None]:
         watch.mine().doing = held
 
 
-def alive() -> None:
+def heartbeat() -> None:
     """A sign of life: the clock starts anew."""
     if _watch is not None:
         _watch.mine()

@@ -24,7 +24,7 @@ from bench.models import arithmetic
 from bench.models.base import BaseModel
 from bench.process import environment
 from bench.process.console import duration
-from bench.process.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog
+from bench.process.runlog import CERTIFY, PERIOD, LoggingReporter, Reporter, RunLog
 from bench.records import fingerprint, metrics
 from bench.records.fingerprint import Fingerprint
 from bench.records.record import Run
@@ -108,7 +108,7 @@ class Filling:
         self, out: Path, ready: Ready, own_log: RunLog, reporter: Reporter, shard: Shard | None = None
     ) -> None:
         """Open or make its folder, into which the log goes. Raises BenchError where another process writes it."""
-        self._ready, self._reporter, self._log = ready, Logged(reporter, own_log.write), own_log
+        self._ready, self._reporter, self._log = ready, LoggingReporter(reporter, own_log.write), own_log
         plan = ready.plan
         self._name = plugins.short_name(plan.defense)
         self.record = Run(out, run_name(plan), ready.identity, ready.extra, shard)

@@ -98,7 +98,7 @@ def draw_again(
 
 def _rebuild(record: Record, session: Session, defense: str | None, base: str | None) -> _Rebuilt | str:
     """What the record certified; where it cannot be had here, what is other than on record."""
-    with plugins.only([defense] if defense else []):
+    with plugins.restricted_to([defense] if defense else []):
         plan, _ = session.searched(_plan(record, defense, base))
         identity, task, fitted = session.prepare(plan)
     if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:

@@ -48,7 +48,7 @@ def accuracy_under_noise(model: torch.nn.Module, task: Task, images: int) -> flo
     copies = list(itertools.product(range(images), range(DRAWS)))
     right = 0
     for begin in range(0, len(copies), task.block):
-        watchdog.alive()
+        watchdog.heartbeat()
         part = copies[begin : begin + task.block]
         votes = [Vote("validate", i, k) for i, k in part]
         pixels = torch.from_numpy(task.images([i for i, _ in part])).to(task.device)

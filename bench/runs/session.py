@@ -17,11 +17,11 @@ from bench.io.files import digest
 from bench.models import arithmetic
 from bench.models.arithmetic import steady
 from bench.models.base import BaseModel, LocalBase
-from bench.models.bases import load_base, untrained_base
+from bench.models.load import load_base, untrained_base
 from bench.models.served import is_url
-from bench.models.statement import state_base
+from bench.models.summary import report_base
 from bench.process import environment
-from bench.process.runlog import STARTED, Logged, Reporter, log, recording, signature
+from bench.process.runlog import STARTED, LoggingReporter, Reporter, log, recording, signature
 from bench.records.record import Record, read_run, run_folder
 from bench.records.shards import Shard
 from bench.runs import fitting, recheck, search
@@ -65,7 +65,7 @@ class Session:
         self.devices = list(devices) or [device]
         self.threads = environment.threads(device)
         environment.keep_freed_memory()
-        self.device, self.out, self.reporter, self.shard = device, out, Logged(reporter, log.info), shard
+        self.device, self.out, self.reporter, self.shard = device, out, LoggingReporter(reporter, log.info), shard
         self._materials: dict[tuple[str, str, str, Path | None, bool], _Materials] = {}
         self._splits: dict[str, list[Split]] = {}
 
@@ -81,7 +81,7 @@ class Session:
             train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
                 base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights, probe)
-            state_base(base, validation, self.reporter.say, log.warning)
+            report_base(base, validation, self.reporter.say, log.warning)
             self._materials[key] = _Materials(train, validation, test, base)
         return self._materials[key]
 
@@ -170,16 +170,16 @@ class Session:
     def run(self, plan: Plan) -> Record:
         """Do the run, or what is left of it, or of its shard. Every image is on disk as soon as it is certified."""
         with (
-            recording(self.log_file(plan), self.reporter.aloud) as own_log,
+            recording(self.log_file(plan), self.reporter.terminal) as own_log,
             torchstate.kept(plan.defense, "when it certified"),
         ):
             ready, certifier = self.ready(plan)
             whole = run_folder(self.out, run_name(plan), ready.identity)
             if self.shard and (whole / "run.json").exists() and (merged := read_run(whole)).complete:
                 own_log.discard()
-                self.reporter.aloud.say(f"{whole}: already complete, nothing to do")
+                self.reporter.terminal.say(f"{whole}: already complete, nothing to do")
                 return merged
-            filling = Filling(self.out, ready, own_log, self.reporter.aloud, self.shard)
+            filling = Filling(self.out, ready, own_log, self.reporter.terminal, self.shard)
             try:
                 if not filling.complete:
                     self._certify(ready, certifier, filling)

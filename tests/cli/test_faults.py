@@ -187,15 +187,15 @@ def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pyt
     """Commands that differ, but for a training that they share."""
     from threading import Thread
 
-    from bench.training.weights import Entry
+    from bench.training.weights import CacheEntry
 
     order = []
 
     def second() -> None:
-        with Entry("shared", {"id": str(tmp_path)}).lock():
+        with CacheEntry("shared", {"id": str(tmp_path)}).lock():
             order.append("second")
 
-    with Entry("shared", {"id": str(tmp_path)}).lock():
+    with CacheEntry("shared", {"id": str(tmp_path)}).lock():
         waiting = Thread(target=second)
         waiting.start()
         while "another process is training shared-" not in caplog.text:

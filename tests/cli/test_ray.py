@@ -123,11 +123,11 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
 
     from bench.cluster.worker import pack, unpack
     from bench.data.datasets import load_splits
-    from bench.models.bases import untrained_base
+    from bench.models.load import untrained_base
     from bench.options import RunOptions
     from bench.runs import fitting
     from bench.runs.certifier import Certifier
-    from bench.runs.context import Workshop
+    from bench.runs.context import PartTraining
     from bench.runs.identity import make_task
     from bench.runs.plan import make_plans
     from bench.smoothing.noise import Vote, VoteDraw
@@ -137,7 +137,7 @@ def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
     base = untrained_base(plan.card, plan.base, cpu, probe=not plan.cls.adapts)
     train, test = load_splits(plan.card, "train", "test")
     built = fitting.construct(plan, base, cpu)
-    built.context._workshop = Workshop(train, lambda *_: None)  # type: ignore[attr-defined]
+    built.context._training = PartTraining(train, lambda *_: None)  # type: ignore[attr-defined]
     built.merge()
     here = Certifier(name, built.eval(), base)
     task = make_task(plan, test, cpu)

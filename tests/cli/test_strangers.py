@@ -93,7 +93,7 @@ def test_a_records_defense_file_is_run_only_where_it_is_named(bench: Bench, tmp_
 def test_no_file_is_run_inside_of_a_defense_either(evil: Path, tmp_path: Path) -> None:
     other = tmp_path / "mine.py"
     other.write_text(EVIL)
-    with plugins.only([str(other)]):
+    with plugins.restricted_to([str(other)]):
         assert "named by a record alone" in refused(lambda: plugins.load(str(evil)))
         assert not evil.with_name("ran").exists()
         plugins.load(str(other))

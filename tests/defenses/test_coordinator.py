@@ -22,7 +22,7 @@ from bench.data.datasets import load_splits
 from bench.errors import BenchError
 from bench.interface import Access
 from bench.io.files import cache_root
-from bench.models.bases import load_base, untrained_base
+from bench.models.load import load_base, untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting, search
 from bench.runs.doctor import examine

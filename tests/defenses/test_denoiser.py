@@ -21,10 +21,10 @@ from bench.data.datasets import load_splits
 from bench.data.split import Split
 from bench.interface import Access, Schedule
 from bench.models.base import BaseModel
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting
-from bench.runs.context import Workshop
+from bench.runs.context import PartTraining
 from bench.runs.doctor import examine
 from bench.runs.plan import Plan, make_plans
 from bench.smoothing.noise import Noise, TrainDraw
@@ -183,7 +183,7 @@ def test_it_gets_the_access_it_needs(settings: tuple[str, ...], most: Access, ba
 def test_with_query_access_the_base_is_asked_for_labels_alone(objective: str, asked: int, base: BaseModel) -> None:
     of = plan(f"objective={objective}", "access=query")
     train, _ = digits()
-    defense = fitting.construct(of, base, CPU, Workshop(train, lambda *_: None))
+    defense = fitting.construct(of, base, CPU, PartTraining(train, lambda *_: None))
     assert isinstance(defense, Denoiser)
     assert {k.partition(".")[0] for k in defense.state_dict()} == {"denoiser"}
     states = [{k: v.clone() for k, v in s.state_dict().items()} for s in defense.surrogates]

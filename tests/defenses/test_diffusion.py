@@ -22,7 +22,7 @@ from bench import rng
 from bench.data.datasets import load_split
 from bench.errors import BenchError
 from bench.interface import Schedule
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.doctor import examine

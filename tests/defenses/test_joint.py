@@ -18,9 +18,9 @@ from bench.data.datasets import load_card, load_splits
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Defense
-from bench.models import bases
+from bench.models import load as loading
 from bench.models.base import BaseModel, Classifier
-from bench.models.base_names import blueprint
+from bench.models.names import blueprint
 from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.runs import fitting
@@ -56,7 +56,7 @@ def quiet(done: int, total: int, loss: float) -> None:
 def untrained(a_plan: Plan) -> BaseModel:
     """The plan's base with the same fresh weights at every call."""
     with rng.fixed_rng(0):
-        return bases.untrained_base(a_plan.card, a_plan.base, CPU, probe=not a_plan.cls.adapts)
+        return loading.untrained_base(a_plan.card, a_plan.base, CPU, probe=not a_plan.cls.adapts)
 
 
 def train(a_plan: Plan) -> tuple[Defense, dict[str, Any], str]:
@@ -159,7 +159,7 @@ def test_the_sources_of_what_is_inside_are_part_of_the_identity() -> None:
 
 
 def load(card: Any, train: Split, validation: Split, **given: bool) -> BaseModel:
-    return bases.load_base(card, "vit-0to4", train, validation, CPU, quiet, **given)
+    return loading.load_base(card, "vit-0to4", train, validation, CPU, quiet, **given)
 
 
 def upside_down(split: Split, rows: Any) -> Split:
@@ -196,13 +196,13 @@ def test_its_labels_are_places_in_the_recipes_list() -> None:
 
 def test_only_defenses_without_a_head_of_their_own_get_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
-    real = bases.linear_probe
+    real = loading.linear_probe
 
     def spy(a_plan: Any, *rest: Any) -> dict[str, Any]:
         probed.append(a_plan.name)
         return real(a_plan, *rest)
 
-    monkeypatch.setattr(bases, "linear_probe", spy)
+    monkeypatch.setattr(loading, "linear_probe", spy)
     session = Session(CPU, tmp_path / "runs", ConsoleReporter())
     for name in ("joint", "two-stage"):
         assert session.materials(plan(name)).base.classes == 5

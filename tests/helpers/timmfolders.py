@@ -15,8 +15,9 @@ from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 from bench.data.card import Card
-from bench.models import base_names, bases
 from bench.models.base import LocalBase
+from bench.models.load import load_base
+from bench.models.names import choose_base
 
 CPU = torch.device("cpu")
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -62,7 +63,7 @@ def reconfigure(folder: Path, **changes: Any) -> Path:
 def load(made: Card, base: Path, names: tuple[str, ...] = (), **given: Any) -> LocalBase:
     """The base of that folder or file, where the data name their classes so. Raises BenchError as a run would."""
     train = SimpleNamespace(names=names)
-    name = base_names.choose_base(made, made.preset, str(base))
-    found = bases.load_base(made, name, train, None, CPU, lambda *_: None, **given)  # type: ignore[arg-type]
+    name = choose_base(made, made.preset, str(base))
+    found = load_base(made, name, train, None, CPU, lambda *_: None, **given)  # type: ignore[arg-type]
     assert isinstance(found, LocalBase)
     return found

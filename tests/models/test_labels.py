@@ -11,7 +11,7 @@ import torch
 
 from bench.errors import BenchError
 from bench.models.labels import card_order, stated_names
-from bench.models.statement import described
+from bench.models.summary import described
 from tests.helpers.timmfolders import card, load, reconfigure, save
 
 OTHER = ["blue", "red", "green"]  # the card's: red, green, blue

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.data.datasets import load_card, load_splits
 from bench.io import http
-from bench.models import bases
+from bench.models.load import load_base
 from bench.models.served import HTTPBase
 from tests.helpers.commands import TINY, Result, defense
 from tests.helpers.inferenceserver import InferenceServer
@@ -35,7 +35,7 @@ def model() -> Model:
     torch.set_num_threads(1)
     train, validation = load_splits(CARD, "train", "validation")
     train = train.first(CARD.presets["quick"].train_examples)
-    base = bases.load_base(CARD, "vit", train, validation, torch.device("cpu"), lambda *_: None)
+    base = load_base(CARD, "vit", train, validation, torch.device("cpu"), lambda *_: None)
     return base.module.forward  # not the module: a pass in this process would be counted as the run's
 
 

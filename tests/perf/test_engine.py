@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.data.datasets import load_card
 from bench.interface import Draw
 from bench.models.arithmetic import steady
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.process.environment import keep_freed_memory
 from bench.smoothing.engine import Device, Model, Task, block_rows, certify, side_by_side
 from bench.smoothing.gridnoise import GridNoise

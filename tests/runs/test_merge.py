@@ -20,10 +20,10 @@ from bench.errors import BenchError, DefenseFault
 from bench.interface import Defense
 from bench.io.files import scratch_cache
 from bench.models.base import Classifier, LocalBase, state_sha256
-from bench.models.bases import load_base, untrained_base
+from bench.models.load import load_base, untrained_base
 from bench.options import RunOptions
 from bench.runs import doctor, fitting
-from bench.runs.context import Workshop
+from bench.runs.context import PartTraining
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Noise, TrainDraw
 from tests.helpers.commands import TINY, Result, defense
@@ -133,7 +133,7 @@ def based(model: nn.Module) -> LocalBase:
 def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
     """LoRA on a base, its adapters moved, and what it states."""
     (plan,) = make_plans(RunOptions(defenses="lora", dataset=TINY, settings=list(settings)))
-    workshop = Workshop(load_split(plan.card, "train").first(20), lambda *_: None)
+    workshop = PartTraining(load_split(plan.card, "train").first(20), lambda *_: None)
     made = fitting.construct(plan, base, CPU, workshop)
     with torch.no_grad(), rng.fixed_rng(2):
         for p in made.parameters():

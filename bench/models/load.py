@@ -1,6 +1,6 @@
-"""From the name of a base to the base itself: its weights loaded, trained clean, or given a new head.
+"""Load a base classifier by name: stored weights, or weights trained clean here, with a new head where classes differ.
 
-Each is made once; every defense of a comparison shares the result.
+Each base is made once; all defenses of a comparison share it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Schedule
 from bench.models.base import BaseModel, Classifier, state_sha256
-from bench.models.base_names import blueprint, file_weights
 from bench.models.blueprints import Blueprint
 from bench.models.labels import card_order, permute
+from bench.models.names import blueprint, file_weights
 from bench.models.probe import linear_probe, new_head
 from bench.models.served import HTTPBase, is_url
-from bench.training import loop, objectives
-from bench.training.weights import Entry
+from bench.training import loop, objectives, versions
+from bench.training.weights import Weights, cached_training
 
 
 def untrained_base(card: Card, name: str, device: torch.device, probe: bool = True) -> BaseModel:
-    """The base of that name with fresh weights: what estimates are made on; ``probe`` as in ``load_base``.
+    """Make the base of that name with random weights, for estimates; ``probe`` as in ``load_base``.
 
-    A served base is itself, and not asked yet.
-
-    Raises BenchError where the name stands for no base or timm cannot make it.
+    For a served base no request is sent. Raises BenchError where the name is unknown or timm cannot make the model.
     """
     if is_url(name):
         return HTTPBase(card, name)
@@ -50,16 +48,28 @@ def load_base(
     weights: Path | None = None,
     probe: bool = True,
 ) -> BaseModel:
-    """The base of that name, for the card's classes; ``weights`` replaces its own by a user's file.
+    """Load the base of that name for the card's classes.
 
-    What training it takes (a recipe's clean one, a linear probe where the classes still differ) is done
-    once, whatever the defenses' seeds, and cached. Without ``probe`` it keeps the classes it has, for
-    defenses that bring a head of their own. ``meta`` says where the weights come from, and what
-    the training cost, in seconds. Raises BenchError with one line saying what to mend.
+    Its training (a recipe's clean training, a linear probe where classes differ) is done once, independent of the
+    defenses' seeds, and cached. The base's ``meta`` records the source of its weights and the seconds of training.
+
+    Args:
+        card: The data set.
+        name: As returned by ``choose_base``.
+        train: Training images.
+        validation: Images on which a trained base's clean accuracy is measured.
+        device: Where the base computes.
+        progress: Called with steps done, all steps, and loss.
+        weights: A user's .safetensors file that replaces the base's own weights.
+        probe: Whether to fit a linear probe where the base has other classes than the card; False for defenses that
+            bring their own head.
+
+    Raises:
+        BenchError: The base cannot be loaded or does not fit the card.
     """
     if is_url(name):
         if weights is not None:
-            raise BenchError(f"--weights {weights}: base {name} is served elsewhere and takes none; leave one out")
+            raise BenchError(f"--weights {weights}: base {name} is a remote model; leave out --weights or --base")
         return HTTPBase(card, name)
     plan, classes = blueprint(card, name), len(card.classes)
     if weights is not None:
@@ -71,7 +81,7 @@ def load_base(
         module, source = plan.load()
     meta: dict[str, Any] = {"source": source}
     if plan.weights is not None and plan.schedule is None and plan.classes == classes:
-        # Where the card only numbers its classes, the data may name them.
+        # The data may name classes that the card only numbers.
         meta["classes"] = _in_card_order(plan, module, probe, train.names or card.classes)
     module = module.to(device)
     if plan.schedule is not None:
@@ -79,16 +89,16 @@ def load_base(
         plan = replace(plan, classes=plan.made_for)
     base = plan.base(module, meta, device)
     if probe and plan.classes != classes:
-        # One base, with a probe or without: a report puts both in one table.
+        # Recorded, since a report shows a base with and without probe in one table.
         meta |= {"before_probe": base.sha256} | linear_probe(plan, module, train, validation, device, progress)
         base = plan.base(module, meta, device)
     return base
 
 
 def _in_card_order(plan: Blueprint, module: Classifier, used: bool, classes: tuple[str, ...]) -> str:
-    """Put the logits of a loaded base into the order of ``classes``, as far as its names tell; what is known of it.
+    """Permute the logits of a loaded base into the order of ``classes`` by its class names; return a remark on it.
 
-    Raises BenchError where names are at odds, unless its head is not ``used``.
+    Raises BenchError where the names do not match, unless the head is not ``used``.
     """
     card = plan.card
     try:
@@ -96,7 +106,7 @@ def _in_card_order(plan: Blueprint, module: Classifier, used: bool, classes: tup
     except BenchError:
         if used:
             raise
-        return "its classes are others than the card's, and its head is replaced"
+        return "its classes differ from the card's, and its head is replaced"
     if order != sorted(order):
         permute(f"base {plan.name}", module, order, card.shape)
     return remark
@@ -111,12 +121,12 @@ def _train_clean(
     device: torch.device,
     progress: loop.Progress,
 ) -> dict[str, Any]:
-    """Train every weight on clean images, or take that from the cache; what to record of it."""
+    """Train all weights on clean images, or load them from the cache; return the record of the training."""
     card, classes = plan.card, plan.made_for
-    taught: dict[str, Any] = {}
+    subset: dict[str, Any] = {}
     if plan.only:
         train, validation = (_only(split, plan) for split in (train, validation))
-        taught = {"trained_on_classes": [card.classes[label] for label in plan.only]}
+        subset = {"trained_on_classes": [card.classes[label] for label in plan.only]}
     start = None if plan.weights is None else state_sha256(module)
     if start is not None and plan.classes != classes:
         new_head(module, classes, device)
@@ -128,40 +138,37 @@ def _train_clean(
         "augment": card.augment,
         "classes": classes,
         "device": device.type,
-        "training": loop.SOURCE,
+        "versions": versions.of("clean"),
     }
-    entry = Entry(f"{card.name}-base-{plan.name}", identity | taught)
-    with entry.lock():
-        trained = entry.load()
-        if trained is None:
-            spent: list[float] = []
-            job = loop.TrainingJob(
-                data=train,
-                augment=card.augment,
-                sigma=0.0,
-                objective=objectives.clean,
-                seed=0,
-                device=device,
-                checkpoint=entry.checkpoint,
-                progress=progress,
-                spent=spent,
-            )
-            job.train(module, lambda x, y, draw: job.objective(lambda z, _: module(z), x, y, draw), schedule)
-            accuracy = plan.accuracy(module, validation, device)
-            meta = {"train_seconds": sum(spent), "validation_clean_accuracy": accuracy}
-            trained = entry.save(module.state_dict(), meta)
+
+    def fit(checkpoint: Path) -> Weights:
+        job = loop.TrainingJob(
+            data=train,
+            augment=card.augment,
+            sigma=0.0,
+            objective=objectives.clean,
+            seed=0,
+            device=device,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        job.train(module, lambda x, y, draw: job.objective(lambda z, _: module(z), x, y, draw), schedule)
+        accuracy = plan.accuracy(module, validation, device)
+        return module.state_dict(), {"train_seconds": job.seconds, "validation_clean_accuracy": accuracy}
+
+    trained = cached_training(f"{card.name}-base-{plan.name}", identity | subset, fit)
     module.load_state_dict(trained.state)
-    return taught | {k: trained.meta[k] for k in ("train_seconds", "validation_clean_accuracy")}
+    return subset | {k: trained.meta[k] for k in ("train_seconds", "validation_clean_accuracy")}
 
 
 def _only(split: Split, plan: Blueprint) -> Split:
-    """The images of the classes that ``plan.only`` names, labelled by their place in it."""
+    """Select the images of the classes in ``plan.only``, labelled by their position in it."""
     place = np.full(len(plan.card.classes), -1)
     place[list(plan.only)] = range(len(plan.only))
     rows = np.flatnonzero(place[split.labels] >= 0)
     if not len(rows):
         raise BenchError(
             f"base {plan.name}: none of the {len(split)} {split.name} images is of its classes; "
-            f"name others in the card, or give the preset more train_examples"
+            f"list other classes in the card, or raise the preset's train_examples"
         )
     return replace(split.select(rows), labels=place[split.labels[rows]])

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import flop_counter
 
 from bench import plugins
-from bench.models.statement import described, guesses
+from bench.models.summary import described, guesses
 from tests.helpers.commands import TINY, Result
 from tests.helpers.timmfolders import card, load, reconfigure, save
 

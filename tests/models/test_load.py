@@ -25,8 +25,10 @@ from bench.data.datasets import load_card, load_split
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.io import tensors
-from bench.models import base_names, bases, probe
+from bench.models import probe
 from bench.models.base import BaseModel
+from bench.models.load import load_base
+from bench.models.names import blueprint, choose_base
 from bench.options import RunOptions
 from bench.records.record import read_run
 from bench.report import cells, tables
@@ -98,13 +100,13 @@ def folder(path: Path, model: torch.nn.Module) -> Path:
 
 def load(card: Card, name: str, splits: tuple[Split, Split] | None = None, **given: Path) -> BaseModel:
     train, validation = splits or (SimpleNamespace(names=()), None)
-    return bases.load_base(card, name, train, validation, CPU, quiet, **given)  # type: ignore[arg-type]
+    return load_base(card, name, train, validation, CPU, quiet, **given)  # type: ignore[arg-type]
 
 
 def refusal(card: Card, name: str) -> str:
     """The one line with which a base is refused."""
     with pytest.raises(BenchError) as e:
-        load(card, base_names.choose_base(card, card.preset, name))
+        load(card, choose_base(card, card.preset, name))
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -370,7 +372,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 @pytest.mark.parametrize("suffix", ["", f"@{COMMIT}"])
 def test_hub_id(server: HubServer, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"hf-hub:me/tiny{suffix}"
-    base = load(rgb_card(), base_names.choose_base(rgb_card(), "quick", name))
+    base = load(rgb_card(), choose_base(rgb_card(), "quick", name))
     assert torch.equal(base.module.state_dict()["model.head.weight"], tiny().state_dict()["head.weight"])
     assert base.name == name
     assert base.meta["source"] | {"sha256": ""} == {
@@ -466,7 +468,7 @@ def test_a_base_without_head_is_probed(tmp_path: Path, digits: Card, splits: tup
 def test_a_bare_file_with_other_classes_still_finds_its_recipe(tmp_path: Path, digits: Card) -> None:
     args = digits.bases["vit"].args
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=4, **args).state_dict(), tmp_path / "w.safetensors")
-    assert base_names.blueprint(digits, str(tmp_path / "w.safetensors")).classes == 4
+    assert blueprint(digits, str(tmp_path / "w.safetensors")).classes == 4
 
 
 # --weights -------------------------------------------------------------------------------------------

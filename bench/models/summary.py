@@ -14,7 +14,7 @@ _IMAGES = 100  # on which clean accuracy is compared with guessing
 _LIKELY = 0.05  # a base that guesses is right at least that often with this probability
 
 
-def state_base(base: BaseModel, validation: Split, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
+def report_base(base: BaseModel, validation: Split, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
     """Say how the base sees an image; warn where it is right on validation images no more often than by guessing.
 
     A served base states nothing of itself and is not asked.

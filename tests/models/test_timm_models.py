@@ -14,7 +14,7 @@ from timm.models._hub import save_for_hf
 from torch import Tensor
 
 from bench.errors import BenchError
-from bench.models.statement import described
+from bench.models.summary import described
 from tests.helpers.timmfolders import VIT, card, load, reconfigure, rewrite, save
 
 GAP = "vit_base_patch16_siglip_gap_224"  # a family that timm loads without strict
