@@ -503,7 +503,7 @@ def plan(defense: str, base: Path | None, weights: Path | None, *settings: str) 
             sigma=".25",
             train_sigma=None,
             base=base and str(base),
-            weights=weights,
+            weights=None if weights is None else str(weights),
             preset=None,
             examples="10",
             n0=10,

@@ -374,7 +374,7 @@ def test_an_address_that_is_none_is_refused(bench: Bench, tmp_path: Path, url: s
 def test_weights_for_a_served_base_are_refused(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"")
     said = last_line(bench(*command(server.url, tmp_path / "runs", "none", "--weights", tmp_path / "w.safetensors")))
-    assert "is served elsewhere and takes none" in said
+    assert "is a remote model" in said
     assert server.bodies == []
 
 

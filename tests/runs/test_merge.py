@@ -45,7 +45,7 @@ def _one_thread() -> None:
 def test_a_merge_that_changes_logits_is_refused(name: str, settings: list[str]) -> None:
     (plan,) = make_plans(RunOptions(defenses=defense(name), dataset=TINY, settings=settings))
     train = load_split(plan.card, "train").first(100)
-    with scratch_cache(), pytest.raises(DefenseFault, match=r"merge\(\) changes its logits: by up to .* allowed"):
+    with scratch_cache(), pytest.raises(DefenseFault, match=r"merge\(\) changes its logits by up to .* allowed"):
         fitting.fit(plan, untrained_base(plan.card, plan.base, CPU), train, CPU, lambda *_: None)
     assert "merge() changes its logits" in list(doctor.examine(plan))[-1].problem
 
