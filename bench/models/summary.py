@@ -1,4 +1,4 @@
-"""What a run states about its base before anything else: how it sees an image, and what was not as it was stored."""
+"""Report a run's base: its preprocessing, its order of classes, and what loading changed."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from bench.data.split import Split
 from bench.errors import shown
 from bench.models.base import BaseModel, LocalBase
 
-_IMAGES = 100  # on which clean accuracy is compared with guessing
-_LIKELY = 0.05  # a base that guesses is right at least that often with this probability
+_IMAGES = 100  # images on which clean accuracy is compared with guessing
+_LIKELY = 0.05  # p-value above which an accuracy may be due to guessing
 
 
 def report_base(base: BaseModel, validation: Split, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
-    """Say how the base sees an image; warn where it is right on validation images no more often than by guessing.
+    """Report how the base preprocesses images; warn where its validation accuracy is no better than guessing.
 
-    A served base states nothing of itself and is not asked.
+    A served base gives no such information, and no request is sent to it.
     """
     if not isinstance(base, LocalBase):
         return
-    say(shown(described(base)))
+    say(shown(describe(base)))
     if base.classes < 2 or int(validation.labels.max()) >= base.classes or "trained_on_classes" in base.meta:
         return  # a base of another task
     right, total = base.accuracy(validation, list(range(min(_IMAGES, len(validation)))))
-    if guesses(right, total, base.classes):
+    if may_be_guessing(right, total, base.classes):
         warn(
-            f"base {shown(base.name)} is right on {right} of {total} clean validation images, which guessing among "
-            f"{base.classes} classes can reach too: compare its input size, mean, std and order of classes, as stated "
-            f"above, with those it was trained with"
+            f"base {shown(base.name)} classifies {right} of {total} clean validation images correctly, no better than "
+            f"guessing among {base.classes} classes: compare its input size, mean, std and order of classes, listed "
+            f"above, with those of its training"
         )
 
 
-def guesses(right: int, total: int, classes: int) -> bool:
-    """Whether ``right`` of ``total`` are what guessing may reach, and less than half way from that to all."""
+def may_be_guessing(right: int, total: int, classes: int) -> bool:
+    """Return whether guessing may reach this accuracy, and it is less than half way from chance to 100%."""
     return bool(bdtrc(right - 1, total, 1 / classes) > _LIKELY) and right / total < (1 + 1 / classes) / 2
 
 
-def described(base: LocalBase) -> str:
-    """One line: size, resampling, mean and std, and where they come from; order of classes; changes on loading."""
+def describe(base: LocalBase) -> str:
+    """Return one line: size, resampling, mean and std with their sources; order of classes; changes on loading."""
     seen, source = base.meta["preprocessing"], base.meta.get("source", {})
     given, size = ("x".join(map(str, seen[key])) for key in ("from", "size"))
-    parts = [f"{given} images are taken as they are"]
+    parts = [f"{given} images are not resized"]
     if seen["resampling"]:
         other = seen["config_resampling"] not in (None, seen["resampling"])
-        than = f", where its config has {seen['config_resampling']}" if other else ""
-        parts = [f"{given} images are resized to {size}, {seen['resampling']}{than} (size: {seen['size_from']})"]
+        instead = f" (its config: {seen['config_resampling']})" if other else ""
+        parts = [f"{given} images are resized to {size}, {seen['resampling']}{instead} (size: {seen['size_from']})"]
     parts.append(
         f"mean {_numbers(seen['mean'])}, std {_numbers(seen['std'])} (from {seen['normalisation_from']})",
     )

@@ -11,7 +11,7 @@ import torch
 
 from bench.errors import BenchError
 from bench.models.labels import card_order, stated_names
-from bench.models.summary import described
+from bench.models.summary import describe
 from tests.helpers.timmfolders import card, load, reconfigure, save
 
 OTHER = ["blue", "red", "green"]  # the card's: red, green, blue
@@ -36,8 +36,8 @@ def test_logits_are_put_into_the_cards_order(tmp_path: Path, stated: dict[str, A
     unnamed = load(card(), tmp_path / "m")
     named = load(card(), reconfigure(tmp_path / "m", **stated))
     assert torch.allclose(named.module(x), unnamed.module(x)[:, [1, 2, 0]], atol=1e-6)
-    assert "its logits are put into the order of card rgb" in described(named)
-    assert "taken to be in the order of card rgb" in described(unnamed)
+    assert "its logits are permuted into the order of card rgb" in describe(named)
+    assert "assumed to be in the order of card rgb" in describe(unnamed)
     assert named.sha256 != unnamed.sha256
 
 
@@ -57,7 +57,7 @@ def test_names_in_the_pretrained_cfg_count_too(tmp_path: Path) -> None:
     save(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     reconfigure(tmp_path / "m", pretrained_cfg=config["pretrained_cfg"] | {"label_names": OTHER})
-    assert "put into the order" in described(load(card(), tmp_path / "m"))
+    assert "put into the order" in describe(load(card(), tmp_path / "m"))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_clash_is_refused(tmp_path: Path, stated: dict[str, Any], says: str) -
 def test_a_clash_does_not_matter_where_the_head_is_replaced(tmp_path: Path) -> None:
     save(tmp_path / "m")
     reconfigure(tmp_path / "m", label_names=["cat", "dog", "cow"])
-    assert "its head is replaced" in described(load(card(), tmp_path / "m", probe=False))
+    assert "its head is replaced" in describe(load(card(), tmp_path / "m", probe=False))
 
 
 def test_numbered_classes_and_placeholders() -> None:

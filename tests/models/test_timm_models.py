@@ -14,7 +14,7 @@ from timm.models._hub import save_for_hf
 from torch import Tensor
 
 from bench.errors import BenchError
-from bench.models.summary import described
+from bench.models.summary import describe
 from tests.helpers.timmfolders import VIT, card, load, reconfigure, rewrite, save
 
 GAP = "vit_base_patch16_siglip_gap_224"  # a family that timm loads without strict
@@ -68,7 +68,7 @@ def test_parts_that_the_model_is_made_without_are_stated(tmp_path: Path) -> None
     rewrite(tmp_path / "m", lambda s: s | {"attn_pool.latent": torch.ones(2)})
     base = load(card(), tmp_path / "m")
     assert base.sha256 == before
-    assert "the model has no such part: attn_pool" in described(base)
+    assert "the model has no such part: attn_pool" in describe(base)
     assert base.meta["source"]["remarks"]
 
 
@@ -81,13 +81,13 @@ def test_another_precision_is_stated_and_is_what_was_stored(tmp_path: Path, dtyp
     for key, value in model.state_dict().items():
         assert torch.equal(base.module.state_dict()[f"model.{key}"], value.to(dtype).float())
     assert (base.sha256 == before) == exact
-    assert f"stored as {str(dtype).removeprefix('torch.')}, computed in float32" in described(base)
+    assert f"stored as {str(dtype).removeprefix('torch.')}, computed in float32" in describe(base)
 
 
 def test_what_timm_resizes_is_stated(tmp_path: Path) -> None:
     save(tmp_path / "m")
     reconfigure(tmp_path / "m", model_args=VIT | {"img_size": 16})
-    said = described(load(card(), tmp_path / "m"))
+    said = describe(load(card(), tmp_path / "m"))
     assert "pos_embed resized from 1x5x16 to 1x17x16" in said
     assert "8x8 images are resized to 16x16, bilinear" in said
 
@@ -123,7 +123,7 @@ def test_shards_and_rounded_variants_are_read(tmp_path: Path) -> None:
     assert "must name .safetensors files of its own folder" in refusal(tmp_path / "m")
     index.unlink()
     save_file({k: v.half() for k, v in state.items()}, tmp_path / "m" / "model.fp16.safetensors")
-    assert "stored as float16" in described(load(card(), tmp_path / "m"))
+    assert "stored as float16" in describe(load(card(), tmp_path / "m"))
 
 
 def test_a_folder_whose_weights_have_another_name_names_them(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_transformers_timm_folders_are_read_once_their_prefix_is_gone(tmp_path: 
     transformers.TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "m")
     assert "prefix 'timm_model.'" in refusal(tmp_path / "m")
     rewrite(tmp_path / "m", lambda s: {k.removeprefix("timm_model."): v for k, v in s.items()})
-    assert "put into the order of card rgb" in described(load(card(), tmp_path / "m"))
+    assert "put into the order of card rgb" in describe(load(card(), tmp_path / "m"))
 
 
 def test_the_digits_baseline_is_the_base_it_was() -> None:
