@@ -58,12 +58,14 @@ def test_the_first_lines_and_the_record_state_what_was_changed(bench: Bench, tmp
     result = bench("run", "--defense", "none", "--dataset", card, "--out", tmp_path / "runs")
     assert result.code == 0, result.err
     lines = result.err.splitlines()
-    assert "train: classes in natural order, as timm has them: class 0 is 'cat2'" in lines[0]
-    assert "test: 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; read are .bmp" in lines[1]
+    assert "train: classes in natural order, as in timm: class 0 is 'cat2'" in lines[0]
+    assert "test: 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; suffixes that are read: .bmp" in lines[1]
     assert sum("transparency dropped; reported once" in line for line in lines) == 2  # of train, of test
     (run,) = (tmp_path / "runs").glob("*/run.json")
     data = json.loads(run.read_text())["data"]
-    assert data["test"].startswith("pets/test; 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; read are ")
+    assert data["test"].startswith(
+        "pets/test; 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; suffixes that are read: "
+    )
     assert data["test"].endswith("; 4 of its pictures: transparency dropped")  # of the 4 that are certified
     assert data["train"].startswith("pets/train; classes in natural order")
     log = (run.parent / "log.txt").read_text()
@@ -85,11 +87,11 @@ def test_one_class_folder_is_one_line(bench: Bench, tmp_path: Path) -> None:
     result = bench("run", "--defense", "none", "--dataset", made(tmp_path, classes=("only",)))
     assert result.code == 2
     assert result.err.count("\n") == 1
-    assert "train: only one class folder, 'only'; a classifier needs two classes at least" in result.err
+    assert "train: only one class folder, 'only'; a classifier needs at least two classes" in result.err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the locale decides the encoding of file names")
-def test_names_of_any_letters_work_under_an_ascii_locale(tmp_path: Path) -> None:
+def test_names_in_any_script_work_under_an_ascii_locale(tmp_path: Path) -> None:
     made(tmp_path, folder="toy\u00e9", classes=("\u00e9t\u00e9", "hiver"))
     command = [sys.executable, "-m", "bench", "run", "--defense", "none", "--dataset", "./pets.toml"]
     found = {}
@@ -138,7 +140,7 @@ def test_no_answer_ends_a_run_in_seconds(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", silent)
     seconds, line = timed(bench, tmp_path)
-    assert "no network (no answer in 5 s; HF_HUB_ETAG_TIMEOUT sets how long to wait)" in line
+    assert "no network (no answer in 5 s; HF_HUB_ETAG_TIMEOUT sets the timeout)" in line
     assert seconds < 10
     assert timed(bench, tmp_path)[0] < 4  # it is not asked again at once
 

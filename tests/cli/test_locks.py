@@ -105,7 +105,7 @@ def test_a_lock_that_outlives_its_process_is_said_at_once_and_how_to_clear_it(tm
     assert said.startswith(
         f"another process is training {entry.folder.name}; waiting for it (process 4242 on node-a.clu"
     )
-    assert f"if that one no longer runs, remove {entry.folder / '.lock'}" in said
+    assert f"if that process no longer runs: rm {entry.folder / '.lock'}" in said
 
 
 @pytest.mark.usefixtures("no_flock")
@@ -114,7 +114,7 @@ def test_a_lock_file_of_a_process_that_had_flock_is_said_too(tmp_path: Path) -> 
     entry = CacheEntry("left", {"id": str(tmp_path)})
     entry.folder.mkdir(parents=True)
     (entry.folder / ".lock").touch()
-    assert f"if that one no longer runs, remove {entry.folder / '.lock'}" in waiting(entry)
+    assert f"if that process no longer runs: rm {entry.folder / '.lock'}" in waiting(entry)
 
 
 @pytest.mark.usefixtures("no_flock")

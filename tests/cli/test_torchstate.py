@@ -87,7 +87,9 @@ def rows(bench: Bench, out: Path, monkeypatch: pytest.MonkeyPatch, defenses: str
 
 
 @pytest.mark.parametrize("setting", CHANGES)
-def test_every_setting_is_put_back_and_named(setting: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_every_changed_setting_is_reverted_and_named(
+    setting: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     before = torchstate.settings()
     with torchstate.kept(str(tmp_path), "here"):
         exec(CHANGES[setting], {"torch": torch})
@@ -102,7 +104,7 @@ def test_every_setting_is_put_back_and_named(setting: str, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_other_rows_do_not_see_what_a_plugin_changes(
+def test_other_rows_are_unaffected_by_a_plugins_settings(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     before = torchstate.settings()
@@ -115,7 +117,7 @@ def test_other_rows_do_not_see_what_a_plugin_changes(
     assert torchstate.settings() == before
 
 
-def test_a_shared_part_is_trained_under_the_settings_of_all(
+def test_a_shared_part_is_trained_under_the_default_settings(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
@@ -132,7 +134,7 @@ def test_a_shared_part_is_trained_under_the_settings_of_all(
     assert one == two != {}
 
 
-def test_the_settings_of_a_process_are_those_it_began_with() -> None:
+def test_the_settings_of_a_process_are_those_at_its_start() -> None:
     """Nothing of the harness or of the built-in defenses counts as a change."""
     before = torchstate.settings()
     with torchstate.under(before):

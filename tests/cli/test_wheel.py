@@ -65,7 +65,7 @@ def test_the_cards_are_installed_with_the_package(installed: Installed) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_a_report_and_a_check_outside_of_the_checkout(installed: Installed, tmp_path: Path) -> None:
+def test_run_report_and_check_work_outside_of_the_checkout(installed: Installed, tmp_path: Path) -> None:
     weights = ROOT / "reports" / "baselines" / "digits-vit.safetensors"
     runs, baseline = tmp_path / "runs", tmp_path / "baseline.json"
     args = ("--examples", 4, "--n0", 10, "--n", 50, "--out", runs)

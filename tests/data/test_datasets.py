@@ -46,7 +46,7 @@ def test_every_card_that_comes_with_certbench_is_valid_without_its_data(monkeypa
     }
 
 
-def test_digits_split_is_as_before_cards_had_readers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_split_of_digits_is_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     train, validation, test = load_splits(load_card("digits"), "train", "validation", "test")
     assert (len(train), len(validation), len(test)) == (997, 300, 500)
     assert train.sha256() == "10d2cdb3a192b79f1bfea81f8ab9dcc1908d3db9bbf332cf298fd1fa63fdc5fd"
@@ -58,7 +58,7 @@ def test_digits_split_is_as_before_cards_had_readers(capsys: pytest.CaptureFixtu
     np.testing.assert_array_equal(test.pixels([3]), test.integers([3]).astype(np.float32) / np.float32(16))
 
 
-def test_a_card_of_the_least_keys_has_defaults_for_the_rest(tmp_path: Path) -> None:
+def test_a_minimal_card_has_defaults(tmp_path: Path) -> None:
     card = load_card(written(tmp_path, MINE))
     assert card.classes == ("0", "1", "2")
     assert (card.levels, card.mean, card.std) == (256, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -94,14 +94,14 @@ def test_the_default_base_sees_every_pixel(tmp_path: Path, side: int, patch: int
         ('name = "mine"', 'name = "mine"\nradii = [0, inf]', "radii.1"),
         ("[3, 8, 8]", "[2, 8, 8]", "shape: pictures have 1 or 3 channels, not 2"),
         ("[3, 8, 8]", "[3, 8]", "shape"),
-        ("classes = 3", 'classes = ["a", "a"]', "classes: two at least, all different"),
+        ("classes = 3", 'classes = ["a", "a"]', "classes: at least two, all different"),
         ("classes = 3", "classes = 1000000000", "classes: 1000000000: must be 2 to 100,000"),
-        ("classes = 3", "", "classes: give the list of names, or how many there are"),
+        ("classes = 3", "", "classes: missing; give a list of names, or their number"),
         ('"parquet"', '"csv"', "source: Input tag 'csv'"),
         ('train = "train.parquet"', "", "source.parquet.train: Field required"),
         ('"train.parquet"', '"../train.parquet"', "must be a path below the data folder"),
         ('"train.parquet"', '"/etc/passwd"', "must be a path below the data folder"),
-        ('folder = "data"', 'folder = "data"\nresize = 4', "source.resize: 4 is less than the shape's side"),
+        ('folder = "data"', 'folder = "data"\nresize = 4', "source.resize: 4 is less than the shape's height or width"),
         ('folder = "data"', 'test = "t"\n[splits]\ntest = 5', "splits.test: the source has its own test part"),
         ('folder = "data"', "[presets.quick]\nn0 = 1\nn = 9\nexamples = 'every:0'", "presets.quick.examples"),
     ],
@@ -114,7 +114,7 @@ def test_a_faulty_card_is_one_line_naming_the_key(tmp_path: Path, old: str, new:
     assert "\n" not in str(e.value)
 
 
-def test_digits_are_what_they_are(tmp_path: Path) -> None:
+def test_digits_have_their_known_size_and_levels(tmp_path: Path) -> None:
     text = 'name = "d"\nshape = [3, 8, 8]\nclasses = 10\nsource = { reader = "sklearn:digits" }'
     with pytest.raises(BenchError, match="digits have shape"):
         load_split(load_card(written(tmp_path, text)), "train")

@@ -53,7 +53,7 @@ def test_a_folder_of_photographs(photos: Path, capsys: pytest.CaptureFixture[str
     train, validation, test = load_splits(card, "train", "validation", "test")
     assert (len(train), len(validation), len(test)) == (16, 2, 9)
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    resized = "shorter side resized to 28 (bilinear), centre 24x24 cut out"
+    resized = "shorter side resized to 28 (bilinear), centre cropped to 24x24"
     assert test.origin.endswith(resized) and train.origin.endswith(resized)
     assert capsys.readouterr().err.count(resized) == 1
     assert train.pixels(slice(None)).shape == (16, 3, 24, 24)
@@ -76,7 +76,7 @@ def test_the_imagenet_card_reads_such_a_folder(photos: Path, monkeypatch: pytest
     assert test.pixels([0, 8]).shape == (2, 3, 224, 224)
 
 
-def test_only_what_is_asked_for_is_decoded_and_nothing_large_is_kept(
+def test_only_accessed_pictures_are_decoded_and_nothing_large_is_kept(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "KEEP_BYTES", 1000)
@@ -113,7 +113,7 @@ def test_a_changed_file_changes_the_hash_without_being_decoded(photos: Path) -> 
         split.pixels(slice(None))
 
 
-def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
+def test_folders_that_do_not_match_the_card_are_refused(photos: Path) -> None:
     def line() -> str:
         with pytest.raises(BenchError) as e:
             load_split(load_card(str(photos / "photos.toml")), "test").pixels(slice(None))
@@ -125,7 +125,7 @@ def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
     assert "pipe.png: not a file" in line()
     (root / "val" / "n01" / "pipe.png").unlink()
     shutil.move(root / "val" / "n10", root / "val" / "n11")
-    assert "3 class folders, the card has 3 classes; not among them: 'n11'; missing: 'n10'" in line()
+    assert "3 class folders, the card has 3 classes; not in the card: 'n11'; missing: 'n10'" in line()
     shutil.rmtree(root / "val" / "n11")
     (root / "val" / "n10").mkdir()
     assert "n10: no pictures in this class folder" in line()
@@ -139,7 +139,7 @@ def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file system whose names are any bytes")
-def test_names_that_are_no_text(photos: Path) -> None:
+def test_names_that_are_not_utf8(photos: Path) -> None:
     for name in sorted((photos / "photos").glob("*/n01/*")):
         os.rename(name, os.fsencode(name.parent) + b"/\xff" + os.fsencode(name.name))
     split = load_split(load_card(str(photos / "photos.toml")), "test")

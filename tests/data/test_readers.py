@@ -128,7 +128,9 @@ def test_a_changed_picture_or_cut_changes_the_hash(card: Callable[..., Card]) ->
         ({"image": column([png("I;16")] * 30)}, "mode I;16, but the card's 3 channels need 8 bits"),
     ],
 )
-def test_rows_that_are_not_as_the_card_says(card: Callable[..., Card], change: dict[str, Any], message: str) -> None:
+def test_rows_that_do_not_match_the_card_are_refused(
+    card: Callable[..., Card], change: dict[str, Any], message: str
+) -> None:
     line = refusal(card(rows() | change))
     assert message in line
     assert "train.parquet" in line
@@ -148,10 +150,10 @@ def test_files_that_are_not_parquet(card: Callable[..., Card]) -> None:
     pq.write_table(twice, out := io.BytesIO())
     assert "2 columns 'image'" in refusal(card(out.getvalue()))
     assert "is empty" in refusal(card({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}))
-    assert "2 images in its train part are too few to cut off 1 for test and 1 for val" in refusal(card(rows(2)))
+    assert "the 2 images of its train part are too few for 1 for test and 1 for val" in refusal(card(rows(2)))
 
 
-def test_no_file_names_where_it_was_looked_for(card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_named_with_its_folder(card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no file" in refusal(card())
     elsewhere = card(None, 'folder = "data"', "")
     monkeypatch.delenv("CERTBENCH_DATA", raising=False)
@@ -170,7 +172,7 @@ def test_a_decompression_bomb_is_refused(card: Callable[..., Card], monkeypatch:
 def test_one_channel_takes_grey_only(card: Callable[..., Card]) -> None:
     grey = {"image": column([png("L")] * 30), "label": [0] * 30}
     assert load_split(card(grey, "[3, 8, 8]", "[1, 8, 8]"), "train").pixels([0]).shape == (1, 1, 8, 8)
-    assert "mode RGB, but the card's 1 channels need grey" in refusal(card(rows(), "[3, 8, 8]", "[1, 8, 8]"))
+    assert "mode RGB, but the card's 1 channel needs grey" in refusal(card(rows(), "[3, 8, 8]", "[1, 8, 8]"))
 
 
 HUB_CARD = CARD.replace('folder = "data"', 'hub = "someone/pictures"')

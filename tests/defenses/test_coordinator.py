@@ -80,7 +80,7 @@ def test_every_method_conforms(method: str) -> None:
     assert len(found) == 7
 
 
-def test_only_the_gradient_method_asks_for_more_than_queries() -> None:
+def test_only_the_gradient_method_needs_more_than_queries() -> None:
     kinds = ("spsa-gc", "spsa", "one-sided", "gradient")
     needed = [(p := plan(f"method={kind}")).cls.needs(p.config) for kind in kinds]
     assert needed == [Access.QUERY] * 3 + [Access.GRADIENT]
@@ -158,7 +158,7 @@ def info(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("objective", "step"), [("gaussian", STEP), ("consistency", 2 * STEP)])
-def test_the_budget_ends_training_and_the_record_says_what_was_asked(
+def test_the_budget_ends_training_and_queries_are_recorded(
     bench: Callable[..., Result], tmp_path: Path, objective: str, step: int
 ) -> None:
     budget = 2 * step + STEP
@@ -173,11 +173,13 @@ def test_the_budget_ends_training_and_the_record_says_what_was_asked(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (f"queries={STEP - 1}", f"one step takes {STEP} queries; use --set queries={STEP} or more"),
+        (f"queries={STEP - 1}", f"one step takes {STEP} queries; set at least --set queries={STEP}"),
         ("probes=0", "probes must be above 0"),
     ],
 )
-def test_what_cannot_work_is_one_line(bench: Callable[..., Result], tmp_path: Path, setting: str, message: str) -> None:
+def test_impossible_settings_are_one_line(
+    bench: Callable[..., Result], tmp_path: Path, setting: str, message: str
+) -> None:
     arguments = ["--defense", "coordinator", "--dataset", TINY, "--sigma", 0.05, "--out", tmp_path]
     result = bench("run", *arguments, "--set", setting)
     assert result.code == 2
@@ -266,7 +268,7 @@ def test_at_paper_size_the_trained_parameters_are_those_of_blackvip(encoder: Cal
     assert paper.encoder == "timm/vit_base_patch16_224.mae"
 
 
-def test_an_encoder_from_files_trains_and_its_statistics_stand_still(encoder: Callable[..., Path]) -> None:
+def test_an_encoder_from_files_trains_and_its_statistics_stay_fixed(encoder: Callable[..., Path]) -> None:
     made = plan(f"encoder={encoder(**SMALL)}", "queries=24", "batch=4", "probes=1", "a=1e-4")
     train, validation = load_splits(made.card, "train", "validation")
     base = load_base(made.card, made.base, train.first(50), validation, CPU, lambda *_: None)
@@ -296,11 +298,11 @@ def test_the_encoder_normalises_grey_images_as_its_config_says(encoder: Callable
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{}", "its config states no timm architecture"),
+        ("{}", "its config has no timm architecture"),
         (None, "has no file 'config.json'"),
     ],
 )
-def test_an_encoder_that_cannot_be_is_one_line(
+def test_an_unsuitable_encoder_is_one_line(
     bench: Callable[..., Result], tmp_path: Path, config: str | None, message: str
 ) -> None:
     (folder := tmp_path / "encoder").mkdir()
@@ -343,7 +345,7 @@ def test_an_encoder_without_class_token_is_refused_by_name(
         built(f"encoder={tmp_path / 'm'}")
 
 
-def test_the_base_is_shown_pixels_between_0_and_1() -> None:
+def test_the_base_gets_pixels_between_0_and_1() -> None:
     defense = built("p_eps=1")
     shown: list[torch.Tensor] = []
     defense.context.base = lambda x: shown.append(x) or torch.zeros(len(x), 10)

@@ -180,7 +180,7 @@ def test_it_gets_the_access_it_needs(settings: tuple[str, ...], most: Access, ba
 
 
 @pytest.mark.parametrize(("objective", "asked"), [("stab", STEPS * BATCH), ("clf", 0)])
-def test_with_query_access_the_base_is_asked_for_labels_alone(objective: str, asked: int, base: BaseModel) -> None:
+def test_with_query_access_the_base_only_gives_labels(objective: str, asked: int, base: BaseModel) -> None:
     of = plan(f"objective={objective}", "access=query")
     train, _ = digits()
     defense = fitting.construct(of, base, CPU, PartTraining(train, lambda *_: None))
@@ -300,7 +300,7 @@ def test_weights_of_another_width_are_one_line(bench: Bench, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--set", "depth=1"), "depth 1 and width 32 make no DnCNN; --set depth= takes 2 or more"),
+        (("--set", "depth=1"), "depth 1 and width 32 are too small for a DnCNN; set a depth of at least 2"),
         (("--set", "objective=stability"), "objective: Input should be 'mse', 'stab', 'clf' or 'stab+mse'"),
         (("--objective", "stability"), "denoiser has a loss of its own"),
     ],

@@ -173,7 +173,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield server
 
 
-def test_a_checkpoint_from_outside_is_loaded_and_said_to_be(bench: Bench, tmp_path: Path, hub: Any) -> None:
+def test_an_external_checkpoint_is_loaded_and_reported(bench: Bench, tmp_path: Path, hub: Any) -> None:
     votes = []
     for source in (str(tmp_path / "flat"), str(tmp_path / "nested"), "someone/ddpm", f"someone/ddpm@{'a' * 40}"):
         ran = bench(
@@ -279,11 +279,11 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], 
         (["steps=0"], "steps=0: from 1 to"),
         (["steps=4000"], "steps=4000: from 1 to"),
         (["width=12"], "width=12 must be a multiple of 8"),
-        ([f"classifier={defense('own_loss')}"], "trains in a way of its own"),
+        ([f"classifier={defense('own_loss')}"], "has its own training"),
         (["classifier=nobody"], "nobody"),
     ],
 )
-def test_settings_that_cannot_be(settings: list[str], message: str) -> None:
+def test_invalid_settings_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(BenchError, match=message) as e:
         build(*settings)
     assert "\n" not in str(e.value)
@@ -293,11 +293,11 @@ def test_noise_beyond_the_schedule_is_refused_in_training_and_certification(benc
     # The last step keeps .9^3 of the image: noise of .305.
     unet_ = f"unet={saved(tmp_path, diffusers.DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1] * 3))}"
     build(unet_, sigma=0.3)
-    with pytest.raises(BenchError, match=r"sigma 0.31 is beyond the schedule's last step, 0.305"):
+    with pytest.raises(BenchError, match=r"sigma 0.31 is above the schedule's last step, 0.305"):
         build(unet_, sigma=0.31)
     args = ("run", "--defense", "diffusion", "--dataset", TINY, "--out", tmp_path / "runs", "--set", unet_)
     ran = bench(*args, "--sigma", 0.5, "--train-sigma", 0.25)
-    assert (ran.code, ran.err.splitlines()[-1].count("sigma 0.5 is beyond the schedule's last step")) == (2, 1)
+    assert (ran.code, ran.err.splitlines()[-1].count("sigma 0.5 is above the schedule's last step")) == (2, 1)
 
 
 def test_the_model_trained_here_is_shared_by_noise_levels_and_takes_noise_away(bench: Bench, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_only_what_should_be_trained_is_and_only_that_is_stored(
 
 
 @pytest.mark.parametrize(("name", "part"), [("lora", "lora_"), ("bitfit", "bias"), ("head", "fc.")])
-def test_a_convnets_statistics_stay_the_bases(name: str, part: str) -> None:
+def test_a_convnet_keeps_the_bases_statistics(name: str, part: str) -> None:
     base = resnet()
     after, _ = fit(base, name, {})
     before = build(base, name).state_dict()
@@ -197,7 +197,7 @@ def test_untrained_it_is_the_base_to_the_last_bit(name: str, settings: dict[str,
 
 
 @pytest.mark.parametrize(("name", "settings"), ROUNDED)
-def test_untrained_it_is_the_base_but_for_rounding(name: str, settings: dict[str, Any]) -> None:
+def test_untrained_it_is_the_base_up_to_rounding(name: str, settings: dict[str, Any]) -> None:
     base = vit()
     assert apart(logits(build(base, name, **settings)), base.module) <= 2e-6
 
@@ -265,7 +265,7 @@ def flops(model: Callable[[Tensor], Tensor]) -> int:
 
 @pytest.mark.parametrize("targets", ["linear", "attention", "qv", "convnet"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_it_is_the_same_function_at_the_price_of_the_base(targets: str, dora: bool) -> None:
+def test_merged_it_is_the_same_function_at_the_cost_of_the_base(targets: str, dora: bool) -> None:
     base, targets = (resnet(), "linear") if targets == "convnet" else (vit(), targets)
     defense = build(base, "lora", targets=targets, dora=dora)
     with torch.no_grad(), rng.fixed_rng(2):
@@ -406,7 +406,7 @@ def test_none_clips_where_asked(bench: Bench, tmp_path: Path) -> None:
     assert len(rows) == 2
 
 
-def test_clipping_is_of_what_the_base_sees() -> None:
+def test_clipping_applies_to_the_bases_input() -> None:
     base = vit()
     x = images()
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_a_pinned_commit_in_the_cache_needs_no_network(hub: Any, monkeypatch: py
     ],
 )
 @pytest.mark.usefixtures("hub")
-def test_what_the_hub_does_not_have_is_one_line(repo: str, name: str, revision: str, message: str) -> None:
+def test_missing_repositories_and_files_are_one_line(repo: str, name: str, revision: str, message: str) -> None:
     with pytest.raises(BenchError) as e:
         fetch(repo, name, revision, "dataset")
     assert message in str(e.value)

@@ -29,7 +29,7 @@ def infos(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_words_have_one_order_and_float32_is_none_of_them() -> None:
+def test_words_have_one_order_without_float32() -> None:
     assert arithmetic.parse("float32") == ()
     assert arithmetic.parse("compile, channels-last,bfloat16") == ("bfloat16", "channels-last", "compile")
     assert arithmetic.parse("float32,channels-last") == ("channels-last",)
@@ -85,7 +85,7 @@ class Convnet(nn.Module):
 
 
 @pytest.mark.parametrize("words", ["float32", "bfloat16", "channels-last", "bfloat16,channels-last"])
-def test_what_is_asked_for_is_what_happens(words: str) -> None:
+def test_each_word_changes_the_arithmetic(words: str) -> None:
     net, x = Convnet().eval(), torch.rand(32, 3, 8, 8)
     with torch.inference_mode():
         expected = Convnet().eval()(x, None)

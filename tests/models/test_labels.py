@@ -29,7 +29,7 @@ OTHER = ["blue", "red", "green"]  # the card's: red, green, blue
     ],
 )
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_logits_are_put_into_the_cards_order(tmp_path: Path, stated: dict[str, Any], name: str) -> None:
+def test_logits_are_permuted_into_the_cards_order(tmp_path: Path, stated: dict[str, Any], name: str) -> None:
     args = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
     save(tmp_path / "m", name, **args)
     x = torch.rand(4, 3, 8, 8)
@@ -57,7 +57,7 @@ def test_names_in_the_pretrained_cfg_count_too(tmp_path: Path) -> None:
     save(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     reconfigure(tmp_path / "m", pretrained_cfg=config["pretrained_cfg"] | {"label_names": OTHER})
-    assert "put into the order" in describe(load(card(), tmp_path / "m"))
+    assert "permuted into the order" in describe(load(card(), tmp_path / "m"))
 
 
 @pytest.mark.parametrize(

@@ -149,17 +149,19 @@ def test_bare_file_that_fits_nothing_names_the_key(tmp_path: Path) -> None:
     assert "patch_embed.proj.weight has shape [16, 3, 4, 4], the model's has [16, 3, 8, 8] in recipe vit" in line
 
 
-def test_recipes_of_the_same_shapes_are_not_guessed_between(tmp_path: Path) -> None:
+def test_recipes_of_the_same_shapes_are_ambiguous(tmp_path: Path) -> None:
     recipes = {
         str(heads): {"model": "vit_tiny_patch16_224", "args": {**ARGS, "num_heads": heads}, "schedule": {}}
         for heads in (2, 4)
     }
     save_file(tiny().state_dict(), tmp_path / "w.safetensors")
-    assert "fits the recipes 2 and 4" in refusal(rgb_card(bases=recipes), str(tmp_path / "w.safetensors"))
+    assert "fits several recipes of card rgb: 2 and 4" in refusal(
+        rgb_card(bases=recipes), str(tmp_path / "w.safetensors")
+    )
 
 
 @pytest.mark.parametrize("where", ["metadata", "w.safetensors.json", "w.json"])
-def test_architecture_beside_or_inside_the_file(tmp_path: Path, where: str) -> None:
+def test_architecture_in_a_sidecar_or_in_the_file(tmp_path: Path, where: str) -> None:
     model = tiny()
     config = {"architecture": "vit_tiny_patch16_224", "model_args": ARGS, "num_classes": 3}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in config.items()}
@@ -172,7 +174,7 @@ def test_architecture_beside_or_inside_the_file(tmp_path: Path, where: str) -> N
     assert base.identity()["resize"] == [16, 16]
 
 
-def test_one_classifier_has_one_hash_whatever_it_is_called(tmp_path: Path) -> None:
+def test_a_classifiers_hash_does_not_depend_on_its_name(tmp_path: Path) -> None:
     card = rgb_card()
     first = load(card, str(folder(tmp_path / "a", tiny())))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -188,7 +190,7 @@ def test_resize_is_hashed(tmp_path: Path) -> None:
     assert load(rgb_card(), path).sha256 != load(rgb_card(shape=(3, 16, 16)), path).sha256
 
 
-def test_a_certbench_cached_base_is_accepted_with_its_normalisation(tmp_path: Path) -> None:
+def test_a_cached_base_of_certbench_keeps_its_normalisation(tmp_path: Path) -> None:
     save_file(
         {f"model.{k}": v for k, v in tiny(img_size=8).state_dict().items()}
         | {"mean": torch.full((1, 3, 1, 1), 0.25), "std": torch.ones(1, 3, 1, 1)},
@@ -233,7 +235,7 @@ def test_a_folder_of_pickled_weights_is_refused(tmp_path: Path) -> None:
     assert "no model.safetensors: pickled weights are refused" in refusal(rgb_card(), str(path))
 
 
-def test_no_pickle_is_opened_beside_the_safetensors(tmp_path: Path) -> None:
+def test_no_pickle_in_the_folder_is_opened(tmp_path: Path) -> None:
     path = folder(tmp_path / "m", tiny())
     (path / "pytorch_model.bin").write_bytes(b"not a pickle: opening it would fail")
     load(rgb_card(), str(path))
@@ -244,7 +246,7 @@ def test_every_truncation_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     for size in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
         file.write_bytes(whole[:size])
-        assert "not a whole safetensors file" in refusal(rgb_card(), str(file))
+        assert "corrupt or incomplete safetensors file" in refusal(rgb_card(), str(file))
     rng = np.random.default_rng(0)
     for _ in range(50):
         damaged = bytearray(whole)
@@ -266,9 +268,9 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "shape", "size", "says"),
     [
-        ("F8_E4M3", [4], 4, "holds torch.float8_e4m3fn; save it as float32"),
-        ("F4", [8], 4, "holds torch.float4_e2m1fn_x2; save it as"),
-        ("C64", [1], 8, "holds torch.complex64; save it as"),
+        ("F8_E4M3", [4], 4, "is torch.float8_e4m3fn; save it as float32"),
+        ("F4", [8], 4, "is torch.float4_e2m1fn_x2; save it as"),
+        ("C64", [1], 8, "is torch.complex64; save it as"),
         ("F64", [1], 8, "not finite in float32"),
         ("F32", [0, 2**40, 2**40], 0, "fits no base recipe"),
         ("F32", [1] * 100, 4, "x has 100 dimensions"),
@@ -291,16 +293,16 @@ def test_tensors_that_no_base_has(tmp_path: Path, dtype: str, shape: list[int], 
         ("gone/model", "no file gone/model"),
     ],
 )
-def test_a_base_nobody_knows(name: str, says: str) -> None:
+def test_an_unknown_base_is_one_line(name: str, says: str) -> None:
     assert says in refusal(rgb_card(), name)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"architecture": None}, "states no timm architecture"),
+        ({"architecture": None}, "has no timm architecture"),
         ({"architecture": "nonsense"}, "nonsense"),
-        ({"model_args": {**ARGS, "checkpoint_path": "/tmp/x.pt"}}, "may not set checkpoint_path"),
+        ({"model_args": {**ARGS, "checkpoint_path": "/tmp/x.pt"}}, "must not set checkpoint_path"),
         ({"model_args": {**ARGS, "nonsense": 1}}, "nonsense"),
         ({"model_args": {**ARGS, "embed_dim": 32}}, "size mismatch for cls_token"),
         ({"pretrained_cfg": {"mean": 3}}, "config is not timm's"),
@@ -320,7 +322,7 @@ def test_a_config_that_does_not_fit(tmp_path: Path, change: dict[str, object], s
     assert says in refusal(rgb_card(), str(path.parent))
 
 
-def test_timm_writes_no_name_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_timm_prints_no_untrusted_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = folder(tmp_path / "m", tiny()) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "\x1b[2J"}))
     assert "unknown timm model" in refusal(rgb_card(), str(path.parent))
@@ -399,7 +401,7 @@ def test_hub_refusals(server: HubServer) -> None:
     assert "has no model 'me/nobody'" in refusal(rgb_card(), "hf-hub:me/nobody")
     assert "no revision 'v9'" in refusal(rgb_card(), "hf-hub:me/tiny@v9")
     assert "no model.safetensors: pickled weights are refused" in refusal(rgb_card(), "hf-hub:me/pickled")
-    assert "states no timm architecture" in refusal(rgb_card(), "hf-hub:me/other")
+    assert "has no timm architecture" in refusal(rgb_card(), "hf-hub:me/other")
     assert not any("pytorch_model.bin" in request for request in server.requests)
 
 

@@ -112,9 +112,7 @@ def test_counts_are_those_of_the_model_here(
     assert all((b'"data"' in body) == (not binary) for body in server.bodies)
 
 
-def test_what_queries_alone_can_train_is_trained_the_same(
-    bench: Bench, tmp_path: Path, server: InferenceServer
-) -> None:
+def test_training_by_queries_gives_the_same_weights(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
     found = []
     for base in ("vit", server.url):
         ran = bench(*command(base, tmp_path / str(len(found)), defense("scaled"), "--json"))
@@ -168,7 +166,7 @@ def test_a_record_of_a_served_base_is_reported_reused_and_verified(
         assert "drawn again from the seed give the recorded counts, exactly" in verified.out
 
 
-def test_a_dry_run_asks_for_no_more_than_it_times(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
+def test_a_dry_run_sends_only_the_requests_it_times(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
     said = bench(*command(server.url, tmp_path, "none", "--dry-run"))
     assert said.code == 0, said.err
     assert "960 votes" in said.out
@@ -182,7 +180,7 @@ FAR = 2 + 1 + FITS + 1 + CHECKS + MEASURED  # the first block of votes, after fi
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_fault_that_passes_changes_nothing(
+def test_a_temporary_fault_changes_nothing(
     bench: Bench,
     tmp_path: Path,
     server: InferenceServer,
@@ -199,7 +197,7 @@ def test_a_fault_that_passes_changes_nothing(
     assert pauses == ([7.0, 7.0] if fault == "503;7" else [1.0, 2.0])
 
 
-def test_an_answer_that_never_comes_is_asked_for_again(
+def test_a_request_without_answer_is_retried(
     bench: Bench, tmp_path: Path, server: InferenceServer, here: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "TIMEOUT", 0.3)
@@ -224,7 +222,7 @@ def test_an_answer_that_never_comes_is_asked_for_again(
         ("name", "outputs ['other'], not ['logits']"),
     ],
 )
-def test_a_fault_that_stays_stops_the_run_in_one_line(
+def test_a_permanent_fault_ends_the_run_in_one_line(
     bench: Bench, tmp_path: Path, server: InferenceServer, pauses: list[float], fault: str, words: str
 ) -> None:
     server.fault = lambda number: fault if number >= FAR else ""
@@ -232,14 +230,14 @@ def test_a_fault_that_stays_stops_the_run_in_one_line(
     assert said.startswith(f"{server.url}/infer: ")
     assert words in said
     assert "tried 6 times" in said
-    assert "type the same command again" in said
+    assert "repeat the command to resume" in said
     assert len(server.bodies) == FAR + 6
     assert len(set(server.bodies[FAR:])) == 1
     assert pauses == ([2.0] * 5 if fault == "429;2" else [1.0, 2.0, 4.0, 8.0, 16.0])
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
-def test_an_outage_and_a_return_end_in_the_same_certificates(
+def test_certificates_are_the_same_after_an_outage(
     bench: Bench, tmp_path: Path, server: InferenceServer, here: list[dict[str, Any]], binary: bool
 ) -> None:
     server.binary = binary
@@ -259,7 +257,7 @@ def test_an_outage_and_a_return_end_in_the_same_certificates(
     assert lines(out) == here
 
 
-def test_a_server_that_is_not_there(bench: Bench, tmp_path: Path, pauses: list[float]) -> None:
+def test_an_unreachable_server_is_one_line(bench: Bench, tmp_path: Path, pauses: list[float]) -> None:
     with socket.socket() as taken:  # bound and not listening: whoever connects is refused
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v2/models/toy"
@@ -270,7 +268,7 @@ def test_a_server_that_is_not_there(bench: Bench, tmp_path: Path, pauses: list[f
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404, 413])
-def test_a_refusal_is_not_asked_again(
+def test_a_refusal_is_not_retried(
     bench: Bench,
     tmp_path: Path,
     server: InferenceServer,
@@ -293,7 +291,7 @@ def test_a_refusal_is_not_asked_again(
     ("value", "least", "most"),
     [("0", 0, 0), ("7", 7, 7), ("3600", 60, 60), ("soon", 1, 1), (formatdate(0, usegmt=True), 0, 0), ("date", 20, 30)],
 )
-def test_how_long_a_server_is_left_alone(
+def test_retry_after_is_followed_within_bounds(
     bench: Bench,
     tmp_path: Path,
     server: InferenceServer,
@@ -365,7 +363,7 @@ def test_a_model_that_does_not_fit_the_card_is_refused(
         ("http:///v2/models/toy", "must be http://HOST:PORT/v2/models/NAME"),
     ],
 )
-def test_an_address_that_is_none_is_refused(bench: Bench, tmp_path: Path, url: str, words: str) -> None:
+def test_an_invalid_address_is_refused(bench: Bench, tmp_path: Path, url: str, words: str) -> None:
     said = last_line(bench(*command(url, tmp_path)))
     assert words in said
     assert "s3cret" not in said
@@ -392,7 +390,7 @@ def test_another_model_is_another_base(bench: Bench, tmp_path: Path, server: Inf
     assert "base differ from the record's" in verified.out
 
 
-def test_last_bits_make_no_other_base(server: InferenceServer, model: Model) -> None:
+def test_last_bits_do_not_change_the_fingerprint(server: InferenceServer, model: Model) -> None:
     before = HTTPBase(CARD, server.url).identity()
     server.model = lambda x: model(x) * (1 + 1e-6)
     assert HTTPBase(CARD, server.url).identity() == before
@@ -426,7 +424,7 @@ def test_a_server_that_mixes_a_batch_is_refused(
 
 
 @pytest.mark.parametrize("how", ["json", "strict json", "binary"])
-def test_nan_is_a_vote_for_no_class(
+def test_nan_is_not_a_vote_for_any_class(
     bench: Bench, tmp_path: Path, server: InferenceServer, model: Model, how: str
 ) -> None:
     def sometimes(x: Tensor) -> Tensor:

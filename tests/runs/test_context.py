@@ -78,7 +78,7 @@ def infos(out: Path) -> list[dict[str, Any]]:
     return [json.loads(f.read_text()) for f in sorted(out.glob("*/run.json"))]
 
 
-def test_a_part_is_trained_once_and_charged_to_every_user(bench: Bench, plugin: Path, tmp_path: Path) -> None:
+def test_a_part_is_trained_once_and_counted_for_every_user(bench: Bench, plugin: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin.py"
     twin.write_text(PLUGIN)
     trained: list[str] = []

@@ -50,7 +50,7 @@ def test_a_merge_that_changes_logits_is_refused(name: str, settings: list[str]) 
     assert "merge() changes its logits" in list(doctor.examine(plan))[-1].problem
 
 
-def test_a_sound_merge_is_not(bench: Bench, tmp_path: Path) -> None:
+def test_a_sound_merge_is_accepted(bench: Bench, tmp_path: Path) -> None:
     (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY, settings=[]))
     assert [f.problem for f in doctor.examine(plan)] == [""] * 7
     result = bench("run", "--defense", defense("folds"), "--dataset", TINY, "--examples", 1, "--out", tmp_path)
@@ -144,7 +144,7 @@ def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
 
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_it_is_what_was_trained_whatever_the_layer(kind: str, dora: bool) -> None:
+def test_merging_keeps_the_trained_function_for_every_layer(kind: str, dora: bool) -> None:
     with rng.fixed_rng(1):
         base = based(Layers(*BODIES[kind]()))
     made, notes = adapted(base, f"dora={dora}")
@@ -185,13 +185,13 @@ def test_nothing_to_adapt_names_the_layers() -> None:
         adapted(based(Layers(nn.Conv2d(1, 4, 3, dilation=2))))
 
 
-def test_a_base_that_adapters_break_is_refused_with_the_layers_name() -> None:
+def test_a_base_broken_by_adapters_is_refused_with_the_layers_name() -> None:
     class Asks(Layers):
         def forward(self, x: Tensor) -> Tensor:
             assert type(self.body[1]) is nn.Conv2d, "no plain layer"
             return super().forward(x)
 
-    with pytest.raises(BenchError, match=r"cannot take peft's layer at or after its input .*no plain layer"):
+    with pytest.raises(BenchError, match=r"does not work with peft's layer at or after its input .*no plain layer"):
         adapted(based(Asks(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1))))
 
 
@@ -224,7 +224,7 @@ def test_a_probe_of_two_heads_is_refused_in_one_line(tmp_path: Path) -> None:
         new_head(distilled().module, 5, CPU)  # type: ignore[arg-type]
 
 
-def test_loras_weights_on_the_digits_baseline_are_those_they_were() -> None:
+def test_loras_weights_on_the_digits_baseline_are_unchanged() -> None:
     """Of commit e61c7b0: which layers are adapted, how they start, and where half an epoch takes them."""
     file = str(Path(__file__).parents[2] / "reports" / "baselines" / "digits-vit.safetensors")
     (plan,) = make_plans(RunOptions(defenses="lora", dataset="digits", base=file, settings=[]))

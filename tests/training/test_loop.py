@@ -105,7 +105,7 @@ def test_divergence_is_one_line_that_says_what_to_change(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut short", "empty"])
-def test_a_corrupt_checkpoint_is_said_and_trained_anew(
+def test_a_corrupt_checkpoint_is_reported_and_training_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     undisturbed = train(tmp_path)

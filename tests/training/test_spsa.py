@@ -60,7 +60,7 @@ def test_the_two_sided_estimate_of_a_quadratic_is_unbiased() -> None:
     assert ((1 - EVEN) * true.abs() / deviation).max() > 10
 
 
-def test_a_cubic_biases_both_estimates_alike_and_one_side_adds_variance() -> None:
+def test_a_cubic_biases_both_estimates_equally_and_one_side_adds_variance() -> None:
     torch.manual_seed(2)
     n, c, w = 4000, 0.5, weights(1.0)
     kinds = {one_sided: SPSA([w], FLAT, one_sided=one_sided) for one_sided in (False, True)}
@@ -76,7 +76,7 @@ def test_a_cubic_biases_both_estimates_alike_and_one_side_adds_variance() -> Non
         assert float(values.var()) == pytest.approx(variance[kind], rel=0.1)
 
 
-def test_at_the_bottom_two_sides_see_that_it_is_flat_and_one_side_does_not() -> None:
+def test_at_a_minimum_two_sides_estimate_zero_and_one_side_does_not() -> None:
     torch.manual_seed(3)
     w = weights(0.0, 0.0)
     assert SPSA([w], FLAT).estimate(lambda: w.square().sum(), 0.1)[0].abs().max() == 0
@@ -127,7 +127,7 @@ def test_it_descends_a_noisy_quadratic(b: float, one_sided: bool) -> None:
     assert float(w.detach().norm()) < 0.1 * math.sqrt(27)
 
 
-def test_restored_it_goes_on_to_the_last_bit() -> None:
+def test_a_restored_optimiser_continues_to_the_last_bit() -> None:
     def run(w: nn.Parameter, spsa: SPSA, begin: int, end: int) -> None:
         for k in range(begin, end):
             torch.manual_seed(k)
