@@ -1,4 +1,4 @@
-"""What ``bench run`` reports of its data: what was left out or converted, an unusual locale, no network."""
+"""``bench run`` reports what it leaves out or converts of its data; unusual locales and no network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def made(
     classes: tuple[str, ...] = ("cat2", "cat10"),
     picture: Callable[[], bytes] = png,
 ) -> Path:
-    """Writes the card and its pictures; gives the card's file."""
+    """Write the card and its pictures; return the card's file."""
     for part in ("train", "test"):
         for name in classes:
             place = root / folder / part / name
@@ -70,7 +70,7 @@ def test_the_first_lines_and_the_record_state_what_was_changed(bench: Bench, tmp
     assert data["train"].startswith("pets/train; classes in natural order")
     log = (run.parent / "log.txt").read_text()
     assert "left out: 1 .avif" in log and "transparency dropped" in log
-    # A second run trains nothing, and states the same.
+    # A second run trains nothing, and reports the same.
     again = bench("run", "--defense", "none", "--dataset", card, "--seed", "1", "--out", tmp_path / "runs")
     assert "left out: 1 .avif" in again.err and "test/cat2/0.JFIF: transparency dropped" in again.err
 
@@ -112,7 +112,7 @@ def test_names_in_any_script_work_under_an_ascii_locale(tmp_path: Path) -> None:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An endpoint that takes connections and never answers, as a network that drops packets looks."""
+    """An endpoint that accepts connections and never answers, like a network that drops packets."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -142,7 +142,7 @@ def test_no_answer_ends_a_run_in_seconds(
     seconds, line = timed(bench, tmp_path)
     assert "no network (no answer in 5 s; HF_HUB_ETAG_TIMEOUT sets the timeout)" in line
     assert seconds < 10
-    assert timed(bench, tmp_path)[0] < 4  # it is not asked again at once
+    assert timed(bench, tmp_path)[0] < 4  # no retry at once
 
 
 @pytest.mark.usefixtures("nothing_cached")

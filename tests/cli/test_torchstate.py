@@ -1,4 +1,4 @@
-"""What a plug-in changes of torch's process-wide settings is put back and reported; other rows never see it."""
+"""A plug-in's changes to torch's process-wide settings are reverted and reported, and do not affect other rows."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def plugin(file: Path, change: str, at: str) -> Path:
 
 
 def rows(bench: Bench, out: Path, monkeypatch: pytest.MonkeyPatch, defenses: str) -> tuple[dict[str, Any], str]:
-    """The run of ``none``, after the other defenses, from an empty cache; and what was said."""
+    """Run ``none`` after the other defenses with an empty cache; return its record and the output."""
     monkeypatch.setenv("CERTBENCH_CACHE", str(out / "cache"))
     ran = bench(
         "run", "--defense", defenses, "--dataset", TINY, "--examples", 2, "--n", 50, "--out", out / "runs", "--json"
@@ -135,7 +135,7 @@ def test_a_shared_part_is_trained_under_the_default_settings(
 
 
 def test_the_settings_of_a_process_are_those_at_its_start() -> None:
-    """Nothing of the harness or of the built-in defenses counts as a change."""
+    """The harness and the built-in defenses change no settings."""
     before = torchstate.settings()
     with torchstate.under(before):
         nn.Linear(2, 2)(torch.zeros(1, 2))

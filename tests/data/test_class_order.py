@@ -1,4 +1,4 @@
-"""Which label each class gets: natural order of folders, names in parquet, Unicode forms; and what is left out."""
+"""The label of each class: natural order of folders, names in Parquet files, Unicode forms; entries left out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(card: Callable[[], Card]) -> str:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Callable[..., Callable[[], Card]]:
-    """Makes class folders of two pictures each in train and test; gives what loads the card."""
+    """Make class folders of two pictures each in train and test; return a function that loads the card."""
 
     def make(train: Sequence[str], classes: str = "", test: Sequence[str] | None = None) -> Callable[[], Card]:
         for part, names in (("train", train), ("test", train if test is None else test)):
@@ -192,7 +192,7 @@ def test_links_are_followed_and_nested_folders_are_left_out(folders: Any, tmp_pa
 
 @pytest.fixture
 def parquets(tmp_path: Path) -> Callable[..., Callable[[], Card]]:
-    """Writes train and test files whose ClassLabel has the given names, None: no metadata."""
+    """Write train and test files whose ClassLabel has the given names; None: no metadata."""
 
     def make(train: list[str] | None, classes: str, test: list[str] | None = None) -> Callable[[], Card]:
         (tmp_path / "data").mkdir(exist_ok=True)

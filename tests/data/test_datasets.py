@@ -1,4 +1,4 @@
-"""Cards: what a TOML file may say, the splits it gives, and one clear line for what it must not say."""
+"""Cards: valid and invalid TOML files, and the splits of a card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_card_that_comes_with_certbench_is_valid_without_its_data(monkeypa
     cards = {name: load_card(name) for name in card_files()}
     assert {name: len(card.classes) for name, card in cards.items()} == {"cifar10": 10, "digits": 10, "imagenet": 1000}
     assert {card.name for card in cards.values()} == set(cards)
-    # Part of every record's identity: a reader may gain checks, but these must not move.
+    # Part of every record's identity: readers may change, but these hashes must not.
     assert {name: card.sha256()[:12] for name, card in cards.items()} == {
         "cifar10": "e50c4dacb626",
         "digits": "aaeb6740f84c",
@@ -68,7 +68,7 @@ def test_a_minimal_card_has_defaults(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     moved = load_card(written(elsewhere, MINE.replace('"data"', '"/some/where/else"')))
-    assert moved.sha256() == card.sha256()  # where a card and its data lie is not what they are
+    assert moved.sha256() == card.sha256()  # the hash does not depend on folders
     assert load_card(written(elsewhere, MINE.replace("train.p", "other.p"))).sha256() != card.sha256()
 
 
@@ -172,7 +172,7 @@ def test_cifar10_from_the_local_folder(cifar: Any) -> None:
     np.testing.assert_allclose(std, cifar.std, atol=0.03)
     images = validation.images
     assert not isinstance(images, np.ndarray)
-    assert images.done.sum() == 500  # of the 50,000, only what was asked for is decoded
+    assert images.done.sum() == 500  # of 50,000, only accessed pictures are decoded
     # Train and validation share no row, and together are the train file.
     assert not isinstance(train.images, np.ndarray)
     assert len(set(train.images.rows.tolist()) | set(images.rows.tolist())) == 50000

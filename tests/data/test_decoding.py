@@ -1,4 +1,4 @@
-"""Pictures of every kind: the stored values come back, or a line says what changed, or the picture is refused."""
+"""Pictures of every kind: the stored values are returned, a change is reported, or the picture is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ source = {{ reader = "{reader}", folder = "data", train = "train{suffix}", test 
 
 
 def saved(values: Any, form: str, mode: str | None = None, **options: Any) -> bytes:
-    """A file that Pillow writes."""
+    """Return a file written by Pillow."""
     image = Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
     out = io.BytesIO()
     (image.convert(mode) if mode else image).save(out, form, **options)
@@ -42,7 +42,7 @@ def saved(values: Any, form: str, mode: str | None = None, **options: Any) -> by
 
 @pytest.fixture(params=["folder", "parquet"])
 def read(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Split]:
-    """Stores a picture twice, in a class each, in a folder or a parquet file, and loads it as the test split."""
+    """Store a picture in two classes, in a folder or a Parquet file, and load it as the test split."""
 
     def load(data: bytes, channels: int = 3, more: str = "") -> Split:
         root = tmp_path / "data"
@@ -67,7 +67,7 @@ _small = GREYS // 64 * 85  # four greys
 _cmyk = np.dstack([255 - COLOURS, np.zeros_like(GREYS)])  # no black: RGB is 255 less each
 _animated = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}
 _exif = Image.Exif()
-_exif[0x0112] = 6  # to be turned by 90 degrees
+_exif[0x0112] = 6  # rotate by 90 degrees
 _DROPPED, _FIRST, _TAG = "transparency dropped", "only the first of several frames used", "orientation tag not applied"
 _EXTRA = "channels beyond the colours dropped"
 

@@ -1,4 +1,4 @@
-"""Folders of pictures, as ImageNet is: made-up ones of many sizes and modes, decoded in bounded memory."""
+"""Folders of pictures in ImageNet's layout: many sizes and modes, decoded in bounded memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ validation = 2
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A made-up folder of ImageNet's shape: pictures of many sizes, modes and formats."""
+    """Make a folder in ImageNet's layout, of pictures of many sizes, modes and formats."""
     kinds = [("RGB", (60, 40), "JPEG"), ("L", (31, 90), "JPEG"), ("CMYK", (50, 50), "JPEG"), ("RGBA", (28, 28), "PNG")]
     kinds += [("P", (24, 25), "PNG"), ("1", (100, 30), "PNG")]
     for part, each in (("train", 6), ("val", 3)):
@@ -57,7 +57,7 @@ def test_a_folder_of_photographs(photos: Path, capsys: pytest.CaptureFixture[str
     assert test.origin.endswith(resized) and train.origin.endswith(resized)
     assert capsys.readouterr().err.count(resized) == 1
     assert train.pixels(slice(None)).shape == (16, 3, 24, 24)
-    # The first is 60x40: the shorter side becomes 28, the middle 24x24 is cut out.
+    # The first is 60x40: the shorter side becomes 28, and the centre is cropped to 24x24.
     image = Image.open(photos / "photos" / "val" / "n01" / "0.JPEG").resize((42, 28), Image.Resampling.BILINEAR)
     wanted = np.asarray(image.crop((9, 2, 33, 26))).transpose(2, 0, 1)
     np.testing.assert_array_equal(test.integers([0])[0], wanted)
@@ -82,7 +82,7 @@ def test_only_accessed_pictures_are_decoded_and_nothing_large_is_kept(
     monkeypatch.setattr(pictures, "KEEP_BYTES", 1000)
     card = load_card(str(photos / "photos.toml"))
     test = load_split(card, "test")
-    for name in ("n02", "n10"):  # would be refused if they were decoded
+    for name in ("n02", "n10"):  # refused when decoded
         for file in (photos / "photos" / "val" / name).iterdir():
             file.write_bytes(b"no picture")
     one = test.pixels([0])
@@ -121,7 +121,7 @@ def test_folders_that_do_not_match_the_card_are_refused(photos: Path) -> None:
         return str(e.value)
 
     root = photos / "photos"
-    os.mkfifo(root / "val" / "n01" / "pipe.png")  # opening it would wait for ever
+    os.mkfifo(root / "val" / "n01" / "pipe.png")  # opening it would block
     assert "pipe.png: not a file" in line()
     (root / "val" / "n01" / "pipe.png").unlink()
     shutil.move(root / "val" / "n10", root / "val" / "n11")

@@ -1,4 +1,4 @@
-"""Readers on made-up data: what they give, and one clear line for what they must refuse."""
+"""Readers on made-up data: their results, and one line for data they refuse."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ train = "train.parquet"
 
 
 def column(encoded: list[bytes | None]) -> Any:
-    """The hub's column: the path leads nowhere good, and must never be opened."""
+    """Return the hub's column; its path must never be opened."""
     return [None if b is None else {"bytes": b, "path": "/etc/passwd"} for b in encoded]
 
 
@@ -47,7 +47,7 @@ def parquet(data: dict[str, Any]) -> bytes:
 
 @pytest.fixture
 def card(tmp_path: Path) -> Callable[..., Card]:
-    """Writes the card and its train file, and loads the card; ``old, new`` changes the card's text."""
+    """Write the card and its train file, and load the card; ``old, new`` changes the card's text."""
 
     def make(data: dict[str, Any] | bytes | None = None, *change: str) -> Card:
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def card(tmp_path: Path) -> Callable[..., Card]:
 
 
 def refusal(card: Card) -> str:
-    """The one line that reading all of the card's train split ends in."""
+    """Return the one-line error of reading the card's complete train split."""
     with pytest.raises(BenchError) as e:
         load_split(card, "train").pixels(slice(None))
     assert "\n" not in str(e.value)

@@ -1,4 +1,4 @@
-"""The coordinator only queries, keeps to its budget, resumes exactly, says when it diverges, has BlackVIP's size."""
+"""The coordinator: it only queries, keeps its budget, resumes exactly, reports divergence, has BlackVIP's size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plan(*settings: str, dataset: str = TINY, **arguments: Any) -> Plan:
 
 
 def built(*settings: str, dataset: str = TINY, **arguments: Any) -> Any:
-    """The untrained defense on an untrained base."""
+    """Build the untrained defense on an untrained base."""
     made = plan(*settings, dataset=dataset, **arguments)
     defense = fitting.construct(made, base := untrained_base(made.card, made.base, CPU), CPU)
     defense.keeps_alive = base  # type: ignore[assignment]
@@ -53,7 +53,7 @@ def built(*settings: str, dataset: str = TINY, **arguments: Any) -> Any:
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder with a random timm ViT in the hub's layout; the arguments are the model's."""
+    """Make a folder with a random timm ViT in the hub's layout; the arguments are the model's."""
 
     def make(**args: Any) -> Path:
         torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_only_the_gradient_method_needs_more_than_queries() -> None:
 
 
 def _neighbours(thing: Any) -> Iterable[Any]:
-    """What a program holding ``thing`` can reach from it by attributes, items, closures and bound methods."""
+    """Yield everything reachable from ``thing`` by attributes, items, closures and bound methods."""
     if isinstance(thing, dict):
         return [*thing.keys(), *thing.values()]
     if isinstance(thing, list | tuple | set | frozenset):
@@ -108,7 +108,7 @@ def _slots(thing: Any) -> Iterator[str]:
 
 
 def _leaks(root: Any) -> list[Any]:
-    """Modules, and tensors that are parameters or carry a gradient, reachable from ``root``."""
+    """Return the modules, parameters and tensors with a gradient that are reachable from ``root``."""
     seen: dict[int, Any] = {}
     left, found = [root], []
     while left:
@@ -191,7 +191,7 @@ def test_impossible_settings_are_one_line(
 def test_divergence_says_what_to_tune(
     bench: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What counts as divergence is tested in test_spsa; here, losses that rise as those of too large a step do."""
+    """The rule for divergence is tested in test_spsa; here, losses rise as with too large a step."""
     monkeypatch.setattr(SPSA, "estimate", lambda self, loss, c: (self.momentum, 1.0 + self.k))
     result = bench("run", "--defense", "coordinator", "--dataset", TINY, "--out", tmp_path)
     assert result.code == 2
@@ -228,7 +228,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_queries(
             raise Killed
 
     whole = fit()
-    # All but the shared encoder is forgotten.
+    # Everything except the shared encoder is deleted.
     for folder in cache_root().glob("tiny-coordinator-*"):
         shutil.rmtree(folder)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
@@ -241,7 +241,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_queries(
 
 
 def test_all_probes_of_a_step_see_the_same_noise_and_the_encoder_sees_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan("queries=320", "p_eps=1e-30")  # too weak to be seen: the base is shown the noisy images themselves
+    made = plan("queries=320", "p_eps=1e-30")  # too weak to change a pixel: the base gets the noisy images themselves
     (train,) = load_splits(made.card, "train")
     defense = fitting.construct(made, base := untrained_base(made.card, made.base, CPU), CPU)
     shown: list[torch.Tensor] = []
@@ -281,7 +281,7 @@ def test_an_encoder_from_files_trains_and_its_statistics_stay_fixed(encoder: Cal
     assert all(torch.equal(a, b) for a, b in zip(*statistics, strict=True))
     assert not torch.equal(statistics[0][0], torch.zeros_like(statistics[0][0]))  # taken from a batch, not the default
     assert not fitted.defense.training
-    # Also what BlackVIP's decoder makes is a function of each image alone.
+    # The output of BlackVIP's decoder, too, is a function of each image alone.
     found = list(examine(made))
     assert [f for f in found if f.problem] == []
 
@@ -291,7 +291,7 @@ def test_the_encoder_normalises_grey_images_as_its_config_says(encoder: Callable
     x = torch.full((1, 1, 8, 8), 0.5)
     seen = defense.encoder.model.forward_features(torch.zeros(1, 3, 32, 32))[:, 0]
     assert torch.allclose(defense.encode(x), seen, atol=1e-6)
-    # The encoder is shown [0, 1] alone, and so is the base.
+    # Encoder and base only get pixels in [0, 1].
     assert torch.equal(defense.encode(x + 9), defense.encode(torch.ones_like(x)))
 
 

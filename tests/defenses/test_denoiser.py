@@ -1,4 +1,4 @@
-"""Denoised smoothing: the DnCNN, its objectives, what it asks of the base, and what is trained once."""
+"""Denoised smoothing: the DnCNN, its objectives, its queries to the base, and its shared parts."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def digits() -> tuple[Split, Split]:
 
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
-    """Untrained: it is wrong more often than not."""
+    """An untrained base, which is usually wrong."""
     with rng.fixed_rng(0):
         return untrained_base(plan().card, plan().base, CPU)
 
 
 def construct(of: Plan, base: BaseModel) -> Denoiser:
-    """Untrained, its shared parts too."""
+    """Build the defense; it and its shared parts are untrained."""
     defense = fitting.construct(of, base, CPU)
     assert isinstance(defense, Denoiser)
     return defense
@@ -251,7 +251,7 @@ def test_killed_and_resumed_gives_the_same_weights(
     assert list((tmp_path / "parts").glob(f"tiny-{killed_in}-*/checkpoint*.pt"))
     resumed = fit(of, base)
     tuning = STEPS // 4
-    assert calls == STEPS + tuning + 1  # no step was done twice but the one that died
+    assert calls == STEPS + tuning + 1  # only the interrupted step was repeated
     assert same(resumed.defense, whole.defense)
     assert (
         (resumed.queries, resumed.parts)
@@ -279,7 +279,7 @@ def test_the_mse_denoiser_is_trained_once(bench: Bench, tmp_path: Path, monkeypa
     tuned, plain = run("stab+mse"), run("mse")
     assert len(list((tmp_path / "cache").glob("tiny-msedenoiser-*"))) == 1
     assert plain["identity"]["defense"]["parts"] == tuned["identity"]["defense"]["parts"] != {}
-    assert 0 < plain["cost"]["train_seconds"] < tuned["cost"]["train_seconds"]  # the part's, and the part's and more
+    assert 0 < plain["cost"]["train_seconds"] < tuned["cost"]["train_seconds"]  # the part's, and more than the part's
     # One network, counted once, whether it was trained in one stage or two.
     assert plain["cost"]["trained_here"] == tuned["cost"]["trained_here"] == tuned["cost"]["trainable_updated"]
     assert (plain["cost"]["trainable_nominal"], plain["identity"]["defense"]["weights"]) == (0, None)

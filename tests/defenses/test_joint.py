@@ -1,4 +1,4 @@
-"""Joint and two-stage adaptation, and the bases of another task that they start from."""
+"""Joint and two-stage adaptation, and bases of another task."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def quiet(done: int, total: int, loss: float) -> None:
 
 
 def untrained(a_plan: Plan) -> BaseModel:
-    """The plan's base with the same fresh weights at every call."""
+    """Make the plan's base with the same random weights at every call."""
     with rng.fixed_rng(0):
         return loading.untrained_base(a_plan.card, a_plan.base, CPU, probe=not a_plan.cls.adapts)
 
 
 def train(a_plan: Plan) -> tuple[Defense, dict[str, Any], str]:
-    """A defense trained on an untrained base, what is recorded of that, and the hash of the weights."""
+    """Train a defense on an untrained base; return it, the record of its training, and the hash of its weights."""
     base = untrained(a_plan)
     data = load_splits(a_plan.card, "train")[0].first(200)
     defense = fitting.construct(a_plan, base, CPU)
@@ -105,7 +105,7 @@ def test_the_head_is_new_even_for_the_same_number_of_classes() -> None:
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, cls: type[Defense], die_at: int = 0) -> list[bool]:
-    """Whether each batch that ``cls`` is trained on is clean; ends the training at the ``die_at``-th."""
+    """Record whether each training batch of ``cls`` is clean; interrupt the training at batch ``die_at``."""
     seen: list[bool] = []
     logits = cls.logits
 
@@ -146,7 +146,7 @@ def test_two_stage_killed_in_either_stage_resumes_to_the_same_weights(
     seen = spied(monkeypatch, TwoStage)
     _, _, resumed = train(plan("two-stage"))
     assert resumed == undisturbed
-    assert len(seen) == STEPS - (die_at - 1)  # nothing was done twice
+    assert len(seen) == STEPS - (die_at - 1)  # no step was repeated
     assert not list((tmp_path / "other").glob("*/*.pt"))
 
 

@@ -1,4 +1,4 @@
-"""A base's own names of its classes against the card's: put into order, stated, or refused."""
+"""A base's class names and the card's: logits are permuted, a remark is made, or the base is refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_logits_are_permuted_into_the_cards_order(tmp_path: Path, stated: dict[s
 
 
 def test_the_names_in_the_data_count_where_the_card_numbers_its_classes(tmp_path: Path) -> None:
-    """As those of class folders or of a parquet file, with ``classes = 3`` in the card."""
+    """Names of class folders or of a Parquet file, with ``classes = 3`` in the card."""
     save(tmp_path / "m")
     numbered, x = card(classes=("0", "1", "2")), torch.rand(4, 3, 8, 8)
     unnamed = load(numbered, tmp_path / "m")
@@ -95,5 +95,5 @@ def test_numbered_classes_and_placeholders() -> None:
     with pytest.raises(BenchError):
         card_order("b", (("1", "2", "3"),), numbers, "x")
     assert stated_names("b", {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}) == ()
-    # Names that differ only in case and spaces are matched as they are written.
+    # Names that differ only in case and spaces are matched exactly.
     assert card_order("b", (("a_b", "a b"),), ("a b", "a_b"), "x")[0] == [1, 0]

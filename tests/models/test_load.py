@@ -1,4 +1,4 @@
-"""Where base classifiers come from, and what is refused on the way."""
+"""Loading bases: recipes, files, folders, the hub, probes and user weights; and what is refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def splits(digits: Card) -> tuple[Split, Split]:
 
 
 def rgb_card(**changes: object) -> Card:
-    """A made-up data set of 3x8x8 images in three classes."""
+    """Return the card of a made-up data set of 3x8x8 images in three classes."""
     vit = {"model": "vit_tiny_patch16_224", "args": {**ARGS, "img_size": 8}, "schedule": {"epochs": 0.1}}
     fields: dict[str, object] = {
         "name": "rgb",
@@ -91,7 +91,7 @@ def tiny(classes: int = 3, **args: object) -> torch.nn.Module:
 
 
 def folder(path: Path, model: torch.nn.Module) -> Path:
-    """What timm's own push_to_hf_hub writes."""
+    """Write a folder as timm's own push_to_hf_hub does."""
     from timm.models._hub import save_for_hf
 
     save_for_hf(model, path, safe_serialization=True)
@@ -104,7 +104,7 @@ def load(card: Card, name: str, splits: tuple[Split, Split] | None = None, **giv
 
 
 def refusal(card: Card, name: str) -> str:
-    """The one line with which a base is refused."""
+    """Return the one-line error of a refused base."""
     with pytest.raises(BenchError) as e:
         load(card, choose_base(card, card.preset, name))
     assert "\n" not in str(e.value)
@@ -169,7 +169,7 @@ def test_architecture_in_a_sidecar_or_in_the_file(tmp_path: Path, where: str) ->
     if where != "metadata":
         (tmp_path / where).write_text(json.dumps(config))
     base = load(rgb_card(bases={}), str(tmp_path / "w.safetensors"))
-    # Nothing states a normalisation: the card's.
+    # Without a stated normalisation, the card's is used.
     assert base.module.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
     assert base.identity()["resize"] == [16, 16]
 
@@ -406,7 +406,7 @@ def test_hub_refusals(server: HubServer) -> None:
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as s:  # a port where nobody listens
+    with socket.socket() as s:  # a port without a server
         s.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{s.getsockname()[1]}")
     for name in ("timm:test_vit", "hf-hub:me/tiny", "timm/test_vit.r160_in1k"):
@@ -452,7 +452,7 @@ def test_another_number_of_classes_gets_a_linear_probe(
         if not key.startswith("head."):
             assert torch.equal(state[f"model.{key}"], value), key
     assert base.module.head().weight.shape == (10, 32)
-    # Random features hold little (logistic regression gets 0.42); chance is 0.1, give or take 0.02.
+    # Random features are weak (logistic regression gets 0.42); chance is 0.1 +- 0.02.
     assert base.meta["probe_validation_clean_accuracy"] > 0.2
     assert base.meta["probe_seconds"] > 0
     # Once: the second time nothing is computed.
@@ -477,7 +477,7 @@ def test_a_bare_file_with_other_classes_still_finds_its_recipe(tmp_path: Path, d
 
 
 class Quiet:
-    """A reporter that says nothing."""
+    """A reporter that prints nothing."""
 
     def say(self, text: str) -> None:
         pass
@@ -535,18 +535,18 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     trained = session(tmp_path / "a").run(plan(defense, fast_base, None, "epochs=0.2"))
     [stored] = (tmp_path / "cache").glob(f"digits-{defense}-*/weights.safetensors")
     own = shutil.copy(stored, tmp_path / "own.safetensors")
-    stored.parent.rename(tmp_path / "moved")  # so that nothing but the file can serve
+    stored.parent.rename(tmp_path / "moved")  # so that only the file can be used
     given = session(tmp_path / "b").run(plan(defense, fast_base, Path(own), "epochs=0.2"))
     assert not list((tmp_path / "cache").glob(f"digits-{defense}-*"))
     known, unknown = trained.info["identity"], given.info["identity"]
     assert known["defense"].pop("objective") == "gaussian"
-    assert unknown["defense"].pop("objective") is None  # nobody can say what a file was trained on
+    assert unknown["defense"].pop("objective") is None  # unknown for a user's file
     assert unknown == known
     assert [vars(c) | {"seconds": 0} for c in given.certificates] == [
         vars(c) | {"seconds": 0} for c in trained.certificates
     ]
     assert given.info["cost"]["trainable_updated"] == trained.info["cost"]["trainable_updated"]
-    # What somebody else trained, in a time that nobody knows, is not reported as trained here.
+    # Weights trained elsewhere, with unknown cost, are not reported as trained here.
     ours, theirs = trained.info["cost"], given.info["cost"]
     assert (ours["trained_elsewhere"], theirs["trained_here"]) == (0, 0)
     assert theirs["trained_elsewhere"] == ours["trained_here"] > 0
@@ -603,7 +603,7 @@ def test_estimate_needs_no_weights(server: HubServer) -> None:
     assert not server.requests
 
 
-# The real one ----------------------------------------------------------------------------------------
+# A real base -----------------------------------------------------------------------------------------
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no {REAL}; set CERTBENCH_SHARED")
 
@@ -617,7 +617,7 @@ def test_real_base_finds_its_recipe() -> None:
 
 @real
 def test_probe_of_real_features_is_near_logistic_regression(tmp_path: Path, digits: Card) -> None:
-    """CIFAR-10's ViT on digits it never saw: its features tell them apart, its own head does not fit."""
+    """A ViT trained on CIFAR-10 gets a probe for digits: its features separate them, its own head does not fit."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **load_card("cifar10").bases["vit"].args)
     model.load_state_dict(load_file(REAL))
     model.reset_classifier(7)
@@ -638,4 +638,4 @@ def test_real_base_has_its_stated_accuracy(monkeypatch: pytest.MonkeyPatch) -> N
     card = load_card("cifar10")
     split = load_split(card, "test")
     right, total = load(card, str(REAL)).accuracy(split, list(range(0, len(split), 4)))
-    assert abs(right / total - 0.69) < 0.03  # stated of all 9,000; a quarter of them gives +-2%
+    assert abs(right / total - 0.69) < 0.03  # published for all 9,000 images; a quarter of them gives +-2%

@@ -1,4 +1,4 @@
-"""A base served over HTTP: the counts of the same model here, whatever the server does, or one clear line."""
+"""A base served over HTTP: the same counts as the local model, whatever faults the server has, or a one-line error."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Bench = Callable[..., Result]
 Model = Callable[[Tensor], Tensor]
 CARD = load_card(TINY)
 SHAPE, CLASSES = CARD.shape, len(CARD.classes)
-FITS = 1  # block by which the largest that fits is found
-CHECKS = 10  # blocks that check_rows asks for
-MEASURED = 1  # block whose cost is measured
+FITS = 1  # blocks to find the largest that fits
+CHECKS = 10  # blocks of check_rows
+MEASURED = 1  # blocks whose cost is measured
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The tiny card's own base, as ``--base vit`` has it."""
+    """The tiny card's own base, as loaded by ``--base vit``."""
     torch.set_num_threads(1)
     train, validation = load_splits(CARD, "train", "validation")
     train = train.first(CARD.presets["quick"].train_examples)
@@ -41,7 +41,7 @@ def model() -> Model:
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds the client would have slept."""
+    """The seconds the client would have waited."""
     slept: list[float] = []
     monkeypatch.setattr(http, "sleep", slept.append)
     monkeypatch.delenv(http.TOKEN, raising=False)
@@ -59,13 +59,13 @@ def command(base: str, out: Path, name: str = "none", *more: object) -> tuple[ob
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """The certificates of all runs in a folder, without their timing, in the order of the images."""
+    """Return the certificates of all runs in a folder in the order of the images, without their timing."""
     rows = [json.loads(x) for f in sorted(out.glob("*/certificates.jsonl")) for x in f.read_text().splitlines()]
     return sorted(({**r, "seconds": 0} for r in rows), key=lambda r: r["index"])
 
 
 def last_line(result: Result) -> str:
-    """What a failed command says, which is one line."""
+    """Return the one-line error of a failed command."""
     assert result.code == 2, result.out + result.err
     assert "Traceback" not in result.err
     said = result.err.strip().splitlines()
@@ -75,7 +75,7 @@ def last_line(result: Result) -> str:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Certificates of the same model with its weights at hand."""
+    """Certificates of the same model with local weights."""
     from bench.cli import main
 
     out = tmp_path_factory.mktemp("here")
@@ -258,7 +258,7 @@ def test_certificates_are_the_same_after_an_outage(
 
 
 def test_an_unreachable_server_is_one_line(bench: Bench, tmp_path: Path, pauses: list[float]) -> None:
-    with socket.socket() as taken:  # bound and not listening: whoever connects is refused
+    with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v2/models/toy"
         said = last_line(bench(*command(url, tmp_path)))
@@ -309,7 +309,7 @@ def test_retry_after_is_followed_within_bounds(
     assert least <= pause <= most
 
 
-# What is refused, before anything is asked ------------------------------------------------------------
+# Refusals before any query ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_weights_for_a_served_base_are_refused(bench: Bench, tmp_path: Path, ser
     assert server.bodies == []
 
 
-# Which model answers ---------------------------------------------------------------------------------
+# Identity of the model -------------------------------------------------------------------------------
 
 
 def test_another_model_is_another_base(bench: Bench, tmp_path: Path, server: InferenceServer, model: Model) -> None:

@@ -1,4 +1,4 @@
-"""A run's first lines: how its base sees an image, and a warning where it does no better than guessing."""
+"""A run's first lines: its base's preprocessing, and a warning for an accuracy no better than guessing."""
 
 from __future__ import annotations
 

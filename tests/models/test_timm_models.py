@@ -1,4 +1,4 @@
-"""What is loaded is what was stored, or a run says how it differs, or refuses it."""
+"""Loaded tensors equal the stored ones, differences are reported, or the file is refused."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_shards_and_rounded_variants_are_read(tmp_path: Path) -> None:
     index = tmp_path / "m" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     assert load(card(), tmp_path / "m").sha256 == whole.sha256
-    # An index that leaves a tensor out, or leads elsewhere, is not followed.
+    # An index that omits a tensor, or names files elsewhere, is refused.
     index.write_text(json.dumps({"weight_map": {k: v for k, v in places.items() if k != names[0]}}))
     assert f"disagree on {names[0]}, which only one" in refusal(tmp_path / "m")
     index.write_text(json.dumps({"weight_map": {names[0]: "../m/x.safetensors"}}))

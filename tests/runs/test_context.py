@@ -1,4 +1,4 @@
-"""What the harness hands a defense: parts trained once and charged to all, files hashed, inner defenses, stages."""
+"""A defense's context: shared parts, hashed files, inner defenses; and the stages of a training."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_an_inner_defense_trains_and_merges_within(bench: Bench, plugin: Path, t
 
 
 class Counter:
-    """State that is no module: what SPSA keeps."""
+    """State that is not a module, as SPSA's."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -154,7 +154,7 @@ class Counter:
 
 
 class Asked:
-    """Stands for a base whose queries are counted."""
+    """A stand-in for a base that counts queries."""
 
     queries = 0
 
@@ -168,7 +168,7 @@ def job(folder: Path, base: Any = None) -> loop.TrainingJob:
 
 
 def run(one: loop.TrainingJob, state: Counter, steps: int, stop: int = 10**9, queries: int = 0) -> int:
-    """Sum what a step draws; returns the steps done. ``stop`` ends it as a kill would."""
+    """Sum the draws of each step; return the number of steps. ``stop`` interrupts it as a kill would."""
     done = 0
     for step in one.steps(steps, 4, state, queries=queries):
         if done == stop:

@@ -1,4 +1,4 @@
-"""What is merged is what was trained, whoever merges; LoRA on layers whose output is not W x."""
+"""Merging keeps the trained function; LoRA on layers whose output is not W x."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# Whatever merges ---------------------------------------------------------------------------------------
+# All defenses with a merge -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "settings"), [("forgets", []), ("folds", ["half=true"])])
@@ -131,7 +131,7 @@ def based(model: nn.Module) -> LocalBase:
 
 
 def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
-    """LoRA on a base, its adapters moved, and what it states."""
+    """Build LoRA on a base with changed adapters; return it and its notes."""
     (plan,) = make_plans(RunOptions(defenses="lora", dataset=TINY, settings=list(settings)))
     workshop = PartTraining(load_split(plan.card, "train").first(20), lambda *_: None)
     made = fitting.construct(plan, base, CPU, workshop)
@@ -225,7 +225,7 @@ def test_a_probe_of_two_heads_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_loras_weights_on_the_digits_baseline_are_unchanged() -> None:
-    """Of commit e61c7b0: which layers are adapted, how they start, and where half an epoch takes them."""
+    """As of commit e61c7b0: the adapted layers, their initial values, and those after half an epoch."""
     file = str(Path(__file__).parents[2] / "reports" / "baselines" / "digits-vit.safetensors")
     (plan,) = make_plans(RunOptions(defenses="lora", dataset="digits", base=file, settings=[]))
     plan = replace(plan, config=replace(plan.config, epochs=0.5))

@@ -1,4 +1,4 @@
-"""Training: resumed in mid-run it ends in the same weights; divergence is said."""
+"""The training loop: a resumed training gives the same weights, and divergence is reported."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def train(folder: Path, *, die_at: int = 10**9, **schedule: object) -> nn.Module
 
 
 def test_global_random_states_are_seeded_and_restored() -> None:
-    """Of torch, numpy and Python, also where what runs within raises."""
+    """Those of torch, numpy and Python, also after an error."""
 
     def drawn() -> tuple[float, float, float]:
         return float(torch.rand(())), float(np.random.rand()), random.random()

@@ -1,4 +1,4 @@
-"""Objectives: their formulas against plain computations, and one row of a table each."""
+"""Objectives: their formulas compared with plain computations, and a table row for each."""
 
 from __future__ import annotations
 
