@@ -7,7 +7,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, TypedDict, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,6 +22,60 @@ from bench.interface import Access
 # A view finds its owner here by number, so no module, parameter or gradient is reachable from the view itself. Only
 # weak references are kept.
 _owners: WeakValueDictionary[int, BaseModel] = WeakValueDictionary()
+
+
+class WeightsSource(TypedDict, total=False):
+    """The record of where a base's weights come from."""
+
+    kind: Literal["trained here", "hub", "file", "served"]
+    id: str  # on the hub
+    revision: str  # commit on the hub
+    file: str
+    sha256: str
+    remarks: list[str]  # differences between stored and loaded tensors
+    normalisation: str  # the file that states mean and std, where the weights' own does
+    server: str | None
+    server_version: str | None
+
+
+class Probe(TypedDict):
+    """The record of a linear probe."""
+
+    probe: dict[str, Any]  # its schedule
+    probe_seconds: float
+    probe_validation_clean_accuracy: float  # 0 to 1
+    probed_from_classes: int  # number of classes before
+
+
+Preprocessing = TypedDict(
+    "Preprocessing",
+    {
+        "from": list[int],  # height and width of the card's images
+        "size": list[int],  # of the model's input
+        "resampling": str | None,
+        "config_resampling": str | None,
+        "size_from": str,
+        "mean": list[float],
+        "std": list[float],
+        "normalisation_from": str,
+    },
+)
+
+
+class BaseRecord(TypedDict, total=False):
+    """The record of a base: the source of its weights, its preprocessing, and its training here."""
+
+    source: WeightsSource
+    classes: str  # a remark on the order of its classes
+    preprocessing: Preprocessing
+    trained_on_classes: list[str]
+    train_seconds: float
+    validation_clean_accuracy: float  # 0 to 1
+    before_probe: str  # sha256 of the base without its probe
+    probe: dict[str, Any]
+    probe_seconds: float
+    probe_validation_clean_accuracy: float
+    probed_from_classes: int
 
 
 class Classifier(nn.Module):
@@ -127,7 +181,7 @@ def _view(owner: BaseModel, most: Access, queries: int) -> View:
 class BaseModel(ABC):
     """A base classifier as the harness sees it; owns ``module``, the map from pixels to logits."""
 
-    meta: dict[str, Any]  # for the record: the source of the base, and the cost of making it
+    meta: BaseRecord
     batch = 250  # images of a forward pass when clean accuracy is measured
 
     def __init__(self, name: str, classes: int, module: nn.Module) -> None:
@@ -179,7 +233,7 @@ class LocalBase(BaseModel):
         module: nn.Module,
         untrained: Callable[[int], nn.Module],
         classes: int,
-        meta: dict[str, Any],
+        meta: BaseRecord,
         architecture: Mapping[str, Any],
     ) -> None:
         super().__init__(name, classes, module)

@@ -13,7 +13,7 @@ from bench.data.card import Card
 from bench.data.split import Split
 from bench.errors import BenchError, one_line
 from bench.interface import Schedule
-from bench.models.base import Classifier, LocalBase
+from bench.models.base import BaseRecord, Classifier, LocalBase, Preprocessing, WeightsSource
 from bench.models.labels import Names
 from bench.models.timm_configs import Described, described
 from bench.models.timm_models import Architecture
@@ -25,7 +25,7 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one
 class Weights:
     """The source of a blueprint's weights."""
 
-    open: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]  # reads tensors and the record of their source
+    open: Callable[[], tuple[dict[str, Tensor], WeightsSource]]  # reads tensors and the record of their source
     adapt: bool  # let timm rename tensors and resize position embeddings; False: they must fit name by name
 
 
@@ -67,7 +67,7 @@ class Blueprint:
         """Make the model with random weights on the CPU. Raises BenchError where timm cannot make it."""
         return Classifier(self._timm.create(classes), self.mean, self.std, self.size)
 
-    def load(self) -> tuple[Classifier, dict[str, Any]]:
+    def load(self) -> tuple[Classifier, WeightsSource]:
         """Load the model with its stored weights on the CPU; return it and the record of the weights' source.
 
         Raises BenchError where the weights cannot be read, do not fit, or give no finite logits of the card's images.
@@ -76,8 +76,10 @@ class Blueprint:
         stored, record = self.weights.open()
         stored, normalisation = unwrap(stored)
         model, remarks = self._timm.load(self.classes, stored, record["file"], self.weights.adapt)
-        record |= {"remarks": remarks} if remarks else {}
-        record |= {"normalisation": record["file"]} if normalisation else {}
+        if remarks:
+            record["remarks"] = remarks
+        if normalisation:
+            record["normalisation"] = record["file"]
         mean, std = normalisation or (self.mean, self.std)
         try:
             module = Classifier(model, mean, std, self.size).eval()
@@ -97,28 +99,27 @@ class Blueprint:
             raise BenchError(f"base {self.name}: its mean, std or logits are not finite; correct its mean and std")
         return module, record
 
-    def base(self, module: Classifier, meta: dict[str, Any], device: torch.device) -> LocalBase:
+    def base(self, module: Classifier, meta: BaseRecord, device: torch.device) -> LocalBase:
         """Make a base of ``module``, which it freezes; ``meta`` is for the record."""
 
         def untrained(classes: int) -> nn.Module:
             return self.fresh(classes).to(device)
 
         normalisation = {"mean": module.mean.flatten().tolist(), "std": module.std.flatten().tolist()}
-        meta = meta | {"preprocessing": self._preprocessing(normalisation, meta.get("source", {}))}
-        classes: int = module.model.num_classes  # type: ignore[assignment]
-        return LocalBase(self.name, module, untrained, classes, meta, self.describe() | normalisation)
-
-    def _preprocessing(self, normalisation: Mapping[str, list[float]], source: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the record of how images are preprocessed, and of the sources of these settings."""
-        return {
+        stated = meta.get("source", {}).get("normalisation", self.mean_from)
+        preprocessing: Preprocessing = {
             "from": list(self.card.shape[1:]),
             "size": list(self.size or self.card.shape[1:]),
             "resampling": None if self.size is None else "bilinear",
             "config_resampling": self.interpolation or None,
             "size_from": self.size_from,
-            **normalisation,
-            "normalisation_from": source.get("normalisation", self.mean_from),
+            "mean": normalisation["mean"],
+            "std": normalisation["std"],
+            "normalisation_from": stated,
         }
+        meta = {**meta, "preprocessing": preprocessing}
+        classes: int = module.model.num_classes  # type: ignore[assignment]
+        return LocalBase(self.name, module, untrained, classes, meta, self.describe() | normalisation)
 
     def accuracy(self, module: Classifier, split: Split, device: torch.device) -> float:
         """Freeze ``module`` and return its accuracy on the clean images of a split, from 0 to 1."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from bench.data.card import Card
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Schedule
-from bench.models.base import BaseModel, Classifier, state_sha256
+from bench.models.base import BaseModel, BaseRecord, Classifier, state_sha256
 from bench.models.blueprints import Blueprint
 from bench.models.labels import card_order, permute
 from bench.models.names import blueprint, file_weights
@@ -76,21 +75,23 @@ def load_base(
         plan = replace(plan, weights=file_weights(weights, plan), schedule=None, classes=classes)
     if plan.weights is None:
         with rng.fixed_rng(0):
-            module, source = plan.fresh(plan.classes), {"kind": "trained here"}
+            module = plan.fresh(plan.classes)
+        meta: BaseRecord = {"source": {"kind": "trained here"}}
     else:
         module, source = plan.load()
-    meta: dict[str, Any] = {"source": source}
+        meta = {"source": source}
     if plan.weights is not None and plan.schedule is None and plan.classes == classes:
         # The data may name classes that the card only numbers.
         meta["classes"] = _in_card_order(plan, module, probe, train.names or card.classes)
     module = module.to(device)
     if plan.schedule is not None:
-        meta |= _train_clean(plan, plan.schedule, module, train, validation, device, progress)
+        meta |= _train_clean(plan, plan.schedule, module, (train, validation), device, progress)
         plan = replace(plan, classes=plan.made_for)
     base = plan.base(module, meta, device)
     if probe and plan.classes != classes:
         # Recorded, since a report shows a base with and without probe in one table.
-        meta |= {"before_probe": base.sha256} | linear_probe(plan, module, train, validation, device, progress)
+        probed = linear_probe(plan, module, train, validation, device, progress)
+        meta = {**meta, "before_probe": base.sha256, **probed}
         base = plan.base(module, meta, device)
     return base
 
@@ -116,17 +117,17 @@ def _train_clean(
     plan: Blueprint,
     schedule: Schedule,
     module: Classifier,
-    train: Split,
-    validation: Split,
+    splits: tuple[Split, Split],
     device: torch.device,
     progress: loop.Progress,
-) -> dict[str, Any]:
-    """Train all weights on clean images, or load them from the cache; return the record of the training."""
+) -> BaseRecord:
+    """Train all weights on clean images, or load them from the cache; return the record of the training.
+
+    ``splits`` are train and validation.
+    """
     card, classes = plan.card, plan.made_for
-    subset: dict[str, Any] = {}
-    if plan.only:
-        train, validation = (_only(split, plan) for split in (train, validation))
-        subset = {"trained_on_classes": [card.classes[label] for label in plan.only]}
+    train, validation = (_only(split, plan) for split in splits) if plan.only else splits
+    subset: BaseRecord = {"trained_on_classes": [card.classes[label] for label in plan.only]} if plan.only else {}
     start = None if plan.weights is None else state_sha256(module)
     if start is not None and plan.classes != classes:
         new_head(module, classes, device)
@@ -156,9 +157,10 @@ def _train_clean(
         accuracy = plan.accuracy(module, validation, device)
         return module.state_dict(), {"train_seconds": job.seconds, "validation_clean_accuracy": accuracy}
 
-    trained = cached_training(f"{card.name}-base-{plan.name}", identity | subset, fit)
+    trained = cached_training(f"{card.name}-base-{plan.name}", {**identity, **subset}, fit)
     module.load_state_dict(trained.state)
-    return subset | {k: trained.meta[k] for k in ("train_seconds", "validation_clean_accuracy")}
+    seconds, accuracy = trained.meta["train_seconds"], trained.meta["validation_clean_accuracy"]
+    return {**subset, "train_seconds": seconds, "validation_clean_accuracy": accuracy}
 
 
 def _only(split: Split, plan: Blueprint) -> Split:

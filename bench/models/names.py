@@ -17,6 +17,7 @@ from bench.errors import BenchError, unknown
 from bench.interface import Access, Schedule
 from bench.io import hub, tensors
 from bench.models import served
+from bench.models.base import WeightsSource
 from bench.models.blueprints import Blueprint, Weights, card_size, from_config, from_described, unwrap
 from bench.models.timm_configs import architecture_config, check_source, from_pretrained_cfg, input_size, read_config
 
@@ -111,7 +112,7 @@ def file_weights(path: Path, plan: Blueprint) -> Weights:
                 both = f"{key} {getattr(theirs, key)}, and base {plan.name} has {getattr(plan, key)}"
                 raise BenchError(f"--weights {path}: its {_CONFIG} says {both}; give --base {path.parent} instead")
 
-    def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def read() -> tuple[dict[str, Tensor], WeightsSource]:
         stored = tensors.read(path)
         return stored.tensors, _file_record(path, stored)
 
@@ -119,7 +120,7 @@ def file_weights(path: Path, plan: Blueprint) -> Weights:
 
 
 def _folder_weights(folder: Path) -> Weights:
-    def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def read() -> tuple[dict[str, Tensor], WeightsSource]:
         stored, name = tensors.read_stored(_STEM, lambda name: local_file(folder, name))
         return stored.tensors, _file_record(folder / name, stored)
 
@@ -190,7 +191,7 @@ def _hub_id(name: str) -> str:
 def _hub_weights(card: Card, repo: str, revision: str) -> Weights:
     """Return the weights of a hub repository, which are fetched later."""
 
-    def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def read() -> tuple[dict[str, Tensor], WeightsSource]:
         fetched: list[Path] = []
 
         def fetch(name: str) -> Path:
@@ -198,8 +199,8 @@ def _hub_weights(card: Card, repo: str, revision: str) -> Weights:
             return fetched[-1]
 
         stored, name = tensors.read_stored(_STEM, fetch)
-        record = {"kind": "hub", "id": repo, "revision": hub.commit(fetched[-1]), "file": name}
-        return stored.tensors, record | {"sha256": stored.sha256}
+        commit = hub.commit(fetched[-1])
+        return stored.tensors, {"kind": "hub", "id": repo, "revision": commit, "file": name, "sha256": stored.sha256}
 
     return Weights(read, adapt=True)
 
@@ -216,7 +217,7 @@ def _fetch(card: Card, repo: str, filename: str, revision: str) -> Path:
 
 def _not_in(where: str, filename: str, others: Sequence[str] = ()) -> hub.MissingFile:
     if others:
-        return hub.MissingFile(f"{where} has no {filename}, but {', '.join(others)}; give one of these as --base")
+        return hub.MissingFile(f"{where} has no {filename}; it has {', '.join(others)}: give one of these as --base")
     if filename == _CONFIG:
         return hub.MissingFile(f"{where} has no {filename}: it is not a timm model; give another base")
     return hub.MissingFile(
@@ -284,7 +285,7 @@ def _fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Blue
     return fits[0]
 
 
-def _file_record(path: Path, stored: tensors.Stored) -> dict[str, Any]:
+def _file_record(path: Path, stored: tensors.Stored) -> WeightsSource:
     return {"kind": "file", "file": path.name, "sha256": stored.sha256}
 
 

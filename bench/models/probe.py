@@ -17,7 +17,7 @@ from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Schedule
 from bench.io import tensors
-from bench.models.base import Classifier, state_sha256
+from bench.models.base import Classifier, Probe, state_sha256
 from bench.models.blueprints import Blueprint
 from bench.training import loop, objectives, versions
 from bench.training.weights import Weights, cached_training
@@ -34,7 +34,7 @@ def linear_probe(
     validation: Split,
     device: torch.device,
     progress: loop.Progress,
-) -> dict[str, Any]:
+) -> Probe:
     """Replace the head of ``module`` by one for the card's classes, trained on clean images with all else frozen.
 
     Trained once and cached. Returns the record: schedule, seconds, validation accuracy (0 to 1), and the number of
@@ -83,8 +83,12 @@ def linear_probe(
     trained = cached_training(f"{card.name}-probe", identity, fit)
     tensors.check(f"the probe of base {plan.name}", head_state(), trained.state)
     module.load_state_dict(trained.state, strict=False)
-    keep = {k: trained.meta[k] for k in ("probe_seconds", "probe_validation_clean_accuracy")}
-    return keep | {"probe": asdict(PROBE), "probed_from_classes": plan.classes}
+    return {
+        "probe": asdict(PROBE),
+        "probe_seconds": trained.meta["probe_seconds"],
+        "probe_validation_clean_accuracy": trained.meta["probe_validation_clean_accuracy"],
+        "probed_from_classes": plan.classes,
+    }
 
 
 def new_head(module: Classifier, classes: int, device: torch.device) -> nn.Linear:

@@ -128,7 +128,7 @@ def test_the_same_of_a_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.Mon
     refused = bench(*args)
     assert refused.code == 2
     last = refused.err.splitlines()[-1]
-    assert "process 4242 on node-a.cluster" in last and f"remove {run.parent / '.lock'}" in last
+    assert "process 4242 on node-a.cluster" in last and f"rm {run.parent / '.lock'}" in last
     (run.parent / ".lock").unlink()
     assert bench(*args).code == 0
 

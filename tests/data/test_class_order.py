@@ -250,7 +250,7 @@ def test_a_card_that_numbers_its_classes_uses_the_names_of_the_file(parquets: An
     assert train.names == ("owl", "cat", "dog")
     assert test.labels.tolist() == [0, 1, 2] * 2
     line = refused(parquets(["owl", "cat", "dog"], "3", ["cat", "owl", "dog"]))
-    assert "files name class 0 'owl' and 'cat'; list the names as classes in the card" in line
+    assert "files name class 0 'owl' and 'cat'; list the names under classes in the card" in line
     # Numbers that a folder of numbered classes gave in the order of their characters.
     split = load_split(parquets(["2", "0", "1"], "3", None)(), "train")
     assert split.names == ("0", "1", "2")

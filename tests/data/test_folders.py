@@ -133,7 +133,7 @@ def test_folders_that_do_not_match_the_card_are_refused(photos: Path) -> None:
     assert "no folder of pictures at" in line()
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
-    assert "each class is a folder of pictures" in line()
+    assert "make a folder of pictures for each class" in line()
     (photos / "photos.toml").write_text(PHOTOS.replace('test = "val"', 'test = "../../etc"'))
     assert "must be a path below the data folder" in line()
 

@@ -157,7 +157,7 @@ def test_a_missing_file_is_named_with_its_folder(card: Callable[..., Card], monk
     assert "no file" in refusal(card())
     elsewhere = card(None, 'folder = "data"', "")
     monkeypatch.delenv("CERTBENCH_DATA", raising=False)
-    assert "set CERTBENCH_DATA to the folder that holds mine/" in refusal(elsewhere)
+    assert "set CERTBENCH_DATA to the folder that contains mine/" in refusal(elsewhere)
 
 
 def test_a_decompression_bomb_is_refused(card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch) -> None:

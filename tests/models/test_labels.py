@@ -49,7 +49,7 @@ def test_the_names_in_the_data_count_where_the_card_numbers_its_classes(tmp_path
     reconfigure(tmp_path / "m", label_names=OTHER)
     named = load(numbered, tmp_path / "m", names=("red", "green", "blue"))
     assert torch.allclose(named.module(x), unnamed.module(x)[:, [1, 2, 0]], atol=1e-6)
-    with pytest.raises(BenchError, match="3 others"):
+    with pytest.raises(BenchError, match="3 other names"):
         load(numbered, tmp_path / "m", names=("cat", "dog", "cow"))
 
 
@@ -63,15 +63,15 @@ def test_names_in_the_pretrained_cfg_count_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stated", "says"),
     [
-        ({"label_names": ["cat", "dog", "cow"]}, "config names its 3 classes (label_names: cat, dog, cow)"),
-        ({"label_names": ["red", "green"]}, "names its 2 classes"),
+        ({"label_names": ["cat", "dog", "cow"]}, "config names 3 classes (label_names: cat, dog, cow)"),
+        ({"label_names": ["red", "green"]}, "names 2 classes"),
         ({"label_names": OTHER, "id2label": {"0": "red", "1": "green", "2": "blue"}}, "names its classes twice"),
         ({"label_names": ["red", "red", "blue"]}, "red, red, blue"),
         ({"id2label": {"1": "red", "2": "green", "3": "blue"}}, "must number its classes 0 to 2"),
         ({"label_names": "red"}, "must be a list of names"),
         ({"label_names": [["red"], {}, None]}, "must be a list of names"),
         ({"label2id": {"red": [1], "green": {}, "blue": None}}, "must number its classes"),
-        ({"label_names": ["\x1b[2J" * 99, "b", "c"], "label_descriptions": [3]}, "config names its 3 classes"),
+        ({"label_names": ["\x1b[2J" * 99, "b", "c"], "label_descriptions": [3]}, "config names 3 classes"),
     ],
 )
 def test_a_clash_is_refused(tmp_path: Path, stated: dict[str, Any], says: str) -> None:

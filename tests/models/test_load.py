@@ -31,9 +31,10 @@ from bench.models.load import load_base
 from bench.models.names import blueprint, choose_base
 from bench.options import RunOptions
 from bench.records.record import read_run
-from bench.report import cells, tables
+from bench.report import cells
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
+from bench.text import DASH
 from tests.helpers.hubserver import COMMIT, HubServer
 
 SHARED = Path(os.environ.get("CERTBENCH_SHARED") or Path(__file__).parents[2] / ".." / "shared")
@@ -224,7 +225,7 @@ def test_untrained_shares_the_architecture_and_no_weights(tmp_path: Path) -> Non
 def test_a_pickle_is_refused_whatever_its_suffix(tmp_path: Path, name: str, legacy: bool) -> None:
     torch.save(tiny().state_dict(), tmp_path / name, _use_new_zipfile_serialization=not legacy)
     line = refusal(rgb_card(), str(tmp_path / name))
-    assert "can run code hidden in it" in line
+    assert "can run hidden code" in line
     assert "save_file" in line
 
 
@@ -262,7 +263,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     state = tiny(img_size=8).state_dict()
     state["norm.bias"][0] = float("nan")
     save_file(state, tmp_path / "w.safetensors")
-    assert "norm.bias holds values that are not finite" in refusal(rgb_card(), str(tmp_path / "w.safetensors"))
+    assert "norm.bias has values that are not finite" in refusal(rgb_card(), str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_an_unknown_base_is_one_line(name: str, says: str) -> None:
         ({"model_args": {**ARGS, "nonsense": 1}}, "nonsense"),
         ({"model_args": {**ARGS, "embed_dim": 32}}, "size mismatch for cls_token"),
         ({"pretrained_cfg": {"mean": 3}}, "config is not timm's"),
-        ({"pretrained_cfg": {"mean": [0.5]}}, "3 channels and a mean of 1"),
+        ({"pretrained_cfg": {"mean": [0.5]}}, "3 channels, but 1 values of mean"),
         ({"num_classes": 7}, "head"),
         ({"num_classes": math.inf}, "config is not timm's"),
         ({"pretrained_cfg": [1]}, "pretrained_cfg in its config must be an object"),
@@ -554,7 +555,7 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     assert given.info["defense"]["weights_file"] == "own.safetensors"
     assert given.info["defense"]["trained_elsewhere"] == ["own.safetensors"]
     shown = cells.columns([read_run(given.path)])
-    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", tables.DASH)
+    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", DASH)
 
 
 def test_weights_of_the_base(fast_base: Path, tmp_path: Path) -> None:
@@ -584,7 +585,7 @@ def test_weights_refused(fast_base: Path, tmp_path: Path) -> None:
     key = "model.model.head.weight"
     assert f"{key} has shape [3, 64]" in refused("full", {key: torch.zeros(3, 64)})
     torch.save(base, tmp_path / "w.pth")
-    with pytest.raises(BenchError, match="can run code hidden in it"):
+    with pytest.raises(BenchError, match="can run hidden code"):
         plan("full", fast_base, tmp_path / "w.pth")
     with pytest.raises(BenchError, match="of one defense; --defense names 2"):
         plan("full,none", fast_base, bad)

@@ -317,7 +317,7 @@ def test_retry_after_is_followed_within_bounds(
     [
         ("lora", "defense lora needs WEIGHTS access"),
         ("none,full", "defense full needs WEIGHTS access"),
-        ("retrain", "no architecture to train afresh"),
+        ("retrain", "cannot be trained from scratch"),
         (defense("greedy"), "QUERY access and copies the base"),
     ],
 )

@@ -28,7 +28,7 @@ def test_size_resampling_mean_and_std_come_with_their_source(tmp_path: Path) -> 
     save(tmp_path / "conv", "test_resnet", in_chans=3)
     said = describe(load(card(), tmp_path / "conv"))
     assert "8x8 images are resized to 160x160, bilinear (size: input_size in config.json, which is timm's" in said
-    assert "which is timm's default for test_resnet: change it there if" in said
+    assert "which is timm's default for test_resnet: correct it there if" in said
     config = json.loads((tmp_path / "conv" / "config.json").read_text())
     reconfigure(tmp_path / "conv", pretrained_cfg=config["pretrained_cfg"] | {"input_size": [3, 8, 8]})
     assert "8x8 images are not resized" in describe(load(card(), tmp_path / "conv"))

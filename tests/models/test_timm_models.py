@@ -130,7 +130,7 @@ def test_a_folder_whose_weights_have_another_name_names_them(tmp_path: Path) -> 
     save(tmp_path / "m")
     whole = load(card(), tmp_path / "m").sha256
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "ema.safetensors")
-    assert "has ema.safetensors: give one of them as --base" in refusal(tmp_path / "m")
+    assert "it has ema.safetensors: give one of these as --base" in refusal(tmp_path / "m")
     # Then the folder's config.json describes that file.
     assert load(card(), tmp_path / "m" / "ema.safetensors").sha256 == whole
 
