@@ -119,19 +119,19 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     base.check_unchanged(plan.defense)
     meta = trained.meta if trained else {}
     return Fitted(
-        defense,
-        trained.sha256 if trained else None,
-        None if given else meta.get("train_seconds", 0.0) + used.part_seconds,
-        meta.get("queries", 0),
-        nominal,
-        meta.get("updated", 0),
-        here,
-        elsewhere,
-        used.used,
-        [*used.sources, *([plan.weights.name] if plan.weights and given else [])],
-        used.commits,
-        training.notes,
-        trained is not None or used.asked_train_sigma,
+        defense=defense,
+        sha256=trained.sha256 if trained else None,
+        train_seconds=None if given else meta.get("train_seconds", 0.0) + used.part_seconds,
+        queries=meta.get("queries", 0),
+        nominal=nominal,
+        updated=meta.get("updated", 0),
+        here=here,
+        elsewhere=elsewhere,
+        parts=used.used,
+        sources=[*used.sources, *([plan.weights.name] if plan.weights and given else [])],
+        commits=used.commits,
+        notes=training.notes,
+        uses_train_sigma=trained is not None or used.asked_train_sigma,
     )
 
 
@@ -183,7 +183,9 @@ def _count(defense: Defense) -> tuple[int, int, int]:
     return sum(p.numel() for p in nominal.values()), here, sum(p.numel() for p in foreign)
 
 
-def identity(plan: Plan, base: BaseModel, train: Split, device: torch.device, context: BuildContext) -> dict[str, Any]:
+def weights_identity(
+    plan: Plan, base: BaseModel, train: Split, device: torch.device, context: BuildContext
+) -> dict[str, Any]:
     """Return everything that decides a defense's trained weights, as JSON; ``context`` is that of its construction."""
     default_loss = [plan.objective] if plan.cls.loss is Defense.loss else []
     code = versions.of(*default_loss) | versions.used_by(plan.cls, plan.objective) | context.versions
@@ -247,7 +249,7 @@ def train_or_load(
         return owned, meta
 
     label = f"{plan.card.name}-{plugins.short_name(plan.defense)}-s{plan.train_sigma:g}"
-    return cached_training(label, identity(plan, base, train, device, context_of(defense)), fit_defense)
+    return cached_training(label, weights_identity(plan, base, train, device, context_of(defense)), fit_defense)
 
 
 def _same_as_base(key: str, value: Tensor, before: dict[str, Tensor], base: BaseModel) -> bool:

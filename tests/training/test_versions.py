@@ -167,7 +167,7 @@ def test_weights_depend_on_what_their_defense_uses(
 
     def identity() -> dict[str, Any]:
         built = fitting.construct(of, base, cpu, PartTraining(train, lambda *_: None, most=1))
-        return fitting.identity(of, base, train, cpu, fitting.context_of(built))
+        return fitting.weights_identity(of, base, train, cpu, fitting.context_of(built))
 
     before = identity()
     assert set(before["versions"]) == {"loop"} | uses
