@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bench.data.datasets import load_card
 from bench.interface import Draw
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.process.console import duration
 from bench.process.environment import keep_freed_memory
 from bench.runs.costs import cost_per_vote

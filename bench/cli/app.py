@@ -108,7 +108,7 @@ def run(options: RunOptions, execution: Execution) -> None:
     try:
         outcomes = _on_cluster(plans, execution) if on_ray else _here(plans, execution, shard)
         check_writable(execution.out)
-        with watchdog.limit(execution.timeout):
+        with watchdog.time_limit(execution.timeout):
             for outcome in outcomes:
                 if not isinstance(outcome, DefenseFault):
                     records.append(outcome)

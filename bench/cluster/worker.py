@@ -63,7 +63,7 @@ class Place:
         if Path(self.folder).is_dir():  # a node without it can still draw votes
             os.chdir(self.folder)
         torch.set_num_threads(self.threads)
-        with tempfile.TemporaryDirectory() as folder, watchdog.limit(self.timeout):
+        with tempfile.TemporaryDirectory() as folder, watchdog.time_limit(self.timeout):
             if self.plugins:  # as files, since their source is part of what they train
                 plugins.import_sources(self.plugins, Path(folder))
             yield torch.device(self.device)
@@ -94,7 +94,7 @@ def prepare(place: Place, plan: bytes, out: Path) -> tuple[bytes | BenchError, b
     try:
         with place.entered() as device:
             session, known = Session(device, out, _Silent()), unpack(plan)
-            with recording(session.log_file(known), session.reporter.aloud):
+            with recording(session.log_file(known), session.reporter.terminal):
                 prepared = session.begin(known)
                 header = prepared.header()
             return pack(header), pack(prepared.certifier.to(torch.device("cpu")))

@@ -10,7 +10,7 @@ import torch
 from bench.data.datasets import load_splits
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.models.served import is_url
 from bench.process import environment
 from bench.records.shards import Shard

@@ -15,7 +15,7 @@ from bench.errors import BenchError, note, unknown
 from bench.interface import Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
-from bench.models.base_names import choose_base, most_access
+from bench.models.names import choose_base, most_access
 from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.runs.settings import Values, Variant, variants

@@ -95,7 +95,7 @@ def draw_again(
 
 def _rebuild(record: Record, session: Session, defense: str | None, base: str | None) -> _Rebuilt | str:
     """Prepare the record's run; where that is not possible here, return what differs from the record."""
-    with plugins.only([defense] if defense else []):
+    with plugins.restricted_to([defense] if defense else []):
         run = session.prepare(_plan(record, defense, base))
     if different := [k for k, v in json.loads(json.dumps(run.identity)).items() if record.identity.get(k) != v]:
         return f"cannot be rebuilt here: {', '.join(different)} differ from the record's"

@@ -14,7 +14,7 @@ from typing import Any
 from bench.errors import DefenseFault
 from bench.process import environment
 from bench.process.console import duration
-from bench.process.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog
+from bench.process.runlog import CERTIFY, PERIOD, LoggingReporter, Reporter, RunLog
 from bench.records import fingerprint, metrics
 from bench.records.fingerprint import Fingerprint
 from bench.records.record import Run
@@ -37,7 +37,7 @@ class RunWriter:
 
         Raises BenchError where another process writes it.
         """
-        self.header, self._reporter, self._log = header, Logged(reporter, own_log.write), own_log
+        self.header, self._reporter, self._log = header, LoggingReporter(reporter, own_log.write), own_log
         self.record = Run(out, header.name, header.identity, header.extra, shard)
         done = {c.index for c in self.record.done}
         self.indices: list[int] = header.identity["indices"]

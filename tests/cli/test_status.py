@@ -183,7 +183,7 @@ def test_a_log_that_cannot_be_written_costs_no_certificate(
     monkeypatch.setattr(runlog.RunLog, "move_into", move_into)
     ran = bench(*ONE, "--out", tmp_path)
     assert ran.code == 0
-    assert ran.err.count("has gaps: No space left on device") == 1
+    assert ran.err.count("is incomplete: No space left on device") == 1
     (row,) = rows(bench, tmp_path)
     assert (row["state"], row["done"]) == ("complete", 8)
 

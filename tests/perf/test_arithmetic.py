@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.interface import Draw
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.process.environment import keep_freed_memory
 from bench.runs import fitting

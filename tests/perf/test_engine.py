@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.data.datasets import load_card
 from bench.interface import Draw
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.process.environment import keep_freed_memory
 from bench.smoothing.engine import Device, certify
 from bench.smoothing.fixed import Fixed

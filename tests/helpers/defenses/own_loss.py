@@ -1,4 +1,4 @@
-"""A defense that trains on a loss of its own."""
+"""A defense with its own loss."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Broken on purpose: one logit too few."""
+"""A broken defense: one logit too few."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Broken on purpose: raises when asked for logits."""
+"""A broken defense: ``logits`` raises an error."""
 
 from torch import Tensor
 

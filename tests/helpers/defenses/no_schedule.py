@@ -1,4 +1,4 @@
-"""A layer to train, and no Schedule: the natural first try."""
+"""A defense with a layer to train and no Schedule, as a first attempt may be."""
 
 from torch import Tensor, nn
 

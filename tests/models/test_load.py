@@ -1,4 +1,4 @@
-"""Where base classifiers come from, and what is refused on the way."""
+"""Loading bases: recipes, files, folders, the hub, probes and user weights; and what is refused."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from bench.data.datasets import load_card, load_split
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.io import tensors
-from bench.models import base_names, bases, probe
+from bench.models import probe
 from bench.models.base import BaseModel, Classifier, LocalBase
+from bench.models.load import load_base
+from bench.models.names import blueprint, choose_base
 from bench.options import RunOptions
 from bench.records.record import read_run
 from bench.report import tables
@@ -67,7 +69,7 @@ def splits(digits: Card) -> tuple[Split, Split]:
 
 
 def rgb_card(**changes: object) -> Card:
-    """A made-up data set of 3x8x8 images in three classes."""
+    """Return the card of a made-up data set of 3x8x8 images in three classes."""
     vit = {"model": "vit_tiny_patch16_224", "args": {**ARGS, "img_size": 8}, "schedule": {"epochs": 0.1}}
     fields: dict[str, object] = {
         "name": "rgb",
@@ -97,7 +99,7 @@ def pretrained_cfg(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def folder(path: Path, model: torch.nn.Module) -> Path:
-    """What timm's own push_to_hf_hub writes."""
+    """Write a folder as timm's own push_to_hf_hub does."""
     from timm.models._hub import save_for_hf
 
     save_for_hf(model, str(path), safe_serialization=True)
@@ -106,13 +108,13 @@ def folder(path: Path, model: torch.nn.Module) -> Path:
 
 def load(card: Card, name: str, splits: tuple[Split, Split] | None = None, **given: Path) -> BaseModel:
     train, validation = splits or (SimpleNamespace(names=()), None)
-    return bases.load_base(card, name, train, validation, CPU, quiet, **given)  # type: ignore[arg-type]
+    return load_base(card, name, train, validation, CPU, quiet, **given)  # type: ignore[arg-type]
 
 
 def refusal(card: Card, name: str) -> str:
-    """The one line with which a base is refused."""
+    """Return the one-line error of a refused base."""
     with pytest.raises(BenchError) as e:
-        load(card, base_names.choose_base(card, card.preset, name))
+        load(card, choose_base(card, card.preset, name))
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -155,17 +157,19 @@ def test_bare_file_that_fits_nothing_names_the_key(tmp_path: Path) -> None:
     assert "patch_embed.proj.weight has shape [16, 3, 4, 4], the model's has [16, 3, 8, 8] in recipe vit" in line
 
 
-def test_recipes_of_the_same_shapes_are_not_guessed_between(tmp_path: Path) -> None:
+def test_recipes_of_the_same_shapes_are_ambiguous(tmp_path: Path) -> None:
     recipes = {
         str(heads): {"model": "vit_tiny_patch16_224", "args": {**ARGS, "num_heads": heads}, "schedule": {}}
         for heads in (2, 4)
     }
     save_file(tiny().state_dict(), tmp_path / "w.safetensors")
-    assert "fits the recipes 2 and 4" in refusal(rgb_card(bases=recipes), str(tmp_path / "w.safetensors"))
+    assert "fits several recipes of card rgb: 2 and 4" in refusal(
+        rgb_card(bases=recipes), str(tmp_path / "w.safetensors")
+    )
 
 
 @pytest.mark.parametrize("where", ["metadata", "w.safetensors.json", "w.json"])
-def test_architecture_beside_or_inside_the_file(tmp_path: Path, where: str) -> None:
+def test_architecture_in_a_sidecar_or_in_the_file(tmp_path: Path, where: str) -> None:
     model = tiny()
     config = {"architecture": "vit_tiny_patch16_224", "model_args": ARGS, "num_classes": 3}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in config.items()}
@@ -178,7 +182,7 @@ def test_architecture_beside_or_inside_the_file(tmp_path: Path, where: str) -> N
     assert base.identity()["resize"] == [16, 16]
 
 
-def test_one_classifier_has_one_hash_whatever_it_is_called(tmp_path: Path) -> None:
+def test_a_classifiers_hash_does_not_depend_on_its_name(tmp_path: Path) -> None:
     card = rgb_card()
     first = load(card, str(folder(tmp_path / "a", tiny())))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -194,7 +198,7 @@ def test_resize_is_hashed(tmp_path: Path) -> None:
     assert load(rgb_card(), path).sha256 != load(rgb_card(shape=(3, 16, 16)), path).sha256
 
 
-def test_a_certbench_cached_base_is_accepted_with_its_normalisation(tmp_path: Path) -> None:
+def test_a_cached_base_of_certbench_keeps_its_normalisation(tmp_path: Path) -> None:
     save_file(
         {f"model.{k}": v for k, v in tiny(img_size=8).state_dict().items()}
         | {"mean": torch.full((1, 3, 1, 1), 0.25), "std": torch.ones(1, 3, 1, 1)},
@@ -228,7 +232,7 @@ def test_untrained_shares_the_architecture_and_no_weights(tmp_path: Path) -> Non
 def test_a_pickle_is_refused_whatever_its_suffix(tmp_path: Path, name: str, legacy: bool) -> None:
     torch.save(tiny().state_dict(), tmp_path / name, _use_new_zipfile_serialization=not legacy)
     line = refusal(rgb_card(), str(tmp_path / name))
-    assert "can run code hidden in it" in line
+    assert "can run hidden code" in line
     assert "save_file" in line
 
 
@@ -239,7 +243,7 @@ def test_a_folder_of_pickled_weights_is_refused(tmp_path: Path) -> None:
     assert "no model.safetensors: pickled weights are refused" in refusal(rgb_card(), str(path))
 
 
-def test_no_pickle_is_opened_beside_the_safetensors(tmp_path: Path) -> None:
+def test_no_pickle_in_the_folder_is_opened(tmp_path: Path) -> None:
     path = folder(tmp_path / "m", tiny())
     (path / "pytorch_model.bin").write_bytes(b"not a pickle: opening it would fail")
     load(rgb_card(), str(path))
@@ -250,7 +254,7 @@ def test_every_truncation_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     for size in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
         file.write_bytes(whole[:size])
-        assert "not a whole safetensors file" in refusal(rgb_card(), str(file))
+        assert "corrupt or incomplete safetensors file" in refusal(rgb_card(), str(file))
     rng = np.random.default_rng(0)
     for _ in range(50):
         damaged = bytearray(whole)
@@ -266,15 +270,15 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     state = tiny(img_size=8).state_dict()
     state["norm.bias"][0] = float("nan")
     save_file(state, tmp_path / "w.safetensors")
-    assert "norm.bias holds values that are not finite" in refusal(rgb_card(), str(tmp_path / "w.safetensors"))
+    assert "norm.bias has values that are not finite" in refusal(rgb_card(), str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("dtype", "shape", "size", "says"),
     [
-        ("F8_E4M3", [4], 4, "holds torch.float8_e4m3fn; save it as float32"),
-        ("F4", [8], 4, "holds torch.float4_e2m1fn_x2; save it as"),
-        ("C64", [1], 8, "holds torch.complex64; save it as"),
+        ("F8_E4M3", [4], 4, "is torch.float8_e4m3fn; save it as float32"),
+        ("F4", [8], 4, "is torch.float4_e2m1fn_x2; save it as"),
+        ("C64", [1], 8, "is torch.complex64; save it as"),
         ("F64", [1], 8, "not finite in float32"),
         ("F32", [0, 2**40, 2**40], 0, "fits no base recipe"),
         ("F32", [1] * 100, 4, "x has 100 dimensions"),
@@ -297,20 +301,20 @@ def test_tensors_that_no_base_has(tmp_path: Path, dtype: str, shape: list[int], 
         ("gone/model", "no file gone/model"),
     ],
 )
-def test_a_base_nobody_knows(name: str, says: str) -> None:
+def test_an_unknown_base_is_one_line(name: str, says: str) -> None:
     assert says in refusal(rgb_card(), name)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"architecture": None}, "states no timm architecture"),
+        ({"architecture": None}, "has no timm architecture"),
         ({"architecture": "nonsense"}, "nonsense"),
-        ({"model_args": {**ARGS, "checkpoint_path": "/tmp/x.pt"}}, "may not set checkpoint_path"),
+        ({"model_args": {**ARGS, "checkpoint_path": "/tmp/x.pt"}}, "must not set checkpoint_path"),
         ({"model_args": {**ARGS, "nonsense": 1}}, "nonsense"),
         ({"model_args": {**ARGS, "embed_dim": 32}}, "size mismatch for cls_token"),
         ({"pretrained_cfg": {"mean": 3}}, "config is not timm's"),
-        ({"pretrained_cfg": {"mean": [0.5]}}, "3 channels and a mean of 1"),
+        ({"pretrained_cfg": {"mean": [0.5]}}, "3 channels, but 1 values of mean"),
         ({"num_classes": 7}, "head"),
         ({"num_classes": math.inf}, "config is not timm's"),
         ({"pretrained_cfg": [1]}, "pretrained_cfg in its config must be an object"),
@@ -326,7 +330,7 @@ def test_a_config_that_does_not_fit(tmp_path: Path, change: dict[str, object], s
     assert says in refusal(rgb_card(), str(path.parent))
 
 
-def test_timm_writes_no_name_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_timm_prints_no_untrusted_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = folder(tmp_path / "m", tiny()) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "\x1b[2J"}))
     assert "unknown timm model" in refusal(rgb_card(), str(path.parent))
@@ -378,7 +382,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 @pytest.mark.parametrize("suffix", ["", f"@{COMMIT}"])
 def test_hub_id(server: HubServer, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"hf-hub:me/tiny{suffix}"
-    base = load(rgb_card(), base_names.choose_base(rgb_card(), "quick", name))
+    base = load(rgb_card(), choose_base(rgb_card(), "quick", name))
     assert torch.equal(base.module.state_dict()["model.head.weight"], tiny().state_dict()["head.weight"])
     assert base.name == name
     assert base.meta["source"] | {"sha256": ""} == {
@@ -405,12 +409,12 @@ def test_hub_refusals(server: HubServer) -> None:
     assert "has no model 'me/nobody'" in refusal(rgb_card(), "hf-hub:me/nobody")
     assert "no revision 'v9'" in refusal(rgb_card(), "hf-hub:me/tiny@v9")
     assert "no model.safetensors: pickled weights are refused" in refusal(rgb_card(), "hf-hub:me/pickled")
-    assert "states no timm architecture" in refusal(rgb_card(), "hf-hub:me/other")
+    assert "has no timm architecture" in refusal(rgb_card(), "hf-hub:me/other")
     assert not any("pytorch_model.bin" in request for request in server.requests)
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as s:  # a port where nobody listens
+    with socket.socket() as s:  # a port without a server
         s.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{s.getsockname()[1]}")
     for name in ("timm:test_vit", "hf-hub:me/tiny", "timm/test_vit.r160_in1k"):
@@ -474,14 +478,14 @@ def test_a_base_without_head_is_probed(tmp_path: Path, digits: Card, splits: tup
 def test_a_bare_file_with_other_classes_still_finds_its_recipe(tmp_path: Path, digits: Card) -> None:
     args = digits.bases["vit"].args
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=4, **args).state_dict(), tmp_path / "w.safetensors")
-    assert base_names.blueprint(digits, str(tmp_path / "w.safetensors")).classes == 4
+    assert blueprint(digits, str(tmp_path / "w.safetensors")).classes == 4
 
 
 # --weights -------------------------------------------------------------------------------------------
 
 
 class Quiet:
-    """A reporter that says nothing."""
+    """A reporter that prints nothing."""
 
     def say(self, text: str) -> None:
         pass
@@ -539,18 +543,18 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     trained = session(tmp_path / "a").run(plan(defense, fast_base, None, "epochs=0.2"))
     [stored] = (tmp_path / "cache").glob(f"digits-{defense}-*/weights.safetensors")
     own = shutil.copy(stored, tmp_path / "own.safetensors")
-    stored.parent.rename(tmp_path / "moved")  # so that nothing but the file can serve
+    stored.parent.rename(tmp_path / "moved")  # so that only the file can be used
     given = session(tmp_path / "b").run(plan(defense, fast_base, Path(own), "epochs=0.2"))
     assert not list((tmp_path / "cache").glob(f"digits-{defense}-*"))
     known, unknown = trained.info["identity"], given.info["identity"]
     assert known["defense"].pop("objective") == "gaussian"
-    assert unknown["defense"].pop("objective") is None  # nobody can say what a file was trained on
+    assert unknown["defense"].pop("objective") is None  # unknown for a user's file
     assert unknown == known
     assert [vars(c) | {"seconds": 0} for c in given.certificates] == [
         vars(c) | {"seconds": 0} for c in trained.certificates
     ]
     assert given.info["cost"]["trainable_updated"] == trained.info["cost"]["trainable_updated"]
-    # What somebody else trained, in a time that nobody knows, is not reported as trained here.
+    # Weights trained elsewhere, with unknown cost, are not reported as trained here.
     ours, theirs = trained.info["cost"], given.info["cost"]
     assert (ours["trained_elsewhere"], theirs["trained_here"]) == (0, 0)
     assert theirs["trained_elsewhere"] == ours["trained_here"] > 0
@@ -588,7 +592,7 @@ def test_weights_refused(fast_base: Path, tmp_path: Path) -> None:
     key = "model.model.head.weight"
     assert f"{key} has shape [3, 64]" in refused("full", {key: torch.zeros(3, 64)})
     torch.save(base, tmp_path / "w.pth")
-    with pytest.raises(BenchError, match="can run code hidden in it"):
+    with pytest.raises(BenchError, match="can run hidden code"):
         plan("full", fast_base, tmp_path / "w.pth")
     with pytest.raises(BenchError, match="of one defense; --defense names 2"):
         plan("full,none", fast_base, bad)
@@ -607,7 +611,7 @@ def test_estimate_needs_no_weights(server: HubServer) -> None:
     assert not server.requests
 
 
-# The real one ----------------------------------------------------------------------------------------
+# A real base -----------------------------------------------------------------------------------------
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f"no {REAL}; set CERTBENCH_SHARED")
 
@@ -621,7 +625,7 @@ def test_real_base_finds_its_recipe() -> None:
 
 @real
 def test_probe_of_real_features_is_near_logistic_regression(tmp_path: Path, digits: Card) -> None:
-    """CIFAR-10's ViT on digits it never saw: its features tell them apart, its own head does not fit."""
+    """A ViT trained on CIFAR-10 gets a probe for digits: its features separate them, its own head does not fit."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **load_card("cifar10").bases["vit"].args)
     model.load_state_dict(load_file(REAL))
     model.reset_classifier(7)  # type: ignore[operator]
@@ -643,4 +647,4 @@ def test_real_base_has_its_stated_accuracy(monkeypatch: pytest.MonkeyPatch) -> N
     card = load_card("cifar10")
     split = load_split(card, "test")
     right, total = load(card, str(REAL)).accuracy(split, list(range(0, len(split), 4)))
-    assert abs(right / total - 0.69) < 0.03  # stated of all 9,000; a quarter of them gives +-2%
+    assert abs(right / total - 0.69) < 0.03  # published for all 9,000 images; a quarter of them gives +-2%

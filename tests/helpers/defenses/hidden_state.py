@@ -1,4 +1,4 @@
-"""Broken on purpose: training changes something that is neither a parameter nor a buffer."""
+"""A broken defense: training changes an attribute that is neither a parameter nor a buffer."""
 
 from dataclasses import dataclass
 

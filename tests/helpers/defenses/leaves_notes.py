@@ -1,4 +1,4 @@
-"""Keeps on itself, while it computes, what it is about: sound alone, not with two threads in it at once."""
+"""A defense that stores its input on itself while it computes: sound alone, unsound in two threads at once."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Unsound on purpose: averages over its batch."""
+"""An unsound defense: it averages over its batch."""
 
 from torch import Tensor
 

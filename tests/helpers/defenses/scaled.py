@@ -1,4 +1,4 @@
-"""A trained defense that never sees the base's weights: one factor for each logit."""
+"""A trained defense that only queries the base: one factor for each logit."""
 
 from dataclasses import dataclass
 

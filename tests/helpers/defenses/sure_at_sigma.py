@@ -1,4 +1,4 @@
-"""A defense that tells at which noise level it was called: class 1 where it is the configured one, else class 0."""
+"""A defense that reveals the noise level of its call: class 1 for the configured level, else class 0."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A run's first lines: how its base sees an image, and a warning where it does no better than guessing."""
+"""A run's first lines: its base's preprocessing, and a warning for an accuracy no better than guessing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import flop_counter
 
 from bench import plugins
-from bench.models.statement import described, guesses
+from bench.models.summary import describe, may_be_guessing
 from tests.helpers.commands import TINY, Result
 from tests.helpers.timmfolders import card, load, reconfigure, save
 
@@ -22,19 +22,19 @@ Bench = Callable[..., Result]
 
 def test_size_resampling_mean_and_std_come_with_their_source(tmp_path: Path) -> None:
     save(tmp_path / "vit")
-    assert described(load(card(), tmp_path / "vit")).startswith(
-        "base vit: 8x8 images are taken as they are; mean 0.5, std 0.5 (from config.json)"
+    assert describe(load(card(), tmp_path / "vit")).startswith(
+        "base vit: 8x8 images are not resized; mean 0.5, std 0.5 (from config.json)"
     )
     save(tmp_path / "conv", "test_resnet", in_chans=3)
-    said = described(load(card(), tmp_path / "conv"))
+    said = describe(load(card(), tmp_path / "conv"))
     assert "8x8 images are resized to 160x160, bilinear (size: input_size in config.json, which is timm's" in said
-    assert "which is timm's default for test_resnet: change it there if" in said
+    assert "which is timm's default for test_resnet: correct it there if" in said
     config = json.loads((tmp_path / "conv" / "config.json").read_text())
     reconfigure(tmp_path / "conv", pretrained_cfg=config["pretrained_cfg"] | {"input_size": [3, 8, 8]})
-    assert "8x8 images are taken as they are" in described(load(card(), tmp_path / "conv"))
+    assert "8x8 images are not resized" in describe(load(card(), tmp_path / "conv"))
     config["pretrained_cfg"] = {"input_size": [3, 12, 12], "std": [0.1, 0.2, 0.3]}
     (tmp_path / "conv" / "config.json").write_text(json.dumps(config))
-    said = described(load(card(), tmp_path / "conv"))
+    said = describe(load(card(), tmp_path / "conv"))
     assert "resized to 12x12, bilinear (size: input_size in config.json); mean" in said
     assert "(from timm's default for test_resnet)" in said  # one of the two
 
@@ -42,12 +42,12 @@ def test_size_resampling_mean_and_std_come_with_their_source(tmp_path: Path) -> 
 def test_a_bare_file_and_a_sidecar_name_theirs(tmp_path: Path) -> None:
     save(tmp_path / "m")
     file = (tmp_path / "m" / "model.safetensors").rename(tmp_path / "w.safetensors")
-    assert "mean 0.4 0.5 0.6, std 0.2 (from the card)" in described(load(card(), file))
+    assert "mean 0.4 0.5 0.6, std 0.2 (from the card)" in describe(load(card(), file))
     (tmp_path / "m" / "config.json").rename(tmp_path / "w.json")
-    assert "mean 0.5, std 0.5 (from w.json)" in described(load(card(), file))
+    assert "mean 0.5, std 0.5 (from w.json)" in describe(load(card(), file))
     config = json.loads((tmp_path / "w.json").read_text())
     (tmp_path / "w.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pretrained_cfg"}))
-    assert "mean 0.4 0.5 0.6, std 0.2 (from the card)" in described(load(card(), file))
+    assert "mean 0.4 0.5 0.6, std 0.2 (from the card)" in describe(load(card(), file))
 
 
 def test_first_lines_and_record_hold_it_and_guessing_is_warned_of(bench: Bench, tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ def test_first_lines_and_record_hold_it_and_guessing_is_warned_of(bench: Bench, 
     result = bench(*args, "--base", tmp_path / "base")
     assert result.code == 0, result.err
     first, second = result.err.splitlines()[:2]
-    assert first.startswith("base base: 8x8 images are taken as they are; mean 0.5")
-    assert "clean validation images, which guessing among 10 classes can reach too" in second
+    assert first.startswith("base base: 8x8 images are not resized; mean 0.5")
+    assert "clean validation images correctly, no better than guessing among 10 classes" in second
     (record,) = (tmp_path / "runs").glob("*/run.json")
     seen = json.loads(record.read_text())["base"]["preprocessing"]
     assert (seen["size"], seen["mean"], seen["normalisation_from"]) == ([8, 8], [0.5] * 3, "config.json")
@@ -81,7 +81,7 @@ def test_first_lines_and_record_hold_it_and_guessing_is_warned_of(bench: Bench, 
     ],
 )
 def test_what_guessing_reaches(right: int, total: int, classes: int, expected: bool) -> None:
-    assert guesses(right, total, classes) == expected
+    assert may_be_guessing(right, total, classes) == expected
 
 
 def test_what_a_defense_notes_is_printed_once_and_recorded(bench: Bench, tmp_path: Path) -> None:
@@ -104,7 +104,9 @@ def test_every_defenses_operations_are_counted_in_a_dry_run(bench: Bench, tmp_pa
     assert json.loads(result.out)[0]["flops_per_vote"] > 0
 
 
-def test_a_counter_that_fails_ends_no_dry_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_continues_without_a_working_counter(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **more: Any) -> None:
         raise AttributeError("no next_functions")
 

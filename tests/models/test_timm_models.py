@@ -1,4 +1,4 @@
-"""What is loaded is what was stored, or a run says how it differs, or refuses it."""
+"""Loaded tensors equal the stored ones, differences are reported, or the file is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from timm.models._hub import save_for_hf
 from torch import Tensor
 
 from bench.errors import BenchError
-from bench.models.statement import described
+from bench.models.summary import describe
 from tests.helpers.timmfolders import VIT, card, load, reconfigure, rewrite, save
 
 GAP = "vit_base_patch16_siglip_gap_224"  # a family that timm loads without strict
@@ -35,7 +35,7 @@ def refusal(base: Path) -> str:
         (lambda s: {k: v for k, v in s.items() if "blocks.1." not in k}, "blocks.1"),
         (lambda s: {k: v for k, v in s.items() if k != "head.bias"}, "head.bias"),
         (lambda s: s | {"blocks.2.norm1.weight": torch.ones(16)}, "blocks.2.norm1.weight"),
-        (lambda s: s | {"head.weight": (100 * s["head.weight"]).to(torch.int8)}, "head.weight holds torch.int8"),
+        (lambda s: s | {"head.weight": (100 * s["head.weight"]).to(torch.int8)}, "head.weight is torch.int8"),
         (lambda s: {"module." + k: v for k, v in s.items()}, "prefix 'module.'"),
         (lambda s: {"module._orig_mod." + k: v for k, v in s.items()}, "prefix 'module._orig_mod.'"),
         (lambda s: {"model." + k: v for k, v in s.items()} | {"loss.scale": torch.ones(1)}, "prefix 'model.'"),
@@ -62,18 +62,18 @@ def test_the_command_in_the_refusal_removes_the_prefix(tmp_path: Path, monkeypat
     assert load(card(), tmp_path / "m").sha256 == before
 
 
-def test_parts_that_the_model_is_made_without_are_stated(tmp_path: Path) -> None:
+def test_parts_that_the_model_lacks_are_reported(tmp_path: Path) -> None:
     save(tmp_path / "m", GAP, **VIT)
     before = load(card(), tmp_path / "m").sha256
     rewrite(tmp_path / "m", lambda s: s | {"attn_pool.latent": torch.ones(2)})
     base = load(card(), tmp_path / "m")
     assert base.sha256 == before
-    assert "the model has no such part: attn_pool" in described(base)
+    assert "the model has no such part: attn_pool" in describe(base)
     assert base.meta["source"]["remarks"]
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float16, False), (torch.bfloat16, False), (torch.float64, True)])
-def test_another_precision_is_stated_and_is_what_was_stored(tmp_path: Path, dtype: torch.dtype, exact: bool) -> None:
+def test_another_precision_is_reported_and_computed_in_float32(tmp_path: Path, dtype: torch.dtype, exact: bool) -> None:
     model = save(tmp_path / "m")
     before = load(card(), tmp_path / "m").sha256
     rewrite(tmp_path / "m", lambda s: {k: v.to(dtype) for k, v in s.items()})
@@ -81,13 +81,13 @@ def test_another_precision_is_stated_and_is_what_was_stored(tmp_path: Path, dtyp
     for key, value in model.state_dict().items():
         assert torch.equal(base.module.state_dict()[f"model.{key}"], value.to(dtype).float())
     assert (base.sha256 == before) == exact
-    assert f"stored as {str(dtype).removeprefix('torch.')}, computed in float32" in described(base)
+    assert f"stored as {str(dtype).removeprefix('torch.')}, computed in float32" in describe(base)
 
 
-def test_what_timm_resizes_is_stated(tmp_path: Path) -> None:
+def test_what_timm_resizes_is_reported(tmp_path: Path) -> None:
     save(tmp_path / "m")
     reconfigure(tmp_path / "m", model_args=VIT | {"img_size": 16})
-    said = described(load(card(), tmp_path / "m"))
+    said = describe(load(card(), tmp_path / "m"))
     assert "pos_embed resized from 1x5x16 to 1x17x16" in said
     assert "8x8 images are resized to 16x16, bilinear" in said
 
@@ -116,21 +116,21 @@ def test_shards_and_rounded_variants_are_read(tmp_path: Path) -> None:
     index = tmp_path / "m" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     assert load(card(), tmp_path / "m").sha256 == whole.sha256
-    # An index that leaves a tensor out, or leads elsewhere, is not followed.
+    # An index that omits a tensor, or names files elsewhere, is refused.
     index.write_text(json.dumps({"weight_map": {k: v for k, v in places.items() if k != names[0]}}))
-    assert f"{names[0]} is in only one of it and" in refusal(tmp_path / "m")
+    assert f"disagree on {names[0]}, which only one" in refusal(tmp_path / "m")
     index.write_text(json.dumps({"weight_map": {names[0]: "../m/x.safetensors"}}))
     assert "must name .safetensors files of its own folder" in refusal(tmp_path / "m")
     index.unlink()
     save_file({k: v.half() for k, v in state.items()}, tmp_path / "m" / "model.fp16.safetensors")
-    assert "stored as float16" in described(load(card(), tmp_path / "m"))
+    assert "stored as float16" in describe(load(card(), tmp_path / "m"))
 
 
 def test_a_folder_whose_weights_have_another_name_names_them(tmp_path: Path) -> None:
     save(tmp_path / "m")
     whole = load(card(), tmp_path / "m").sha256
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "ema.safetensors")
-    assert "has ema.safetensors: give one of them as --base" in refusal(tmp_path / "m")
+    assert "it has ema.safetensors: give one of these as --base" in refusal(tmp_path / "m")
     # Then the folder's config.json describes that file.
     assert load(card(), tmp_path / "m" / "ema.safetensors").sha256 == whole
 
@@ -152,10 +152,10 @@ def test_transformers_timm_folders_are_read_once_their_prefix_is_gone(tmp_path: 
     transformers.TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "m")
     assert "prefix 'timm_model.'" in refusal(tmp_path / "m")
     rewrite(tmp_path / "m", lambda s: {k.removeprefix("timm_model."): v for k, v in s.items()})
-    assert "put into the order of card rgb" in described(load(card(), tmp_path / "m"))
+    assert "permuted into the order of card rgb" in describe(load(card(), tmp_path / "m"))
 
 
-def test_the_digits_baseline_is_the_base_it_was() -> None:
+def test_the_digits_baseline_is_unchanged() -> None:
     from bench.data.datasets import load_card
 
     root = Path(__file__).parents[2]

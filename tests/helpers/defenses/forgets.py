@@ -1,4 +1,4 @@
-"""Its merge leaves out a layer that it trained: another network is certified."""
+"""An unsound merge: it drops a trained layer, so another network would be certified."""
 
 from dataclasses import dataclass
 

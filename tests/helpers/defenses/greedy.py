@@ -1,4 +1,4 @@
-"""Broken on purpose: declares QUERY access and takes the weights."""
+"""A broken defense: it declares QUERY access and copies the weights."""
 
 from torch import Tensor
 

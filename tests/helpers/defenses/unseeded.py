@@ -1,4 +1,4 @@
-"""Unsound on purpose: draws randomness that no key decides."""
+"""An unsound defense: its randomness does not depend on the vote's key."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Broken on purpose, in a way and from a call on that its configuration says; sound before."""
+"""A defense that breaks at call number ``after``; ``how`` chooses the fault."""
 
 import hashlib
 import time
@@ -12,7 +12,7 @@ from bench.interface import Access, Defense, Draw
 
 
 class Faulty(Defense):
-    """Asks the base, and does what ``how`` says from call number ``after`` on."""
+    """The base's logits, with a fault from call number ``after`` on."""
 
     access = Access.QUERY
 
@@ -20,7 +20,7 @@ class Faulty(Defense):
     class Config:
         how: Literal["raises", "shape", "nan", "drifts", "sleeps", "computes", "greedy"] = "raises"
         after: int = 0
-        rows: int = 64  # greedy: more do not fit into its memory
+        rows: int = 64  # greedy: the most rows that fit into its memory
 
     def build(self) -> None:
         self.calls = 0
@@ -41,7 +41,7 @@ class Faulty(Defense):
                 return logits + 1e-3 * logits.sin()
             case "sleeps":
                 time.sleep(600)
-            case "computes":  # in C, where no signal is heeded
+            case "computes":  # in C, where signals are not handled
                 hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
             case "greedy":
                 if len(x) > self.config.rows:

@@ -1,4 +1,4 @@
-"""Sound at first sight, and no one fixed function of one image: in the way that ``how`` says."""
+"""An unsound defense that looks sound: ``how`` chooses why its logits are not a fixed function of one image."""
 
 import hashlib
 import random
@@ -17,7 +17,7 @@ from bench.interface import Access, Defense, Draw
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote
 
-BUFFER: dict[torch.Size, Tensor] = {}  # which the copies of several threads share
+BUFFER: dict[torch.Size, Tensor] = {}  # shared by the copies of several threads
 
 
 class Careless(Defense):
@@ -40,10 +40,10 @@ class Careless(Defense):
             "ties",
             "memorises",
         ] = "ties"
-        card: str = ""  # whose labels a cheat looks up
-        after: int = 0  # calls before it begins
-        flag: str = ""  # a file without which it does not drift
-        n: int = 100  # votes that one who knows the seed prepares for
+        card: str = ""  # the card whose labels it looks up
+        after: int = 0  # calls before it starts
+        flag: str = ""  # it drifts only if this file exists
+        n: int = 100  # votes of an image that knows_the_seed prepares for
 
     def build(self) -> None:
         self.calls, self.shift, self.seen = 0, torch.zeros(()), set[bytes]()
@@ -60,7 +60,7 @@ class Careless(Defense):
         return torch.from_numpy(split.labels), torch.from_numpy(split.integers())
 
     def _foresee(self) -> dict[Any, int]:
-        """The labels of images, or of all their noisy copies by seed 0."""
+        """Return the labels of images, or of all their noisy copies with seed 0."""
         labels, images = self._truth()
         if self.config.how == "memorises":
             return {i: int(y) for i, y in enumerate(labels)}
@@ -73,7 +73,7 @@ class Careless(Defense):
         return known
 
     def _from_truth(self, draw: Draw) -> Tensor:
-        """The right class, looked up by what the keys of a draw say."""
+        """Return the true class, looked up by the keys of a draw."""
         labels = self._truth()[0]
         at = torch.tensor([vote.image % len(labels) for vote in draw._votes])  # type: ignore[attr-defined]
         return F.one_hot(labels[at], 10).float()
@@ -119,7 +119,7 @@ class Careless(Defense):
                 return out
             case "ties":
                 return base(x).round()
-            case "memorises":  # the nearest image that it has seen: a fixed function of the noisy one
+            case "memorises":  # the nearest test image: a fixed function of the noisy image
                 images = self._truth()[1].flatten(1) / 16
                 nearest = torch.cdist(x.flatten(1), images).argmin(1)
                 return F.one_hot(torch.tensor([self.known[int(i)] for i in nearest]), 10).float()

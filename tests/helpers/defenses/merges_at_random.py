@@ -1,4 +1,4 @@
-"""Careless: merging draws from torch's global state, too little for the check that merges change no logits."""
+"""An unsound merge: it draws from torch's global state, but changes logits too little for the merge check."""
 
 import torch
 from torch import Tensor
