@@ -1,4 +1,4 @@
-"""The options of ``bench run`` that decide what is certified."""
+"""Options of ``bench run`` that decide what is certified."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from bench.errors import BenchError
 
 
-def option(help: str, default: Any = MISSING, flag: str | None = None) -> Any:
-    """A field of ``RunOptions`` with its text for ``--help``; ``flag``: its name where the field's does not give it."""
-    metadata = {"help": help, "flag": flag}
+def option(
+    help: str, default: Any = MISSING, flag: str | None = None, metavar: str | None = None, minimum: float | None = None
+) -> Any:
+    """Make a dataclass field that is an option of the command line.
+
+    ``help`` is its text for ``--help``; ``flag`` its name, by default the field's; ``metavar`` stands for its value.
+    """
+    metadata = {"help": help, "flag": flag, "metavar": metavar, "minimum": minimum}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
 def flag(one: Field[Any]) -> str:
-    """The name of an option on the command line."""
+    """Return the name of an option on the command line."""
     return one.metadata["flag"] or f"--{one.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options as typed, unchecked: ``runs.plan.make_plans`` turns them into runs.
+    """Options as given, unchecked: ``runs.plan.make_plans`` turns them into runs.
 
-    A record keeps those of its run under ``arguments``, so that the run can be repeated.
+    A record keeps the options of its run under ``arguments``, so that the run can be repeated.
     """
 
     defenses: str = option(
@@ -42,7 +45,9 @@ class RunOptions:
         "http://HOST/v2/models/NAME; default: the card's for the preset.",
         None,
     )
-    weights: str | None = option("Certify these weights of the defense (of the base, for none); train nothing.", None)
+    weights: str | None = option(
+        "Certify these weights of the defense (of the base, for none); train nothing.", None, metavar="<path>"
+    )
     preset: str | None = option("quick, standard or paper; default: the card's.", None)
     split: str = option("test; or validation, to choose sigma by: never in one table with test.", "test")
     examples: str | None = option("N images, class-balanced, or every:K.", None)
@@ -75,6 +80,8 @@ class RunOptions:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> RunOptions:
         """Read the arguments of a record. Raises BenchError naming the first that ``bench run`` does not take."""
+        from pydantic import TypeAdapter, ValidationError  # here, so that bench --help need not load it
+
         try:
             return TypeAdapter(cls).validate_json(json.dumps(arguments), strict=True)
         except ValidationError as e:
@@ -82,16 +89,16 @@ class RunOptions:
             raise BenchError(f"arguments: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     def record(self) -> dict[str, Any]:
-        """The arguments as a record keeps them, JSON-able."""
+        """Return the options as a record keeps them, JSON-able."""
         return asdict(self) | {"settings": list(self.settings), "search": list(self.search)}
 
     def command(self, *more: str) -> str:
-        """The command line of these options, with more words at its end."""
+        """Return the command line of these options, with more words at its end."""
         return command(self.record(), *more)
 
 
 def command(arguments: Mapping[str, Any], *more: str) -> str:
-    """The command line that a record's arguments stand for, as far as they are there; defaults are left out."""
+    """Return the command line of a record's arguments, without defaults and without what the record lacks."""
     words = ["bench", "run"]
     for one in fields(RunOptions):
         value = arguments.get(one.name)

@@ -1,14 +1,14 @@
-"""What certification should cost, from votes, operations a vote and a device's speed; checked on this machine.
+"""Predict the cost of certification from votes, operations a vote and a device's speed; check it on this machine.
 
     python scripts/cost_model.py [--flops 1e14,4e14] [--gpus 1,8] [--rounds N]
 
-The model: seconds = votes x (seconds of noise a vote + FLOPs a vote / achieved FLOP/s) / cores, noise being
-a + b x pixels; with a GPU the larger of the two, noise being shared by the threads that draw it. All three are
-measured on single blocks of votes; they then predict whole runs of the engine, those of an architecture by its own
-FLOP/s and by another's. FLOPs are those of torch's counter, two for each multiply-add. Seconds are the processor's, on
-one thread: those of an idle core, whoever else is at work.
+The model: seconds = votes x (seconds of noise a vote + FLOPs a vote / achieved FLOP/s) / cores, where noise is
+a + b x pixels; on a GPU the larger of the two terms, where several threads share the noise. a, b and FLOP/s are
+measured on single blocks of votes; they then predict whole runs of the engine, with the FLOP/s of the same and of
+another architecture. FLOPs are those of torch's counter, two for each multiply-add. Seconds are processor time on
+one thread, so other processes do not count.
 
-``--flops`` are the reader's: what a GPU achieves on a ViT-B/16, an assumption of the second table.
+``--flops``: FLOP/s that a GPU achieves on a ViT-B/16, an assumption of the second table.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from bench.data.datasets import load_card
 from bench.interface import Draw
-from bench.models.arithmetic import steady
-from bench.models.bases import untrained_base
+from bench.models.arithmetic import deterministic
+from bench.models.load import untrained_base
 from bench.process.console import duration
 from bench.process.environment import keep_freed_memory
 from bench.runs.costs import cost_per_vote
@@ -52,7 +52,7 @@ SIZES = ((2, 1000), (4, 400), (3, 2000))  # images and n of the runs predicted
 
 @dataclass(frozen=True)
 class Subject:
-    """An architecture with random weights on made-up images: neither changes what a vote costs."""
+    """An architecture with random weights and random images: neither changes the cost of a vote."""
 
     name: str
     net: nn.Module
@@ -61,7 +61,7 @@ class Subject:
 
     @cached_property
     def task(self) -> Task:
-        """Certifying made-up images with grid noise."""
+        """Certify random images with grid noise."""
         noise = Noise(0, "test")
         pixels = np.random.default_rng(0).integers(0, self.levels, (4, *self.shape)).astype(np.uint8)
         noisy = GridNoise(noise, SIGMA, self.levels).inputs
@@ -70,23 +70,23 @@ class Subject:
 
     @property
     def pixels(self) -> int:
-        """Noise values a vote."""
+        """Count the noise values of a vote."""
         return int(np.prod(self.shape))
 
     def model(self, x: Tensor, draw: Draw) -> Tensor:
-        """Logits."""
+        """Compute logits."""
         out: Tensor = self.net(x)
         return out
 
     @cached_property
     def flops(self) -> float:
-        """Operations a vote, as records state them."""
+        """Count the operations of a vote, as records do."""
         found = cost_per_vote(self.model, self.task, 0).flops
         assert found
         return found
 
     def block(self) -> tuple[float, float]:
-        """Seconds of noise, and seconds of the forward pass, of one block."""
+        """Time the noise and the forward pass of one block, in seconds."""
         votes = [Vote("check", 0, i) for i in range(self.task.block)]
         images = self.task.repeated(0)
         began = time.process_time()
@@ -96,14 +96,14 @@ class Subject:
         return drawn - began, time.process_time() - drawn
 
     def draw(self, votes: int) -> float:
-        """Seconds of drawing the noise of so many votes."""
+        """Time the noise of ``votes`` votes, in seconds."""
         noise = GridNoise(Noise(0, "test"), SIGMA, self.levels)
         began = time.process_time()
         noise.draw([Vote("check", 0, i) for i in range(votes)], self.pixels)
         return time.process_time() - began
 
     def run(self, images: int, n: int) -> float:
-        """Seconds of certifying so many images."""
+        """Time the certification of ``images`` images, in seconds."""
         fixed = Fixed(N0, n, ALPHA)
         began = time.process_time()
         found = list(
@@ -114,7 +114,7 @@ class Subject:
 
 
 def subjects() -> Iterator[Subject]:
-    """What is compared."""
+    """Make the architectures to compare."""
     for name in ("digits", "cifar10"):
         card = load_card(name)
         base = untrained_base(card, "vit", CPU)
@@ -123,7 +123,7 @@ def subjects() -> Iterator[Subject]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Timing:
     """Medians over the rounds."""
 
     noise: float  # seconds a vote
@@ -131,8 +131,8 @@ class Measured:
     runs: list[float]  # seconds, in the order of SIZES
 
 
-def measure(found: list[Subject], rounds: int) -> dict[str, Measured]:
-    """Everything in turn, round after round, since this machine may be shared."""
+def measure(found: list[Subject], rounds: int) -> dict[str, Timing]:
+    """Time everything in turn, round after round, since this machine may be shared."""
     blocks: dict[str, list[tuple[float, float]]] = {s.name: [] for s in found}
     runs: dict[str, list[list[float]]] = {s.name: [] for s in found}
     for s in found:
@@ -146,13 +146,13 @@ def measure(found: list[Subject], rounds: int) -> dict[str, Measured]:
     for s in found:
         noise, forward = (statistics.median(column) for column in zip(*blocks[s.name], strict=True))
         seconds = [statistics.median(column) for column in zip(*runs[s.name], strict=True)]
-        result[s.name] = Measured(noise / s.task.block, s.flops * s.task.block / forward, seconds)
+        result[s.name] = Timing(noise / s.task.block, s.flops * s.task.block / forward, seconds)
     return result
 
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of noise: so many a vote, and so many a pixel more."""
+    """Seconds of noise: a constant a vote, and a slope a pixel."""
 
     vote: float
     pixel: float
@@ -162,20 +162,20 @@ class Line:
 
 
 def predicted(s: Subject, images: int, n: int, noise: float, speed: float) -> float:
-    """The model, for one process; a block is computed whole, the last one too."""
+    """Predict the seconds of one process; the last block is computed whole too."""
     votes = -(-images * (N0 + n) // s.task.block) * s.task.block
     return votes * (noise + s.flops / speed)
 
 
-def line(found: list[Subject], measured: dict[str, Measured]) -> Line:
-    """The noise of the smallest and of the largest images, and what lies between them."""
+def line(found: list[Subject], measured: dict[str, Timing]) -> Line:
+    """Fit the line through the noise of the smallest and the largest images."""
     small, *_, large = sorted(found, key=lambda s: s.pixels)
     pixel = (measured[large.name].noise - measured[small.name].noise) / (large.pixels - small.pixels)
     return Line(measured[small.name].noise - small.pixels * pixel, pixel)
 
 
-def check(found: list[Subject], measured: dict[str, Measured], noise: Line) -> list[list[object]]:
-    """Predictions of runs beside what they took: by the architecture's own FLOP/s, and by those of ``OTHER``."""
+def check(found: list[Subject], measured: dict[str, Timing], noise: Line) -> list[list[object]]:
+    """Compare runs with predictions, by the architecture's own FLOP/s and by those of ``OTHER``."""
     rows: list[list[object]] = []
     for s in found:
         own = measured[s.name]
@@ -187,7 +187,7 @@ def check(found: list[Subject], measured: dict[str, Measured], noise: Line) -> l
 
 
 def imagenet(speeds: list[float], gpus: list[int]) -> tuple[str, list[list[object]]]:
-    """Hours of one defense at the paper's settings with a ViT-B/16, for speeds that are the reader's."""
+    """Predict the hours of one defense at the paper's settings with a ViT-B/16, for given speeds."""
     card = load_card("imagenet")
     paper, meta = card.presets["paper"], torch.device("meta")
     images = IMAGENET_VALIDATION // int(str(paper.examples).removeprefix("every:"))
@@ -196,7 +196,7 @@ def imagenet(speeds: list[float], gpus: list[int]) -> tuple[str, list[list[objec
     found = cost_per_vote(vit.model, replace(vit.task, device=meta), 0).flops
     assert found
     noise = statistics.median(vit.draw(TILE) for _ in range(9)) / TILE
-    said = (
+    summary = (
         f"{images} images x {paper.n0 + paper.n:,} votes = {votes:,} votes of {found / 1e9:.2f} GFLOPs "
         f"= {votes * found:.3g} FLOPs; noise for {vit.pixels:,} pixels a vote: {noise * 1e3:.2f} ms here"
     )
@@ -205,7 +205,7 @@ def imagenet(speeds: list[float], gpus: list[int]) -> tuple[str, list[list[objec
         drawn, computed = votes * noise / count, votes * found / speed / count
         shared = drawn / THREADS
         rows.append([f"{speed:.3g}", count, *map(duration, (drawn, shared, computed, max(shared, computed)))])
-    return said, rows
+    return summary, rows
 
 
 def main() -> None:
@@ -217,17 +217,17 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    with steady(), torch.inference_mode():
+    with deterministic(), torch.inference_mode():
         found = list(subjects())
         measured = measure(found, given.rounds)
         noise = line(found, measured)
-        said, rows = imagenet([float(v) for v in given.flops.split(",")], [int(v) for v in given.gpus.split(",")])
+        summary, rows = imagenet([float(v) for v in given.flops.split(",")], [int(v) for v in given.gpus.split(",")])
     head = ["model", "GFLOPs / vote", "GFLOP/s", "images", "n", "took (s)", "predicted (s)", "error"]
     print(f"noise: {noise.vote * 1e6:.1f} us a vote and {noise.pixel * 1e9:.1f} ns a pixel\n")
     head.append(f"error at the GFLOP/s of the {OTHER}")
     print(tabulate(check(found, measured, noise), head, "github", disable_numparse=True))
-    print(f"\n{said}\n")
-    head = ["FLOP/s of a GPU (assumed)", "GPUs", "noise, 1 thread", f"{THREADS} threads", "forward passes", "in all"]
+    print(f"\n{summary}\n")
+    head = ["FLOP/s of a GPU (assumed)", "GPUs", "noise, 1 thread", f"{THREADS} threads", "forward passes", "total"]
     print(tabulate(rows, head, "github", disable_numparse=True))
 
 

@@ -179,7 +179,7 @@ def resumptions(out: Path, images: int, interruptions: int) -> list[tuple[int, f
     Raises AssertionError where its records differ from those of an uninterrupted run.
     """
     card = made_up_card(out / "data", images)
-    half_space = TESTS / "plugins" / "half_space.py"  # almost free, so that records dominate the time
+    half_space = TESTS / "helpers" / "defenses" / "half_space.py"  # costs little, so that the records are timed
     command = ["run", "--defense", half_space, "--set", "threshold=0.5", "--dataset", card, "--device", "cpu"]
     assert bench(*command, "--out", out / "whole") == 0
     rows: list[tuple[int, float, float]] = []

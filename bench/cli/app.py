@@ -8,29 +8,36 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.cli.options import AsJson, Out, print_findings, print_table
+from bench.cli.options import AsJson, Execution, Out, print_findings, print_table, with_options
 from bench.cli.records import app as records_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
+from bench.options import RunOptions
 from bench.process import watchdog
+
+if TYPE_CHECKING:  # these import torch
+    from bench.records.record import Record
+    from bench.records.shards import Shard
+    from bench.runs.estimate import Estimate
+    from bench.runs.plan import Plan
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
     add_completion=False,
-    rich_markup_mode=None,  # it takes [ray] for a colour and leaves it out
+    rich_markup_mode=None,  # rich would drop [ray] as markup
     pretty_exceptions_enable=False,
 )
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: errors a user can mend are one line; exit codes as in the README."""
+    """Run a command: errors that a user can fix are one line; exit codes as in the README."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names in records may be no text that a terminal can take
+        if isinstance(stream, io.TextIOWrapper):  # names in records may not be encodable
             stream.reconfigure(errors="backslashreplace")
     typed = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
@@ -44,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        _fail(f"cannot write {e.filename or 'a file'}: {e.strerror}; free space, and type the same command again", 2)
+        _fail(f"cannot write {e.filename or 'a file'}: {e.strerror}; free space, then repeat the command", 2)
     except Exception as e:
         if hasattr(e, "format_message"):  # click's usage errors
             _fail(e.format_message() + hint(typed, e.format_message()), 2)
@@ -52,12 +59,12 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-LISTS = ("--defense", "--sigma", "--seed", "--arithmetic")  # options of which one value has commas in it
+LISTS = ("--defense", "--sigma", "--seed", "--arithmetic")  # options that take several values with commas
 REPEATED = ("--set", "--search")
 
 
 def hint(typed: Sequence[str], problem: str) -> str:
-    """How to give an option several values, where the problem is that blanks stand between them."""
+    """Explain how to give an option several values, where they were separated by blanks."""
     if "unexpected extra argument" not in problem:
         return ""
     for start, option in enumerate(typed):
@@ -65,9 +72,9 @@ def hint(typed: Sequence[str], problem: str) -> str:
         after = itertools.takewhile(lambda word: not word.startswith("--"), typed[start + 1 :])
         values = [*([value] if equals else []), *after]
         if len(values) > 1 and name in LISTS:
-            return f"; several values go with commas between: {name} {','.join(v.strip(',') for v in values)}"
+            return f"; separate values with commas: {name} {','.join(v.strip(',') for v in values)}"
         if len(values) > 1 and name in REPEATED:
-            return f"; give the option again for each: {' '.join(f'{name} {v}' for v in values)}"
+            return f"; repeat the option for each: {' '.join(f'{name} {v}' for v in values)}"
     return ""
 
 
@@ -77,136 +84,31 @@ def _fail(message: str, code: int) -> None:
 
 
 @app.command()
-def run(
-    defense: Annotated[
-        str, typer.Option(help="Names or ./file.py, with commas between, or all that the card has a base for.")
-    ],
-    dataset: Annotated[str, typer.Option(help="A card's name or ./card.toml.")],
-    sigma: Annotated[
-        str, typer.Option(help="Noise of the certificate, in pixels of [0, 1]; several with commas.")
-    ] = ".25",
-    train_sigma: Annotated[float | None, typer.Option(help="Noise while training; default: sigma.")] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or "
-            "http://HOST/v2/models/NAME; default: the card's for the preset."
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Certify these weights of the defense (of the base, for none); train nothing.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="quick, standard or paper; default: the card's.")] = None,
-    split: Annotated[
-        str, typer.Option(help="test; or validation, to choose sigma by: never in one table with test.")
-    ] = "test",
-    examples: Annotated[str | None, typer.Option(help="N images, class-balanced, or every:K.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Votes that bound the probability, per image.")] = None,
-    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class, per image.")] = None,
-    alpha: Annotated[float, typer.Option(help="Failure probability of each certificate.")] = 0.001,
-    objective: Annotated[
-        str, typer.Option(help="Training objective: gaussian, stability, consistency or dign.")
-    ] = "gaussian",
-    procedure: Annotated[
-        str,
-        typer.Option(help="fixed: n votes an image (Cohen et al.); anytime: stop as soon as the answer is known."),
-    ] = "fixed",
-    target: Annotated[
-        str, typer.Option(help="selected: the class chosen on n0 votes; label: test the known label directly.")
-    ] = "selected",
-    noise: Annotated[
-        str, typer.Option(help="grid: rounded to the pixel grid, sound in floating point; float: as published numbers.")
-    ] = "grid",
-    arithmetic: Annotated[
-        str,
-        typer.Option(
-            help="How logits are computed when certifying: float32, or bfloat16, channels-last, compile, several "
-            "with commas. Each makes another classifier, named in tables."
-        ),
-    ] = "float32",
-    seed: Annotated[str, typer.Option(help="Seed of training and noise; several with commas.")] = "0",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="[defense.]key=value; several values: a run for each. Repeatable.")
-    ] = None,
-    search: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="[defense.]key=value,value: train with each, keep the most accurate under noise on the "
-            "validation split. Repeatable."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    shard: Annotated[
-        str | None, typer.Option(help="i/k: certify the i-th of k shares of the images; bench merge joins them.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that a block of votes or a training step may take; 0: no limit.")
-    ] = 1800.0,
-    out: Out = Path("runs"),
-    executor: Annotated[
-        str, typer.Option(help="local: in this process, on all visible GPUs; ray: on a Ray cluster (certbench[ray]).")
-    ] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="The Ray cluster; default: the one running here, else one for the command.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate votes and time, then exit.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train (or load) defenses and certify them; typed again, resumes what is unfinished."""
-    from bench.options import RunOptions
-    from bench.process.console import ConsoleReporter
-    from bench.process.environment import pick_device, same_kind
+@with_options(RunOptions, Execution)
+def run(options: RunOptions, execution: Execution) -> None:
+    """Train (or load) defenses and certify them. Repeat the command to resume."""
     from bench.records.record import check_writable
     from bench.records.shards import Shard
     from bench.runs.plan import check_effects, make_plans
-    from bench.runs.session import Session
 
-    part = Shard.parse(shard) if shard else None
-    on_ray = _on_ray(executor, ray_address) and not dry_run
-    if on_ray and part:
+    shard = Shard.parse(execution.shard) if execution.shard else None
+    on_ray = _on_ray(execution) and not execution.dry_run
+    if on_ray and shard:
         raise BenchError("--shard and --executor ray are two ways to share the work: leave one out")
-    plans = make_plans(
-        RunOptions(
-            defenses=defense,
-            dataset=dataset,
-            sigma=sigma,
-            train_sigma=train_sigma,
-            base=base,
-            weights=None if weights is None else str(weights),
-            preset=preset,
-            split=split,
-            examples=examples,
-            n0=n0,
-            n=n,
-            alpha=alpha,
-            objective=objective,
-            procedure=procedure,
-            target=target,
-            noise=noise,
-            arithmetic=arithmetic,
-            seed=seed,
-            settings=tuple(set_ or ()),
-            search=tuple(search or ()),
-        )
-    )
+    plans = make_plans(options)
     check_effects(plans)
-    reporter = ConsoleReporter()
-    if not on_ray:
-        here = pick_device(device)
-        session = Session(here, out, reporter, part, same_kind(here))
-    if dry_run:
-        _print_dry_run([session.estimate(plan) for plan in plans], as_json)
+    if execution.dry_run:
+        from bench.process.environment import pick_device
+        from bench.runs.estimate import estimate
+
+        device = pick_device(execution.device)
+        _print_estimates([estimate(plan, device, shard) for plan in plans], execution.as_json)
         return
-    check_writable(out)
     records, faults = [], []
     try:
-        with watchdog.limit(timeout):
-            if on_ray:
-                from bench.cluster.executor import run as run_on_ray
-
-                outcomes = run_on_ray(plans, out, reporter, device, ray_address, timeout)
-            else:
-                outcomes = session.runs(plans)
+        outcomes = _on_cluster(plans, execution) if on_ray else _here(plans, execution, shard)
+        check_writable(execution.out)
+        with watchdog.time_limit(execution.timeout):
             for outcome in outcomes:
                 if not isinstance(outcome, DefenseFault):
                     records.append(outcome)
@@ -215,24 +117,46 @@ def run(
                 if len(plans) > 1:
                     note(f"run {len(records) + len(faults)} of {len(plans)} failed, the others go on: {outcome}")
     except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
-        raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
-    if as_json:
-        print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
-    elif part:
-        for r in records:
-            print(f"{r.path}: complete, {len(r.certificates)} images")
-        print(f"bench merge {out} joins the {part.of} shards when all are complete")
-    elif records:
-        from bench.report import build
-
-        print(build.render(records, "md"))
-        print(f"runs in {out}; bench report {out} makes the report")
+        raise Interrupted("interrupted; all certified images are kept: repeat the command to resume") from None
+    _print_records(records, execution, shard)
     if faults:
         raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])
 
 
-def _on_ray(executor: str, address: str | None) -> bool:
+def _here(plans: list[Plan], execution: Execution, shard: Shard | None) -> Iterator[Record | DefenseFault]:
+    from bench.process.console import ConsoleReporter
+    from bench.process.environment import pick_device, same_kind
+    from bench.runs.session import Session
+
+    device = pick_device(execution.device)
+    return Session(device, execution.out, ConsoleReporter(), shard, same_kind(device)).runs(plans)
+
+
+def _on_cluster(plans: list[Plan], execution: Execution) -> Iterator[Record | DefenseFault]:
+    from bench.cluster.executor import run as run_on_ray
+    from bench.process.console import ConsoleReporter
+
+    address, timeout = execution.ray_address, execution.timeout
+    return run_on_ray(plans, execution.out, ConsoleReporter(), execution.device, address, timeout)
+
+
+def _print_records(records: list[Record], execution: Execution, shard: Shard | None) -> None:
+    if execution.as_json:
+        print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
+    elif shard:
+        for r in records:
+            print(f"{r.path}: complete, {len(r.certificates)} images")
+        print(f"bench merge {execution.out} joins the {shard.of} shards when all are complete")
+    elif records:
+        from bench.report import tables, text
+
+        print(text.render(tables.build(records), "md"))
+        print(f"runs in {execution.out}; bench report {execution.out} makes the report")
+
+
+def _on_ray(execution: Execution) -> bool:
     """Whether ``--executor`` is ray. Raises BenchError where it is unknown, or Ray is missing or not asked for."""
+    executor, address = execution.executor, execution.ray_address
     if executor not in ("local", "ray"):
         raise unknown("--executor", executor, ("local", "ray"))
     if executor == "local":
@@ -244,26 +168,26 @@ def _on_ray(executor: str, address: str | None) -> bool:
     return True
 
 
-def _print_dry_run(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _print_estimates(rows: list[Estimate], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([vars(row) for row in rows], indent=1))
         return
     from bench.process.console import duration
 
     for row in rows:
         print(
-            f"{row['label']}: {row['images']} images, {row['votes']:,} votes{_of(row['flops_per_vote'])}, "
-            f"certify about {duration(row['seconds'])}, train about {duration(row['train_seconds'])}"
+            f"{row.label}: {row.images} images, {row.votes:,} votes{_of(row.flops_per_vote)}, "
+            f"certify about {duration(row.seconds)}, train about {duration(row.train_seconds)}"
         )
-    if fewer := [row for row in rows if row["timed_rows"] < row["block"]]:
-        part = " or ".join(dict.fromkeys(f"{r['timed_rows']} of {r['block']}" for r in fewer))
+    if fewer := [row for row in rows if row.timed_rows < row.block]:
+        part = " or ".join(dict.fromkeys(f"{r.timed_rows} of {r.block}" for r in fewer))
         print(
             f"timed on {part} rows of a block in {len(fewer)} of {len(rows)} runs, since a whole block takes long here"
         )
-    total = sum(r["seconds"] + r["train_seconds"] for r in rows)
+    total = sum(r.seconds + r.train_seconds for r in rows)
     print(
-        f"in all {sum(r['votes'] for r in rows):,} votes, about {duration(total)}, "
-        "the training of bases and shared parts not counted"
+        f"total: {sum(r.votes for r in rows):,} votes, about {duration(total)}, "
+        "without the training of bases and shared parts"
     )
 
 
@@ -277,7 +201,7 @@ def list_(
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """List what there is to run, and what was run."""
+    """List defenses, data sets, bases or runs."""
     from bench.cli import listing
 
     rows = listing.rows(what, out)
@@ -290,19 +214,18 @@ def list_(
 @app.command()
 def doctor(
     defense: Annotated[str, typer.Argument(help="A defense's name or ./file.py.")],
-    dataset: Annotated[str, typer.Option(help="The card whose images and base it is tried on.")] = "digits",
+    dataset: Annotated[str, typer.Option(help="The card whose images and base are used.")] = "digits",
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a defense keeps its side of the interface, and say what to mend. Exit 1 when something is wrong."""
-    from bench.options import RunOptions
+    """Check that a defense follows the interface, and explain how to fix it. Exit 1 when a check fails."""
     from bench.runs.doctor import examine
     from bench.runs.plan import make_plans
 
     (plan,) = make_plans(RunOptions(defenses=defense, dataset=dataset, settings=tuple(set_ or ())))
     print_findings(list(examine(plan)), as_json)
     if not as_json:
-        print(f"{defense} may be run: bench run --defense {defense} --dataset {dataset}")
+        print(f"{defense} is ready: bench run --defense {defense} --dataset {dataset}")
 
 
 app.add_typer(records_app)

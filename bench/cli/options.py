@@ -1,34 +1,99 @@
-"""What the commands share: options, and how findings are printed."""
+"""Parts that the commands share: options, and how findings and tables are printed."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from bench.errors import shown
+from bench.options import flag, option
+
+if TYPE_CHECKING:
+    from bench.records.findings import Finding
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+RUNS = Path("runs")
 Out = Annotated[Path, typer.Option("--out", help="Folder of run folders.")]
 
 
-def print_findings(findings: list[Any], as_json: bool) -> None:
-    """Each check on its line, what is wrong below it; exit 1 when anything is."""
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How ``bench run`` is executed; none of it decides what is certified, except the kind of device."""
+
+    device: str = option("auto, cpu, cuda or mps.", "auto")
+    shard: str | None = option("i/k: certify the i-th of k shares of the images; bench merge joins them.", None)
+    timeout: float = option(
+        "Seconds that a block of votes or a training step may take; 0: no limit.", 1800.0, minimum=0
+    )
+    out: Path = option("Folder of run folders.", RUNS)  # noqa: RUF009 - it makes a field
+    executor: str = option(
+        "local: in this process, on all visible GPUs; ray: on a Ray cluster (certbench[ray]).", "local"
+    )
+    ray_address: str | None = option("The Ray cluster; default: the one running here, else one for the command.", None)
+    dry_run: bool = option("Estimate votes and time, then exit.", False)
+    as_json: bool = option("Print JSON to stdout.", False, flag="--json")
+
+
+def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function that takes one object of each dataclass of ``option`` fields.
+
+    Every field is an option of the command.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            function(*(kind(**{f.name: _value(f, given[f.name]) for f in fields(kind)}) for kind in kinds))
+
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        parameters = [_parameter(f, get_type_hints(kind)[f.name]) for kind in kinds for f in fields(kind)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
+        return command
+
+    return decorate
+
+
+def _parameter(one: Field[Any], type_: Any) -> inspect.Parameter:
+    repeatable = type_ == tuple[str, ...]
+    metadata = one.metadata
+    described = typer.Option(flag(one), help=metadata["help"], metavar=metadata["metavar"], min=metadata["minimum"])
+    if one.default is MISSING:
+        default: Any = inspect.Parameter.empty
+    else:
+        default = None if repeatable else one.default
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[list[str] | None if repeatable else type_, described],
+    )
+
+
+def _value(one: Field[Any], given: Any) -> Any:
+    """Return an option's value as its field has it: typer gives a list, or None, for a tuple."""
+    return tuple(given or ()) if isinstance(one.default, tuple) else given
+
+
+def print_findings(findings: list[Finding], as_json: bool) -> None:
+    """Print each check on its line, a problem below it; exit 1 if there is one."""
     if as_json:
         print(json.dumps([vars(f) for f in findings], indent=1))
     else:
         for f in findings:
-            print(shown(f"wrong: {f.check}" if f.problem else f"ok:    {f.check}"))
+            print(shown(f"FAIL: {f.check}" if f.problem else f"ok:   {f.check}"))
             if f.problem:
-                print(shown(f"       {f.problem}"))
+                print(shown(f"      {f.problem}"))
     if any(f.problem for f in findings):
         raise typer.Exit(1)
 
 
 def print_table(rows: list[dict[str, Any]], nothing: str) -> None:
-    """One line a row, keys are the columns; ``nothing`` where there is none."""
+    """Print one line a row, keys are the columns; ``nothing`` where there is none."""
     from rich.console import Console
     from rich.table import Table
 
@@ -41,6 +106,6 @@ def print_table(rows: list[dict[str, Any]], nothing: str) -> None:
     for row in rows:
         grid.add_row(*(shown(str(v)) for v in row.values()))
     console = Console(markup=False, highlight=False)
-    if not console.is_terminal:  # whoever reads it wants lines whole
+    if not console.is_terminal:  # do not wrap piped output
         console.width = 300
     console.print(grid)

@@ -1,4 +1,4 @@
-"""A Ray cluster and the workers on it: as many as it has room for, whoever comes and goes."""
+"""Connect to a Ray cluster and keep as many workers on it as it has room for."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from bench.errors import BenchError, one_line
 from bench.process import environment
 from bench.smoothing.votes import Batch
 
-LOSSES = 5  # workers that may die over one thing before it is given up
+LOSSES = 5  # workers that may die of one task or batch before it is given up
 
-When = Callable[[Any, Callable[[Any], None]], None]  # a reference, and what is to be called with its future
+When = Callable[[Any, Callable[[Any], None]], None]  # a reference, and the function to call with its future
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """A connection to the cluster at ``address``, to the one Ray finds by itself, or to one started here for the time.
+    """Connect to the cluster at ``address``, to the one that Ray finds, or to one started here for the command.
 
-    Raises BenchError where none is at the address.
+    Raises BenchError where there is no cluster at the address.
     """
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except Exception as e:  # Ray raises what it likes, a bare Exception among it
+    except Exception as e:  # of any type: Ray raises even a bare Exception
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise BenchError(f"no Ray cluster at {where}: {one_line(e)}; start one with: ray start --head") from None
     try:
@@ -43,12 +43,12 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The kind of device of ``--device`` on the cluster. Raises BenchError where it has none of the kind."""
+    """Choose the kind of device of ``--device`` on the cluster. Raises BenchError where it has none."""
     has_gpus = cast(Any, ray).cluster_resources().get("GPU", 0) > 0
     if name == "auto":
         name = "cuda" if has_gpus else "cpu"
     if name not in ("cpu", "cuda") or (name == "cuda" and not has_gpus):
-        raise BenchError(f"--device {name}: not on this Ray cluster; there is cpu{', cuda' if has_gpus else ''}")
+        raise BenchError(f"--device {name}: not on this Ray cluster, which has cpu{', cuda' if has_gpus else ''}")
     return torch.device(name)
 
 
@@ -59,9 +59,9 @@ class Actor:
     handle: Any
     ask: Callable[[Actor, int, Batch], None]
     when: When
-    here: dict[str, Any] = field(default_factory=dict)  # its environment, known once it joined
+    here: dict[str, Any] = field(default_factory=dict)  # its environment, known once it has joined
     holds: set[int] = field(default_factory=set)  # runs
-    _out: int = 0  # calls that are not answered
+    _open: int = 0  # calls that are not answered
     _since: float = 0.0  # when it began the first of them
 
     @property
@@ -70,30 +70,30 @@ class Actor:
         return str(self.here.get("node"))
 
     def same_machine(self, other: Actor) -> bool:
-        """Whether it computes as another one does, to the last bit."""
+        """Whether both compute the same logits, to the last bit."""
         return environment.same_machine(self.here, other.here)
 
     def send(self, run: int, batch: Batch) -> None:
         self.ask(self, run, batch)
 
     def call(self, method: Any, *args: Any, then: Callable[[Any], None]) -> None:
-        """Have a method of it called after those called before, and ``then`` with the future of the answer."""
-        if not self._out:
+        """Call one of its methods, in the order of the calls; ``then`` gets the future of the answer."""
+        if not self._open:
             self._since = time.monotonic()
-        self._out += 1
+        self._open += 1
         self.when(method.remote(*args), then)
 
     def answered(self) -> float:
-        """Note that a call is answered, or never will be; how many seconds it was under way."""
+        """Note that a call was answered or has failed; returns the seconds that it took."""
         took, self._since = time.monotonic() - self._since, time.monotonic()
-        self._out -= 1
+        self._open -= 1
         return took
 
 
-class Crew:
-    """Hires where the cluster has room, and dismisses where a training needs it.
+class WorkerPool:
+    """Starts workers where the cluster has room, and stops some where a training needs it.
 
-    ``joined`` and ``left`` are called with each worker that may be sent batches, and that no longer may.
+    ``joined`` is called with each worker that is ready for batches, ``left`` with each that no longer is.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class Crew:
         # A worker has as many cores as torch has threads, so that it computes as the command's own process would.
         self.needs = {"num_cpus": place.threads, "num_gpus": int(place.device == "cuda")}
         self.actors: list[Actor] = []
-        self._stillborn = 0  # workers that died as they started, one after the other
+        self._failed_starts = 0  # in a row
         self._versions: dict[str, Any] = {}
 
     def look(self, trainings: int) -> None:
-        """Have as many workers as there is room for beside so many trainings. Raises BenchError where there is none."""
+        """Start or stop workers, to use all room but that of ``trainings``. Raises BenchError where there is none."""
         cores, gpus = self.needs["num_cpus"], self.needs["num_gpus"]
         nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
         room = sum(min(int(r.get("CPU", 0) // cores), int(r.get("GPU", 0)) if gpus else 1 << 30) for r in nodes)
@@ -138,16 +138,16 @@ class Crew:
             here = future.result()
         except RayError as e:
             self.actors.remove(actor)
-            self._stillborn += 1
-            if self._stillborn == LOSSES:
-                raise BenchError(f"Ray workers die as they start: {why(e)}") from None
+            self._failed_starts += 1
+            if self._failed_starts == LOSSES:
+                raise BenchError(f"Ray workers die as they start: {reason(e)}") from None
             return
         self.check_versions(here)
-        self._stillborn, actor.here = 0, here
+        self._failed_starts, actor.here = 0, here
         self._joined(actor)
 
     def check_versions(self, here: dict[str, Any]) -> None:
-        """Raise BenchError where a node has other versions than the first that was heard of: counts could differ."""
+        """Raise BenchError where a node's versions differ from the first node's: counts could differ."""
         versions = {"certbench": here["certbench"], **here["packages"]}
         self._versions = self._versions or versions
         if other := [k for k, v in versions.items() if v != self._versions[k]]:
@@ -155,12 +155,12 @@ class Crew:
             raise BenchError(f"nodes of the Ray cluster have {k} {self._versions[k]} and {versions[k]}: install one")
 
     def lose(self, actor: Actor) -> None:
-        """Forget a worker that died, or is to; once."""
+        """Remove a worker that died or will be stopped; a no-op the second time."""
         if actor in self.actors:
             self.actors.remove(actor)
             self._left(actor)
 
 
-def why(error: RayError) -> str:
-    """What happened, which Ray says last."""
+def reason(error: RayError) -> str:
+    """Return the last line of Ray's message, which is the cause."""
     return str(error).strip().splitlines()[-1].strip()

@@ -1,6 +1,6 @@
-"""What runs on the nodes of a Ray cluster: training tasks, and the workers that draw votes.
+"""The code that runs on the nodes of a Ray cluster: training tasks, and the workers that draw votes.
 
-What crosses between processes is packed here, so that a class of the user's own file is known where it is unpacked.
+Objects are packed here explicitly, so that classes of plug-in files are imported before they are unpacked.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from ray import cloudpickle
 
 from bench import plugins
 from bench.errors import BenchError, one_line
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.process import environment, watchdog
 from bench.process.runlog import recording
-from bench.runs import recheck
-from bench.runs.certifier import Certifier
-from bench.runs.device import Placed
-from bench.runs.recheck import Audit
+from bench.runs import fresh_noise
+from bench.runs.certifier import Certifier, DeviceCertifier
+from bench.runs.fresh_noise import Audit
 from bench.runs.session import Session
 from bench.smoothing.engine import Device
 from bench.smoothing.task import Task
@@ -36,42 +35,42 @@ from bench.smoothing.votes import Batch
 
 
 def pack(thing: Any) -> bytes:
-    """A thing as bytes."""
+    """Pickle an object."""
     packed: bytes = cloudpickle.dumps(thing)  # type: ignore[no-untyped-call]
     return packed
 
 
 def unpack(packed: bytes) -> Any:
-    """The thing again; classes of plug-in files must be known (see ``Place.enter``)."""
+    """Unpickle an object; classes of plug-in files must be imported (see ``Place.entered``)."""
     return cloudpickle.loads(packed)
 
 
 @dataclass(frozen=True)
 class Place:
-    """What the command's own process has around it, and another must have too."""
+    """The surroundings of the command's process, which its workers need too."""
 
     folder: str  # names of files are relative to it
     variables: dict[str, str]
     plugins: dict[str, bytes]  # see ``plugins.sources``
     threads: int
-    device: str  # its kind
+    device: str  # its type: cpu or cuda
     timeout: float
 
     @contextmanager
     def entered(self) -> Iterator[torch.device]:
-        """Within it this process is such a one; its device. Raises BenchError where a plug-in cannot be imported."""
+        """Set up this process; the value is its device. Raises BenchError where a plug-in cannot be imported."""
         os.environ.update(self.variables)
         if Path(self.folder).is_dir():  # a node without it can still draw votes
             os.chdir(self.folder)
         torch.set_num_threads(self.threads)
-        with tempfile.TemporaryDirectory() as folder, watchdog.limit(self.timeout):
+        with tempfile.TemporaryDirectory() as folder, watchdog.time_limit(self.timeout):
             if self.plugins:  # as files, since their source is part of what they train
                 plugins.import_sources(self.plugins, Path(folder))
             yield torch.device(self.device)
 
 
 class _Silent:
-    """Satisfies ``run.Reporter``: what is done elsewhere is shown by the command's own process."""
+    """A ``runlog.Reporter`` that prints nothing, since the command's process shows the progress."""
 
     def say(self, text: str) -> None: ...
 
@@ -88,24 +87,25 @@ class _Silent:
 
 
 def prepare(place: Place, plan: bytes, out: Path) -> tuple[bytes | BenchError, bytes]:
-    """A task: train what a plan needs, or take it from the cache. Its ``Ready`` and its ``Certifier``, packed.
+    """Train a plan's defense, or take it from the cache; returns its ``RunHeader`` and its ``Certifier``, packed.
 
-    It writes the run's log, which the command's own process goes on with.
+    It starts the run's log, which the command's process continues.
     """
     try:
         with place.entered() as device:
             session, known = Session(device, out, _Silent()), unpack(plan)
-            with recording(session.log_file(known), session.reporter.aloud):
-                ready, certifier = session.ready(known)
-            return pack(ready), pack(certifier.to(torch.device("cpu")))
+            with recording(session.log_file(known), session.reporter.terminal):
+                prepared = session.begin(known)
+                header = prepared.header()
+            return pack(header), pack(prepared.certifier.to(torch.device("cpu")))
     except BenchError as e:
         return e, b""
 
 
 class VoteWorker:
-    """An actor: holds what is certified once on its own GPU or cores, and draws the votes it is asked for.
+    """A Ray actor that holds certifiers on its own GPU or cores and draws batches of votes.
 
-    What it raises that a user can mend it returns, so that whatever else it raises is a fault of certbench.
+    It returns a BenchError instead of raising it, so that any exception it raises is a defect of certbench.
     """
 
     def __init__(self, place: Place) -> None:
@@ -113,62 +113,63 @@ class VoteWorker:
         self._device = self._here.enter_context(place.entered())
         self._threads = environment.threads(self._device)
         environment.keep_freed_memory()
-        self._held: dict[int, Placed | BenchError] = {}  # an error: why it could not be held
+        self._held: dict[int, DeviceCertifier | BenchError] = {}  # by run; an error: why it cannot
 
     def here(self) -> dict[str, Any]:
-        """The machine and versions it runs on."""
+        """Describe the machine and the versions that it runs on."""
         return environment.describe(self._device) | {"node": platform.node()}
 
     def load(self, run: int, certifier: bytes, task: bytes, index: int, image: NDArray[Any], calibrate: bool) -> Any:
-        """Hold what a run certifies, and check it on one image: its ``Measured`` and fingerprint."""
+        """Load a run's certifier and check it on one image; returns its ``Measured`` and its fingerprint."""
         try:
             held: Certifier = unpack(certifier).to(self._device)
             there: Task = replace(unpack(task), images=lambda _: image[None], device=self._device)
-            placed = Placed(held, there, index)
-            placed.widen(self._threads)
+            placed = DeviceCertifier(held, there, index)
+            placed.use_threads(self._threads)
             measured = placed.measure(calibrate), placed.fingerprint
             self._held[run] = placed
             return measured
         except (ImportError, AttributeError) as e:
-            said = f"a Ray worker cannot rebuild the defense: {one_line(e)}; install the same on every node"
-            self._held[run] = BenchError(said)
+            self._held[run] = BenchError(
+                f"a Ray worker cannot rebuild the defense: {one_line(e)}; install the same packages on every node"
+            )
         except BenchError as e:
             self._held[run] = e
         return self._held[run]
 
     def _device_of(self, run: int) -> Device:
-        """Where its votes are drawn. Raises the BenchError for which the run could not be held."""
+        """Return the device that draws a run's votes. Raises the BenchError of loading it."""
         held = self._held[run]
         if isinstance(held, BenchError):
             raise held
         return held.device
 
     def draw(self, run: int, batch: Batch, pixels: Mapping[int, NDArray[Any]]) -> Any:
-        """A batch's votes (see ``Device.vote``), as 32-bit integers, and the seconds they took."""
+        """Draw a batch; returns its votes (see ``Device.vote``) as 32-bit integers, and the seconds they took."""
         began = time.perf_counter()
         try:
-            with steady():
+            with deterministic():
                 voted = self._device_of(run).vote(batch, pixels)
         except BenchError as e:
             return e
         return voted.astype(np.int32), time.perf_counter() - began
 
     def audit(self, run: int, task: bytes, wanted: Audit, pixels: Mapping[int, NDArray[Any]]) -> Any:
-        """Hits of the votes of an audit, which ``task`` draws."""
+        """Count the hits of an audit's votes, whose noise ``task`` draws."""
         try:
             device = self._device_of(run)
-            return recheck.draw(replace(device, task=replace(unpack(task), device=self._device)), wanted, pixels)
+            return fresh_noise.draw(replace(device, task=replace(unpack(task), device=self._device)), wanted, pixels)
         except BenchError as e:
             return e
 
     def finish(self, run: int) -> int | BenchError:
-        """Let go of a run that is done: the peak of memory in bytes, or why its certificates do not hold."""
+        """Release a finished run; returns the peak of memory in bytes, or why its certificates do not hold."""
         placed = self._held.pop(run, None)
         try:
-            return placed.finish() if isinstance(placed, Placed) else 0
+            return placed.finish() if isinstance(placed, DeviceCertifier) else 0
         except BenchError as e:
             return e
 
     def drop(self, run: int) -> None:
-        """Let go of a run that failed."""
+        """Release a run that failed."""
         self._held.pop(run, None)

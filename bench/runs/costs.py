@@ -1,4 +1,4 @@
-"""What a vote costs, measured."""
+"""Measure what a run costs: its training, and each of its votes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,41 @@ from bench.smoothing.task import Model, Task
 
 @dataclass(frozen=True)
 class PerVote:
-    """What one vote costs: floating point operations (torch's counter) and passes through a base or a copy of it."""
+    """Cost of one vote: floating point operations (torch's counter) and passes through a base or a copy of it."""
 
     flops: float | None  # None: part of them is a black box's, or torch cannot count them
     base_forwards: float
     classifiers: list[nn.Module]  # those passed through
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Cost of certification on one device, measured before the first vote."""
+
+    block_seconds: float  # with every thread at work
+    base_forwards: float  # a vote
+    flops: float | None  # a vote
+    parameters: int | None
+    calibration: float | None  # seconds of a fixed workload: the machine's unit of seconds
+    nan_rows: int  # of the first block
+    rows: int  # votes of a batch that keep the device busy
+    at_once: int  # votes that it draws at the same time
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Cost of training a defense, as run.json states it."""
+
+    train_seconds: float | None  # None: of weights that the user brought
+    queries: int
+    trainable_nominal: int  # parameters
+    trainable_updated: int
+    trained_here: int
+    trained_elsewhere: int
+
+
 def distinct(modules: list[nn.Module]) -> int:
-    """Parameters of the modules, those they share counted once."""
+    """Count the parameters of the modules, shared ones once."""
     return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
 
 
@@ -55,7 +81,7 @@ def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
             vote()
         if not any(isinstance(m, BlackBox) for m in seen):
             flops = counter.get_total_flops() / task.block
-    except Exception as e:  # a number in a table ends no run; what is the model's own fault is raised again below
+    except Exception as e:  # a figure in a table must not end a run; an error of the model itself is raised again below
         vote()
         note(f"torch cannot count the operations of a vote ({one_line(e)}); they are left out")
     finally:

@@ -1,6 +1,6 @@
-"""The conformance test: whether a defense keeps its side of the interface, said in words.
+"""Check that a defense follows the interface, and explain how to fix it (``bench doctor``).
 
-The same checks run over every built-in defense in the tests and over a user's own file.
+The tests run the same checks over every built-in defense.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from bench.data.datasets import choose, load_splits
 from bench.errors import BenchError, one_line
 from bench.interface import Schedule
 from bench.io.files import scratch_cache
-from bench.models.arithmetic import steady
-from bench.models.bases import untrained_base
+from bench.models.arithmetic import deterministic
+from bench.models.load import untrained_base
 from bench.process.runlog import log
 from bench.records.findings import Finding
 from bench.runs import fitting
-from bench.runs.certifier import Certifier
-from bench.runs.context import Workshop
-from bench.runs.device import apart
+from bench.runs.certifier import Certifier, independent
+from bench.runs.context import PartTraining
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan
 from bench.smoothing.blocks import check_logits
@@ -37,7 +36,7 @@ STEPS = 3
 
 
 def examine(plan: Plan) -> Iterator[Finding]:
-    """Run the checks in order, on the plan's card with an untrained base; stops at the first problem."""
+    """Run the checks in order, on the plan's card with an untrained base, up to the first problem."""
     device = torch.device("cpu")
     train, test = load_splits(plan.card, "train", "test")
     train = train.first(200)
@@ -49,63 +48,63 @@ def examine(plan: Plan) -> Iterator[Finding]:
     base = untrained_base(plan.card, plan.base, device, probe=not plan.cls.adapts)
     task = replace(make_task(plan, test, device), block=64)
 
-    check = ""
+    failed = ""
     try:
         # A cache of its own, so that training really happens.
-        with scratch_cache(), fitting.blame(plan.defense, "under examination"), steady():
-            check = "it is built, and asks the base for no more than its access"
+        with scratch_cache(), fitting.attribute_errors(plan.defense, "under examination"), deterministic():
+            failed = "could not be built with its access to the base"
             # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
-            defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))
-            yield Finding(check)
+            defense = fitting.construct(plan, base, device, PartTraining(train, lambda *_: None, STEPS))
+            yield Finding("is built, and asks the base for no more than its access")
 
-            check = f"it trains{steps}"
+            failed = f"could not train{steps}"
             if fitting.trains(defense):
                 fitting.train_or_load(plan, base, train, device, lambda *_: None, defense, STEPS)
-            yield Finding(check)
+            yield Finding(f"trains{steps}")
 
-            check = "merging it leaves its logits as they were trained"
-            # A few steps change little: a merge that forgets what they changed shows once all of it has moved.
-            _move(moved := fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS)))
+            failed = "could not merge it without changing its logits"
+            # A few steps change little: a merge that loses what they changed shows once all of it has moved.
+            _move(moved := fitting.construct(plan, base, device, PartTraining(train, lambda *_: None, STEPS)))
             fitting.merge(moved, train, plan, device)
             fitting.merge(defense, train, plan, device)
-            yield Finding(check)
+            yield Finding("merging it leaves its logits as they were trained")
 
-            check = "its logits are a function of each image and its draw alone"
+            failed = "could not show that its logits depend on each image and its draw alone"
             with torch.inference_mode():
                 check_rows(defense, task, 0)
-            yield Finding(check)
+            yield Finding("its logits are a function of each image and its draw alone")
 
-            check = "stored and loaded it gives the same logits to the last bit, and the base is untouched"
+            failed = "could not reload it as the same function, on an unchanged base"
             loaded = fitting.fit(plan, base, train, device, lambda *_: None).defense
             if not _same_logits(defense, loaded, task):
                 raise BenchError(_RELOAD)
-            yield Finding(check)
+            yield Finding("stored and loaded it gives the same logits to the last bit, and the base is unchanged")
 
-            check = "copies of it in two threads give the logits that each gives alone"
-            if not _apart(Certifier(plan.defense, loaded, base), task):
+            failed = "copies of it in two threads disturb each other"
+            if not _copies_are_independent(Certifier(plan.defense, loaded, base), task):
                 raise BenchError(
-                    "they change one another's logits: keep no buffer at the level of a module or a class; bench run "
-                    "would draw its votes in one thread"
+                    "they change one another's logits, so bench run would draw its votes in one thread; keep no buffer "
+                    "at the level of a module or a class"
                 )
-            yield Finding(check)
+            yield Finding("copies of it in two threads give the logits that each gives alone")
 
-            check = "it certifies, with the same counts in any order"
+            failed = "could not certify with the same counts in any order"
             images = choose(test, "4")
             if _counts(loaded, task, images) != _counts(loaded, task, images[::-1]):
                 raise BenchError("the counts changed with the order of the images")
-            yield Finding(check)
+            yield Finding("certifies, with the same counts in any order")
     except BenchError as e:
-        yield Finding(check, str(e))
+        yield Finding(failed, str(e))
 
 
-def _apart(certifier: Certifier, task: Task) -> bool:
-    """True also where it cannot be copied: its votes are then drawn in one thread."""
+def _copies_are_independent(certifier: Certifier, task: Task) -> bool:
+    """Test copies in two threads. True also where it cannot be copied: its votes are then drawn in one thread."""
     try:
         models = [certifier.model(task.device), certifier.copy(share_weights=True).model(task.device)]
     except Exception as e:
         log.info("%s votes in one thread: %s", certifier.name, one_line(e))
         return True
-    return apart([partial(check_logits, model, task, 0, number) for number, model in enumerate(models)])
+    return independent([partial(check_logits, model, task, 0, number) for number, model in enumerate(models)])
 
 
 def _move(defense: torch.nn.Module) -> None:
@@ -125,7 +124,7 @@ def _counts(defense: torch.nn.Module, task: Task, order: list[int]) -> dict[int,
 
 
 _RELOAD = (
-    "the trained object and the one built anew and loaded give other logits: keep everything that training "
+    "the trained object and a new one, built and loaded, give different logits: keep everything that training "
     "changes in parameters or buffers made by build()"
 )
 

@@ -1,4 +1,4 @@
-"""What decides a run's certificates: its images, its task for the engine, and its identity in the record."""
+"""Build what decides a run's certificates: its images, its task for the engine, its identity in the record."""
 
 from __future__ import annotations
 
@@ -24,28 +24,37 @@ from bench.smoothing.task import Task, block_rows
 
 
 def run_name(plan: Plan) -> str:
-    """What the run's folder is called, less its hash."""
+    """Name the run's folder, without its hash."""
     return f"{plan.card.name}-{plugins.short_name(plan.defense)}-s{plan.sigma:g}"
 
 
 def run_label(plan: Plan) -> str:
-    """The run's name before its hash is known, with all that tells the runs of one command apart."""
+    """Name a run whose hash is not known, with all that distinguishes the runs of one command."""
     settings = [f"{k}={v}" for k, v in plan.changed.items()]
     sought = [f"{key} searched" for key in dict.fromkeys(k for values, _ in plan.candidates for k in values)]
     return ", ".join([run_name(plan), *settings, *sought, f"seed {plan.seed}"])
 
 
 def examples(plan: Plan, split: Split) -> list[int]:
-    """The images that a plan certifies. A preset's number is meant for test: of a smaller validation split, all."""
+    """Choose the images that a plan certifies.
+
+    A preset's number is meant for the test split: of a smaller validation split all images are taken.
+    """
     asked = plan.examples
     if plan.split == "validation" and plan.options.examples is None and asked.isdigit():
         asked = str(min(int(asked), len(split)))
     return choose(split, asked)
 
 
-def make_task(plan: Plan, split: Split, device: torch.device, noise_source: Noise | None = None) -> Task:
-    """What the engine is given of a plan; ``noise_source``: in place of the noise of its seed and split."""
-    source = noise_source or Noise(plan.seed, split.name)
+def make_task(
+    plan: Plan, split: Split, device: torch.device, replaced_noise: Noise | None = None, rows: int | None = None
+) -> Task:
+    """Make the engine's task of a plan.
+
+    ``replaced_noise``: used in place of the noise of its seed and split; ``rows`` of a block: default, those for the
+    device.
+    """
+    source = replaced_noise or Noise(plan.seed, split.name)
     images: Callable[[list[int]], NDArray[Any]] = split.pixels
     noisy = noise.add_float(source, plan.sigma)
     if plan.noise == "grid":
@@ -58,13 +67,13 @@ def make_task(plan: Plan, split: Split, device: torch.device, noise_source: Nois
         classes=len(plan.card.classes),
         sigma=plan.sigma,
         noise=source,
-        block=block_rows(plan.card.shape, device),
+        block=rows or block_rows(plan.card.shape, device),
         device=device,
     )
 
 
 def _noise(plan: Plan) -> dict[str, Any]:
-    """The kind of noise, and for grid noise what its sampling error costs the bound (``tau``)."""
+    """Describe the noise; ``tau``: what the sampling error of grid noise costs the bound."""
     found: dict[str, Any] = {"kind": plan.noise, "version": noise.VERSION, "tau": 0.0}
     if plan.noise == "grid":
         tau = gridnoise.tau(plan.sigma, plan.card.levels, math.prod(plan.card.shape))
@@ -75,7 +84,7 @@ def _noise(plan: Plan) -> dict[str, Any]:
 def identity(
     plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task
 ) -> dict[str, Any]:
-    """All that determines the certificates of the plan's run on ``indices`` of ``split``, JSON-able."""
+    """Collect all that determines the certificates of ``indices`` of ``split``, JSON-able."""
     uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
     return {
         "dataset": plan.card.name,

@@ -1,4 +1,4 @@
-"""From what the user typed to fully specified work, every value checked before anything is trained."""
+"""Turn options into fully specified runs; every value is checked before anything is trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.errors import BenchError, note, unknown
 from bench.interface import Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
-from bench.models.base_names import choose_base, most_access
+from bench.models.names import choose_base, most_access
 from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.runs.settings import Values, Variant, variants
@@ -38,17 +38,17 @@ class Plan:
     card: Card
     preset: str
     base: str
-    weights: Path | None  # a user's own: of the defense, or of the base where the defense has none
+    weights: Path | None  # the user's own: of the defense, or of the base where the defense has none
     defense: str
     cls: type[Defense]
     source: str  # sha256 of the defense's file
     config: Any
     changed: dict[str, Any]  # fields of config that --set gave another value than the preset's
-    candidates: list[tuple[Values, Any]]  # configurations of which the best on the validation split is to be taken
+    candidates: list[tuple[Values, Any]]  # of a search: the best on the validation split is taken
     sigma: float
     train_sigma: float
     objective: str  # gaussian is every trained defense's default
-    split: Literal["test", "validation"]  # of which images are certified
+    split: Literal["test", "validation"]  # whose images are certified
     examples: str
     procedure: Fixed | Anytime
     noise: str  # float or grid
@@ -58,7 +58,7 @@ class Plan:
 
 
 def make_plans(options: RunOptions) -> list[Plan]:
-    """All runs a command asks for, in order. Raises BenchError naming the first value that cannot be."""
+    """Make the runs that a command asks for, in order. Raises BenchError naming the first invalid value."""
     o = options
     card = load_card(o.dataset)
     preset = o.preset or card.preset
@@ -93,7 +93,6 @@ def make_plans(options: RunOptions) -> list[Plan]:
             raise BenchError(f"--seed {seed}: must be a whole number from 0")
         for name, variant in each:
             cls, source = loaded[name]
-            own = {"settings": tuple(variant.settings), "search": tuple(variant.search)}
             plan = Plan(
                 card=card,
                 preset=preset,
@@ -114,7 +113,14 @@ def make_plans(options: RunOptions) -> list[Plan]:
                 noise=o.noise,
                 arithmetic=words,
                 seed=seed,
-                options=replace(o, defenses=name, sigma=repr(sigma), seed=str(seed), **own),  # type: ignore[arg-type]
+                options=replace(
+                    o,
+                    defenses=name,
+                    sigma=repr(sigma),
+                    seed=str(seed),
+                    settings=variant.settings,
+                    search=variant.search,
+                ),
             )
             plans.append(plan)
     return plans
@@ -133,20 +139,20 @@ def _check_weights(options: RunOptions, loaded: Loaded) -> None:
 def _check_bases(
     options: RunOptions, each: Sequence[tuple[str, Variant]], loaded: Loaded, bases: Mapping[str, str]
 ) -> None:
-    """Refuse a base that does not give a defense the access that it needs, or cannot compute as asked."""
+    """Refuse a base without the access that a defense needs, or without the arithmetic asked for."""
     for name, variant in each:
         for config in [variant.config, *(c for _, c in variant.candidates)]:
             access = loaded[name][0].needs(config)
             if access > most_access(bases[name]):
-                raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} answers queries only")
+                raise BenchError(f"defense {name} needs {access.name} access; base {bases[name]} only answers queries")
         if arithmetic.parse(options.arithmetic) and is_url(bases[name]):
             raise BenchError(
-                f"--arithmetic {options.arithmetic}: base {bases[name]} is computed by its server: choose it there"
+                f"--arithmetic {options.arithmetic}: base {bases[name]} is computed by its server; set it there"
             )
 
 
 def check_effects(plans: Sequence[Plan]) -> None:
-    """Refuse options of a command that cannot have an effect, and print a note on those that rarely have the one meant.
+    """Refuse options of a command that have no effect, and print a note on those that may be meant differently.
 
     Not part of ``make_plans``, since that also reads the arguments of records. Raises BenchError.
     """
@@ -174,7 +180,7 @@ def check_effects(plans: Sequence[Plan]) -> None:
 
 
 def large(option: str, level: float) -> str:
-    """A hint for a noise level that is probably meant in other units."""
+    """Hint that a noise level is probably meant in other units."""
     return f"{option} {level:g}: pixels are in [0, 1], so {level:g} of 255 levels are {option} {level / 255:.4g}"
 
 

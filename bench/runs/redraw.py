@@ -1,6 +1,6 @@
-"""Images of a record certified once more: from its seed, or on fresh noise.
+"""Certify images of a record again, from its seed or on fresh noise (``bench verify``).
 
-Data, base and defense are rebuilt from what the record says was typed.
+Data, base and defense are rebuilt from the arguments on record.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import torch
 
 from bench import plugins
 from bench.errors import BenchError
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.process import environment
 from bench.records import fingerprint
 from bench.records.findings import Finding
 from bench.records.record import Record
-from bench.runs import recheck
-from bench.runs.certifier import Certifier
-from bench.runs.device import Placed
-from bench.runs.identity import make_task
+from bench.runs import fresh_noise
+from bench.runs.certifier import DeviceCertifier
 from bench.runs.plan import Plan, make_plans
+from bench.runs.prepared import PreparedRun
 from bench.runs.session import Session
 from bench.smoothing.engine import certify
 from bench.smoothing.task import ImageCache
@@ -34,32 +33,29 @@ from bench.smoothing.votes import Certificate
 from bench.training.weights import stored
 
 SAMPLE = 5  # images drawn again without --deep
-FALSE_ALARM = 1e-4  # chance that the two-sample tests accuse a true record
+FALSE_ALARM = 1e-4  # chance that the two-sample tests of an honest record fail
 CHECK = "images drawn again from the seed give the recorded counts"
 FRESH = "the certificates hold on fresh noise"
 
 
 @dataclass(frozen=True)
 class _Rebuilt:
-    """What a record certified, on this machine."""
+    """The run of a record, prepared on this machine."""
 
-    plan: Plan
-    placed: Placed
-    session: Session
+    run: PreparedRun
+    certifier: DeviceCertifier
 
     def certify(self, chosen: list[int], tau: float) -> list[Certificate]:
-        """The images once more."""
-        plan = self.plan
-        with steady(), torch.inference_mode():
-            start = certify([self.placed.device], lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen)
-            return list(start)
+        """Certify images again."""
+        plan = self.run.plan
+        with deterministic(), torch.inference_mode():
+            device = self.certifier.device
+            return list(certify([device], lambda label: plan.procedure.certify(plan.sigma, label, tau), chosen))
 
-    def fresh(self, wanted: recheck.Audit) -> dict[int, int]:
-        """Hits of an audit's votes."""
-        split = self.session.materials(self.plan).certified(self.plan)
-        task = make_task(self.plan, split, self.session.device, recheck.fresh_noise(wanted))
-        task = replace(task, block=self.placed.task.block)
-        return recheck.draw(replace(self.placed.device, task=task), wanted, ImageCache(task).get(wanted.claims))
+    def draw(self, audit: fresh_noise.Audit) -> dict[int, int]:
+        """Count the hits of an audit's votes."""
+        task = self.run.fresh_task(audit.noise)
+        return fresh_noise.draw(replace(self.certifier.device, task=task), audit, ImageCache(task).get(audit.claims))
 
 
 def draw_again(
@@ -73,17 +69,17 @@ def draw_again(
     """Certify a sample of the images (all of them when ``deep``) from the seed, and compare counts.
 
     Exactly where machine and versions are the record's, else by a two-sample test. ``fresh``: also test certified
-    images on noise of a new random seed (see ``recheck``). Without ``deep`` nothing is trained: weights that are not
-    in the cache are reported as missing. A record is untrusted input, so no file is run and no server asked because a
-    record names it: ``defense`` and ``base`` are those that the user names.
+    images on noise of a new random seed (see ``fresh_noise``). Without ``deep`` nothing is trained: weights that are
+    not in the cache are reported as missing. A record is untrusted input: no file is run and no server asked because a
+    record names it. ``defense`` and ``base`` are those that the user names.
     """
     if not record.counted:
-        why = "the log's model is not here" if record.imported else "there are none"
+        why = "the log comes without its model" if record.imported else "there are none"
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
     weights = record.identity["defense"]["weights"]
     if not deep and weights is not None and not stored(weights):
-        yield Finding(f"(not drawn again: its trained weights are not in this cache; --deep trains anew) {CHECK}")
+        yield Finding(f"(not drawn again: its trained weights are not in this cache; --deep retrains them) {CHECK}")
         return
     if why := _not_named(record.info["arguments"], defense, base):
         yield Finding(f"(not drawn again: {why}) {CHECK}")
@@ -98,49 +94,48 @@ def draw_again(
 
 
 def _rebuild(record: Record, session: Session, defense: str | None, base: str | None) -> _Rebuilt | str:
-    """What the record certified; where it cannot be had here, what is other than on record."""
-    with plugins.only([defense] if defense else []):
-        plan, _ = session.searched(_plan(record, defense, base))
-        identity, task, fitted = session.prepare(plan)
-    if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
+    """Prepare the record's run; where that is not possible here, return what differs from the record."""
+    with plugins.restricted_to([defense] if defense else []):
+        run = session.prepare(_plan(record, defense, base))
+    if different := [k for k, v in json.loads(json.dumps(run.identity)).items() if record.identity.get(k) != v]:
         return f"cannot be rebuilt here: {', '.join(different)} differ from the record's"
-    wrong = next((c.index for c in record.counted if task.labels(c.index) != c.label), None)
+    wrong = next((c.index for c in record.counted if run.task.labels(c.index) != c.label), None)
     if wrong is not None:
-        return f"image {wrong}: the data set's label is {task.labels(wrong)}"
-    certifier = Certifier(plan.defense, fitted.defense, session.materials(plan).base, plan.arithmetic)
-    placed = Placed(certifier, task, record.identity["indices"][0])
-    placed.widen(session.threads)
+        return f"image {wrong}: the data set's label is {run.task.labels(wrong)}"
+    certifier = DeviceCertifier(run.certifier, run.task, run.indices[0])
+    certifier.use_threads(session.threads)
     recorded = record.info.get("fingerprint")  # older records have none
-    if recorded and (problem := fingerprint.differs(recorded, placed.fingerprint, plan.arithmetic)):
-        return f"another function than the one certified is built here: {problem}"
-    return _Rebuilt(plan, placed, session)
+    if recorded and (problem := fingerprint.differs(recorded, certifier.fingerprint, run.plan.arithmetic)):
+        return f"the function built here is not the one certified: {problem}"
+    return _Rebuilt(run, certifier)
 
 
 def _compare(record: Record, rebuilt: _Rebuilt, deep: bool) -> Finding:
     every = max(1, len(record.counted) // SAMPLE)
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
     again = rebuilt.certify(list(kept), record.identity["noise"].get("tau", 0.0))
-    exactly = environment.same_machine(environment.describe(rebuilt.session.device), record.info["environment"])
+    here = environment.describe(rebuilt.run.task.device)
+    exactly = environment.same_machine(here, record.info["environment"])
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
-    level, procedure = FALSE_ALARM / len(again), rebuilt.plan.procedure
-    problems = (recheck.redrawn(kept[new.index], new, procedure, exactly, level) for new in again)
+    level, procedure = FALSE_ALARM / len(again), rebuilt.run.plan.procedure
+    problems = (fresh_noise.contradiction(kept[new.index], new, procedure, exactly, level) for new in again)
     return Finding(f"{len(again)} {CHECK}, {how}", next(filter(None, problems), ""))
 
 
 def _audit(record: Record, rebuilt: _Rebuilt) -> Finding:
-    wanted = recheck.of(record.counted, recheck.DEEP, recheck.VOTES)
-    if wanted is None:
+    audit = fresh_noise.audit_of(record.counted, fresh_noise.DEEP, fresh_noise.VOTES)
+    if audit is None:
         return Finding(f"(nothing is certified, so nothing was tested) {FRESH}")
-    problem = recheck.overstated(rebuilt.plan.procedure, wanted, rebuilt.fresh(wanted), record.counted)
-    said = (
-        f"{FRESH}: {len(wanted.claims)} images, {wanted.votes} votes each, seed {wanted.seed}, chance of a false alarm "
-        f"at most {recheck.LEVEL:g}"
+    problem = fresh_noise.overstated(rebuilt.run.plan.procedure, audit, rebuilt.draw(audit), record.counted)
+    check = (
+        f"{FRESH}: {len(audit.claims)} images, {audit.votes} votes each, seed {audit.seed}, chance of a false alarm "
+        f"at most {fresh_noise.LEVEL:g}"
     )
-    return Finding(said, problem)
+    return Finding(check, problem)
 
 
 def _not_named(arguments: dict[str, Any], defense: str | None, base: str | None) -> str:
-    """What the user must name before the record's run is rebuilt; empty where all is here or named."""
+    """Say what the user must name before the record's run is rebuilt; empty where nothing is missing."""
     recorded, served = str(arguments.get("defenses")), str(arguments.get("base"))
     if recorded.endswith(".py") and defense is None:
         return f"its defense is a file, run only where you name it: --defense {shlex.quote(recorded)}"
@@ -150,7 +145,7 @@ def _not_named(arguments: dict[str, Any], defense: str | None, base: str | None)
 
 
 def _plan(record: Record, defense: str | None, base: str | None) -> Plan:
-    """What the record says was typed, with the files and servers that the user names in place of its own."""
+    """Make the plan of the record's arguments, with the file and server that the user names in place of its own."""
     named = {k: v for k, v in (("defenses", defense), ("base", base)) if v is not None}
     try:
         plans = make_plans(RunOptions.of(record.info["arguments"] | named))

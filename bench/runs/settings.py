@@ -1,4 +1,4 @@
-"""``--set`` and ``--search``: from what was typed to the configurations of each defense."""
+"""Turn ``--set`` and ``--search`` into the configurations of each defense."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Variant:
     """One configuration of a defense that a command asks for."""
 
     config: Any  # with a search: that of the first candidate
-    settings: list[str]  # what was typed, for this variant alone
-    search: list[str]
+    settings: tuple[str, ...]  # --set of this variant alone
+    search: tuple[str, ...]
     changed: dict[str, Any]  # the fields that --set gave another value than their default for the preset
     candidates: list[tuple[Values, Any]]  # searched values and the configuration they make; empty without a search
 
@@ -32,28 +32,28 @@ class Variant:
 def variants(
     loaded: Loaded, preset: str, card: Card, settings: Sequence[str], search: Sequence[str]
 ) -> dict[str, list[Variant]]:
-    """Each defense's variants: one for every combination of the values that ``--set`` lists.
+    """Make each defense's variants: one for every combination of the values that ``--set`` lists.
 
     A setting is ``[defense.]key=value[,value...]``. A bare key goes to every selected defense that has it, and
-    must be known to one at least. Combinations that a Config holds to be the same are one variant.
-    Raises BenchError naming the first that cannot be.
+    must be known to at least one. Combinations with equal configurations are one variant.
+    Raises BenchError naming the first invalid setting.
     """
-    given, sought = _sort(loaded, "--set", settings), _sort(loaded, "--search", search)
+    given, searched = _sort(loaded, "--set", settings), _sort(loaded, "--search", search)
     found: dict[str, list[Variant]] = {}
     for name, (cls, _) in loaded.items():
-        if both := sorted(set(given[name]) & set(sought[name])):
+        if both := sorted(set(given[name]) & set(searched[name])):
             raise BenchError(f"--search {both[0]}: --set gives {name} a value of it too; leave one out")
         default = configured(name, cls, preset, card, {})
         owner = plugins.short_name(name)
         found[name] = []
         for values in _combinations(given[name]):
             candidates = [
-                (c, configured(name, cls, preset, card, values | c)) for c in _combinations(sought[name]) if c
+                (c, configured(name, cls, preset, card, values | c)) for c in _combinations(searched[name]) if c
             ]
             config = candidates[0][1] if candidates else configured(name, cls, preset, card, values)
             changed = {k: getattr(config, k) for k in values if getattr(config, k) != getattr(default, k)}
-            typed = [f"{owner}.{k}={v}" for k, v in values.items()]
-            asked = [f"{owner}.{k}={','.join(v)}" for k, v in sought[name].items()]
+            typed = tuple(f"{owner}.{k}={v}" for k, v in values.items())
+            asked = tuple(f"{owner}.{k}={','.join(v)}" for k, v in searched[name].items())
             if all((config, candidates) != (v.config, v.candidates) for v in found[name]):
                 found[name].append(Variant(config, typed, asked, changed, candidates))
     return found
@@ -64,7 +64,7 @@ def _combinations(lists: Mapping[str, list[str]]) -> Iterable[Values]:
 
 
 def _sort(loaded: Loaded, flag: str, settings: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """The values of each key for each defense."""
+    """Sort the values by defense and key."""
     given: dict[str, dict[str, list[str]]] = {name: {} for name in loaded}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -85,7 +85,7 @@ def _sort(loaded: Loaded, flag: str, settings: Sequence[str]) -> dict[str, dict[
 
 
 def configured(name: str, cls: type[Defense], preset: str, card: Card, given: Mapping[str, Any]) -> Any:
-    """A defense's Config: its defaults, its preset, the card's epoch scale, then what is given. Raises BenchError."""
+    """Make a defense's Config: its defaults, its preset, the card's epoch scale, then ``given``. Raises BenchError."""
     adapter = TypeAdapter(cls.Config)
     try:
         config = adapter.validate_python(cls.presets.get(preset, {}))

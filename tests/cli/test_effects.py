@@ -1,4 +1,4 @@
-"""Options that can have no effect are refused, or a line says so; and a noise level in other units gets a hint."""
+"""Test that options without effect are refused or reported, and that noise in other units gets a hint."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_an_option_that_no_defense_of_the_command_uses_is_refused(
     assert list(tmp_path.iterdir()) == [tmp_path / "w.safetensors"]
 
 
-def test_beside_a_defense_that_uses_it_the_others_say_that_they_do_not(bench: Bench, tmp_path: Path) -> None:
-    names = f"none,head,{defense('half_space')}"  # the last one trains nothing and does not state so
+def test_an_option_that_one_defense_uses_is_reported_unused_for_the_others(bench: Bench, tmp_path: Path) -> None:
+    names = f"none,head,{defense('half_space')}"  # the last one trains nothing, but does not declare it
     args = ("--objective", "stability", "--train-sigma", ".5", "--set", "epochs=0.1", "--out", tmp_path)
     ran = bench("run", "--defense", names, *FEW, *args, "--json")
     assert ran.code == 0, ran.err
@@ -49,22 +49,22 @@ def test_beside_a_defense_that_uses_it_the_others_say_that_they_do_not(bench: Be
         assert runs[name]["defense"]["objective"] is None
     said = [line for line in ran.err.splitlines() if "has no effect" in line]
     assert [("none" in line, "half_space" in line) for line in said] == [(True, False)] * 2 + [(False, True)] * 2
-    # It is the run that the command without them makes.
+    # The command without these options makes the same run.
     again = bench("run", "--defense", "none", *FEW, "--out", tmp_path)
     assert "already complete" in again.err
 
 
-def test_weights_of_the_user_make_a_schedule_and_a_noise_of_training_a_statement(bench: Bench, tmp_path: Path) -> None:
+def test_training_options_with_the_users_weights_are_only_recorded(bench: Bench, tmp_path: Path) -> None:
     args = ("run", "--defense", "head", *FEW, "--out", tmp_path / "runs")
     save_file({"model.head.weight": np.zeros(1)}, tmp_path / "w.safetensors")
     given = ("--weights", tmp_path / "w.safetensors", "--train-sigma", ".5", "--set", "epochs=3.5")
     said = bench(*args, *given)
-    assert said.code == 2  # of another shape
+    assert said.code == 2  # its shape differs
     for option in ("--train-sigma 0.5", "--set epochs=3.5"):
         assert f"bench: {option} is only recorded: --weights are trained already" in said.err
 
 
-def test_votes_that_select_nothing_are_said_to(bench: Bench, tmp_path: Path) -> None:
+def test_n0_without_selection_is_reported_to_have_no_effect(bench: Bench, tmp_path: Path) -> None:
     args = ("run", "--defense", "none", *FEW, "--out", tmp_path, "--target", "label", "--dry-run")
     assert "--n0 30 has no effect" in bench(*args, "--n0", 30).err
     assert "no effect" not in bench(*args).err

@@ -1,4 +1,4 @@
-"""What goes wrong on a long run, end to end: disks, caches, two processes at once, memory, and defenses at fault."""
+"""Test faults of long runs: disks, caches, two processes at once, memory, and faulty defenses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = ["run", "--defense", "none", "--dataset", TINY, "--examples", "60"]
 
 
 def certificates(out: Path) -> list[dict[str, object]]:
-    """All of one run folder, without their timing, by image."""
+    """Read the certificates of one run folder, sorted by image, without their timing."""
     (file,) = out.glob("*/certificates.jsonl")
     rows = [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
     return sorted(rows, key=lambda r: str(r["index"]))
@@ -28,7 +28,7 @@ def certificates(out: Path) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folders of ``RUN``, undisturbed; and the base it needs is in the cache."""
+    """Make the run folders of ``RUN`` without faults, and cache its base."""
     from bench.cli import main
 
     out = tmp_path_factory.mktemp("whole")
@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
-    """A real small disk, which grows by a page at a time: every write of a run meets its end once."""
+    """Use a real small disk that grows by one page at a time, so that every write of a run fails once."""
     disk = tmp_path / "disk"
     disk.mkdir()
     pages = [*range(4, 128, 4), 256, 512]
@@ -56,7 +56,7 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
     assert process.exitcode == 0, said
     errors = [line for line in said.splitlines() if line.startswith("bench: ")]
     # A log that has gaps ends no run; whatever does is one line.
-    errors = [e for e in errors if not ("log.txt has gaps: No space left" in e and str(disk) in e)]
+    errors = [e for e in errors if not ("log.txt is incomplete: No space left" in e and str(disk) in e)]
     assert said.count("-- ") == len(errors) + 2 >= 5  # the last size, and that it fits
     assert all("cannot write" in e and str(disk) in e and "No space left" in e for e in errors)
     assert any("certificates.jsonl" in e and "all certified before is kept: free space there" in e for e in errors)
@@ -64,7 +64,7 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_cache_loses_nothing(whole: Path, tmp_path: Path) -> None:
-    """The same of checkpoints and weights."""
+    """Checkpoints and weights."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command, log = [*RUN, "--out", str(tmp_path / "runs")], tmp_path / "log"
@@ -81,8 +81,8 @@ def test_a_full_cache_loses_nothing(whole: Path, tmp_path: Path) -> None:
     assert certificates(tmp_path / "kept") == certificates(whole)
 
 
-def test_a_write_that_ends_within_a_line_loses_nothing(whole: Path, tmp_path: Path) -> None:
-    """Where no disk can be mounted: files of at most 5,000 bytes, so that a certificate is written in part."""
+def test_an_incomplete_write_loses_nothing(whole: Path, tmp_path: Path) -> None:
+    """Limit files to 5,000 bytes, so that a certificate is written in part; works where no disk can be mounted."""
     command, log = [*RUN, "--out", str(tmp_path / "runs")], tmp_path / "log"
     process = start(with_small_files, command, tmp_path / "runs", 5000, cache=cache_root(), log=log)
     process.join()
@@ -123,7 +123,7 @@ def test_a_file_in_place_of_the_output_is_refused_before_anything_is_trained(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache and the run that filled it."""
+    """Make a cache and the run that filled it."""
     from bench.cli import main
 
     place = tmp_path_factory.mktemp("trained")
@@ -136,7 +136,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["weights.safetensors", "meta.json", "no weights", "another's"])
-def test_a_corrupt_cache_entry_is_said_and_made_anew(
+def test_a_corrupt_cache_entry_is_reported_and_retrained(
     bench: Bench, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
@@ -157,7 +157,7 @@ def test_a_corrupt_cache_entry_is_said_and_made_anew(
     result = bench(*args)
     assert result.code == 0
     (said,) = [line for line in result.err.splitlines() if line.startswith("bench: ")]
-    assert f"corrupt cache entry {folder}" in said and "made anew" in said
+    assert f"corrupt cache entry {folder}" in said and "training again" in said
     assert weights.read_bytes() == before
     assert "already complete" in result.err  # the same weights, so the same run
     assert "corrupt cache" not in bench(*args).err
@@ -166,8 +166,8 @@ def test_a_corrupt_cache_entry_is_said_and_made_anew(
 # Two processes ----------------------------------------------------------------------------------------
 
 
-def test_started_twice_at_once_one_writes(tmp_path: Path) -> None:
-    """From an empty cache: one trains and certifies, the other is told so."""
+def test_of_two_simultaneous_commands_one_writes(tmp_path: Path) -> None:
+    """From an empty cache one trains and certifies; the other exits with an error."""
     command = ["run", "--defense", "full", "--dataset", TINY, "--examples", "60", "--n", "1000"]
     cache, logs = tmp_path / "cache", [tmp_path / "log-0", tmp_path / "log-1"]
     both = [start(run, [[*command, "--out", str(tmp_path / "runs")]], cache=cache, log=log) for log in logs]
@@ -183,19 +183,19 @@ def test_started_twice_at_once_one_writes(tmp_path: Path) -> None:
     assert sorted(indices, key=str) == [c["index"] for c in certificates(tmp_path / "runs")]  # each of them once
 
 
-def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Commands that differ, but for a training that they share."""
+def test_commands_that_share_a_training_wait_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The commands differ, but share a training."""
     from threading import Thread
 
-    from bench.training.weights import Entry
+    from bench.training.weights import CacheEntry
 
     order = []
 
     def second() -> None:
-        with Entry("shared", {"id": str(tmp_path)}).lock():
+        with CacheEntry("shared", {"id": str(tmp_path)}).lock():
             order.append("second")
 
-    with Entry("shared", {"id": str(tmp_path)}).lock():
+    with CacheEntry("shared", {"id": str(tmp_path)}).lock():
         waiting = Thread(target=second)
         waiting.start()
         while "another process is training shared-" not in caplog.text:
@@ -208,7 +208,7 @@ def test_who_trains_the_same_thing_waits_and_says_so(tmp_path: Path, caplog: pyt
 # Memory -----------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_the_block_that_fits_is_found_and_kept(
+def test_out_of_memory_halves_the_block_and_keeps_its_size(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bench.records.record import Run
@@ -226,7 +226,7 @@ def test_out_of_memory_the_block_that_fits_is_found_and_kept(
     assert stopped.code == 130
     assert "blocks of 64 rows; 256 do not fit into memory" in stopped.err
     monkeypatch.setattr(Run, "append", real)
-    # More memory now: the run that is begun goes on in its own blocks.
+    # With more memory, the run that has begun keeps its blocks.
     from bench.smoothing import blocks
 
     monkeypatch.setattr(blocks, "fitting_block", lambda *_: pytest.fail("a block was looked for"))
@@ -237,7 +237,7 @@ def test_out_of_memory_the_block_that_fits_is_found_and_kept(
     assert bench("verify", info["path"]).code == 0
 
 
-def test_the_cpu_says_out_of_memory_in_words() -> None:
+def test_out_of_memory_on_the_cpu_is_recognized_by_its_words() -> None:
     import torch
 
     from bench.smoothing.blocks import out_of_memory
@@ -273,7 +273,7 @@ def test_too_little_memory_for_any_block_names_the_defense(bench: Bench, tmp_pat
         ("sleeps", 16, "no answer for 1 s in certification", 4),
     ],
 )
-def test_a_defense_at_fault_is_named_and_no_vote_invented(
+def test_a_faulty_defense_is_named_and_no_vote_invented(
     bench: Bench,
     tmp_path: Path,
     set_threads: Callable[[int], None],
@@ -282,7 +282,7 @@ def test_a_defense_at_fault_is_named_and_no_vote_invented(
     words: str,
     kept: int,
 ) -> None:
-    set_threads(1)  # the defense counts its calls, and so each thread's copy would
+    set_threads(1)  # the defense counts its calls, and each thread's copy would count its own
     args = ("--dataset", TINY, "--set", f"how={how}", "--set", f"after={after}", "--timeout", "1", "--out", tmp_path)
     result = bench("run", "--defense", f"{FAULTY},none", *args)
     assert result.code == 2
@@ -290,7 +290,7 @@ def test_a_defense_at_fault_is_named_and_no_vote_invented(
     assert last.startswith(f"bench: 1 of 2 runs failed: defense {FAULTY}: ")
     assert words in last
     assert "Traceback" not in result.err
-    # The other run of the command is finished, and this one's folder holds what was certified before.
+    # The other run of the command is finished; the folder of this one keeps its certificates.
     assert json.loads(next(tmp_path.glob("tiny-none-*/run.json")).read_text())["status"] == "complete"
     files = list(tmp_path.glob("tiny-faulty-*/certificates.jsonl"))
     rows = files[0].read_text().splitlines() if files else []
@@ -326,17 +326,17 @@ def test_a_fault_in_one_of_several_threads(
 
 
 def certificates_of(out: Path, name: str) -> list[dict[str, object]]:
-    """The certificates of one of several runs."""
+    """Find the certificates of one of several runs."""
     (file,) = out.glob(f"tiny-{name}-*/certificates.jsonl")
     return [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
 
 
-def test_what_a_drifting_defense_certified_is_set_aside(
+def test_certificates_of_a_drifting_defense_are_set_aside(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
     set_threads(1)
     args = ("run", "--defense", FAULTY, "--set", "how=drifts", "--set", "after=16", "--dataset", TINY)
-    for _ in range(2):  # typed again it is no sounder
+    for _ in range(2):  # a repeated command fails too
         result = bench(*args, "--out", tmp_path)
         assert result.code == 2
         assert "refused.jsonl" in result.err
@@ -346,7 +346,7 @@ def test_what_a_drifting_defense_certified_is_set_aside(
     assert bench("report", tmp_path).code == 2
 
 
-def test_a_drift_in_one_of_several_threads_is_seen(
+def test_drift_in_one_of_several_threads_is_detected(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
     set_threads(2)
@@ -356,7 +356,7 @@ def test_a_drift_in_one_of_several_threads_is_seen(
     assert not list(tmp_path.glob("*/certificates.jsonl"))
 
 
-def test_nan_is_no_vote_for_any_class(bench: Bench, tmp_path: Path) -> None:
+def test_nan_is_a_vote_for_no_class(bench: Bench, tmp_path: Path) -> None:
     result = bench(
         "run", "--defense", FAULTY, "--set", "how=nan", "--dataset", TINY, "--out", tmp_path, "--noise", "float"
     )
@@ -366,7 +366,7 @@ def test_nan_is_no_vote_for_any_class(bench: Bench, tmp_path: Path) -> None:
     assert all((r["predicted"], r["radius"], r["top_count"], r["runner_up_count"]) == (None, 0.0, 0, 100) for r in rows)
 
 
-def test_a_defense_that_hangs_in_c_is_named_and_ended(tmp_path: Path) -> None:
+def test_a_defense_that_hangs_in_c_is_named_and_its_process_ended(tmp_path: Path) -> None:
     args = ["--dataset", TINY, "--set", "how=computes", "--set", "after=16", "--timeout", "1", "--out", str(tmp_path)]
     log = tmp_path / "log"
     process = start(impatient, ["run", "--defense", FAULTY, *args], cache=cache_root(), log=log)
@@ -397,7 +397,7 @@ def test_a_training_that_hangs_is_named(bench: Bench, tmp_path: Path) -> None:
 def test_a_report_is_whole_or_absent(
     bench: Bench, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    """The last byte does not fit: the old report stays, and nothing is left beside it."""
+    """The last byte does not fit: the old report stays, and no other file is left."""
     import os
 
     out = tmp_path / "report"

@@ -165,7 +165,7 @@ def test_what_a_log_gets_wrong_is_found_kept_and_shown(bench: Bench, tmp_path: P
         (table,) = json.loads(bench("report", tmp_path / "runs", "--format", "json").out)["tables"]
         assert table["rows"][0]["flags"] == "; ".join(info["flags"])
         verified = bench("verify", info["path"])
-        assert verified.code == 1 and verified.out.count("wrong:") == len(info["flags"])
+        assert verified.code == 1 and verified.out.count("FAIL:") == len(info["flags"])
 
 
 def test_one_defect_is_one_flag(bench: Bench, tmp_path: Path) -> None:
@@ -533,7 +533,7 @@ def test_verify_catches_a_changed_import(bench: Bench, tmp_path: Path, what: str
         (copy / "run.json").write_text(json.dumps(kept))
     before, after = bench("verify", info["path"]), bench("verify", copy)
     assert (before.code, after.code) == (1, 1)
-    assert after.out.count("wrong:") > before.out.count("wrong:") == 1
+    assert after.out.count("FAIL:") > before.out.count("FAIL:") == 1
 
 
 def test_an_import_without_its_log_cannot_be_verified(bench: Bench, tmp_path: Path) -> None:
@@ -573,4 +573,4 @@ def test_released_logs(bench: Bench, tmp_path: Path, real: Path) -> None:
     flags = json.loads(bench("import", real, *stated, "--alpha", 0.01).out)["flags"]
     assert all("above" not in f and "no count" not in f for f in flags) and "rounded up" in flags[0]
     verified = bench("verify", info["path"])
-    assert verified.code == 1 and "wrong: the log is without known defects" in verified.out
+    assert verified.code == 1 and "FAIL: the log is without known defects" in verified.out

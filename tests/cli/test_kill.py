@@ -1,4 +1,4 @@
-"""kill -9 at random moments, then the same commands: nothing lost, nothing repeated, the same counts."""
+"""Test kill -9 at random moments: the repeated commands lose nothing, repeat nothing and give the same counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PHASES = ("training", "certification", "report writing")
 
 
 class Job:
-    """Run, report and baseline in one process, which may be killed and started again."""
+    """Run, report and baseline in one process, which can be killed and restarted."""
 
     def __init__(self, place: Path) -> None:
         self.out, self.cache, self.report = place / "runs", place / "cache", place / "report"
@@ -45,12 +45,12 @@ class Job:
         self._process = start(run, [[*ARGS, "--out", out], report, check], cache=self.cache, log=self.log)
 
     def phase(self) -> int:
-        """Which phase it is in, by what is on disk."""
+        """Return its phase, judged by the files on disk."""
         files = list(self.out.glob("*/run.json"))
         return 0 if not files else 2 if json.loads(files[0].read_text())["status"] == "complete" else 1
 
     def reach(self, phase: int) -> None:
-        """Wait until the process works at that phase, or is beyond it."""
+        """Wait until the process reaches a phase."""
         while self._process.is_alive():
             log = self.said()
             resumed = "already complete" in log or self._from < 2
@@ -59,22 +59,22 @@ class Job:
             time.sleep(0.005)
 
     def kill(self) -> bool:
-        """kill -9; whether there was anything left to kill."""
+        """Send kill -9; returns whether the process was alive."""
         self._process.kill()
         self._process.join()
         return self._process.exitcode == -signal.SIGKILL
 
     def finish(self) -> None:
-        """Wait for its end, which must be a good one."""
+        """Wait until it exits with code 0."""
         self._process.join()
         assert self._process.exitcode == 0, self.log.read_text()
 
     def said(self) -> str:
-        """What the process printed; it may be killed before it has a log."""
+        """Return the output of the process; it may be killed before it has a log."""
         return self.log.read_text() if self.log.exists() else ""
 
     def check(self) -> None:
-        """All that is on disk is whole, and what was certified before is there as it was."""
+        """Check that all files are whole and that earlier certificates are unchanged."""
         now = whole_lines(self.out)
         assert now[: len(self.kept)] == self.kept
         self.kept = now
@@ -85,7 +85,7 @@ class Job:
         assert "Traceback" not in self.said()
 
     def result(self) -> tuple[list[dict[str, object]], list[str]]:
-        """Certificates by image, without seconds, and the names of all files."""
+        """Return the certificates by image, without seconds, and the names of all files."""
         rows = [{**json.loads(line), "seconds": 0} for line in whole_lines(self.out)]
         files = {p.relative_to(folder) for folder in (self.out, self.cache) for p in folder.rglob("*") if p.is_file()}
         visible = {p for p in self.report.iterdir() if not p.name.startswith(".")}
@@ -94,7 +94,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, list[float]]:
-    """A job that nobody kills, and how long each of its phases took."""
+    """Run a job without kills; returns it and the duration of each phase."""
     job = Job(tmp_path_factory.mktemp("undisturbed") / "job")
     job.begin()
     times = [time.monotonic()]
@@ -108,12 +108,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, list[flo
 
 
 def killed(job: Job, phases: Sequence[int], seconds: list[float], rng: random.Random) -> Counter[str]:
-    """Kill it in each of the phases, at a moment drawn uniformly from that phase's duration, then let it end."""
+    """Kill it in each phase, at a moment drawn uniformly from the phase's duration, then let it finish."""
     hits: Counter[str] = Counter()
     for phase in phases:
         job.begin()
         job.reach(phase)
-        # A resumed certification is shorter by what it finds certified.
+        # A resumed certification is shorter, since some images are done.
         left = 1 - len(job.kept) / IMAGES if phase == 1 else 1
         time.sleep(rng.uniform(0, left * seconds[phase]))
         moment = PHASES[job.phase()]
@@ -158,7 +158,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     env = {**os.environ, "CERTBENCH_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "bench", *ARGS, "--n", "40000", "--out", str(tmp_path / "runs")]
 
-    def heed_ctrl_c() -> None:  # a suite started in the background has it ignored, and children inherit that
+    def heed_ctrl_c() -> None:  # children of a suite started in the background inherit that SIGINT is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=-1, preexec_fn=heed_ctrl_c)

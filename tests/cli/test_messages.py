@@ -1,4 +1,4 @@
-"""What a newcomer meets at the command line: options and names that follow one rule, and errors that lead on."""
+"""Test what a newcomer sees: consistent options and names, and errors that explain how to fix them."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def test_help_keeps_words_in_brackets(bench: Bench, command: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("run --defense none --dataset d --sigma .25 .5", "commas between: --sigma .25,.5"),
+        ("run --defense none --dataset d --sigma .25 .5", "with commas: --sigma .25,.5"),
         ("run --sigma .25, .5 --defense none --dataset d", "--sigma .25,.5"),
         ("run --sigma=.25 .5 --defense none --dataset d", "--sigma .25,.5"),
-        ("run --defense none lora full --dataset d", "commas between: --defense none,lora,full"),
+        ("run --defense none lora full --dataset d", "with commas: --defense none,lora,full"),
         ("run --defense none --dataset d --seed 0 1 2", "--seed 0,1,2"),
-        ("run --defense none --dataset d --set rank=1 lr=2", "give the option again for each: --set rank=1 --set lr=2"),
+        ("run --defense none --dataset d --set rank=1 lr=2", "repeat the option for each: --set rank=1 --set lr=2"),
     ],
 )
-def test_values_with_blanks_between_get_a_hint(bench: Bench, typed: str, words: str) -> None:
+def test_values_separated_by_blanks_get_a_hint(bench: Bench, typed: str, words: str) -> None:
     result = bench(*shlex.split(typed))
     assert result.code == 2 and result.err.count("\n") == 1
     assert "unexpected extra argument" in result.err and words in result.err
@@ -97,7 +97,7 @@ def figures(bench: Bench, runs: Path, out: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in out.glob("*.svg")}
 
 
-def test_a_figure_keeps_its_name_whatever_else_is_reported(bench: Bench, tmp_path: Path) -> None:
+def test_a_figure_keeps_its_name_in_every_report(bench: Bench, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     made_up(runs, [0.3] * 10, name="one")
     first = figures(bench, runs, tmp_path / "first")
@@ -122,13 +122,13 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
     assert body.count("{") == body.count("}")
     assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}")
     (columns,) = re.findall(r"\\begin\{tabular\}\{@\{\}p\{([\d.]+)\\columnwidth\}(r+)@\{\}\}", body)
-    # As many cells in a row as there are columns, one of them as wide as several where it spans them.
+    # Every row has a cell for each column; a cell may span several columns.
     for line in (
         row for row in body.splitlines() if row.rstrip().endswith(("\\\\", "\\\\[1pt]")) and "provide" not in row
     ):
         spanned = sum(int(k) - 1 for k in re.findall(r"\\multicolumn\{(\d+)\}", line))
         assert len(re.findall(r"(?<!\\)&", line)) + spanned == len(columns[1]), line
-    # 34 points for a value with its interval and 5 between two, in a column of 229 points.
+    # 34 points for a value with its interval, 5 between two values, in a column of 229 points.
     assert 229 * float(columns[0]) + len(columns[1]) * 39 <= 231
     rows = {line.split(" &")[0]: line for line in reversed(body.splitlines())}
     assert r"\certified{\textbf{75.0}}" in rows["best"] and r"\certified{\textbf{65.0}}" in rows["close"]
@@ -137,7 +137,7 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
 def test_latex_compiles_within_a_column(bench: Bench, tmp_path: Path) -> None:
-    """With five radii, an envelope over sigma, published rows and names that LaTeX would take for commands."""
+    """With five radii, a best-sigma curve, published rows and names that LaTeX would take for commands."""
     for name in ("denoiser objective=mse", r"[b_| \~^ <b> {}% &$#"):
         for split in ("test", "validation"):
             for sigma in (0.25, 0.5):
@@ -152,7 +152,7 @@ def test_latex_compiles_within_a_column(bench: Bench, tmp_path: Path) -> None:
                 info = json.loads((run / "run.json").read_text())
                 (run / "run.json").write_text(json.dumps(info | {"radii": [0.0, 0.25, 0.5, 0.75, 1.0]}))
     table = bench("report", tmp_path / "runs", "--published", "--format", "latex").out
-    assert "Cohen" in table and "envelope over sigma" in table
+    assert "Cohen" in table and "best-sigma curve" in table
     page = "\\documentclass[twocolumn]{article}\\usepackage{booktabs}\\begin{document}\n" + table + "\\end{document}\n"
     (tmp_path / "page.tex").write_text(page)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
@@ -164,7 +164,7 @@ def test_latex_compiles_within_a_column(bench: Bench, tmp_path: Path) -> None:
 # Compare, status and list -----------------------------------------------------------------------------
 
 
-def test_compare_of_a_folder_compares_what_is_in_it(bench: Bench, tmp_path: Path) -> None:
+def test_compare_of_a_folder_compares_its_runs(bench: Bench, tmp_path: Path) -> None:
     one, two = made_up(tmp_path, [0.3] * 10, name="one"), made_up(tmp_path, [0.1] * 10, name="two")
     assert json.loads(bench("compare", tmp_path, "--json").out) == json.loads(bench("compare", one, two, "--json").out)
     other = made_up(tmp_path, [0.1] * 10, name="other", sigma=0.5)
@@ -179,18 +179,18 @@ def test_compare_of_a_folder_compares_what_is_in_it(bench: Bench, tmp_path: Path
     assert text.count("## digits, sigma") == 2 and "sigma 0.25" in text and "sigma 0.5" in text
 
 
-def test_compare_of_a_folder_without_two_is_one_line(bench: Bench, tmp_path: Path) -> None:
+def test_compare_of_a_folder_without_two_runs_is_one_line(bench: Bench, tmp_path: Path) -> None:
     made_up(tmp_path / "runs", [0.3] * 10)
     for folder in (tmp_path / "runs", tmp_path / "nothere"):
         result = bench("compare", folder)
         assert result.code == 2 and "Traceback" not in result.err
 
 
-def test_status_of_a_folder_that_is_not_there_is_exit_2(bench: Bench, tmp_path: Path) -> None:
+def test_status_of_a_missing_folder_is_exit_2(bench: Bench, tmp_path: Path) -> None:
     result = bench("status", tmp_path / "nothere")
     assert (result.code, result.out) == (2, "")
-    assert result.err == f"bench: no folder {tmp_path / 'nothere'}; bench run makes one\n"
-    assert bench("status", tmp_path).code == 0  # there, and empty
+    assert result.err == f"bench: no folder {tmp_path / 'nothere'}; create runs with bench run\n"
+    assert bench("status", tmp_path).code == 0  # an empty folder
 
 
 def test_list_and_status_use_the_same_words(bench: Bench, tmp_path: Path) -> None:
@@ -264,17 +264,17 @@ class Counts(Defense):
 """
 
 
-def test_a_dry_run_of_a_slow_model_times_few_rows_and_says_so(
+def test_a_dry_run_of_a_slow_model_times_few_rows_and_reports_it(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.runs import timing
+    from bench.runs import estimate
 
     seen = tmp_path / "rows"
     (tmp_path / "counts.py").write_text(ROWS.format(file=str(seen)))
     args = ("run", "--defense", tmp_path / "counts.py", "--dataset", TINY, "--dry-run", "--out", tmp_path / "runs")
     assert "rows of a block" not in bench(*args).out
     seen.unlink()
-    monkeypatch.setattr(timing, "PATIENCE", 0.0)  # every model is slow
+    monkeypatch.setattr(estimate, "LONG", 0.0)  # every model is slow
     said = bench(*args)
     assert "timed on 1 of 256 rows of a block in 1 of 1 runs" in said.out
     assert [int(n) for n in seen.read_text().split()] == [1, 1, 1]  # a warm-up, the timing, the count of operations

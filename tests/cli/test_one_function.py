@@ -1,4 +1,4 @@
-"""A record holds one fixed function: careless defenses are refused or caught, honest ones certified as before."""
+"""Test that a record holds one fixed function: careless defenses are refused, sound ones are certified."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.records.record import Run
-from bench.runs import certifier
+from bench.runs import writer
 from tests.helpers.commands import TINY, Result, defense
 
 Bench = Callable[..., Result]
@@ -36,7 +36,7 @@ def info(out: Path) -> dict[str, Any]:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """End a run once so many images are certified, as Ctrl-C does."""
+    """Interrupt a run after a number of images, as Ctrl-C does."""
     real = Run.append
 
     def append(self: Run, certificate: Any) -> None:
@@ -62,10 +62,10 @@ def test_copies_that_share_a_buffer_vote_in_one_thread(
     assert certificates(tmp_path / "two") == certificates(tmp_path / "one")
 
 
-def test_copies_that_come_to_share_a_buffer_are_refused(
+def test_copies_that_share_a_buffer_later_are_refused(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
 ) -> None:
-    """Not seen at the start: what they certified is set aside at the end."""
+    """Not detected at the start: certificates are set aside at the end."""
     set_threads(2)
     more = ("--set", f"after={CHECKS}", "--n", "3000")
     result = bench(*args("global_buffer", tmp_path, *more))
@@ -84,10 +84,10 @@ def test_the_doctor_names_a_shared_buffer(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("procedure", ["fixed", "anytime"])
-def test_a_drift_that_a_process_took_with_it_is_seen_when_resuming(
+def test_drift_of_a_killed_process_is_detected_when_resuming(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None], procedure: str
 ) -> None:
-    """It drifts late, is killed, and its state is gone: nothing in the new process shows it but the counts."""
+    """The killed process had drifted, and its state is lost: only the counts show it."""
     set_threads(1)
     command = args("drifts", tmp_path, "--set", f"after={CHECKS}", "--examples", 30, "--n", 1000)
     command += ["--procedure", procedure]
@@ -109,12 +109,12 @@ def test_an_honest_run_resumes_to_the_same_record(
 ) -> None:
     command = ["run", "--defense", name, "--dataset", TINY]
     assert bench(*command, "--out", tmp_path / "whole").code == 0
-    for after in (1, 4, 7, 8):  # the last: all is certified, and nothing checked
+    for after in (1, 4, 7, 8):  # the last: all images are certified, and nothing is checked
         with monkeypatch.context() as patch:
             if after < 8:
                 interrupt(patch, after)
             else:
-                patch.setattr(certifier.Filling, "finish", _interrupted)
+                patch.setattr(writer.RunWriter, "finish", _interrupted)
             assert bench(*command, "--out", tmp_path / "resumed").code == 130
     assert bench(*command, "--out", tmp_path / "resumed").code == 0
     assert certificates(tmp_path / "resumed") == certificates(tmp_path / "whole")
@@ -130,7 +130,7 @@ def _interrupted(*_: object) -> None:
 def test_a_record_of_another_machine_is_compared_as_two_samples(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One count moved by a vote: of this machine it is a fault, of another one rounding."""
+    """A count that differs by one vote is a fault on the same machine, and rounding on another one."""
     command = ["run", "--defense", "none", "--dataset", TINY, "--out", tmp_path]
     with monkeypatch.context() as patch:
         interrupt(patch, 1)
@@ -172,7 +172,7 @@ from pathlib import Path
 from bench.interface import Access, Defense
 
 class Mine(Defense):
-    """Reads a number of a file that nobody hashes."""
+    """Read a number from a file that is not hashed."""
     access = Access.QUERY
 
     def build(self):
@@ -217,11 +217,11 @@ def test_a_file_changed_before_a_resume_is_refused_and_nothing_is_lost(
     number.write_text("0.6")
     result = bench("verify", run, "--defense", mine)
     assert result.code == 1
-    assert "another function than the one certified" in result.out
+    assert "the function built here is not the one certified" in result.out
 
 
-def test_a_helper_module_beside_a_defense_is_part_of_its_source(bench: Bench, tmp_path: Path) -> None:
-    """Directly and through another module; a file that is not imported is not."""
+def test_a_helper_module_next_to_a_defense_is_part_of_its_source(bench: Bench, tmp_path: Path) -> None:
+    """Imported directly or through another module; a file that is not imported is not part of it."""
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     (plugins / "my_defense.py").write_text(
@@ -261,7 +261,7 @@ def cheating(how: str, out: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("how", CHEATS)
-def test_what_holds_on_known_noise_alone_is_set_aside_at_the_end(
+def test_certificates_that_hold_only_on_known_noise_are_set_aside(
     bench: Bench, tmp_path: Path, set_threads: Callable[[int], None], how: str
 ) -> None:
     set_threads(1)
@@ -272,12 +272,12 @@ def test_what_holds_on_known_noise_alone_is_set_aside_at_the_end(
 
 
 @pytest.mark.parametrize("how", CHEATS)
-def test_verify_on_fresh_noise_catches_what_a_sample_of_the_seed_does_not(
+def test_verify_on_fresh_noise_catches_what_redrawing_from_the_seed_misses(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None], how: str
 ) -> None:
     set_threads(1)
     with monkeypatch.context() as patch:
-        patch.setattr(certifier.Filling, "audit", lambda *_: None)
+        patch.setattr(writer.RunWriter, "audit", lambda *_: None)
         assert bench(*cheating(how, tmp_path)).code == 0
     (run,) = tmp_path.iterdir()
     result = bench("verify", run, "--fresh", "--defense", CARELESS)
@@ -297,7 +297,7 @@ def test_honest_defenses_are_certified(bench: Bench, tmp_path: Path, how: str, p
 
 
 def test_the_audit_costs_little_and_is_recorded(bench: Bench, tmp_path: Path) -> None:
-    """2% of the votes, at least one block, and not counted among them."""
+    """It costs 2% of the votes, at least one block, and is not counted among them."""
     assert bench("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path, "--n", 20_000).code == 0
     found = info(tmp_path)
     votes = len(found["audit"]["images"]) * found["audit"]["votes"]

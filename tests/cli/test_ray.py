@@ -1,4 +1,4 @@
-"""``--executor ray``: the same records as in one process, whatever happens to workers, nodes and the command itself."""
+"""Test ``--executor ray``: it gives the records of a local run, even if workers, nodes or the command are killed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.plugins import names
 from tests.helpers.commands import TINY, Result, defense
 
 pytest.importorskip("ray")
@@ -25,7 +23,7 @@ Bench = Callable[..., Result]
 
 
 def lines(out: Path) -> dict[str, list[dict[str, object]]]:
-    """Certificates by run folder, without their timing, by image."""
+    """Read the certificates of each run folder, sorted by image, without their timing."""
     found = {}
     for file in sorted(out.glob("*/certificates.jsonl")):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -33,9 +31,9 @@ def lines(out: Path) -> dict[str, list[dict[str, object]]]:
     return found
 
 
-@pytest.mark.slow  # Ray gives up starting where no core is idle for a while, as beside the rest of the suite
+@pytest.mark.slow  # Ray gives up starting if no core is idle for a while, as during the rest of the suite
 def test_the_records_of_a_cluster_are_those_of_one_process(bench: Bench, tmp_path: Path) -> None:
-    """Two defenses, one of them a file, by the anytime procedure; a local run is finished on the cluster too."""
+    """Run two defenses, one of them a file, by the anytime procedure; one run was begun locally."""
     args = ["run", "--defense", f"full,{defense('half_space')}", "--dataset", TINY, "--procedure", "anytime"]
     assert bench(*args, "--out", tmp_path / "local").code == 0
     half_done = tmp_path / "ray" / next((tmp_path / "local").glob("tiny-full-*")).name
@@ -59,7 +57,7 @@ def test_the_records_of_a_cluster_are_those_of_one_process(bench: Bench, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_defense_at_fault_on_a_cluster_is_named_and_the_other_run_finished(bench: Bench, tmp_path: Path) -> None:
+def test_a_faulty_defense_on_a_cluster_is_named_and_the_other_run_finishes(bench: Bench, tmp_path: Path) -> None:
     faulty = defense("faulty")
     args = ["run", "--defense", f"{faulty},none", "--dataset", TINY, "--set", "faulty.how=sleeps"]
     args += ["--set", "faulty.after=16", "--timeout", "2"]
@@ -81,7 +79,7 @@ def test_ctrl_c_on_a_cluster_says_how_to_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "run", "--defense", "none", "--dataset", TINY, "--n", "400000"]
     command += ["--out", str(tmp_path / "runs"), "--executor", "ray", "--ray-address", "local"]
 
-    def heed_ctrl_c() -> None:  # a suite started in the background has it ignored, and children inherit that
+    def heed_ctrl_c() -> None:  # children of a suite started in the background inherit that SIGINT is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CERTBENCH_CACHE": str(tmp_path / "cache")}
@@ -92,15 +90,13 @@ def test_ctrl_c_on_a_cluster_says_how_to_resume(tmp_path: Path) -> None:
     assert process.stderr is not None
     err = process.stderr.read().decode()
     assert process.wait() == 130
-    assert err.splitlines()[-1] == (
-        "bench: interrupted; all that is certified is kept: type the same command again to resume"
-    )
+    assert err.splitlines()[-1] == ("bench: interrupted; all certified images are kept: repeat the command to resume")
     assert "Traceback" not in err
     (log,) = (tmp_path / "runs").glob("*/log.txt")
     assert log.read_text().splitlines()[-1].endswith("INFO interrupted")
 
 
-def test_ray_is_asked_for_by_name(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_must_be_requested_and_installed(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path)
     wrong = bench(*args, "--executor", "rya")
     assert (wrong.code, wrong.err) == (2, "bench: unknown --executor 'rya'; did you mean ray?\n")
@@ -116,45 +112,8 @@ def test_ray_is_asked_for_by_name(bench: Bench, tmp_path: Path, monkeypatch: pyt
     )
 
 
-@pytest.mark.parametrize("name", [*names(), defense("randomised")])
-def test_every_defense_can_be_taken_to_a_worker(name: str) -> None:
-    """With the base that it asks, and without the training data."""
-    import torch
-
-    from bench.cluster.worker import pack, unpack
-    from bench.data.datasets import load_splits
-    from bench.models.bases import untrained_base
-    from bench.options import RunOptions
-    from bench.runs import fitting
-    from bench.runs.certifier import Certifier
-    from bench.runs.context import Workshop
-    from bench.runs.identity import make_task
-    from bench.runs.plan import make_plans
-    from bench.smoothing.noise import Vote, VoteDraw
-
-    cpu = torch.device("cpu")
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=TINY))
-    base = untrained_base(plan.card, plan.base, cpu, probe=not plan.cls.adapts)
-    train, test = load_splits(plan.card, "train", "test")
-    built = fitting.construct(plan, base, cpu)
-    built.context._workshop = Workshop(train, lambda *_: None)  # type: ignore[attr-defined]
-    built.merge()
-    here = Certifier(name, built.eval(), base)
-    task = make_task(plan, test, cpu)
-    packed = pack(here), pack(replace(task, images=None, labels=None))  # type: ignore[arg-type]
-    assert sum(map(len, packed)) < 5e6
-    there, their_task = map(unpack, packed)
-    votes = [Vote("estimate", 0, i) for i in range(task.block)]
-    with torch.inference_mode():
-        logits = [
-            c.model(cpu)(t.noisy(task.repeated(0), votes), VoteDraw(t.noise, votes, t.sigma, cpu))
-            for c, t in ((here, task), (there, their_task))
-        ]
-    assert torch.equal(*logits)
-
-
 class Nodes:
-    """A cluster of real nodes on this machine, each with processes of its own."""
+    """Start a Ray cluster on this machine, with separate processes for each node."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -170,7 +129,7 @@ class Nodes:
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
 
     def kill_one(self, name: str) -> bool:
-        """SIGKILL one of the cluster's processes of that name, whatever it is doing."""
+        """SIGKILL one of the cluster's processes of that name."""
         listed = subprocess.run(["ps", "-ewwo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
         raylets = {pid for pid, _, args in rows if "raylet/raylet" in args and self.address in args}
@@ -190,7 +149,7 @@ def done(out: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_workers_nodes_and_commands_lose_nothing(tmp_path: Path) -> None:
-    """In the middle of a run a training, a worker, a node and the command itself are killed without warning."""
+    """Kill a training, a worker, a node and the command itself during a run."""
     args = [sys.executable, "-m", "bench", "run", "--defense", "full,none", "--dataset", TINY, "--examples", "40"]
     args += ["--n", "4000", "--set", "epochs=40"]
 
@@ -231,11 +190,11 @@ def test_killed_workers_nodes_and_commands_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_drift_that_a_worker_took_with_it_is_seen(tmp_path: Path) -> None:
-    """Two workers drift and are killed; those that follow do not, so nothing in them shows what was counted before.
+def test_drift_of_workers_that_died_is_detected(tmp_path: Path) -> None:
+    """Two workers drift and are killed; their successors do not drift, so only the counted votes show it.
 
-    Of each dead worker one batch in some 300 is drawn again, of which at most 26 are of before the drift: none of the
-    two shows it with a chance below 1%.
+    One of some 300 batches of each dead worker is drawn again; at most 26 of these were drawn before the drift. The
+    chance that neither redrawn batch shows the drift is below 1%.
     """
     flag = tmp_path / "flag"
     flag.touch()
@@ -266,5 +225,5 @@ def test_a_drift_that_a_worker_took_with_it_is_seen(tmp_path: Path) -> None:
     finally:
         nodes.close()
     said = (tmp_path / "err").read_text()
-    assert "votes of the worker on" in said and "are others when they are drawn again" in said
+    assert "votes of the worker on" in said and "differ when they are drawn again" in said
     assert list(tmp_path.glob("ray/*/refused.jsonl")) and not list(tmp_path.glob("ray/*/certificates.jsonl"))

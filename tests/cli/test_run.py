@@ -1,4 +1,4 @@
-"""The command line, in process, on a tiny card: run, resume, list, report, and bad input."""
+"""Test the command line on a tiny card: run, resume, list, report, and invalid input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Bench = Callable[..., Result]
 
 
 def lines(out: Path) -> dict[str, list[dict[str, object]]]:
-    """Certificates by run folder, without their timing, by image."""
+    """Read the certificates of each run folder, sorted by image, without their timing."""
     found = {}
     for file in sorted(out.glob("*/certificates.jsonl")):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -68,7 +68,7 @@ def test_run_report_and_list(bench: Bench, tmp_path: Path) -> None:
     assert len(json.loads(bench("list", "runs", "--json", "--out", out).out)) == 4
 
 
-def test_typing_it_again_reuses_and_more_images_never_train_again(bench: Bench, tmp_path: Path) -> None:
+def test_a_repeated_command_reuses_the_run_and_more_images_never_retrain(bench: Bench, tmp_path: Path) -> None:
     args = ("run", "--defense", "lora", "--dataset", TINY, "--seed", 11, "--out", tmp_path)
     assert bench(*args).code == 0
     before = lines(tmp_path)
@@ -133,13 +133,13 @@ def test_defenses_from_a_file(bench: Bench, tmp_path: Path) -> None:
     assert info["identity"]["defense"]["config"] == {"threshold": 0.2}
 
 
-def test_runs_that_differ_in_what_matters_get_tables_of_their_own(bench: Bench, tmp_path: Path) -> None:
+def test_runs_with_different_settings_get_separate_tables(bench: Bench, tmp_path: Path) -> None:
     for extra in ((), ("--sigma", ".5"), ("--n", 200), ("--alpha", ".01"), ("--examples", 9)):
         assert bench("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path, *extra).code == 0
     assert len(json.loads(bench("report", tmp_path, "--format", "json").out)["tables"]) == 5
 
 
-def test_dry_run_says_the_cost_and_does_nothing(bench: Bench, tmp_path: Path) -> None:
+def test_dry_run_estimates_the_cost_and_exits(bench: Bench, tmp_path: Path) -> None:
     args = (
         "run",
         "--defense",

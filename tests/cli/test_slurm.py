@@ -1,4 +1,4 @@
-"""docs/certbench.slurm, run as it is: the submission by a stand-in for sbatch, the shards and the merge for real."""
+"""Test docs/certbench.slurm: a fake sbatch submits it, shards and merge run for real."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.commands import TINY
 SCRIPT = Path(__file__).parents[2] / "docs" / "certbench.slurm"
 ARGS = ("--defense", "none,lora", "--dataset", TINY)
 
-# Runs the tasks of an array at once, as a cluster does, and a job after those it depends on, since it waits for them.
+# Run the tasks of an array at once, as a cluster does; wait for them, so that a dependent job runs after them.
 SBATCH = """#!/bin/bash
 echo "$@" >> "$SUBMITTED"
 array=0 dependent=no
@@ -88,7 +88,7 @@ def test_two_shards_and_the_merge(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + said
     assert "array 17, merge 18" in done.stdout
     assert (tmp_path / "submitted.merge").read_text().count(": complete") == 2, said
-    # Both began at once with an empty cache: one trained, the other waited, and said so.
+    # Both started at once with an empty cache: one trained, the other waited and reported it.
     assert "another process is training" in said
     assert sorted(os.listdir(tmp_path / "my runs")) == sorted(os.listdir(tmp_path / "whole"))
     for run in (tmp_path / "whole").iterdir():

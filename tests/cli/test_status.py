@@ -1,4 +1,4 @@
-"""``bench status`` and the log of a run: what another terminal can tell of it."""
+"""Test ``bench status`` and the log of a run, as seen from another terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows(bench: Bench, out: Path) -> list[dict[str, Any]]:
 
 
 def stop(monkeypatch: pytest.MonkeyPatch, after: int, error: Callable[[], BaseException]) -> None:
-    """Let every run end by ``error`` once it has certified so many images."""
+    """End every run with ``error`` after a number of images."""
     from bench.records.record import Run
 
     real = Run.append
@@ -49,7 +49,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, after: int, error: Callable[[], BaseEx
 def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def look() -> BaseException:  # while the run lives: its lock is held
+    def look() -> BaseException:  # while the run holds its lock
         seen.extend(status.rows(tmp_path))
         return KeyboardInterrupt()
 
@@ -62,7 +62,7 @@ def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monk
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     right = sum(c["predicted"] == c["label"] for c in lines)
     assert (running["accuracy"], running["low"], running["high"]) == (right / 3, *bounds.interval(right, 3))
-    # The pace is of votes that are in the record and of time that passed: both figures say the same.
+    # The pace is recorded votes over elapsed time; both figures agree.
     seconds = 3 * 120 / running["votes_per_second"]
     assert running["eta"] == pytest.approx(seconds * 5 / 3)
     assert 0 < seconds < 60
@@ -75,7 +75,7 @@ def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monk
     assert bench(*ONE, "--out", tmp_path).code == 0
     (done,) = rows(bench, tmp_path)
     assert (done["state"], done["done"], done["note"]) == ("complete", 8, "")
-    # Of the second start alone: five images.
+    # Five images, those since the second start.
     assert done["votes_per_second"] > 0
     log = (file.parent / "log.txt").read_text()
     assert log.count(" INFO started: ") == 2
@@ -84,7 +84,9 @@ def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monk
     assert "finished: 8 images" in log.splitlines()[-1]
 
 
-def test_a_failure_is_shown_until_it_is_mended(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_shown_until_the_run_is_resumed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         stop(patch, 2, lambda: RuntimeError("the disk is\non fire"))
         with pytest.raises(RuntimeError):
@@ -95,8 +97,8 @@ def test_a_failure_is_shown_until_it_is_mended(bench: Bench, tmp_path: Path, mon
     (log,) = tmp_path.glob("*/log.txt")
     assert "    Traceback (most recent call last):" in log.read_text()
     assert bench(*ONE, "--out", tmp_path).code == 0
-    (mended,) = rows(bench, tmp_path)
-    assert (mended["state"], mended["note"]) == ("complete", "")
+    (resumed,) = rows(bench, tmp_path)
+    assert (resumed["state"], resumed["note"]) == ("complete", "")
 
 
 def test_a_run_that_fails_before_it_has_a_folder(bench: Bench, tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_a_run_that_fails_before_it_has_a_folder(bench: Bench, tmp_path: Path) -
     assert [r["state"] for r in rows(bench, out)] == ["complete"]
 
 
-def test_training_is_seen_before_there_is_a_folder(
+def test_training_is_shown_before_there_is_a_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bench.runs import fitting
@@ -147,7 +149,7 @@ def test_training_is_seen_before_there_is_a_folder(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_killed_process_lets_go_of_its_log(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_log(tmp_path: Path) -> None:
     file = tmp_path / "tiny-none-s0.25-01234567.log"
     code = (
         "import sys, time; from pathlib import Path; from bench.process.runlog import RunLog, log\n"
@@ -181,7 +183,7 @@ def test_a_log_that_cannot_be_written_costs_no_certificate(
     monkeypatch.setattr(runlog.RunLog, "move_into", move_into)
     ran = bench(*ONE, "--out", tmp_path)
     assert ran.code == 0
-    assert ran.err.count("has gaps: No space left on device") == 1
+    assert ran.err.count("is incomplete: No space left on device") == 1
     (row,) = rows(bench, tmp_path)
     assert (row["state"], row["done"]) == ("complete", 8)
 
@@ -214,7 +216,7 @@ START = "2026-03-01T10:00:00.000+00:00 INFO started: bench run\n"
 
 
 def unfinished(out: Path, log: bytes = b"", **changes: Any) -> Path:
-    """A run that is begun, two of its images done."""
+    """Make a run with two images done."""
     run = made_up(out, [0.1, 0.2])
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(info | {"status": "started"} | changes))
@@ -222,7 +224,7 @@ def unfinished(out: Path, log: bytes = b"", **changes: Any) -> Path:
     return run
 
 
-def test_a_log_of_a_terabyte_is_read_from_its_end(bench: Bench, tmp_path: Path) -> None:
+def test_only_the_end_of_a_huge_log_is_read(bench: Bench, tmp_path: Path) -> None:
     run = unfinished(tmp_path)
     for file in (run / "log.txt", tmp_path / "begun.log", tmp_path / "foreign.log"):
         os.truncate(file, 0) if file.exists() else file.touch()
@@ -254,7 +256,7 @@ def test_logs_that_bench_did_not_write(bench: Bench, tmp_path: Path) -> None:
     (row,) = rows(bench, tmp_path)
     assert (row["state"], row["done"], row["votes_per_second"]) == ("stopped", 2, None)
     (run / "log.txt").unlink()
-    os.mkfifo(run / "log.txt")  # to wait for it would be for ever
+    os.mkfifo(run / "log.txt")  # opening it would block for ever
     os.mkfifo(tmp_path / "pipe.log")
     (tmp_path / "folder.log").mkdir()
     (row,) = rows(bench, tmp_path)

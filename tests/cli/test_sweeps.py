@@ -1,4 +1,4 @@
-"""Several values of a setting, a search on the validation split, several seeds: one command, readable rows."""
+"""Test commands with several values of a setting, a search on the validation split, or several seeds."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def infos(out: Path) -> list[dict[str, Any]]:
     return [json.loads(f.read_text()) for f in sorted(out.glob("*/run.json"))]
 
 
-def test_a_list_of_values_is_a_run_for_each(bench: Bench, tmp_path: Path) -> None:
+def test_each_value_of_a_list_makes_a_run(bench: Bench, tmp_path: Path) -> None:
     ran = bench(
         *("run", "--defense", "none,lora", "--dataset", TINY, "--out", tmp_path),
         *("--set", "rank=2,4", "--set", "lora.lora_alpha=16"),
     )
     assert ran.code == 0, ran.err
     assert sorted(i["identity"]["defense"]["config"].get("rank", 0) for i in infos(tmp_path)) == [0, 2, 4]
-    # A value that is the default anyway is no part of the name.
+    # A default value is not part of the name.
     assert "| lora rank=2 " in ran.out and "| lora rank=4 " in ran.out and "lora_alpha" not in ran.out
     for info in infos(tmp_path):
         assert len(info["arguments"]["settings"]) == (0 if info["identity"]["defense"]["name"] == "none" else 2)
@@ -35,7 +35,7 @@ def test_a_list_of_values_is_a_run_for_each(bench: Bench, tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == runs
 
 
-def test_a_search_keeps_the_best_on_validation_and_says_what_was_tried(bench: Bench, tmp_path: Path) -> None:
+def test_a_search_keeps_the_best_on_validation_and_records_all_candidates(bench: Bench, tmp_path: Path) -> None:
     args = ("run", "--defense", "lora", "--dataset", TINY, "--out", tmp_path, "--search", "lr=1e-9,4e-3")
     ran = bench(*args, "--set", "rank=4")
     assert ran.code == 0, ran.err
@@ -52,7 +52,7 @@ def test_a_search_keeps_the_best_on_validation_and_says_what_was_tried(bench: Be
     assert "exactly" in verified.out
 
 
-def test_seeds_are_pooled_with_their_number(bench: Bench, tmp_path: Path) -> None:
+def test_seeds_are_pooled_and_counted(bench: Bench, tmp_path: Path) -> None:
     ran = bench("run", "--defense", "none,lora", "--dataset", TINY, "--out", tmp_path, "--seed", "0,1,2")
     assert ran.code == 0, ran.err
     assert "| lora (3 seeds) " in ran.out
@@ -74,7 +74,7 @@ def test_seeds_are_pooled_with_their_number(bench: Bench, tmp_path: Path) -> Non
         (("--search", "lr=.1,.2", "--weights", "w.safetensors"), "give only one of the two"),
     ],
 )
-def test_what_cannot_be_is_one_line(bench: Bench, flags: tuple[str, ...], words: str) -> None:
+def test_invalid_settings_are_one_line(bench: Bench, flags: tuple[str, ...], words: str) -> None:
     result = bench("run", "--defense", "lora", "--dataset", TINY, *flags)
     assert result.code == 2
     assert words in result.err and result.err.count("\n") == 1

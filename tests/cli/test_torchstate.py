@@ -1,4 +1,4 @@
-"""What a plug-in changes of torch's process-wide settings is put back and reported; other rows never see it."""
+"""A plug-in's changes to torch's process-wide settings are reverted and reported, and do not affect other rows."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def plugin(file: Path, change: str, at: str) -> Path:
 
 
 def rows(bench: Bench, out: Path, monkeypatch: pytest.MonkeyPatch, defenses: str) -> tuple[dict[str, Any], str]:
-    """The run of ``none``, after the other defenses, from an empty cache; and what was said."""
+    """Run ``none`` after the other defenses with an empty cache; return its record and the output."""
     monkeypatch.setenv("CERTBENCH_CACHE", str(out / "cache"))
     ran = bench(
         "run", "--defense", defenses, "--dataset", TINY, "--examples", 2, "--n", 50, "--out", out / "runs", "--json"
@@ -87,7 +87,9 @@ def rows(bench: Bench, out: Path, monkeypatch: pytest.MonkeyPatch, defenses: str
 
 
 @pytest.mark.parametrize("setting", CHANGES)
-def test_every_setting_is_put_back_and_named(setting: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_every_changed_setting_is_reverted_and_named(
+    setting: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     before = globalstate.torch_settings()
     with globalstate.restored_torch_settings(str(tmp_path), "here"):
         exec(CHANGES[setting], {"torch": torch})
@@ -102,7 +104,7 @@ def test_every_setting_is_put_back_and_named(setting: str, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_other_rows_do_not_see_what_a_plugin_changes(
+def test_other_rows_are_unaffected_by_a_plugins_settings(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     before = globalstate.torch_settings()
@@ -115,7 +117,7 @@ def test_other_rows_do_not_see_what_a_plugin_changes(
     assert globalstate.torch_settings() == before
 
 
-def test_a_shared_part_is_trained_under_the_settings_of_all(
+def test_a_shared_part_is_trained_under_the_default_settings(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
@@ -132,8 +134,8 @@ def test_a_shared_part_is_trained_under_the_settings_of_all(
     assert one == two != {}
 
 
-def test_the_settings_of_a_process_are_those_it_began_with() -> None:
-    """Nothing of the harness or of the built-in defenses counts as a change."""
+def test_the_settings_of_a_process_are_those_at_its_start() -> None:
+    """The harness and the built-in defenses change no settings."""
     before = globalstate.torch_settings()
     with globalstate.using_torch_settings(before):
         nn.Linear(2, 2)(torch.zeros(1, 2))

@@ -70,7 +70,7 @@ def test_a_changed_certificate_is_caught(
     for flags in ((), ("--deep",)):
         result = bench("verify", copy, *flags)
         assert result.code in (1, 2), field
-        assert "wrong:" in result.out or "bench:" in result.err
+        assert "FAIL:" in result.out or "bench:" in result.err
     # A forger who also updates the hash meets the counts drawn again.
     info = json.loads((copy / "run.json").read_text())
     info["certificates_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -111,7 +111,7 @@ def test_a_changed_statement_is_caught(
     (copy / "run.json").write_text(json.dumps(info))
     result = bench("verify", copy)
     assert result.code == 1, path
-    assert "wrong:" in result.out
+    assert "FAIL:" in result.out
 
 
 @pytest.mark.parametrize("change", ["missing", "twice"])

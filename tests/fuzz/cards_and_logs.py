@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.data.datasets import card_files, load_card
-from bench.models.base_names import blueprint
+from bench.models.names import blueprint
 from bench.options import RunOptions
 from bench.records.flaws import Stated
 from bench.records.importing import import_log

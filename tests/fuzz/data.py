@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench.data.datasets import load_card, load_split
-from bench.models import base_names
+from bench.models.names import blueprint, choose_base
 from tests.fuzz.judging import changed, cut, cuts, dumped, edits, judge, scratch
 
 # Pictures --------------------------------------------------------------------------------------------
@@ -221,8 +221,8 @@ def weights(changes: list[Any], where: str, others: list[Any], torn: list[Any], 
         card = load_card("digits")
 
         def read() -> None:
-            name = base_names.choose_base(card, card.preset, str(file.parent if where == "folder" else file))
-            module, _ = base_names.blueprint(card, name).load()
+            name = choose_base(card, card.preset, str(file.parent if where == "folder" else file))
+            module, _ = blueprint(card, name).load()
             assert all(torch.isfinite(v).all() for v in itertools.chain(module.parameters(), module.buffers()))
 
         judge("weights", read)

@@ -19,7 +19,7 @@ from bench.records.importing import import_log
 from bench.records.logs import export_log
 from bench.records.record import Record, read_run
 from bench.records.verify import check_record
-from bench.report import build, tables
+from bench.report import tables, text
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.procedures import describe
 from tests.fuzz.cards_and_logs import COHEN
@@ -77,7 +77,7 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
             if not records:  # as the command does
                 raise BenchError("no finished run")
             for form in ("md", "csv", "json", "latex"):
-                build.render(records, form, published=form == "md").encode(errors="backslashreplace")
+                text.render(tables.build(records, form == "md"), form).encode(errors="backslashreplace")
 
         def audit() -> None:
             for finding in check_record(run):

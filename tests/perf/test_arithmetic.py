@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bench.interface import Draw
 from bench.models import arithmetic
-from bench.models.arithmetic import steady
-from bench.models.bases import untrained_base
+from bench.models.arithmetic import deterministic
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.process.environment import keep_freed_memory
 from bench.runs import fitting
@@ -82,7 +82,7 @@ def test_float32_over_other_arithmetic(
     net = resnet20() if network.startswith("ResNet") else untrained_base(plan("none").card, "vit", CPU).module
     x, draw = block(shape)
     plain, other = Alone(net), arithmetic.model(Alone(net), arithmetic.parse(words), CPU)
-    with steady(), torch.inference_mode():
+    with deterministic(), torch.inference_mode():
         ratios = paired(lambda: plain(x, draw), lambda: other(x, draw), ROUNDS, time.process_time)
         benchmark.pedantic(lambda: other(x, draw), rounds=3)
     say(capsys, f"{network}, float32 / {words}", ratios)
@@ -96,7 +96,7 @@ def test_a_merged_adapter_over_the_base(benchmark: Any, capsys: pytest.CaptureFi
     adapted, merged = (fitting.construct(plan("lora"), base, CPU) for _ in range(2))
     merged.merge()
     x, draw = block((1, 8, 8))
-    with steady(), torch.inference_mode():
+    with deterministic(), torch.inference_mode():
         before = paired(lambda: adapted(x, draw), lambda: none(x, draw), ROUNDS, time.process_time)
         after = paired(lambda: merged(x, draw), lambda: none(x, draw), ROUNDS, time.process_time)
         benchmark.pedantic(lambda: merged(x, draw), rounds=3)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from bench.data.datasets import load_card
 from bench.interface import Draw
-from bench.models.arithmetic import steady
-from bench.models.bases import untrained_base
+from bench.models.arithmetic import deterministic
+from bench.models.load import untrained_base
 from bench.process.environment import keep_freed_memory
 from bench.smoothing.engine import Device, certify
 from bench.smoothing.fixed import Fixed
@@ -87,7 +87,7 @@ def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture
                 model(batch, unused)
 
     assert IMAGES * (N0 + N) % task.block == 0
-    with steady():
+    with deterministic():
         ratios = paired(lambda: run(Device(task, [model]), IMAGES), bare, 41)
         benchmark.pedantic(lambda: run(Device(task, [model]), IMAGES), rounds=3)
     benchmark.extra_info["ratio"] = ratio = show(capsys, f"{kind} noise: engine / bare forwards", ratios)
@@ -103,7 +103,7 @@ def test_a_block_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[st
     model, task, _ = subject("grid", images := 32 if network == "digits ViT" else 12, network)
 
     def each() -> None:
-        with steady():
+        with deterministic():
             run(Device(task, [model] * threads), images)
 
     ratios = paired(lambda: run(Device(task, [model]), images), each, 7)
@@ -139,7 +139,7 @@ def test_freed_memory_is_kept(benchmark: Any, capsys: pytest.CaptureFixture[str]
         "from bench.process import environment\n"
         "if sys.argv[1] == 'keep': environment.keep_freed_memory()\n"
         "model, task, _ = e.subject('grid', 4); device = e.Device(task, [model])\n"
-        "with e.steady(): e.run(device, 4); began = time.process_time(); e.run(device, 4)\n"
+        "with e.deterministic(): e.run(device, 4); began = time.process_time(); e.run(device, 4)\n"
         "print(time.process_time() - began)"
     )
     here, root = Path(__file__).parent, Path(__file__).parents[2]

@@ -15,12 +15,11 @@ import pytest
 import torch
 from scipy.stats import beta, norm
 
-from bench.models.arithmetic import steady
+from bench.models.arithmetic import deterministic
 from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records import metrics
-from bench.runs.certifier import Certifier
-from bench.runs.device import Placed
+from bench.runs.certifier import DeviceCertifier
 from bench.runs.plan import make_plans
 from bench.runs.session import Session
 from bench.smoothing.engine import certify
@@ -61,17 +60,17 @@ def test_engine_against_the_published_loop(
     )
     device = torch.device("cpu")
     session = Session(device, tmp_path, ConsoleReporter())
-    identity, task, fitted = session.prepare(plan)
-    images = identity["indices"][:IMAGES]
-    placed = Placed(Certifier("full", fitted.defense, session.materials(plan).base), task, images[0])
-    placed.widen(session.threads)
-    tau = identity["noise"]["tau"]
-    test = session.materials(plan).test
+    run = session.prepare(plan)
+    task, images = run.task, run.indices[:IMAGES]
+    placed = DeviceCertifier(run.certifier, task, images[0])
+    placed.use_threads(session.threads)
+    tau = run.identity["noise"]["tau"]
+    test = run.materials.test
     unused = TrainDraw(Noise(0, "test"), 0, BATCH, SIGMA, device)  # this defense draws nothing
     tables: dict[str, list[float]] = {}
 
     def ours() -> None:
-        with steady(), torch.inference_mode():
+        with deterministic(), torch.inference_mode():
             found = list(certify([placed.device], lambda y: plan.procedure.certify(SIGMA, y, tau), images))
         tables["ours"] = certified(found)
 
@@ -80,7 +79,7 @@ def test_engine_against_the_published_loop(
         with torch.inference_mode():
             for i in images:
                 x = torch.from_numpy(test.pixels([i])[0])
-                top, radius = published_loop(lambda z: fitted.defense(z, unused), x, task.classes)
+                top, radius = published_loop(lambda z: run.fitted.defense(z, unused), x, task.classes)
                 hits += (top == test.labels[i]) & (radius >= np.array(plan.card.radii))
         tables["theirs"] = (hits / len(images)).tolist()
 

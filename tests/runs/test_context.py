@@ -1,4 +1,4 @@
-"""What the harness hands a defense: parts trained once and charged to all, files hashed, inner defenses, stages."""
+"""A defense's context: shared parts, hashed files, inner defenses; and the stages of a training."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def infos(out: Path) -> list[dict[str, Any]]:
     return [json.loads(f.read_text()) for f in sorted(out.glob("*/run.json"))]
 
 
-def test_a_part_is_trained_once_and_charged_to_every_user(bench: Bench, plugin: Path, tmp_path: Path) -> None:
+def test_a_part_is_trained_once_and_counted_for_every_user(bench: Bench, plugin: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin.py"
     twin.write_text(PLUGIN)
     trained: list[str] = []
@@ -94,7 +94,7 @@ def test_a_part_is_trained_once_and_charged_to_every_user(bench: Bench, plugin: 
         ran = bench("run", "--defense", plugin, *args)
         assert ran.code == 0, ran.err
         assert [t for t in trained if "-" in t] == ["checkpoint-calm", "checkpoint-loud"]
-        # Another setting of the part is another part.
+        # A part with another setting is another part.
         assert bench("run", "--defense", plugin, *args, "--set", "lr=1e-3").code == 0
         assert len([t for t in trained if "-" in t]) == 4
     found = infos(tmp_path / "runs")
@@ -102,7 +102,7 @@ def test_a_part_is_trained_once_and_charged_to_every_user(bench: Bench, plugin: 
     for info in found:
         cost = info["cost"]
         assert (cost["trainable_nominal"], cost["trained_here"], cost["trained_elsewhere"]) == (0, 2, 0)
-        assert cost["parameters"] > 1000  # the base's, which every vote passes through, and the part's
+        assert cost["parameters"] > 1000  # those of the base, which every vote passes through, and of the part
         assert cost["train_seconds"] > 0
         assert info["identity"]["defense"]["weights"] is None
         assert len(info["identity"]["defense"]["parts"]) == 1
@@ -141,7 +141,7 @@ def test_an_inner_defense_trains_and_merges_within(bench: Bench, plugin: Path, t
 
 
 class Counter:
-    """State that is no module: what SPSA keeps."""
+    """State that is not a module, as SPSA's."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -154,7 +154,7 @@ class Counter:
 
 
 class Asked:
-    """Stands for a base whose queries are counted."""
+    """A stand-in for a base that counts queries."""
 
     queries = 0
 
@@ -168,7 +168,7 @@ def job(folder: Path, base: Any = None) -> loop.TrainingJob:
 
 
 def run(one: loop.TrainingJob, state: Counter, steps: int, stop: int = 10**9, queries: int = 0) -> int:
-    """Sum what a step draws; returns the steps done. ``stop`` ends it as a kill would."""
+    """Sum the draws of each step; return the number of steps. ``stop`` interrupts it as a kill would."""
     done = 0
     for step in one.steps(steps, 4, state, queries=queries):
         if done == stop:
@@ -189,7 +189,7 @@ def test_steps_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         run(job(tmp_path), Counter(), 20, stop=8)
     assert run(job(tmp_path), parts, 20) == 12
     assert parts.total == whole.total
-    assert run(job(tmp_path), parts, 20) == 0  # finished: a further process finds all done
+    assert run(job(tmp_path), parts, 20) == 0  # finished: another process has nothing to do
 
 
 @pytest.mark.parametrize(("budget", "done"), [(70, 10), (69, 9), (7, 1), (0, 20)])

@@ -1,4 +1,4 @@
-"""What is merged is what was trained, whoever merges; LoRA on layers whose output is not W x."""
+"""Merging keeps the trained function; LoRA on layers whose output is not W x."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from bench.errors import BenchError, DefenseFault
 from bench.interface import Defense
 from bench.io.files import scratch_cache
 from bench.models.base import Classifier, LocalBase, state_sha256
-from bench.models.bases import load_base, untrained_base
+from bench.models.load import load_base, untrained_base
 from bench.options import RunOptions
 from bench.runs import doctor, fitting
-from bench.runs.context import Workshop
+from bench.runs.context import PartTraining
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Noise, TrainDraw
 from tests.helpers.commands import TINY, Result, defense
@@ -38,20 +38,20 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# Whatever merges ---------------------------------------------------------------------------------------
+# All defenses with a merge -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "settings"), [("forgets", []), ("folds", ["half=true"])])
 def test_a_merge_that_changes_logits_is_refused(name: str, settings: list[str]) -> None:
     (plan,) = make_plans(RunOptions(defenses=defense(name), dataset=TINY, settings=tuple(settings)))
     train = load_split(plan.card, "train").first(100)
-    with scratch_cache(), pytest.raises(DefenseFault, match=r"merge\(\) changes its logits: by up to .* allowed"):
+    with scratch_cache(), pytest.raises(DefenseFault, match=r"merge\(\) changes its logits by up to .* allowed"):
         fitting.fit(plan, untrained_base(plan.card, plan.base, CPU), train, CPU, lambda *_: None)
     assert "merge() changes its logits" in list(doctor.examine(plan))[-1].problem
 
 
-def test_a_sound_merge_is_not(bench: Bench, tmp_path: Path) -> None:
-    (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY))
+def test_a_sound_merge_is_accepted(bench: Bench, tmp_path: Path) -> None:
+    (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY, settings=()))
     assert [f.problem for f in doctor.examine(plan)] == [""] * 7
     result = bench("run", "--defense", defense("folds"), "--dataset", TINY, "--examples", 1, "--out", tmp_path)
     assert result.code == 0, result.err
@@ -131,9 +131,9 @@ def based(model: nn.Module) -> LocalBase:
 
 
 def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
-    """LoRA on a base, its adapters moved, and what it states."""
+    """Build LoRA on a base with changed adapters; return it and its notes."""
     (plan,) = make_plans(RunOptions(defenses="lora", dataset=TINY, settings=settings))
-    workshop = Workshop(load_split(plan.card, "train").first(20), lambda *_: None)
+    workshop = PartTraining(load_split(plan.card, "train").first(20), lambda *_: None)
     made = fitting.construct(plan, base, CPU, workshop)
     with torch.no_grad(), globalstate.fixed_rng(2):
         for p in made.parameters():
@@ -144,7 +144,7 @@ def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
 
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_it_is_what_was_trained_whatever_the_layer(kind: str, dora: bool) -> None:
+def test_merging_keeps_the_trained_function_for_every_layer(kind: str, dora: bool) -> None:
     with globalstate.fixed_rng(1):
         base = based(Layers(*BODIES[kind]()))
     made, notes = adapted(base, f"dora={dora}")
@@ -185,13 +185,13 @@ def test_nothing_to_adapt_names_the_layers() -> None:
         adapted(based(Layers(nn.Conv2d(1, 4, 3, dilation=2))))
 
 
-def test_a_base_that_adapters_break_is_refused_with_the_layers_name() -> None:
+def test_a_base_broken_by_adapters_is_refused_with_the_layers_name() -> None:
     class Asks(Layers):
         def forward(self, x: Tensor) -> Tensor:
             assert type(self.body[1]) is nn.Conv2d, "no plain layer"
             return super().forward(x)
 
-    with pytest.raises(BenchError, match=r"cannot take peft's layer at or after its input .*no plain layer"):
+    with pytest.raises(BenchError, match=r"does not work with peft's layer at or after its input .*no plain layer"):
         adapted(based(Asks(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1))))
 
 
@@ -224,8 +224,8 @@ def test_a_probe_of_two_heads_is_refused_in_one_line(tmp_path: Path) -> None:
         new_head(distilled().module, 5, CPU)  # type: ignore[arg-type]
 
 
-def test_loras_weights_on_the_digits_baseline_are_those_they_were() -> None:
-    """Of commit e61c7b0: which layers are adapted, how they start, and where half an epoch takes them."""
+def test_loras_weights_on_the_digits_baseline_are_unchanged() -> None:
+    """As of commit e61c7b0: the adapted layers, their initial values, and those after half an epoch."""
     file = str(Path(__file__).parents[2] / "reports" / "baselines" / "digits-vit.safetensors")
     (plan,) = make_plans(RunOptions(defenses="lora", dataset="digits", base=file))
     plan = replace(plan, config=replace(plan.config, epochs=0.5))

@@ -1,4 +1,4 @@
-"""Training: resumed in mid-run it ends in the same weights; divergence is said."""
+"""The training loop: a resumed training gives the same weights, and divergence is reported."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def train(folder: Path, *, die_at: int = 10**9, **schedule: object) -> nn.Module
 
 
 def test_global_random_states_are_seeded_and_restored() -> None:
-    """Of torch, numpy and Python, also where what runs within raises."""
+    """Those of torch, numpy and Python, also after an error."""
 
     def drawn() -> tuple[float, float, float]:
         return float(torch.rand(())), float(np.random.rand()), random.random()
@@ -105,7 +105,7 @@ def test_divergence_is_one_line_that_says_what_to_change(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut short", "empty"])
-def test_a_corrupt_checkpoint_is_said_and_trained_anew(
+def test_a_corrupt_checkpoint_is_reported_and_training_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     undisturbed = train(tmp_path)

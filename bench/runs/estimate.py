@@ -1,0 +1,109 @@
+"""Estimate what a run costs (``bench run --dry-run``), by timing the untrained defense on this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench.data.datasets import load_splits
+from bench.models import arithmetic
+from bench.models.arithmetic import deterministic
+from bench.models.load import untrained_base
+from bench.models.served import is_url
+from bench.process import environment
+from bench.records.shards import Shard
+from bench.runs import fitting
+from bench.runs.costs import cost_per_vote
+from bench.runs.identity import examples, make_task, run_label, run_name
+from bench.runs.plan import Plan
+from bench.smoothing import blocks
+from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import Model, Task
+
+LONG = 1.0  # seconds: where a block takes longer, part of it is timed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The expected cost of one run."""
+
+    run: str
+    label: str
+    seed: int
+    images: int
+    votes: int
+    flops_per_vote: float | None
+    timed_rows: int  # of the block
+    block: int  # rows
+    seconds: float  # of certification
+    train_seconds: float
+
+
+def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Estimate:
+    """Estimate a run, or its shard, without training or certifying anything."""
+    environment.keep_freed_memory()
+    at_once = environment.threads(device) if device.type == "cpu" else 1
+    split, train = load_splits(plan.card, plan.split, "train")
+    base = untrained_base(plan.card, plan.base, device, probe=not plan.cls.adapts)
+    defense = fitting.construct(plan, base, device)
+    task, indices = make_task(plan, split, device), examples(plan, split)
+    if shard:
+        indices = shard.part(indices)
+    with deterministic(), torch.inference_mode(), fitting.attribute_errors(plan.defense, "in the estimate"):
+        fitting.merge(defense, train, plan, device)  # as it certifies
+        model, whole = arithmetic.model(defense, plan.arithmetic, device), task.block
+        seconds, rows = (0.0, whole) if is_url(plan.base) else vote_seconds(model, task, indices[0])
+        if rows == whole:
+            task = blocks.fitting_block(defense, task, indices[0])
+            seconds, rows = check_rows(model, task, indices[0]) / task.block, task.block
+        per_vote = seconds / at_once
+        # A server's operations cannot be counted, so it is not asked again.
+        flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
+    votes = len(indices) * plan.procedure.max_votes
+    trainings = 0 if plan.weights else max(1, len(plan.candidates))
+    epochs = trainings * getattr(defense.schedule(), "epochs", 0.0)
+    queries = trainings * getattr(plan.config, "queries", 0)
+    images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
+    return Estimate(
+        run=run_name(plan),
+        label=run_label(plan),
+        seed=plan.seed,
+        images=len(indices),
+        votes=votes,
+        flops_per_vote=flops,
+        timed_rows=rows,
+        block=task.block,
+        seconds=votes * per_vote,
+        # A training step's backward pass costs about twice its forward pass.
+        train_seconds=(3 * images + queries) * per_vote,
+    )
+
+
+def vote_seconds(model: Model, task: Task, index: int) -> tuple[float, int]:
+    """Time a vote for an image: its seconds, and the rows that were timed, doubled until they take ``LONG``.
+
+    The rows of a whole block where memory is too small to time it.
+    """
+    rows, taken = 1, 0.0
+    try:
+        _seconds(model, task, index, rows)  # warms up
+        while True:
+            taken = _seconds(model, task, index, rows)
+            if rows == task.block or 2 * taken > LONG:
+                return taken / rows, rows
+            rows = min(2 * rows, task.block)
+    except Exception as e:
+        if not blocks.out_of_memory(e):
+            raise
+        return taken / rows, task.block
+
+
+def _seconds(model: Model, task: Task, index: int, rows: int) -> float:
+    votes = [Vote("check", index, i) for i in range(rows)]
+    x = task.noisy(task.repeated(index)[:rows], votes)
+    began = time.perf_counter()
+    model(x, VoteDraw(task.noise, votes, task.sigma, task.device)).sum().item()  # waits for an accelerator
+    return time.perf_counter() - began

@@ -1,0 +1,135 @@
+"""A run before its first vote: everything that certification needs, built once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench import plugins
+from bench.data.split import Split
+from bench.models.base import BaseModel
+from bench.process import environment
+from bench.process.runlog import log
+from bench.runs.certifier import Certifier
+from bench.runs.costs import TrainingCost
+from bench.runs.fitting import Fitted
+from bench.runs.identity import make_task
+from bench.runs.plan import Plan
+from bench.smoothing.noise import Noise
+from bench.smoothing.task import Task
+
+
+@dataclass(frozen=True)
+class Materials:
+    """The splits and the base classifier, which several runs of one command share."""
+
+    train: Split
+    validation: Split
+    test: Split
+    base: BaseModel
+
+    def certified(self, plan: Plan) -> Split:
+        """Return the split whose images the plan certifies."""
+        return self.test if plan.split == "test" else self.validation
+
+
+@dataclass(frozen=True)
+class RunHeader:
+    """What the record of a run states before its first certificate. It can be sent to another process."""
+
+    plan: Plan  # with its searched settings chosen
+    name: str  # of the run's folder, without its hash
+    identity: dict[str, Any]
+    extra: dict[str, Any]  # the rest of run.json
+    training_cost: TrainingCost
+
+    @property
+    def defense(self) -> str:
+        """The short name of the defense."""
+        return plugins.short_name(self.plan.defense)
+
+    def task(self, split: Split, device: torch.device, noise: Noise | None = None) -> Task:
+        """Make the run's task, in the blocks of its identity; ``noise`` replaces the run's own."""
+        return make_task(self.plan, split, device, noise, self.identity["block"][0])
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A trained run: its plan, data, identity, task and certifier."""
+
+    plan: Plan  # with its searched settings chosen
+    name: str  # of the run's folder, without its hash
+    tried: list[dict[str, Any]]  # candidates of the search and their scores
+    materials: Materials
+    fitted: Fitted
+    identity: dict[str, Any]
+    task: Task
+
+    @property
+    def indices(self) -> list[int]:
+        """The images of the whole run."""
+        indices: list[int] = self.identity["indices"]
+        return indices
+
+    @property
+    def split(self) -> Split:
+        """The split whose images are certified."""
+        return self.materials.certified(self.plan)
+
+    def fresh_task(self, noise: Noise) -> Task:
+        """Make the run's task with other noise."""
+        return make_task(self.plan, self.split, self.task.device, noise, self.task.block)
+
+    @property
+    def certifier(self) -> Certifier:
+        """The classifier that is certified."""
+        return Certifier(self.plan.defense, self.fitted.defense, self.materials.base, self.plan.arithmetic)
+
+    def warn_of_unused_options(self) -> None:
+        """Log the options of training that had no effect, as training has shown."""
+        plan = self.plan
+        if plan.objective != "gaussian" and self.identity["defense"]["objective"] is None:
+            log.warning(
+                "--objective %s has no effect on %s: its training does not use it", plan.objective, plan.defense
+            )
+        if plan.train_sigma != self.identity["train_sigma"]:
+            log.warning("--train-sigma %g has no effect on %s: it trains nothing", plan.train_sigma, plan.defense)
+
+    def header(self) -> RunHeader:
+        """Collect what the record states; certifies nothing, but measures the base's accuracy without noise."""
+        plan, fitted, base = self.plan, self.fitted, self.materials.base
+        correct = None  # the labels are not classes of a base with other classes
+        if base.classes == len(plan.card.classes):
+            correct, _ = base.accuracy(self.split, self.indices)
+        extra = {
+            "environment": environment.describe(self.task.device),
+            "arguments": plan.options.record(),
+            "radii": list(plan.card.radii),
+            "preset": plan.preset,
+            "classes": list(plan.card.classes),
+            "data": {"train": self.materials.train.origin, plan.split: self.split.origin},
+            "base": {"clean_correct": correct, "images": len(self.indices), **base.meta},
+            "defense": {
+                "family": plan.cls.family,
+                "trains": plan.cls.kind(plan.config),
+                "paper": plan.cls.paper,
+                "access": plan.cls.needs(plan.config).name,
+                "trained_elsewhere": fitted.sources,
+                "commits": fitted.commits,
+                "settings": plan.changed,
+                "search": self.tried,
+                "weights_file": plan.weights and plan.weights.name,
+                "notes": fitted.notes,
+            },
+        }
+        cost = TrainingCost(
+            train_seconds=fitted.train_seconds,
+            queries=fitted.queries,
+            trainable_nominal=fitted.nominal,
+            trainable_updated=fitted.updated,
+            trained_here=fitted.here,
+            trained_elsewhere=fitted.elsewhere,
+        )
+        return RunHeader(plan, self.name, self.identity, extra, cost)
