@@ -78,7 +78,9 @@ fuzz: develop
 oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' --constraint tests/oldest.txt
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist loadfile \
+		--deselect 'tests/defenses/test_coordinator.py::test_an_encoder_without_class_token_is_refused_by_name' \
+		--deselect 'tests/defenses/test_peft.py::test_no_prompts_is_the_base'
 
 perf: develop
 	$(BIN)/pytest tests/perf --benchmark-only --benchmark-columns=median,iqr,rounds

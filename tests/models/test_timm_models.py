@@ -145,7 +145,7 @@ def test_a_file_of_a_timm_folder_is_that_folders_base(tmp_path: Path) -> None:
 
 
 def test_transformers_timm_folders_are_read_once_their_prefix_is_gone(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     config = transformers.TimmWrapperConfig(
         architecture="test_vit", num_labels=3, id2label={0: "blue", 1: "red", 2: "green"}
     )
