@@ -75,6 +75,8 @@ class RunOptions:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> RunOptions:
         """Read the arguments of a record. Raises BenchError naming the first that ``bench run`` does not take."""
+        if unknown := sorted(arguments.keys() - {one.name for one in fields(cls)}):
+            raise BenchError(f"arguments: {unknown[0]}: bench run has no such option")
         try:
             return TypeAdapter(cls).validate_json(json.dumps(arguments), strict=True)
         except ValidationError as e:

@@ -156,8 +156,8 @@ def run(
     from bench.options import RunOptions
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device, same_kind
-    from bench.records.record import check_writable
     from bench.records.shards import Shard
+    from bench.records.writer import check_writable
     from bench.runs.plan import check_effects, make_plans
     from bench.runs.session import Session
 
@@ -217,7 +217,7 @@ def run(
     except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
         raise Interrupted("interrupted; all that is certified is kept: type the same command again to resume") from None
     if as_json:
-        print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
+        print(json.dumps([{"path": str(r.path), **r.info.as_json()} for r in records], indent=1))
     elif part:
         for r in records:
             print(f"{r.path}: complete, {len(r.certificates)} images")

@@ -143,7 +143,7 @@ class _Driver:
             self._fail(number, packed)
             return
         ready: Ready = unpack(packed)
-        self._crew.check_versions(ready.extra["environment"])
+        self._crew.check_versions(ready.info.environment.as_json())
         with ExitStack() as failed:
             log = failed.enter_context(closing(RunLog(self._session.log_file(plan))))
             log.write(signature())
@@ -152,11 +152,11 @@ class _Driver:
                 self._ended.append(read_run(filling.record.path))
                 return
             failed.pop_all()
-        split = load_split(ready.plan.card, ready.identity["split"])
+        split = load_split(ready.plan.card, ready.identity.split)
 
         def task(noise: Noise | None = None) -> Task:
             made = make_task(ready.plan, split, self._session.device, noise)
-            return replace(made, block=ready.identity["block"][0])
+            return replace(made, block=ready.rows)
 
         # Put here, so that a node which is removed takes no copy with it that is needed.
         sent = ray.put(ray.get(certifier)), ray.put(pack(replace(task(), images=not_here, labels=not_here)))

@@ -43,7 +43,7 @@ def _latex(group: Sequence[Record], published: bool) -> str:
     """The columns that a paper has room for; everything from a record escaped."""
     frame, cells, within = pooled(group), columns(group), reach(group[0])
     accuracies: dict[str, list[str]] = {}
-    for r in group[0].info["radii"]:
+    for r in group[0].info.radii:
         key, tied = f"certified_{r:g}", level_with_best(group, frame, r) if r <= within else set[str]()
         accuracies[f"{r:g}"] = [
             latex.interval(row[key], row[f"{key}_low"], row[f"{key}_high"], row["run"] in tied) if r <= within else "--"
@@ -86,7 +86,7 @@ def _envelope_latex(envelope: Envelope) -> str:
     if not envelope.rows:
         return note
     cells: dict[str, list[str]] = {"among": [", ".join(f"{s:g}" for s in row.sigmas) for row in envelope.rows]}
-    for radius in envelope.record.info["radii"]:
+    for radius in envelope.record.info.radii:
         points = [next((p for p in row.points if p.radius == radius), None) for row in envelope.rows]
         cells[f"{radius:g}"] = [
             latex.interval(p.value, p.low, p.high, more=f" ({p.sigma:g})") if p else "--" for p in points
@@ -105,9 +105,9 @@ def _as_json(envelope: Envelope) -> dict[str, Any]:
 def figure_name(record: Record) -> str:
     """The name of the figures of a record's table, by what its runs have in common and independent of other tables."""
     identity = record.identity
-    dataset = re.sub(r"[^\w.-]", "-", identity["dataset"])  # part of a file's name, from untrusted input
-    split = "" if identity["split"] == "test" else "-validation"
-    return f"{dataset}{split}-s{identity['sigma']:g}-{digest(comparable(record))[:8]}"
+    dataset = re.sub(r"[^\w.-]", "-", identity.dataset)  # part of a file's name, from untrusted input
+    split = "" if identity.split == "test" else "-validation"
+    return f"{dataset}{split}-s{identity.sigma:g}-{digest(comparable(record))[:8]}"
 
 
 def render(records: Sequence[Record], format: str, published: bool = False) -> str:

@@ -17,7 +17,7 @@ from bench.text import DASH
 
 def columns(group: Sequence[Record]) -> pd.DataFrame:
     """The table of one group as text: percent with 95% intervals, a dash for what cannot be or is not known."""
-    frame, radii = pooled(group), group[0].info["radii"]
+    frame, radii = pooled(group), group[0].info.radii
     within, rows = reach(group[0]), frame.to_dict("records")
     shown: dict[str, list[str]] = {"defense": [label(row, frame) for row in rows]}
     for r in radii:
@@ -57,8 +57,8 @@ def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
 def limits(group: Sequence[Record]) -> str:
     """State in a few sentences what the table shows and what it cannot show."""
     record, frame = group[0], pooled(group)
-    split = record.identity["split"]
-    within = [r for r in record.info["radii"] if r <= reach(record)]
+    split = record.identity.split
+    within = [r for r in record.info.radii if r <= reach(record)]
     widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
     wide = max((float(w.max()) for w in widths), default=0.0) / 2
     text = "" if split == "test" else f"These are {split} images, to choose by: no result of any defense. "
@@ -95,7 +95,7 @@ def limits(group: Sequence[Record]) -> str:
         )
     # Rounded up, so that no certificate lies beyond what is printed.
     text += f"With these votes no image can be certified beyond r = {bounds.printed_reach(reach(record))} (a dash)."
-    if record.identity["noise"]["kind"] == "grid":
+    if record.identity.noise.kind == "grid":
         text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
     if record.imported:
         text += (
@@ -107,7 +107,7 @@ def limits(group: Sequence[Record]) -> str:
             " The base was trained on other classes: with a dash under 'base, clean' the defense brought its own head"
         )
         text += "." if headless.all() else ", else a linear probe on clean images gave it one."
-    if record.info["preset"] == "quick":
+    if record.info.preset == "quick":
         text += " Preset quick trains briefly on a small budget: it ranks methods at that budget, not at their papers'."
     return text
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from bench.io.files import digest
 from bench.records import metrics
-from bench.records.grouping import beside_sigma, common, method_key, method_name, reach
+from bench.records.grouping import common, comparable_but_sigma, method_key, method_name, reach
 from bench.records.record import Record
 from bench.text import DASH
 
@@ -56,7 +56,7 @@ class Envelope:
     @property
     def heading(self) -> str:
         """What all its runs have in common, in one line."""
-        return f"{self.record.identity['dataset']}, envelope over sigma: {common(self.record)}"
+        return f"{self.record.identity.dataset}, envelope over sigma: {common(self.record)}"
 
     @property
     def note(self) -> str:
@@ -80,13 +80,13 @@ def find(records: Sequence[Record]) -> list[Envelope]:
     """One for each set of test runs that differ in sigma, method and seed alone, where a method has several sigmas."""
     families: dict[str, dict[str, list[Record]]] = {"test": defaultdict(list), "validation": defaultdict(list)}
     for record in records:
-        if record.identity["split"] in families and not record.imported:
-            families[record.identity["split"]][digest(beside_sigma(record))].append(record)
+        if record.identity.split in families and not record.imported:
+            families[record.identity.split][digest(comparable_but_sigma(record))].append(record)
     found = []
     for tests in families["test"].values():
         mates = [f for f in families["validation"].values() if _beside_split(f[0]) == _beside_split(tests[0])]
         # Of several sets of validation images the largest.
-        most = max(mates, key=lambda f: (len(f[0].certificates), digest(beside_sigma(f[0]))), default=[])
+        most = max(mates, key=lambda f: (len(f[0].certificates), digest(comparable_but_sigma(f[0]))), default=[])
         chooser, several = _methods(most), {k: m for k, m in _methods(tests).items() if len(m) > 1}
         rows, lacking = [], []
         for key, test in several.items():
@@ -109,7 +109,7 @@ def choose(validation: Mapping[float, Sequence[Record]], radius: float) -> tuple
 
     None where the radius is out of every sigma's reach.
     """
-    within = {s: _pooled(r, radius)["value"] for s, r in validation.items() if radius <= reach(r[0])}
+    within = {s: _pooled(r, radius).value for s, r in validation.items() if radius <= reach(r[0])}
     return max(within.items(), key=lambda at: (at[1], -at[0]), default=None)
 
 
@@ -119,7 +119,7 @@ def columns(envelope: Envelope) -> pd.DataFrame:
         "defense": [row.label for row in envelope.rows],
         "chosen among": [", ".join(f"{s:g}" for s in row.sigmas) for row in envelope.rows],
     }
-    for radius in envelope.record.info["radii"]:
+    for radius in envelope.record.info.radii:
         cells = []
         for row in envelope.rows:
             at = next((p for p in row.points if p.radius == radius), None)
@@ -130,36 +130,37 @@ def columns(envelope: Envelope) -> pd.DataFrame:
 
 def _row(label: str, test: BySigma, validation: BySigma) -> Row:
     points = []
-    for radius in next(iter(test.values()))[0].info["radii"]:
+    for radius in next(iter(test.values()))[0].info.radii:
         chosen = choose(validation, radius)
         if chosen:
             sigma, value = chosen
-            points.append(Point(radius, sigma, value, **_pooled(test[sigma], radius)))
+            rate = _pooled(test[sigma], radius)
+            points.append(Point(radius, sigma, value, rate.value, rate.low, rate.high))
     return Row(label, sorted(test), points)
 
 
-def _pooled(records: Sequence[Record], radius: float) -> dict[str, float]:
-    """Certified accuracy at a radius over seeds: value, low, high."""
+def _pooled(records: Sequence[Record], radius: float) -> metrics.Rate:
+    """Certified accuracy at a radius over seeds."""
     return metrics.pooled([r.certificates for r in records], [radius])[0]
 
 
 def _methods(records: Sequence[Record]) -> dict[str, BySigma]:
     """The runs of each method by sigma; a method trained at its sigma is the same method at another."""
     found: dict[str, BySigma] = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda r: (r.identity["sigma"], r.identity["seed"])):
-        sigma, trained = record.identity["sigma"], record.identity["train_sigma"]
+    for record in sorted(records, key=lambda r: (r.identity.sigma, r.identity.seed or 0)):
+        sigma, trained = record.identity.sigma, record.identity.train_sigma
         key = digest({"method": method_key(record), "train_sigma": None if trained == sigma else trained})
         found[key][sigma].append(record)
     # Two runs of one seed differ in what no method says, such as a training done twice: neither is the method.
     return {k: m for k, m in found.items() if all(len(_seeds(r)) == len(r) for r in m.values())}
 
 
-def _seeds(records: Sequence[Record]) -> set[int]:
-    return {r.identity["seed"] for r in records}
+def _seeds(records: Sequence[Record]) -> set[int | None]:
+    return {r.identity.seed for r in records}
 
 
 def _beside_split(record: Record) -> dict[str, Any]:
-    return {k: v for k, v in beside_sigma(record).items() if k not in ("split", "indices", "images")}
+    return {k: v for k, v in comparable_but_sigma(record).items() if k not in ("split", "indices", "images")}
 
 
 def _label(runs: BySigma, names: Sequence[str]) -> str:

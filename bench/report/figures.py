@@ -29,15 +29,15 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
 
     Between two drawn radii, line and band are those of the larger radius, where as much is certified or less.
     """
-    anytime, grid = "radii" in group[0].identity["procedure"], drawn_radii(group[0])
+    anytime, grid = group[0].identity.sampling.on_grid, drawn_radii(group[0])
     fig, ax = _axes(group)
     for i, (label, records) in enumerate(_ordered(group)):
         points = metrics.pooled([r.certificates for r in records], grid)
-        values, marker = [100 * p["value"] for p in points], MARKERS[i % len(MARKERS)] if anytime else ""
+        values, marker = [100 * p.value for p in points], MARKERS[i % len(MARKERS)] if anytime else ""
         (line,) = ax.plot(
             grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker, drawstyle="steps-pre"
         )
-        low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
+        low, high = [100 * p.low for p in points], [100 * p.high for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0, step="pre")
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
     _legend(ax, "bands: 95% interval")
@@ -50,8 +50,8 @@ def drawn_radii(record: Record) -> list[float]:
     Those many are rounded down, so that hovering over a point shows a radius at which its value holds.
     """
     within = reach(record)
-    if "radii" in record.identity["procedure"]:
-        return [r for r in record.info["radii"] if r <= within] or [0.0]
+    if record.identity.sampling.on_grid:
+        return [r for r in record.info.radii if r <= within] or [0.0]
     return sorted({float(bounds.printed_radius(within * i / 200, decimals(within))) for i in range(201)})
 
 
@@ -62,15 +62,15 @@ def decimals(within: float) -> int:
 
 def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     """Certified accuracy, at the grid's lowest radius above 0, against floating point operations of a vote."""
-    radius = next((r for r in group[0].info["radii"] if 0 < r <= reach(group[0])), 0.0)
+    radius = next((r for r in group[0].info.radii if 0 < r <= reach(group[0])), 0.0)
     fig, ax = _axes(group)
-    free = any(not r.info["cost"]["flops_per_vote"] for r in group)  # no place for it on a logarithmic axis
+    free = any(not r.cost.flops_per_vote for r in group)  # no place for it on a logarithmic axis
     for i, (label, records) in enumerate(_ordered(group)):
         (p,) = metrics.pooled([r.certificates for r in records], [radius])
-        cost = (records[0].info["cost"]["flops_per_vote"] or 0.0) / 1e6
-        bars = [[100 * (p["value"] - p["low"])], [100 * (p["high"] - p["value"])]]
+        cost = (records[0].cost.flops_per_vote or 0.0) / 1e6
+        bars = [[100 * (p.value - p.low)], [100 * (p.high - p.value)]]
         marker = MARKERS[i % len(MARKERS)]
-        ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=colour(i), capsize=2, label=label)
+        ax.errorbar([cost], [100 * p.value], bars, fmt=marker, color=colour(i), capsize=2, label=label)
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
     ax.xaxis.set_major_formatter("{x:g}")

@@ -25,7 +25,7 @@ from bench import __version__
 from bench.errors import BenchError
 from bench.io.files import digest
 from bench.records import metrics
-from bench.records.grouping import beside_sigma, common, groups, methods, reach
+from bench.records.grouping import common, comparable_but_sigma, groups, methods, reach
 from bench.records.record import Line, Record
 from bench.report import envelopes, gallery, plots
 from bench.report.cells import columns, limits
@@ -68,8 +68,8 @@ def page(records: Sequence[Record], left_out: Sequence[str] = ()) -> str:
     """The whole page; ``left_out`` says which runs are not in it, and why."""
     sections: dict[str, list[list[Record]]] = {}
     for group in groups(records):
-        sections.setdefault(digest(beside_sigma(group[0])), []).append(group)
-    figures, over_sigma = _Figures(), {digest(beside_sigma(e.record)): e for e in envelopes.find(records)}
+        sections.setdefault(digest(comparable_but_sigma(group[0])), []).append(group)
+    figures, over_sigma = _Figures(), {digest(comparable_but_sigma(e.record)): e for e in envelopes.find(records)}
     body = "".join(
         _section(f"section-{i}", s, over_sigma.get(key), figures) for i, (key, s) in enumerate(sections.items(), 1)
     )
@@ -112,7 +112,7 @@ def _section(key: str, tables: list[list[Record]], over_sigma: Envelope | None, 
     for group in tables:
         frame, labels = pooled(group), columns(group)["defense"]
         runs = {m[0].path.name: m for m in methods(group)}
-        parts[group[0].identity["sigma"]] = [
+        parts[group[0].identity.sigma] = [
             Method(label, runs[row["run"]], row, looks.setdefault(label, len(looks)))
             for label, (_, row) in zip(labels, frame.iterrows(), strict=True)
         ]
@@ -130,8 +130,8 @@ def _section(key: str, tables: list[list[Record]], over_sigma: Envelope | None, 
 
 
 def _title(record: Record) -> str:
-    split = record.identity["split"]
-    return str(record.identity["dataset"]) + ("" if split == "test" else f", {split} images")
+    split = record.identity.split
+    return record.identity.dataset + ("" if split == "test" else f", {split} images")
 
 
 def _envelope(found: Envelope, looks: dict[str, int], figures: _Figures) -> str:
@@ -147,7 +147,7 @@ def _envelope(found: Envelope, looks: dict[str, int], figures: _Figures) -> str:
 
 def _part(group: list[Record], found: list[Method], figures: _Figures) -> str:
     """One table and all that belongs to it."""
-    sigma, within = group[0].identity["sigma"], [r for r in group[0].info["radii"] if r <= reach(group[0])]
+    sigma, within = group[0].identity.sigma, [r for r in group[0].info.radii if r <= reach(group[0])]
     radii = {"certified at radius": {f"{r:g}": f"{r:g}" for r in within}}
     costs = {f"{r:g}|{cost}": plots.cost(found, r, cost) for r in within for cost in COSTS}
     named = "".join(_identity(m.label, r) for m in found for r in m.records)
@@ -198,7 +198,7 @@ def _gallery(found: list[Method]) -> str:
         return f"<p>No pictures: {why}. Here: {escape(str(e))}.</p>"
     about = (
         f"{len(chosen)} of {len(first.certificates)} images, from the largest radius to errors by {found[0].label}: "
-        f"each clean and with the noise of {len(NOISY)} votes of seed {first.identity['seed']}, clipped to be shown. "
+        f"each clean and with the noise of {len(NOISY)} votes of seed {first.identity.seed}, clipped to be shown. "
         "Where seeds were pooled, the outcome of each is given."
     )
     return f'<p class="note">{escape(about)}</p><div class="gallery">{shown}</div>'
@@ -213,7 +213,7 @@ def _spread(record: Record, count: int) -> list[Line]:
 
 
 def _picture(certificate: Line, found: list[Method], uris: list[str]) -> str:
-    index, names = certificate.index, found[0].records[0].info["classes"]
+    index, names = certificate.index, found[0].records[0].info.classes
     images = "".join(
         f'<img src="{uri}" alt="image {index}, {f"noisy copy {i}" if i else "clean"}">' for i, uri in enumerate(uris)
     )
@@ -227,17 +227,17 @@ def _outcomes(method: Method, index: int) -> str:
     nothing = "not certified" if pd.isna(method.row["abstained"]) else "abstained"
     for record in method.records:
         c = record.certificates[record.certificates.place("index", index)]
-        wrong = "" if c.predicted in (None, c.label) else f"wrong ({record.info['classes'][c.predicted]}), "
+        wrong = "" if c.predicted in (None, c.label) else f"wrong ({record.info.classes[c.predicted]}), "
         said.append(nothing if c.predicted is None else f"{wrong}radius {bounds.printed_radius(c.radius)}")
     return "; ".join(said)
 
 
 def _identity(label: str, record: Record) -> str:
     """All that run.json says, lists of numbers on one line, of very many images the first and last."""
-    indices, shown = record.identity["indices"], record.info
+    indices, shown = record.identity.indices, record.info.as_json()
     if len(indices) > LISTED:
         few = [*indices[:3], f"... all {len(indices)} are in run.json ...", indices[-1]]
-        shown = shown | {"identity": record.identity | {"indices": few}}
+        shown = shown | {"identity": record.identity.as_json() | {"indices": few}}
     text = json.dumps(shown, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
     return f"<details><summary>{escape(label)}: {escape(record.path.name)}</summary><pre>{escape(text)}</pre></details>"

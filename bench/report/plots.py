@@ -225,7 +225,7 @@ def _cost_axis(values: list[float]) -> tuple[list[float], dict[str, Any]]:
 def abstention(found: list[Method]) -> go.Figure:
     """The share of images on which each method abstains, with its interval."""
     points = [metrics.pooled_abstention([r.certificates for r in m.records]) for m in found]
-    value, low, high = ([100 * p[key] for p in points] for key in ("value", "low", "high"))
+    value, low, high = ([100 * getattr(p, key) for p in points] for key in ("value", "low", "high"))
     names = [_text(m.label, 18) for m in found]
     tall = max(32, 15 * max(_lines(names)) + 5)
     fig = _figure(120 + tall * len(found), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})
@@ -250,7 +250,7 @@ def by_class(found: list[Method], radii: list[float]) -> dict[str, go.Figure]:
     first = found[0].records[0]
     images = Counter(first.certificates.column("label").tolist())
     labels = sorted(images)
-    rows = [_text(f"{first.info['classes'][k]} ({images[k]})", 18) for k in labels]
+    rows = [_text(f"{first.info.classes[k]} ({images[k]})", 18) for k in labels]
     columns = [_text(m.label, 18) for m in found]
     above = max(15 * max(_lines(columns)), 7 * max(len(m.label[:18]) for m in found))  # level, or turned where narrow
     shares = [[m.shares(radii, k) for m in found] for k in labels]

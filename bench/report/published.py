@@ -27,13 +27,13 @@ def beside(record: Record) -> pd.DataFrame:
     Columns are text: method, a percentage for each of the table's radii, and what differs from our runs. Empty
     where nothing was published, which of validation images is never.
     """
-    identity, radii = record.identity, [f"{r:g}" for r in record.info["radii"]]
-    if identity["split"] != "test":
+    identity, radii = record.identity, [f"{r:g}" for r in record.info.radii]
+    if identity.split != "test":
         return pd.DataFrame()
     found = rows()
-    found = found[(found["dataset"] == identity["dataset"]) & (found["metric"] == "certified_accuracy")]
+    found = found[(found["dataset"] == identity.dataset) & (found["metric"] == "certified_accuracy")]
     sigma = pd.to_numeric(found["sigma"], errors="coerce")
-    found = found[(sigma == identity["sigma"]) | (found["sigma"] == "envelope")]
+    found = found[(sigma == identity.sigma) | (found["sigma"] == "envelope")]
     out = []
     keys = ["paper", "arxiv", "method", "sigma", "inputs", "n", "alpha", "source"]
     for key, part in found.groupby(keys, sort=False):
@@ -54,9 +54,10 @@ def beside(record: Record) -> pd.DataFrame:
 
 def heading(records: Sequence[Record]) -> str:
     """The line above published rows."""
-    p = records[0].identity["procedure"]
-    images = len(records[0].identity["indices"])
+    identity = records[0].identity
+    base = identity.base.name if identity.base else "not stated"
     return (
-        f"Published for the same data set, by others: not comparable with the rows above "
-        f"(ours: {images} images, n {p['n']:,}, alpha {p['alpha']:g}, base {records[0].identity['base']['name']})."
+        "Published for the same data set, by others: not comparable with the rows above "
+        f"(ours: {len(identity.indices)} images, n {identity.sampling.n:,}, "
+        f"alpha {identity.sampling.alpha:g}, base {base})."
     )

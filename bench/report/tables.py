@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.errors import BenchError, one_line
+from bench.errors import BenchError
 from bench.records import audit, metrics, paired
-from bench.records.grouping import comparable, heading, method_key, method_name, methods, reach, selects
+from bench.records.grouping import method_name, methods, selects
 from bench.records.record import Record, find_runs, read_run
 
 
@@ -30,27 +30,17 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
         except BenchError as e:
             left_out.append(str(e))
             continue
-        if problem := audit.problem(record) or _unusable(record):
+        if problem := audit.problem(record):
             left_out.append(problem)
         else:
             records.append(record)
     return records, left_out
 
 
-def _unusable(record: Record) -> str:
-    """What keeps a finished run from any table: something of run.json that is missing or of another type."""
-    try:
-        _row(record), heading(record), reach(record), comparable(record), method_key(record)
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        what = f"{type(e).__name__}: {one_line(e)}"
-        return f"{record.path}: corrupt: run.json lacks something that a table needs, or misstates it ({what})"
-    return ""
-
-
 def table(group: Sequence[Record]) -> pd.DataFrame:
     """One row a run, ordered by certified accuracy at the grid's radii; every number from the record."""
     frame = pd.DataFrame([_row(r) for r in group])
-    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    order = [f"certified_{r:g}" for r in group[0].info.radii]
     return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
 
 
@@ -66,15 +56,15 @@ def pooled(group: Sequence[Record]) -> pd.DataFrame:
         for column in first:
             if known := [float(x[column]) for x in seeds if isinstance(x[column], int | float)]:
                 first[column] = statistics.fmean(known)
-        radii = group[0].info["radii"]
+        radii = group[0].info.radii
         for r, share in zip(radii, metrics.pooled([r.certificates for r in records], radii), strict=True):
             key = f"certified_{r:g}"
-            first |= {key: share["value"], f"{key}_low": share["low"], f"{key}_high": share["high"]}
+            first |= {key: share.value, f"{key}_low": share.low, f"{key}_high": share.high}
             first[f"{key}_spread"] = max(x[key] for x in seeds) - min(x[key] for x in seeds)
         first["seeds"] = len(records)
         rows.append(first)
     frame = pd.DataFrame(rows)
-    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
+    order = [f"certified_{r:g}" for r in group[0].info.radii]
     return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
 
 
@@ -95,30 +85,30 @@ def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float)
 
 
 def _row(record: Record) -> dict[str, Any]:
-    info, cost, right = record.info, record.info["cost"], (record.info["base"] or {}).get("clean_correct")
-    result = metrics.summarise(record.certificates, info["radii"])
-    row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity["seed"]}
-    for point in result["certified_accuracy"]:
-        key = f"certified_{point['radius']:g}"
-        row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
+    info, cost, base = record.info, record.cost, record.info.base
+    result = metrics.summarise(record.certificates, info.radii)
+    row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity.seed}
+    for radius, rate in zip(result.radii, result.certified_accuracy, strict=True):
+        key = f"certified_{radius:g}"
+        row |= {key: rate.value, f"{key}_low": rate.low, f"{key}_high": rate.high}
     row |= {
-        "family": info["defense"]["family"],
-        "trains": info["defense"]["trains"],
-        "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
-        "images": result["images"],
-        "base_clean_accuracy": None if right is None else right / info["base"]["images"],
-        "abstained": result["abstained"]["value"] if selects(record) else None,
-        "train_seconds": cost["train_seconds"],
-        "certify_seconds": cost["certify_seconds"],
-        "votes": cost["votes"],
-        "flops_per_vote": cost["flops_per_vote"],
-        "trainable_nominal": cost["trainable_nominal"],
-        "trainable_updated": cost["trainable_updated"],
-        "trained_here": cost["trained_here"],
-        "trained_elsewhere": cost["trained_elsewhere"],
-        "parameters": cost["parameters"],
-        "peak_memory": cost["peak_memory"],
-        "acr": result["acr"],
+        "family": info.defense.family,
+        "trains": info.defense.trains,
+        "extra_data": ", ".join(info.defense.trained_elsewhere),
+        "images": result.images,
+        "base_clean_accuracy": base.clean_correct / base.images if base and base.clean_correct is not None else None,
+        "abstained": result.abstained.value if selects(record) else None,
+        "train_seconds": cost.train_seconds,
+        "certify_seconds": cost.certify_seconds,
+        "votes": cost.votes,
+        "flops_per_vote": cost.flops_per_vote,
+        "trainable_nominal": cost.trainable_nominal,
+        "trainable_updated": cost.trainable_updated,
+        "trained_here": cost.trained_here,
+        "trained_elsewhere": cost.trained_elsewhere,
+        "parameters": cost.parameters,
+        "peak_memory": cost.peak_memory,
+        "acr": result.acr,
         "flags": "; ".join(record.flags),
     }
     return row

@@ -26,9 +26,9 @@ from bench.process import environment
 from bench.process.console import duration
 from bench.process.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog
 from bench.records import fingerprint, metrics
-from bench.records.fingerprint import Fingerprint
-from bench.records.record import Run
+from bench.records.schema import Cost, Fingerprint, Identity, RunInfo
 from bench.records.shards import Shard
+from bench.records.writer import RunFolder
 from bench.runs import fitting, recheck
 from bench.runs.identity import run_name
 from bench.runs.plan import Plan
@@ -78,9 +78,19 @@ class Ready:
     """A run before its first vote: what its record will say, and what its training cost."""
 
     plan: Plan  # with its searched settings chosen
-    identity: dict[str, Any]
-    extra: dict[str, Any]
+    info: RunInfo
     cost: dict[str, Any]
+
+    @property
+    def identity(self) -> Identity:
+        """All that determines the certificates."""
+        return self.info.identity
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        assert self.identity.block is not None
+        return self.identity.block[0]
 
 
 @dataclass(frozen=True)
@@ -111,9 +121,9 @@ class Filling:
         self._ready, self._reporter, self._log = ready, Logged(reporter, own_log.write), own_log
         plan = ready.plan
         self._name = plugins.short_name(plan.defense)
-        self.record = Run(out, run_name(plan), ready.identity, ready.extra, shard)
+        self.record = RunFolder(out, run_name(plan), ready.info, shard)
         done = {c.index for c in self.record.done}
-        self.indices = ready.identity["indices"]
+        self.indices = ready.identity.indices
         self.first = self.indices[0]  # of the whole run, of which the fingerprint is
         if shard:
             self.indices = shard.part(self.indices)
@@ -121,7 +131,7 @@ class Filling:
         self.resumed = bool(done)
         self._correct = sum(c.predicted == c.label for c in self.record.done)
         self._spoke = -math.inf
-        self.complete = self.record.info["status"] == "complete"
+        self.complete = self.record.info.complete
         try:
             if self.complete:
                 own_log.discard()
@@ -139,9 +149,9 @@ class Filling:
 
         Raises DefenseFault naming ``who``.
         """
-        before = self.record.info.get("fingerprint")
+        before = self.record.info.fingerprint
         if before is None:
-            self.record.state(fingerprint=found)
+            self.record.update(fingerprint=found)
         elif problem := fingerprint.differs(before, found, self._ready.plan.arithmetic):
             raise DefenseFault(
                 f"{who} computes another function than {self.record.path} was begun with: {problem}; what decides "
@@ -160,16 +170,19 @@ class Filling:
 
     def note_workers(self, machines: Mapping[str, int]) -> None:
         """State, where that is new, which kinds of device draw votes; ``machines``: workers by their device's name."""
-        before = self.record.info["environment"].get("workers") or {}
+        before = self.record.info.environment.workers or {}
         if set(machines) - set(before):
-            self.record.info["environment"]["workers"] = {**before, **machines}
-            self.record.state()
+            self._write_workers(machines)
+
+    def _write_workers(self, machines: Mapping[str, int]) -> None:
+        known = self.record.info.environment
+        self.record.update(environment=known.replace(workers={**(known.workers or {}), **machines}))
 
     def drawn_on(self, here: Mapping[str, Any]) -> bool:
         """Whether all that is on record was drawn on the kind of machine with the environment ``here``."""
-        before = self.record.info["environment"]
-        workers = before.get("workers") or {here["device"]: 1}
-        return environment.same_machine(here, before) and set(workers) == {here["device"]}
+        before = self.record.info.environment
+        workers = before.workers or {here["device"]: 1}
+        return environment.same_machine(here, before.as_json()) and set(workers) == {here["device"]}
 
     def check_redrawn(self, again: Sequence[Certificate], exactly: bool) -> None:
         """Raise Drifted where images that were drawn again do not have the counts on record.
@@ -198,16 +211,16 @@ class Filling:
                 "and draws alone",
                 self._ready.plan.defense,
             )
-        self.record.info["audit"] = done.record()
+        self.record.update(audit=done.record())
 
     def start(self, label: int) -> Procedure:
         """The procedure of one image."""
         plan = self._ready.plan
-        return plan.procedure.certify(plan.sigma, label, self.record.info["identity"]["noise"]["tau"])
+        return plan.procedure.certify(plan.sigma, label, self.record.info.identity.noise.tau)
 
     def announce(self, measured: Measured, devices: int) -> None:
         """Say what is left to do, and how long it may take on so many devices."""
-        rows, procedure = self._ready.identity["block"][0], self._ready.plan.procedure
+        rows, procedure = self._ready.rows, self._ready.plan.procedure
         if measured.nan_rows:
             self._reporter.say(f"{measured.nan_rows} of {rows} rows of logits hold NaN: such votes count for no class")
         votes = len(self.left) * procedure.most
@@ -259,9 +272,8 @@ class Filling:
             "peak_memory": peak_memory,
         }
         if workers is not None:
-            before = self.record.info["environment"].get("workers") or {}
-            self.record.info["environment"]["workers"] = {**before, **workers}
-        self.record.finish(cost, metrics.summarise(done, self._ready.plan.card.radii))
+            self._write_workers(workers)
+        self.record.finish(Cost.of(cost), metrics.summarise(done, self._ready.plan.card.radii))
         self._log.write(f"finished: {len(done)} images")
 
     def close(self) -> None:

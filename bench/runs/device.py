@@ -18,7 +18,7 @@ from bench.models.base import LocalBase
 from bench.process import environment
 from bench.process.runlog import log
 from bench.records import fingerprint
-from bench.records.fingerprint import Fingerprint
+from bench.records.schema import Fingerprint
 from bench.runs import fitting
 from bench.runs.certifier import Certifier, Drifted, Measured
 from bench.runs.costs import cost_per_vote, distinct

@@ -5,7 +5,6 @@ Data, base and defense are rebuilt from what the record says was typed.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -80,11 +79,11 @@ def draw_again(
         why = "the log's model is not here" if record.imported else "there are none"
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
-    weights = record.identity["defense"]["weights"]
+    weights = record.identity.defense.weights
     if not deep and weights is not None and not stored(weights):
         yield Finding(f"(not drawn again: its trained weights are not in this cache; --deep trains anew) {CHECK}")
         return
-    if why := _not_named(record.info["arguments"], defense, base):
+    if why := _not_named(record.info.arguments, defense, base):
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
     rebuilt = _rebuild(record, session, defense, base)
@@ -101,16 +100,17 @@ def _rebuild(record: Record, session: Session, defense: str | None, base: str | 
     with plugins.only([defense] if defense else []):
         plan, _ = session.searched(_plan(record, defense, base))
         identity, task, fitted = session.prepare(plan)
-    if different := [k for k, v in json.loads(json.dumps(identity)).items() if record.identity.get(k) != v]:
+    recorded = record.identity.as_json()
+    if different := [k for k, v in identity.as_json().items() if recorded.get(k) != v]:
         return f"cannot be rebuilt here: {', '.join(different)} differ from the record's"
     wrong = next((c.index for c in record.counted if task.labels(c.index) != c.label), None)
     if wrong is not None:
         return f"image {wrong}: the data set's label is {task.labels(wrong)}"
     certifier = Certifier(plan.defense, fitted.defense, session.materials(plan).base, plan.arithmetic)
-    placed = Placed(certifier, task, record.identity["indices"][0])
+    placed = Placed(certifier, task, record.identity.indices[0])
     placed.widen(session.threads)
-    recorded = record.info.get("fingerprint")  # older records have none
-    if recorded and (problem := fingerprint.differs(recorded, placed.fingerprint, plan.arithmetic)):
+    before = record.info.fingerprint  # older records have none
+    if before and (problem := fingerprint.differs(before, placed.fingerprint, plan.arithmetic)):
         return f"another function than the one certified is built here: {problem}"
     return _Rebuilt(plan, placed, session)
 
@@ -118,8 +118,8 @@ def _rebuild(record: Record, session: Session, defense: str | None, base: str | 
 def _compare(record: Record, rebuilt: _Rebuilt, deep: bool) -> Finding:
     every = max(1, len(record.counted) // SAMPLE)
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
-    again = rebuilt.certify(list(kept), record.identity["noise"].get("tau", 0.0))
-    exactly = environment.same_machine(environment.describe(rebuilt.session.device), record.info["environment"])
+    again = rebuilt.certify(list(kept), record.identity.noise.tau)
+    exactly = environment.same_machine(environment.describe(rebuilt.session.device), record.info.environment.as_json())
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
     level, procedure = FALSE_ALARM / len(again), rebuilt.plan.procedure
     problems = (recheck.redrawn(kept[new.index], new, procedure, exactly, level) for new in again)
@@ -152,7 +152,7 @@ def _plan(record: Record, defense: str | None, base: str | None) -> Plan:
     """What the record says was typed, with the files and servers that the user names in place of its own."""
     named = {k: v for k, v in (("defenses", defense), ("base", base)) if v is not None}
     try:
-        plans = make_plans(RunOptions.of(record.info["arguments"] | named))
+        plans = make_plans(RunOptions.of(record.info.arguments | named))
     except BenchError as e:
         raise BenchError(f"{record.path}: cannot be drawn again: {e}") from None
     if len(plans) != 1:

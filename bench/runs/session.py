@@ -22,8 +22,11 @@ from bench.models.served import is_url
 from bench.models.statement import state_base
 from bench.process import environment
 from bench.process.runlog import STARTED, Logged, Reporter, log, recording, signature
-from bench.records.record import Record, read_run, run_folder
+from bench.records import schema
+from bench.records.record import Record, read_run
+from bench.records.schema import Identity, RunInfo
 from bench.records.shards import Shard
+from bench.records.writer import run_folder
 from bench.runs import fitting, recheck, search
 from bench.runs.certifier import Certifier, Drifted, Filling, Ready
 from bench.runs.costs import cost_per_vote
@@ -105,7 +108,7 @@ class Session:
         with self.reporter.training(name) as progress:
             return search.best(plan, shared.base, shared.train, task, len(shared.validation), progress)
 
-    def prepare(self, plan: Plan) -> tuple[dict[str, Any], Task, fitting.Fitted]:
+    def prepare(self, plan: Plan) -> tuple[Identity, Task, fitting.Fitted]:
         """The identity of a plan's run, its task, and its defense, trained here if it never was."""
         shared = self.materials(plan)
         with self.reporter.training(f"{plugins.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
@@ -116,8 +119,8 @@ class Session:
         task, indices = make_task(plan, split, self.device), examples(plan, split)
         largest = identity(plan, shared.base, split, fitted, indices, task)
 
-        def with_rows(rows: int) -> dict[str, Any]:
-            return largest | {"block": [rows, *task.shape]}
+        def with_rows(rows: int) -> Identity:
+            return largest.replace(block=[rows, *task.shape])
 
         # A run that is begun goes on in its own blocks, whatever fits now.
         folder = self.shard.folder if self.shard else ""
@@ -142,12 +145,12 @@ class Session:
         self._shared_out(plan, split)  # raises before anything is trained for a shard without images
         plan, tried = self.searched(plan)
         found, _, fitted = self.prepare(plan)
-        if plan.objective != "gaussian" and found["defense"]["objective"] is None:
+        if plan.objective != "gaussian" and found.defense.objective is None:
             log.warning("--objective %s has no effect on %s: it trains nothing by it", plan.objective, plan.defense)
-        if plan.train_sigma != found["train_sigma"]:
+        if plan.train_sigma != found.train_sigma:
             log.warning("--train-sigma %g has no effect on %s: it trains nothing", plan.train_sigma, plan.defense)
         certifier = Certifier(plan.defense, fitted.defense, self.materials(plan).base, plan.arithmetic)
-        return Ready(plan, found, self._extra(plan, tried, fitted, found["indices"]), _training_cost(fitted)), certifier
+        return Ready(plan, self._info(plan, tried, fitted, found), _training_cost(fitted)), certifier
 
     def _shared_out(self, plan: Plan, split: Split) -> list[int]:
         """The images to certify: those of the plan, or of its shard. Raises BenchError where a shard has none."""
@@ -201,7 +204,7 @@ class Session:
         try:
             with steady(), torch.inference_mode():
                 again = list(certify(devices, filling.start, filling.to_redraw()))
-                filling.check_redrawn(again, filling.drawn_on(ready.extra["environment"]))
+                filling.check_redrawn(again, filling.drawn_on(ready.info.environment.as_json()))
             measured = first.measure(calibrate=not filling.resumed)
             filling.announce(measured, len(placed))
             with filling.progress() as update, steady(), torch.inference_mode():
@@ -225,24 +228,22 @@ class Session:
     def _task(self, ready: Ready, noise: Noise | None = None) -> Task:
         """What the engine is given of a run; ``noise``: in place of the run's own."""
         split = self.materials(ready.plan).certified(ready.plan)
-        return replace(make_task(ready.plan, split, self.device, noise), block=ready.identity["block"][0])
+        return replace(make_task(ready.plan, split, self.device, noise), block=ready.rows)
 
-    def _extra(
-        self, plan: Plan, tried: list[dict[str, Any]], fitted: fitting.Fitted, indices: list[int]
-    ) -> dict[str, Any]:
-        """What a record says beside its identity."""
+    def _info(self, plan: Plan, tried: list[dict[str, Any]], fitted: fitting.Fitted, identity: Identity) -> RunInfo:
+        """Return run.json as it is before the first vote."""
         shared = self.materials(plan)
         right = None  # a base of other classes is neither right nor wrong
         if shared.base.classes == len(plan.card.classes):
-            right, _ = shared.base.accuracy(shared.certified(plan), indices)
-        return {
+            right, _ = shared.base.accuracy(shared.certified(plan), identity.indices)
+        about = {
             "environment": environment.describe(self.device),
             "arguments": plan.options.record(),
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
             "data": {"train": shared.train.origin, plan.split: shared.certified(plan).origin},
-            "base": {"clean_correct": right, "images": len(indices), **shared.base.meta},
+            "base": {"clean_correct": right, "images": len(identity.indices), **shared.base.meta},
             "defense": {
                 "family": plan.cls.family,
                 "trains": plan.cls.kind(plan.config),
@@ -256,6 +257,7 @@ class Session:
                 "notes": fitted.notes,
             },
         }
+        return schema.started(identity, about)
 
     def estimate(self, plan: Plan) -> dict[str, Any]:
         """What a run would cost: its votes, and seconds by timing the untrained defense on this machine."""

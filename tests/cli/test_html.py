@@ -23,6 +23,7 @@ from PIL import Image
 from bench.data.datasets import load_split
 from bench.options import RunOptions
 from bench.records import grouping
+from bench.records.schema import Identity
 from bench.report import build, cells, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
@@ -71,8 +72,9 @@ def made_up(
     (run / "run.json").write_text(json.dumps(info))
     with (run / "certificates.jsonl").open("w") as file:
         for line, radius in zip((finished / "certificates.jsonl").read_text().splitlines(), radii, strict=True):
-            old, votes = json.loads(line), fewest(info["identity"], abs(radius) or None)
-            new = certificate(info["identity"], old["index"], old["label"], votes, wrong=radius < 0)
+            identity = Identity.of(info["identity"])
+            old, votes = json.loads(line), fewest(identity, abs(radius) or None)
+            new = certificate(identity, old["index"], old["label"], votes, wrong=radius < 0)
             file.write(json.dumps(vars(new)) + "\n")
     return seal(run)
 
@@ -177,7 +179,7 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
     lines = {t["name"]: t for t in plots[0][""]["data"] if "name" in t}
     for group, (costs, abstained, classes) in zip(groups, (plots[1:4], plots[4:7]), strict=True):
-        frame, shown, sigma = tables.pooled(group), cells.columns(group), group[0].identity["sigma"]
+        frame, shown, sigma = tables.pooled(group), cells.columns(group), group[0].identity.sigma
         for i, (label, (_, row)) in enumerate(zip(shown["defense"], frame.iterrows(), strict=True)):
             line = lines[f"{label}, sigma {sigma:g}"]
             assert 0 <= grouping.reach(group[0]) - line["x"][-1] < 1e-4 and line["x"][0] == 0
@@ -268,10 +270,10 @@ def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Pat
     (file,) = build.write(records, "html", tmp_path / "page.html")
     uris = [str(a["src"]) for t, a in read(file).tags if t == "img"]
     indices = [int(i) for i in re.findall(r"image (\d+), <b>", file.read_text())]
-    assert sorted(indices) == records[0].identity["indices"] and len(uris) == 3 * len(indices)
+    assert sorted(indices) == records[0].identity.indices and len(uris) == 3 * len(indices)
     shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))) for uri in uris]
 
-    (plan,) = make_plans(RunOptions(**records[0].info["arguments"]))
+    (plan,) = make_plans(RunOptions(**records[0].info.arguments))
     split = load_split(plan.card, "test")
     task = make_task(plan, split, torch.device("cpu"))
     for place, index in enumerate(indices):

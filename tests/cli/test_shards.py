@@ -111,19 +111,19 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
 def test_another_k_and_a_run_in_one_process_share_the_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.records.record import Run
+    from bench.records.writer import RunFolder
 
-    real = Run.append
+    real = RunFolder.append
 
-    def append(self: Run, certificate: object) -> None:
+    def append(self: RunFolder, certificate: object) -> None:
         if len(self.done) == 2:
             raise KeyboardInterrupt
         real(self, certificate)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     assert bench(*ONE, "--out", tmp_path).code == 130
     assert bench(*ONE, "--out", tmp_path, "--shard", "1/3").code == 130
-    monkeypatch.setattr(Run, "append", real)
+    monkeypatch.setattr(RunFolder, "append", real)
     (run,) = tmp_path.iterdir()
     lacking = bench("merge", tmp_path)
     assert lacking.code == 1
@@ -275,7 +275,7 @@ def test_costs_that_are_not_known_stay_so(bench: Bench, tmp_path: Path) -> None:
 def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, told = shares(tmp_path, cost=costs(2**62))
     wrong = bench("merge", run)
-    assert wrong.code == 2 and "its shards together make no run: cost.votes" in wrong.err
+    assert wrong.code == 2 and "its shards together make no run: votes" in wrong.err
     second = run / "shard-2-of-2" / "run.json"
     other = told[1] | {"identity": told[1]["identity"] | {"seed": 1}}
     second.write_text(json.dumps(other))

@@ -84,7 +84,7 @@ def test_engine_against_the_shipped_loop(
         tables["theirs"] = (hits / len(images)).tolist()
 
     def certified(found: list[Certificate]) -> list[float]:
-        return [p["value"] for p in metrics.summarise(found, plan.card.radii)["certified_accuracy"]]
+        return [rate.value for rate in metrics.summarise(found, plan.card.radii).certified_accuracy]
 
     ratios = paired(theirs, ours, 3)
     with capsys.disabled():

@@ -70,7 +70,7 @@ def test_a_line_of_the_page_is_never_above_what_is_certified(group: list[Record]
         assert all(level_or_upright(band.x[corners:], band.y[corners:]))
         upper = {x: min(y for u, y in zip(band.x[:corners], band.y[:corners], strict=True) if u == x) for x in line.x}
         assert all(upper[x] == pytest.approx(c[1]) for x, c in zip(line.x[1:-1], line.customdata[2:], strict=True))
-    if "radii" in group[0].identity["procedure"]:
+    if group[0].identity.sampling.on_grid:
         assert all(list(line.x) == [0, 0.25, 0.5] for line in lines)
 
 
