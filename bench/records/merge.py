@@ -90,9 +90,9 @@ def _read(run: Path, shard: Shard, folder: Path) -> Record:
     record = read_run(folder, shard)
     if record.imported:
         raise BenchError(f"{folder}: an imported log, which has no shards; move it away")
-    wanted = record.identity.sha256[:8]
-    if not run.resolve().name.endswith(f"-{wanted}"):
-        raise BenchError(f"{folder}: its identity's hash is {wanted}, so it is a shard of another run; move it away")
+    suffix = record.identity.folder_suffix
+    if not run.resolve().name.endswith(suffix):
+        raise BenchError(f"{folder}: its identity's hash is {suffix[1:]}: a shard of another run; move it away")
     if record.complete:
         if {c.index for c in record.certificates} != set(shard.part(record.identity.indices)):
             raise BenchError(f"{folder}: its images are not those of shard {shard}; delete it, and run it again")
@@ -123,7 +123,7 @@ def _write(run: Path, shards: Sequence[Record]) -> None:
         cost = _cost([record.cost for record in shards])
     except BenchError as e:  # sums may leave the range that each of them is in
         raise BenchError(f"{run}: its shards together make no run: {e}; move away what bench did not write") from None
-    name = run.resolve().name.removesuffix(f"-{first.identity.sha256[:8]}")
+    name = run.resolve().name.removesuffix(first.identity.folder_suffix)
     merged = RunFolder(run.parent, name, info)
     try:
         merged.update(info)  # in place of what an unfinished run in one process wrote about itself

@@ -164,6 +164,11 @@ class Identity(Stored):
         """The hash of the JSON object, independent of the order of its keys."""
         return digest(self.as_json())
 
+    @property
+    def folder_suffix(self) -> str:
+        """The end of the name of its run folder: the first 32 bits of the hash."""
+        return f"-{self.sha256[:8]}"
+
     @cached_property
     def procedure(self) -> Fixed | Anytime:
         """The procedure; that of an adaptive log is the fixed one at its cap. Validated with the whole run.json."""

@@ -67,8 +67,8 @@ def _log(record: Record) -> Iterator[Finding]:
 
 
 def _name(record: Record) -> str:
-    wanted = record.identity.sha256[:8]
-    return "" if record.path.resolve().name.endswith(f"-{wanted}") else f"the identity's hash is {wanted}"
+    suffix = record.identity.folder_suffix
+    return "" if record.path.resolve().name.endswith(suffix) else f"the identity's hash is {suffix[1:]}"
 
 
 def _images(record: Record) -> str:

@@ -31,7 +31,7 @@ _ORDER = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runn
 
 def run_folder(out: Path, name: str, identity: Identity) -> Path:
     """Return the folder of an identity's run below ``out``."""
-    return out / f"{name}-{identity.sha256[:8]}"
+    return out / f"{name}{identity.folder_suffix}"
 
 
 def check_writable(out: Path) -> None:

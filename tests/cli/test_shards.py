@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from bench.io.files import digest
-from bench.records import merge
+from bench.records.schema import Identity
 from bench.records.shards import Shard, shards_in
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import costs, made_up
@@ -280,7 +280,7 @@ def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypat
     other = told[1] | {"identity": told[1]["identity"] | {"seed": 1}}
     second.write_text(json.dumps(other))
     with monkeypatch.context() as patch:  # 32 bits are soon found
-        patch.setattr(merge, "digest", lambda _: run.name[-8:])
+        patch.setattr(Identity, "folder_suffix", run.name[-9:])
         wrong = bench("merge", run)
     assert wrong.code == 2 and "a shard of another run than shard-1-of-2" in wrong.err
     for i, name in enumerate(("shard-0-of-0", "shard-2-of-1", "shard-02-of-2")):
@@ -293,5 +293,5 @@ def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypat
     (run / "shard-1-of-1").mkdir(parents=True)
     (run / "shard-1-of-1" / "run.json").write_text(json.dumps(told[0] | {"identity": identity, "shard": "1/1"}))
     wrong = bench("merge", run)
-    assert wrong.code == 2 and "of which there are no shards" in wrong.err
+    assert wrong.code == 2 and "which has no shards" in wrong.err
     assert not list(tmp_path.glob("runs/*/run.json"))
