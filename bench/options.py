@@ -80,6 +80,8 @@ class RunOptions:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> RunOptions:
         """Read the arguments of a record. Raises BenchError naming the first that ``bench run`` does not take."""
+        if unknown := sorted(arguments.keys() - {one.name for one in fields(cls)}):
+            raise BenchError(f"arguments: {unknown[0]}: bench run has no such option")
         from pydantic import TypeAdapter, ValidationError  # here, so that bench --help need not load it
 
         try:

@@ -84,15 +84,15 @@ def merge(
     """Join the shards of bench run --shard into whole runs. Exit 1: shards are missing or unfinished."""
     from bench.records import merge
 
-    whole, missing = merge.merge(runs)
-    for line in missing:
+    found = merge.merge(runs)
+    for line in found.missing:
         print(f"bench: {shown(line)}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"whole": [str(p) for p in whole], "missing": missing}, indent=1))
+        print(json.dumps({"whole": [str(p) for p in found.whole], "missing": found.missing}, indent=1))
     else:
-        for path in whole:
+        for path in found.whole:
             print(shown(f"{path}: complete"))
-    if missing:
+    if found.missing:
         raise typer.Exit(1)
 
 
@@ -102,13 +102,14 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
-    from bench.compare import pairs
+    from bench.compare import pairs, pairs_text
 
     found = [pairs.compare(paths) for paths in pairs.groups(runs)]
     if as_json:
-        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+        objects = [one.as_json() for one in found]
+        print(json.dumps(objects[0] if len(objects) == 1 else objects, indent=1))
     else:
-        print("\n".join(map(pairs.markdown, found)), end="")
+        print("\n".join(map(pairs_text.markdown, found)), end="")
 
 
 @app.command()
@@ -137,24 +138,24 @@ def check(
     Exit 1: a run regresses or is not reproduced; 3: one is missing or not comparable.
     """
     from bench.cli import github
-    from bench.compare import check
-    from bench.compare.baseline import update as written
+    from bench.compare import check, check_text
+    from bench.compare.baseline import update as write_baseline
 
     if update:
-        lines = check.changes(*written(baseline, runs, any_base))
+        lines = check_text.changes(write_baseline(baseline, runs, any_base))
         print(json.dumps(lines, indent=1) if as_json else "\n".join([*lines, f"wrote {baseline}"]))
         return
     if any_base is not None:
         raise BenchError("--any-base and --same-base are saved in the baseline; give them with --update")
     found = check.check(baseline, runs, points, factor)
-    text = check.markdown(found)
-    print(json.dumps(found, indent=1) if as_json else text, end="\n" if as_json else "")
-    github.publish(text, check.findings(found))
-    verdicts = {one["verdict"] for one in found["entries"]}
+    text = check_text.markdown(found)
+    print(json.dumps(found.as_json(), indent=1) if as_json else text, end="\n" if as_json else "")
+    github.publish(text, check_text.for_reviewers(found))
+    verdicts = {one.verdict for one in found.entries}
     if check.REGRESSES in verdicts:
         raise typer.Exit(1)
     if check.NOT_COMPARABLE in verdicts:
-        raise NotComparable(check.headline(found))
+        raise NotComparable(check_text.headline(found))
 
 
 @app.command("import")
@@ -194,12 +195,12 @@ def import_(
     from bench.runs.plan import LARGE, large
 
     given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
-    stated = importing.stated_by(log, dataset, radius=radius, **given)
-    if stated.sigma > LARGE:
-        note(large("--sigma", stated.sigma))
-    record = importing.import_log(log, stated, out)
+    parameters = importing.parameters_of(log, dataset, radius=radius, **given)
+    if parameters.sigma > LARGE:
+        note(large("--sigma", parameters.sigma))
+    record = importing.import_log(log, parameters, out)
     if as_json:
-        print(json.dumps({"path": str(record.path), **record.info}, indent=1))
+        print(json.dumps({"path": str(record.path), **record.info.as_json()}, indent=1))
     else:
         print(text.render(tables.build([record]), "md"))
         print(f"imported as {record.path}")

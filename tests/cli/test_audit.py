@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.records import audit
-from bench.records.flaws import Stated
+from bench.records.flaws import LogParameters
 from bench.records.importing import import_log
 from bench.records.record import read_run
 from bench.smoothing.anytime import Anytime
@@ -107,7 +107,7 @@ def test_without_a_hash_the_counts_still_decide(tmp_path: Path) -> None:
 def test_an_imported_log_is_read_though_its_radii_follow_from_no_counts(bench: Bench, tmp_path: Path) -> None:
     log = tmp_path / "log.tsv"
     log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.123\t1\t1.0\n1\t2\t2\t0.9\t1\t1.0\n")
-    run = import_log(log, Stated("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs").path
+    run = import_log(log, LogParameters("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs").path
     shown = bench("report", tmp_path / "runs")
     assert shown.code == 0 and "†" in shown.out
     edit(run, radius=0.5)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.cli import main
-from bench.compare import check
+from bench.compare import power
 from bench.compare.baseline import read
 from bench.records import paired
 from tests.helpers.commands import TINY, Result
@@ -178,7 +178,7 @@ def test_the_same_identity_must_give_the_same_counts(bench: Bench, baseline: Pat
     edit(run, environment={"packages": {"torch": "other"}})
     other = bench("check", tmp_path / "new", "--baseline", baseline)
     assert other.code == 0
-    assert "equal counts not checked: versions or machine differ (packages)" in other.out
+    assert "counts not compared: versions or machine differ (packages)" in other.out
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_wrong_usage_is_one_line(bench: Bench, baseline: Path, tmp_path: Path) -
     made_up(tmp_path / "two", votes(80), counted=True)
     made_up(tmp_path / "two", votes(80), counted=True, defense=EDITED)
     for args, words in (
-        ((old, "--baseline", tmp_path / "absent.json"), "--update makes one"),
+        ((old, "--baseline", tmp_path / "absent.json"), "create it with bench check --baseline"),
         ((old, "--baseline", baseline, "--any-base"), "give them with --update"),
         ((old, "--baseline", baseline, "--points", -1), "--points"),
         ((old, "--baseline", baseline, "--factor", 0.5), "--factor"),
@@ -332,7 +332,7 @@ def test_a_base_trained_anew_is_a_statement_of_the_baseline(bench: Bench, baseli
     assert "base: trained anew, was same weights" in bench(*old, "--any-base").out
     passes = bench(*again)
     assert passes.code == 0
-    assert "need not be equal: other base" in passes.out and "trained anew: weights are not required" in passes.out
+    assert "counts may differ: other base" in passes.out and "a retrained base: weights may differ" in passes.out
     bench(*old)
     assert bench(*again).code == 0
     bench(*old, "--same-base")
@@ -416,8 +416,8 @@ def test_a_missing_run_is_made_by_the_command_that_is_said(bench: Bench, tmp_pat
     result = bench("check", tmp_path / "absent", "--baseline", tmp_path / "b.json", "--json")
     assert result.code == 3
     (entry,) = json.loads(result.out)["entries"]
-    assert entry["wrong"][0] == "no run of it"
-    command = shlex.split(entry["wrong"][-1].removeprefix("make it with: "))
+    assert entry["wrong"][0] == "No matching run found."
+    command = shlex.split(entry["wrong"][-1].removeprefix("Create it with: "))
     assert command[:2] == ["bench", "run"]
     assert bench(*command[1:], "--out", tmp_path / "new").code == 0
     assert bench("check", tmp_path / "new", "--baseline", tmp_path / "b.json").code == 0
@@ -427,21 +427,21 @@ def test_a_missing_run_is_made_by_the_command_that_is_said(bench: Bench, tmp_pat
 
 
 def test_a_resumed_run_has_no_calibration(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.records.record import Run
+    from bench.records.writer import RunFolder
 
-    real, calls = Run.append, 0
+    real, calls = RunFolder.append, 0
 
-    def append(self: Run, certificate: Any) -> None:
+    def append(self: RunFolder, certificate: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
         real(self, certificate)
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     args = ("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path)
     assert bench(*args).code == 130
-    monkeypatch.setattr(Run, "append", real)
+    monkeypatch.setattr(RunFolder, "append", real)
     assert bench(*args).code == 0
     (file,) = tmp_path.glob("*/run.json")
     assert json.loads(file.read_text())["cost"]["calibration_seconds"] is None
@@ -491,10 +491,10 @@ def test_simulated_gates_alarm_as_often_as_computed(loss: float) -> None:
         found = [paired.regresses(x, y, images, p, LEVEL, POINTS) for (x, y, _), p in zip(rows, adjusted, strict=True)]
         alarms += any(found[1:] if loss else found)
         seen += found[0]
-    gate = check.sensitivity([images] * tests, POINTS)
+    gate = power.sensitivity([images] * tests, POINTS)
     # Four and a half standard errors: one wrong failure in 300,000 runs of the test.
-    most = gate["false_alarm"] if not loss else LEVEL
-    assert gate["false_alarm"] <= gate["false_alarm_at_most"] <= LEVEL
+    most = gate.false_alarm if not loss else LEVEL
+    assert gate.false_alarm <= gate.false_alarm_at_most <= LEVEL
     assert alarms / rounds <= most + 4.5 * math.sqrt(most * (1 - most) / rounds)
     # A test may be rejected at a later step of Holm's, where another was before: at most that much oftener.
     computed = paired.power(images, churn / 2 + loss, churn / 2, LEVEL / tests, POINTS)
@@ -515,11 +515,11 @@ def test_the_gate_says_what_it_sees(bench: Bench, baseline: Path, tmp_path: Path
         ]
         assert at[0] < 0.8 <= at[1]
     first, second = (s["points"] for s in gate["seen"])
-    assert f"from {first} points where besides it 0%" in (
+    assert f"from {first} points where 0% of the images also change" in (
         text := bench("check", tmp_path / "old", "--baseline", baseline).out
     )
-    assert f"or {second} points where besides it 10%" in text
-    assert check.sensitivity([5], POINTS)["seen"][0]["points"] is None
+    assert f"or {second} points where 10% of the images also change" in text
+    assert power.sensitivity([5], POINTS).seen[0].points is None
 
 
 def test_this_repository_gates_what_its_makefile_runs() -> None:
@@ -527,8 +527,8 @@ def test_this_repository_gates_what_its_makefile_runs() -> None:
     flags = re.search(r"^GATE := --defense (\S+) (.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert flags
     typed = set(zip(*[iter(shlex.split(flags[2]))] * 2, strict=True))
-    assert sorted(e["method"]["name"] for e in found["runs"]) == sorted(flags[1].split(","))
-    for one in found["runs"]:
-        words = shlex.split(one["command"])[2:]
+    assert sorted(e.method.name for e in found.entries) == sorted(flags[1].split(","))
+    for one in found.entries:
+        words = shlex.split(one.command)[2:]
         assert typed <= set(zip(*[iter(words)] * 2, strict=True))
-    assert found["base"] == "same weights"
+    assert not found.any_base

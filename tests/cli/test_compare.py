@@ -115,7 +115,7 @@ def test_every_count_is_what_a_loop_over_the_images_finds(counts: list[tuple[flo
         wrong = [i for i, c in enumerate(counts) if c[2]]
         a = made_up(Path(folder), [c[0] for c in counts], wrong=wrong, name="none")
         b = made_up(Path(folder), [c[1] for c in counts])
-        (pair,) = compare([a, b])["pairs"]
+        (pair,) = compare([a, b]).as_json()["pairs"]
         lines = [[(c.radius, c.predicted == c.label) for c in read_run(run).counted] for run in (a, b)]
     for row in pair["radii"]:
         only_a = only_b = 0
@@ -152,7 +152,7 @@ def test_three_runs_are_all_pairs_and_corrected_over_all(bench: Bench, tmp_path:
         ({"procedure": FIXED | {"alpha": 0.01}}, "procedure.alpha is 0.001 and 0.01"),
         ({"procedure": FIXED | {"target": "label"}}, "procedure.target is selected and label"),
         ({"procedure": describe(Anytime(100, 1000, 0.001, (0.25,)))}, "procedure.radii is not stated and [0.25]"),
-        ({"indices": [0, 1, 2, 4]}, "images differ (4, 4, of which 3 are common to all)"),
+        ({"indices": [0, 1, 2, 4]}, "images differ (4, 4; 3 are common to all)"),
     ],
 )
 def test_what_must_agree_does_or_nothing_is_compared(

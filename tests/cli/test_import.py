@@ -20,7 +20,7 @@ from scipy import stats
 
 from bench.errors import BenchError
 from bench.records import importing
-from bench.records.flaws import Stated
+from bench.records.flaws import LogParameters
 from bench.records.logs import read_log
 from bench.smoothing import bounds
 from tests.helpers.commands import TINY, Result
@@ -205,10 +205,10 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_way_to_write_the_same_log_reads_the_same(form: str) -> None:
-    stated = Stated("cohen", "any-data", 0.25, 0.001, 1000)
-    expected, none = read_log(text(ROWS).encode(), stated, [0.25], 0)
-    assert none == []
-    assert read_log(FORMS[form], stated, [0.25], 0) == (expected, [])
+    stated = LogParameters("cohen", "any-data", 0.25, 0.001, 1000)
+    expected = read_log(text(ROWS).encode(), stated, [0.25], 0)
+    assert expected.flags == []
+    assert read_log(FORMS[form], stated, [0.25], 0) == expected
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_every_way_to_write_the_same_log_reads_the_same(form: str) -> None:
     [("0:02:32.717239", 152.717239), ("1 day, 1:00:01", 90001.0), ("2 days, 0:00:00.5", 172800.5), ("7", 7.0)],
 )
 def test_times(time: str, seconds: float) -> None:
-    claims, flags = read_log(change(0, 5, time).encode(), Stated("cohen", "d", 0.25, 0.001, 1000), [], 0)
-    assert claims[0].seconds == pytest.approx(seconds) and flags == []
+    log = read_log(change(0, 5, time).encode(), LogParameters("cohen", "d", 0.25, 0.001, 1000), [], 0)
+    assert log.certificates[0].seconds == pytest.approx(seconds) and log.flags == []
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,9 @@ def test_times(time: str, seconds: float) -> None:
         (text(ROWS), (*STATED, "--format", "adaptive", "--radius", ".5"), "leave --radius out"),
         (text(ROWS, HEADER.replace("radius", "radius proved")), STATED, "--format adaptive"),
         (text(ROWS, HEADER.replace("radius", "radius proved")), (*STATED, "--format", "adaptive"), "with --radius"),
-        (text(ROWS), ("--dataset", "../up", *STATED[2:]), "make a name"),
+        (text(ROWS), ("--dataset", "../up", *STATED[2:]), "a name has letters"),
         (text(ROWS), ("--dataset", "no.toml", *STATED[2:]), "no data set card"),
-        (text(ROWS), (*STATED, "--n", "5"), "the least is 10"),
+        (text(ROWS), (*STATED, "--n", "5"), "n must be 10 to"),
         (text(ROWS), (*STATED, "--sigma", "0"), "--sigma 0"),
         (text(ROWS), (*STATED, "--alpha", "1"), "--alpha 1"),
         (text(ROWS), (*STATED, "--n0", "0"), "--n0 0"),
@@ -274,14 +274,15 @@ FIELD = st.one_of(
 @example(rows=[[str(i), "1", "1", "0.1", "1", "1"] for i in (*range(20), 2**53)], format="cohen")
 @settings(max_examples=50, deadline=None)
 def test_whatever_a_file_holds_gives_sound_claims_or_one_line(rows: list[list[str]], format: str) -> None:
-    stated, refused = Stated(format, "d", 0.25, 0.001, 1000), ""
+    stated, refused = LogParameters(format, "d", 0.25, 0.001, 1000), ""
     try:
-        claims, flags = read_log(text(rows).encode("utf-8", "ignore"), stated, [0.25], 10)
+        log = read_log(text(rows).encode("utf-8", "ignore"), stated, [0.25], 10)
     except BenchError as e:
         refused = str(e)
     if refused:
         assert refused.isprintable()
         return
+    claims, flags = log.certificates, log.flags
     assert len({c.index for c in claims}) == len(claims) > 0
     for c in claims:
         assert c.index >= 0 and c.label >= 0 and (c.predicted is None or c.predicted >= 0)
@@ -357,14 +358,17 @@ def test_a_run_that_is_exported_and_imported_is_the_same(counts: list[int], data
         record = read_run(made_up(Path(folder), radii, wrong=sorted(wrong)))
         log = Path(folder) / "log.tsv"
         log.write_text(export_log(record))
-        again = importing.import_log(log, Stated("cohen", "digits", 0.25, 0.001, 1000, 100), Path(folder) / "runs")
+        again = importing.import_log(
+            log, LogParameters("cohen", "digits", 0.25, 0.001, 1000, 100), Path(folder) / "runs"
+        )
     assert again.flags == []
     shown = ("index", "label", "predicted", "radius", "votes", "seconds")
     assert [[getattr(c, k) for k in shown] for c in again.certificates] == [
         [getattr(c, k) for k in shown] for c in record.certificates
     ]
-    assert {k: again.info["metrics"][k] for k in ("certified_accuracy", "acr", "abstained")} == {
-        k: record.info["metrics"][k] for k in ("certified_accuracy", "acr", "abstained")
+    assert again.info.metrics and record.info.metrics
+    assert {k: again.info.metrics[k] for k in ("certified_accuracy", "acr", "abstained")} == {
+        k: record.info.metrics[k] for k in ("certified_accuracy", "acr", "abstained")
     }
 
 
@@ -497,7 +501,7 @@ def test_imports_compare_and_their_flags_are_said(bench: Bench, tmp_path: Path) 
     _, two = imported(bench, tmp_path, DEFECTS["above"][0], name="a|<i>two.tsv")
     result = bench("compare", one["path"], two["path"])
     assert result.code == 0, result.err
-    assert "Not known of an imported run, so not compared: images, procedure.n0." in result.out
+    assert "Not stated by an imported run, so not compared: images, procedure.n0." in result.out
     assert "Run 2 is imported with a flag: radii above" in result.out
     assert "<i>" not in result.out + bench("report", tmp_path / "runs").out
     grid = made_up(tmp_path / "own", [0.1] * 12, indices=[c["index"] for c in lines(one["path"])])

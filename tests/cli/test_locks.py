@@ -15,10 +15,10 @@ import pytest
 from bench.errors import BenchError
 from bench.process.locks import Lock
 from bench.process.runlog import RunLog, log, recording, signature
-from bench.records.record import Run
+from bench.records.writer import RunFolder
 from bench.training.weights import CacheEntry
 from tests.helpers.commands import TINY, Result
-from tests.helpers.records import stated
+from tests.helpers.records import begun
 
 Bench = Callable[..., Result]
 ME = f"process {os.getpid()} on {socket.gethostname()} since 20"
@@ -40,8 +40,8 @@ class Nobody:
         pass
 
 
-def opened(out: Path) -> Run:
-    return Run(out, "digits-lora-s0.25", *stated(3))
+def opened(out: Path) -> RunFolder:
+    return RunFolder(out, "digits-lora-s0.25", begun(3))
 
 
 def waiting(entry: CacheEntry) -> str:

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from bench.io.files import digest
-from bench.records import merge
+from bench.records.schema import Identity
 from bench.records.shards import Shard, shards_in
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import costs, made_up
@@ -112,19 +112,19 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
 def test_another_k_and_a_run_in_one_process_share_the_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.records.record import Run
+    from bench.records.writer import RunFolder
 
-    real = Run.append
+    real = RunFolder.append
 
-    def append(self: Run, certificate: object) -> None:
+    def append(self: RunFolder, certificate: object) -> None:
         if len(self.done) == 2:
             raise KeyboardInterrupt
         real(self, certificate)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     assert bench(*ONE, "--out", tmp_path).code == 130
     assert bench(*ONE, "--out", tmp_path, "--shard", "1/3").code == 130
-    monkeypatch.setattr(Run, "append", real)
+    monkeypatch.setattr(RunFolder, "append", real)
     (run,) = tmp_path.iterdir()
     lacking = bench("merge", tmp_path)
     assert lacking.code == 1
@@ -276,12 +276,12 @@ def test_costs_that_are_not_known_stay_so(bench: Bench, tmp_path: Path) -> None:
 def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, told = shares(tmp_path, cost=costs(2**62))
     wrong = bench("merge", run)
-    assert wrong.code == 2 and "its shards together make no run: cost.votes" in wrong.err
+    assert wrong.code == 2 and "its shards together make no run: votes" in wrong.err
     second = run / "shard-2-of-2" / "run.json"
     other = told[1] | {"identity": told[1]["identity"] | {"seed": 1}}
     second.write_text(json.dumps(other))
     with monkeypatch.context() as patch:  # 32 bits are soon found
-        patch.setattr(merge, "digest", lambda _: run.name[-8:])
+        patch.setattr(Identity, "folder_suffix", run.name[-9:])
         wrong = bench("merge", run)
     assert wrong.code == 2 and "a shard of another run than shard-1-of-2" in wrong.err
     for i, name in enumerate(("shard-0-of-0", "shard-2-of-1", "shard-02-of-2")):
@@ -294,5 +294,5 @@ def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypat
     (run / "shard-1-of-1").mkdir(parents=True)
     (run / "shard-1-of-1" / "run.json").write_text(json.dumps(told[0] | {"identity": identity, "shard": "1/1"}))
     wrong = bench("merge", run)
-    assert wrong.code == 2 and "of which there are no shards" in wrong.err
+    assert wrong.code == 2 and "which has no shards" in wrong.err
     assert not list(tmp_path.glob("runs/*/run.json"))

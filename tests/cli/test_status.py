@@ -33,17 +33,17 @@ def rows(bench: Bench, out: Path) -> list[dict[str, Any]]:
 
 
 def stop(monkeypatch: pytest.MonkeyPatch, after: int, error: Callable[[], BaseException]) -> None:
-    """End every run with ``error`` after a number of images."""
-    from bench.records.record import Run
+    """Let every run end by ``error`` once it has certified so many images."""
+    from bench.records.writer import RunFolder
 
-    real = Run.append
+    real = RunFolder.append
 
-    def append(self: Run, certificate: object) -> None:
+    def append(self: RunFolder, certificate: object) -> None:
         if len(self.done) == after:
             raise error()
         real(self, certificate)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
 
 
 def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,9 @@ from bench.errors import BenchError
 from bench.io import http, hub, limits, tensors
 from bench.io.http import Client
 from bench.process.runlog import RunLog
-from bench.records.record import Run, read_run
+from bench.records.record import read_run
+from bench.records.schema import RunInfo
+from bench.records.writer import RunFolder
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.procedures import describe
 from tests.fuzz.served import raw_server
@@ -230,10 +232,10 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
     kept = tmp_path / "kept"
     kept.write_text("precious")
     run = made_up(tmp_path / "runs", [0.1])
-    info = json.loads((run / "run.json").read_text())
+    info = RunInfo.of(json.loads((run / "run.json").read_text()))
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(kept)
-    assert "is a link" in refused(lambda: Run(run.parent, "digits-lora-s0.25", info["identity"], {}))
+    assert "is a link" in refused(lambda: RunFolder(run.parent, "digits-lora-s0.25", info))
     assert kept.read_text() == "precious"
 
 

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 
-from bench.records.record import Run
+from bench.records.writer import RunFolder
 from tests.helpers.commands import TINY, Result
-from tests.helpers.records import made_up, stated
+from tests.helpers.records import begun, made_up
 
 Bench = Callable[..., Result]
 
 
 def started(out: Path, radii: list[float | None]) -> Path:
     """A run before its first certificate."""
-    identity, extra = stated(len(radii))
-    run = Run(out, "digits-lora-s0.25", identity, extra)
+    run = RunFolder(out, "digits-lora-s0.25", begun(len(radii)))
     run.close()
     return run.path
 

@@ -158,7 +158,7 @@ def test_two_workers_certify_as_one_process(cluster: Cluster, local: dict[int, C
     cluster.hire()
     record = cluster.work()
     assert certificates(record) == local
-    assert isinstance(record, Record) and sum(record.info["environment"]["workers"].values()) == 2
+    assert isinstance(record, Record) and sum((record.info.environment.workers or {}).values()) == 2
 
 
 @pytest.mark.parametrize("calls", [1, 3, 10])

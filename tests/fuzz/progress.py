@@ -117,7 +117,7 @@ def shards(
                 said, rows = changed(said, changes), changed(kept, others)
             path = _shard(folder, shard, said, rows if isinstance(rows, list) else [rows], torn if altered else [])
         whole: list[Path] = []
-        if not judge("merge", lambda: whole.extend(merge.merge(folder)[0])):
+        if not judge("merge", lambda: whole.extend(merge.merge(folder).whole)):
             assert not list(folder.glob("*/run.json"))
         for path in whole:
             assert read_run(path).whole

@@ -101,10 +101,10 @@ def test_pooled_shares_are_means_over_the_same_images(tmp_path: Path) -> None:
     two = read_run(made_up(tmp_path, [0.3, 0.1, None, 0.3], indices=[3, 2, 1, 0], seed=1))
     runs = [one.certificates, two.certificates]
     at_zero, within = metrics.pooled(runs, [0.0, 0.25])
-    assert (at_zero["value"], within["value"]) == (0.75, 0.5)
-    assert (within["low"], within["high"]) == pytest.approx(bounds.interval(2, 4))
-    assert metrics.pooled_abstention(runs)["value"] == 0.25
-    assert metrics.pooled(runs, [0.25], label=0)[0]["value"] == 1.0
+    assert (at_zero.value, within.value) == (0.75, 0.5)
+    assert (within.low, within.high) == pytest.approx(bounds.interval(2, 4))
+    assert metrics.pooled_abstention(runs).value == 0.25
+    assert metrics.pooled(runs, [0.25], label=0)[0].value == 1.0
 
 
 @pytest.mark.parametrize("images", [20, 60, 120])
