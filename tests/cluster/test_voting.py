@@ -209,3 +209,13 @@ def test_nodes_with_other_versions_are_refused(cluster: Cluster) -> None:
     packages = described["packages"]
     with pytest.raises(BenchError, match=r"nodes of the Ray cluster have torch .* and 0\.1: install one"):
         cluster.voting.pool.check_versions({**described, "packages": {**packages, "torch": "0.1"}})
+
+
+@pytest.mark.parametrize("calls", range(12, 30, 3))
+def test_a_worker_lost_during_the_checks_changes_nothing(
+    cluster: Cluster, local: dict[int, Certificate], calls: int
+) -> None:
+    """Whatever it was asked last: a batch, a batch to draw again, the audit, or to finish."""
+    cluster.hire()
+    cluster.hire(calls_left=calls)
+    assert certificates(cluster.work()) == local
