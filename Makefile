@@ -1,9 +1,9 @@
-# The two commands of the README: make demo and make test. demo installs the package alone, test its development tools too.
+# The two commands of the README: make demo and make test. demo installs only the package, test also its development tools.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install develop demo readme test gate baseline slow perf perf-ratio soak mutants
+.PHONY: install develop demo readme lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants
 
 install: .venv/installed
 
@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/bench run --defense $(DEMO) --dataset digits --sigma .25
 	$(BIN)/bench report --out demo
 
-# The README's table and figure, from the demo's runs.
+# Update the README's table and figure from the demo's runs.
 readme: demo
 	rm -rf reports/digits-quick
 	$(BIN)/bench report --out reports/digits-quick
@@ -33,15 +33,26 @@ readme: demo
 	sed -n '/^|/p' reports/digits-quick/report.md > demo/table
 	sed -i.old -e '/<!-- table/,/<!-- end/{/^|/d;}' -e '/<!-- table/r demo/table' README.md && rm README.md.old
 
-test: develop
+# The parts of make test, each a job of CI.
+lint: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/typos
+
+type: develop
+	$(BIN)/mypy
+
+suite: develop
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test: develop
+	$(MAKE) lint
+	$(MAKE) type
+	$(MAKE) suite
 	$(MAKE) gate
 
-# This repository's own gate: a pinned base and one thread, so that other machines differ in last bits alone; no cache.
+# This repository's own gate: a pinned base, one thread and no cache, so that other machines differ only in last bits.
 GATE := --defense none,head --dataset digits --base reports/baselines/digits-vit.safetensors --examples 200 --n0 10 --n 200
 
 gate: install
@@ -54,21 +65,33 @@ baseline: install
 	OMP_NUM_THREADS=1 CERTBENCH_CACHE=.ci-runs/cache $(BIN)/bench run $(GATE) --out .ci-runs/runs
 	$(BIN)/bench check .ci-runs/runs --baseline reports/baselines/digits.json --update
 
+# Minutes of training, Ray clusters, and all mutants.
 slow: develop
 	$(BIN)/pytest -m slow
+
+# Random inputs for every reader of untrusted files, SECONDS for each of fifteen properties.
+SECONDS ?= 60
+fuzz: develop
+	$(BIN)/python tests/fuzz/search.py all $(SECONDS) --seed "$$(date +%s)"
+
+# The default suite on the oldest versions that pyproject.toml allows, in an environment of its own.
+oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' --constraint tests/oldest.txt
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist loadfile
 
 perf: develop
 	$(BIN)/pytest tests/perf --benchmark-only --benchmark-columns=median,iqr,rounds
 
-# The hot paths against another commit's, in turn on this machine; fails where one is slower (scripts/ratio.py).
+# Time the hot paths of this tree and of another commit in turn; fails where one became slower (scripts/ratio.py).
 BASE ?= origin/main
 perf-ratio: develop
 	$(BIN)/python scripts/ratio.py "$(BASE)"
 
-# Some ten minutes: mistakes made on purpose in a copy of the code, each of which a test must find (scripts/mutants.py).
+# About ten minutes: deliberate mistakes in a copy of the code, each of which a test must find (scripts/mutants.py).
 mutants: develop
 	$(BIN)/python scripts/mutants.py
 
-# Some minutes: five million votes, and ten thousand records resumed over and over. Linux.
+# A few minutes, Linux only: memory over five million votes, and ten thousand records resumed again and again.
 soak: develop
 	$(BIN)/python scripts/soak.py --out reports/soak

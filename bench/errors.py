@@ -1,4 +1,4 @@
-"""Errors a user can mend: shown as one line, without a traceback."""
+"""Errors a user can fix: printed as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -9,46 +9,51 @@ from collections.abc import Iterable
 
 
 class BenchError(Exception):
-    """Wrong usage or a missing prerequisite: the message says what, and how to mend it. Exit code 2."""
+    """Wrong usage or a missing prerequisite; the message says how to fix it. Exit code 2."""
 
 
 class DefenseFault(BenchError):
-    """A defense that does not do its part, or is out of memory: the other runs of a command go on without it."""
+    """A fault of one defense, such as a wrong result or too much memory; the command's other runs continue."""
 
     def __init__(self, problem: str, defense: str = "") -> None:
-        """``defense``: whose fault it is, empty where only a caller knows."""
+        """Name the problem.
+
+        Args:
+            problem: What is wrong, and how to fix it.
+            defense: Name of the defense; a defense that raises this itself leaves it empty.
+        """
         super().__init__(f"defense {defense}: {problem}" if defense else problem)
         self.defense = defense
 
 
 class NotComparable(BenchError):
-    """Records that must not be held against each other, with the reason. Exit code 3."""
+    """Records that cannot be compared, and the reason. Exit code 3."""
 
 
 class Interrupted(BenchError):
-    """Ctrl-C, with what to do next. Exit code 130."""
+    """Ctrl-C; the message says how to resume. Exit code 130."""
 
 
 def note(text: str) -> None:
-    """Say in one line, on stderr and in the run's log, what was mended or is waited for."""
-    text = shown(text)  # the name of a file may be no text at all
+    """Print a remark in one line on stderr, and log it."""
+    text = shown(text)  # a file's name may hold any bytes
     logging.getLogger("bench").info(text)
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
 def shown(text: str) -> str:
-    """Text that anyone may have written, on one line: what is not printable (escape sequences too) by its number."""
+    """Escape what is not printable in untrusted text, such as line breaks and terminal sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error, with its type where the message alone would not say what happened."""
+    """Return the type of an error and the first line of its message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> BenchError:
-    """The error for a name that is not among ``known``, with the nearest ones."""
+    """Return the error for a name that is not among ``known``, with the most similar ones."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names) or 'none'}"

@@ -1,11 +1,13 @@
-"""What the author of a defense imports: the Defense class and the objects the harness hands to it.
+"""The interface between a defense and the harness: the Defense class, and the objects passed to it.
 
-A defense owns two things, how it trains and the map from noisy pixels to logits. Everything else
-(data, base classifier, noise, votes, statistics, seeds, caching, records) is the harness's.
+A defense owns two things: how it trains, and the map from noisy pixels to logits. The harness owns everything else:
+data, base classifier, noise, votes, statistics, seeds, caching and records.
 
-A certificate is true only where ``logits`` is one fixed function of one noisy image (and of the row's own draws). The
-harness refuses what it sees depend on other rows, threads, earlier calls, the process or the noise's keys, and tests
-certificates on fresh noise. It cannot exclude a defense that attacks the process it runs in:
+Pixels are float32 in [0, 1] before noise is added; noisy pixels are not clipped. Radii are l2 distances between images.
+
+A certificate holds only if ``logits`` is one fixed function of one noisy image and the row's own draws. The harness
+tests this and refuses defenses whose logits depend on other rows, threads, earlier calls, the process or the noise's
+keys; it also tests certificates on fresh noise. It cannot exclude a defense that attacks the process it runs in:
 docs/certification.md.
 """
 
@@ -25,55 +27,75 @@ from bench.errors import DefenseFault
 
 
 class Access(IntEnum):
-    """What a defense needs of the base classifier's trained weights."""
+    """The access a defense needs to the trained weights of the base classifier."""
 
-    NONE = 0
-    QUERY = 1
-    GRADIENT = 2
-    WEIGHTS = 3
+    NONE = 0  # the architecture only
+    QUERY = 1  # logits
+    GRADIENT = 2  # gradients with respect to the input
+    WEIGHTS = 3  # a private copy
 
 
 class Draw(Protocol):
-    """The randomness of one batch. Each row has its own key, so a row's draws do not depend on its batch."""
+    """The randomness of one batch. Each row has its own key, so its values do not depend on the other rows."""
 
-    sigma: float
+    sigma: float  # noise level, in pixels of [0, 1]
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal noise of shape [B, *shape], new at every call."""
+        """Draw standard normal noise [B, *shape], with new values at every call."""
         ...
 
 
 class Base(Protocol):
-    """The classifier under defense: frozen, from pixels in [0, 1] (noisy and unclipped allowed) to logits.
+    """The frozen classifier under defense.
 
-    It is a callable and no module: a defense that may only query it holds no weights of it.
+    Callable, not an nn.Module: a defense that may only query it holds no weights of it.
     """
 
     classes: int
-    most: Access
-    queries: int  # images asked of it so far
+    most: Access  # the highest access allowed
+    queries: int  # images passed to it so far
 
     @property
     def sha256(self) -> str:
-        """The hash of all that decides its logits, as far as that is known."""
+        """Hash of everything known that decides its logits."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits [B, classes] of x [B, C, H, W]: detached for QUERY access, differentiable in x for GRADIENT."""
+        """Compute logits.
+
+        Args:
+            x: Pixels [B, C, H, W] in [0, 1]; noisy, unclipped ones are allowed.
+
+        Returns:
+            Logits [B, classes], detached for QUERY access, differentiable in ``x`` for GRADIENT.
+
+        Raises:
+            DefenseFault: The defense declares Access.NONE.
+        """
         ...
 
     def copy(self, classes: int | None = None) -> nn.Module:
-        """A private trainable copy (WEIGHTS access), normalisation inside; a new head where ``classes`` differs."""
+        """Return a private trainable copy; needs WEIGHTS access.
+
+        Args:
+            classes: Number of classes; where it differs from the base's, the copy has a new head.
+
+        Returns:
+            A module from pixels [B, C, H, W] in [0, 1] to logits, with the normalisation inside.
+
+        Raises:
+            DefenseFault: The defense declares less access.
+        """
         ...
 
     def untrained(self, classes: int) -> nn.Module:
-        """The same architecture with fresh weights (any access)."""
+        """Return the same architecture with random weights, for any access. Raises BenchError for a remote model."""
         ...
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Hyperparameters of one gradient training run; the ``Config`` of a trained defense extends it."""
+    """Hyperparameters of gradient training; the ``Config`` of a trained defense extends it."""
 
     epochs: float = 20.0
     batch: int = 128
@@ -82,7 +104,7 @@ class Schedule:
     momentum: float = 0.9
     weight_decay: float = 0.01
     decay: Literal["cosine", "step", "constant"] = "cosine"  # step: x0.1 after each third of the epochs
-    warmup: float = 0.0  # the part of the run in which lr rises linearly from 0
+    warmup: float = 0.0  # fraction of the training in which lr rises linearly from 0
 
 
 Loss = Callable[[Tensor, Tensor, Draw], Tensor]
@@ -91,71 +113,92 @@ Objective = Callable[[Logits, Tensor, Tensor, Draw], Tensor]
 
 
 class Step(Protocol):
-    """One step of a training: its number, clean pixels [B, C, H, W], labels [B], and its randomness."""
+    """One training step."""
 
-    number: int
-    x: Tensor
-    y: Tensor
+    number: int  # from 0
+    x: Tensor  # clean pixels [B, C, H, W] in [0, 1]
+    y: Tensor  # labels [B]
     draw: Draw
 
     def report(self, loss: Tensor | float) -> None:
-        """Show the loss. Raises BenchError where it is not finite."""
+        """Show the loss. Raises DefenseFault where it is not finite."""
         ...
 
 
 class Stateful(Protocol):
-    """What a checkpoint can hold: a module, an optimizer, or any object with these two methods."""
+    """State that a checkpoint can store: a module, an optimizer, or any object with these two methods."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, of tensors, numbers and containers of them."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Restore the state."""
+        ...
 
 
 class Job(Protocol):
-    """One resumable training run on the card's training split, at noise level ``sigma``."""
+    """One resumable training on the card's training split."""
 
     @property
-    def sigma(self) -> float: ...
+    def sigma(self) -> float:
+        """Noise level, in pixels of [0, 1]."""
+        ...
 
     @property
     def objective(self) -> Objective:
-        """(logits, clean x, y, draw) -> loss; adds the noise itself."""
+        """The loss chosen by ``--objective``: (logits, clean x, y, draw) -> loss; it adds the noise itself."""
         ...
 
     def train(self, module: nn.Module, loss: Loss, schedule: Schedule) -> None:
-        """Minimise ``loss(clean x, y, draw)`` over the parameters of ``module`` that require a gradient."""
+        """Train a module by gradient descent.
+
+        Args:
+            module: Its parameters that require a gradient are trained.
+            loss: Maps (clean pixels [B, C, H, W], labels [B], draw) to a scalar.
+            schedule: Epochs, batch size, optimizer and learning rate.
+
+        Raises:
+            DefenseFault: The loss is not finite.
+        """
         ...
 
     def steps(self, count: int, batch: int, *state: Stateful, queries: int = 0) -> Iterator[Step]:
-        """The steps of a training that is no gradient descent; ``state`` is checkpointed and restored.
+        """Iterate over the steps of a training without gradient descent.
 
-        Within a step torch's global randomness is seeded by the step. Ends early, and cleanly, before
-        the step that would take the base's query count above ``queries`` (0: no limit).
+        Within a step torch's global random state is seeded by the step. A resumed training continues after the last
+        checkpoint.
+
+        Args:
+            count: Number of steps.
+            batch: Images of a step.
+            *state: What is checkpointed and restored.
+            queries: End before the step that would exceed this many queries of the base; 0: no limit.
         """
         ...
 
     def at(self, name: str, sigma: float | None = None) -> Job:
-        """A stage of this training with a checkpoint, a seed and perhaps a noise level of its own.
+        """Return a stage of this training with its own checkpoint and seed, and its own noise level if given.
 
-        Of two trainings in one ``fit``, one at least must be ``at`` a name.
+        If ``fit`` trains twice, at least one of the two must be a stage. Names are unique within ``fit``.
         """
         ...
 
 
 class Part(ABC):
-    """Something trained once and shared by all that ask for it: a denoiser, a diffusion model, an encoder.
+    """A component trained once and shared by defenses: a denoiser, a diffusion model, an encoder.
 
-    A subclass is a frozen dataclass. Its fields, the source of its file, the training data and the seed
-    are its identity, so everything its training depends on must be a field. It never sees the base.
+    A subclass is a frozen dataclass. Its fields, the source of its file, the training data and the seed are its
+    identity, so everything its training depends on must be a field. It has no access to the base.
     """
 
     @abstractmethod
     def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-        """The module, untrained; torch's random state is fixed."""
+        """Make the untrained module for images of ``shape`` (channels, height, width); random states are fixed."""
 
     @abstractmethod
     def fit(self, module: nn.Module, job: Job) -> None:
-        """Train the module; ``job.sigma`` is 0, ``job.at(name, sigma)`` trains under noise."""
+        """Train the module made by ``build``; ``job.sigma`` is 0, ``job.at(name, sigma)`` trains under noise."""
 
 
 class Context(Protocol):
@@ -167,56 +210,73 @@ class Context(Protocol):
 
     @property
     def train_sigma(self) -> float:
-        """The noise level of training."""
+        """Noise level of training, in pixels of [0, 1]."""
         ...
 
     def once(self, part: Part) -> nn.Module:
-        """The part's module, trained: from the cache, or here and now. Frozen and in eval mode.
+        """Return the trained module of a part, frozen and in eval mode; train it if the cache does not have it.
 
-        Its parameters count as trained here. Where costs are only estimated it comes untrained.
+        Its parameters count as trained here. In estimates of cost it is untrained.
         """
         ...
 
     def hub(self, source: str, filename: str) -> Path:
-        """One file of ``source``, a folder or a hub id with an optional ``@revision``; its hash is recorded.
+        """Return the local path of a file, and record its hash.
 
-        What is loaded from it counts as trained elsewhere. Raises BenchError (MissingFile: no such file).
+        Parameters loaded from it count as trained elsewhere.
+
+        Args:
+            source: A folder, or a hub id with an optional ``@revision``.
+            filename: Path of the file in it.
+
+        Raises:
+            MissingFile: There is no such file.
+            BenchError: The file cannot be downloaded.
         """
         ...
 
     def inner(self, name: str, **config: Any) -> Defense:
-        """Another defense as a component, on the same base, with its preset's Config and these changes."""
+        """Build another defense as a component, on the same base.
+
+        Args:
+            name: Name of the defense, or path of its file.
+            **config: Changes to its Config for the preset.
+
+        Raises:
+            BenchError: The name or a setting is unknown, or the component needs more access than this defense.
+        """
         ...
 
     def note(self, text: str) -> None:
-        """State in the run's first lines and in its record what a reader of the results must know.
+        """Print a remark among the run's first lines, and record it.
 
-        For example that only some of the base's layers could be adapted.
+        For facts a reader of the results must know, such as that only some of the base's layers could be adapted.
         """
         ...
 
 
 class Defense(nn.Module):
-    """Base class of every defense. A plug-in must write ``logits``; the rest has defaults.
+    """Base class of every defense. A plug-in must write ``logits``; everything else has a default.
 
     The harness constructs it with torch's, numpy's and Python's random states fixed, calls ``fit``, stores what
-    changed, then ``merge``, and from there on treats ``logits`` as a fixed function of one noisy image. Threads and
-    devices have deep copies of it, so no state may be kept at the level of a module or a class.
+    changed, calls ``merge``, and from then on treats ``logits`` as a fixed function of one noisy image. Threads and
+    devices use deep copies, so no state may be kept in a module or a class.
     """
 
     access: ClassVar[Access] = Access.WEIGHTS
-    family: ClassVar[str] = "other"  # the sort of method: PEFT, denoiser, diffusion, ...
+    family: ClassVar[str] = "other"  # kind of method: PEFT, denoiser, diffusion, ...
     trains: ClassVar[str] = "other"  # none, training-free, denoiser-trained, classifier-tuned or from scratch
     paper: ClassVar[str] = ""  # arXiv id
-    # The base was trained on another task, and the defense brings a head of its own: the harness trains no probe.
+    # True: it brings its own head for a base that was trained on another task, so the harness trains no probe.
     adapts: ClassVar[bool] = False
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # named values of Config: quick, standard, paper
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # values of Config by preset: quick, standard, paper
 
     @dataclass(frozen=True)
     class Config:
-        """Every hyperparameter; ``--set key=value`` overrides one."""
+        """All hyperparameters; ``--set key=value`` sets one."""
 
     def __init__(self, context: Context, config: Any) -> None:
+        """Store the context and an instance of ``Config``, and call ``build``."""
         super().__init__()
         self.context = context
         self.config = config
@@ -224,26 +284,26 @@ class Defense(nn.Module):
 
     @classmethod
     def needs(cls, config: Any) -> Access:
-        """The access this configuration needs; checked against what the base offers before anything loads."""
+        """Return the access this configuration needs; checked against the base before anything is loaded."""
         return cls.access
 
     @classmethod
     def kind(cls, config: Any) -> str:
-        """What this configuration trains, for the report; the default is ``trains``."""
+        """Return what this configuration trains, for the report; the default is ``trains``."""
         return cls.trains
 
     def build(self) -> None:
-        """Make submodules, untrained; requires_grad says what will be trained."""
+        """Make the untrained submodules; parameters that require a gradient will be trained."""
 
     def schedule(self) -> Schedule:
-        """The hyperparameters of the default ``fit``: the Config, which then extends Schedule."""
+        """Return the hyperparameters of the default ``fit``: by default the Config, which then extends Schedule."""
         config: Schedule = self.config
         return config
 
     def fit(self, job: Job) -> None:
-        """Train. The default minimises ``loss`` over all that requires a gradient; nothing does: nothing happens.
+        """Train the defense; by default minimise ``loss``, a no-op without trainable parameters.
 
-        Raises DefenseFault where there is something to train and ``schedule`` gives no Schedule.
+        Raises DefenseFault where there are parameters to train and ``schedule`` returns no Schedule.
         """
         trained = [name for name, p in self.named_parameters() if p.requires_grad]
         if not trained:
@@ -251,31 +311,46 @@ class Defense(nn.Module):
         schedule = self.schedule()
         if not isinstance(schedule, Schedule):
             raise DefenseFault(
-                f"it has {len(trained)} parameters to train ({trained[0]}, ...) and no learning rate or epochs: "
-                f"make its Config a Schedule, `class Config(Schedule)`, write fit(), or, where they are not to be "
-                f"trained, call requires_grad_(False) in build()"
+                f"it has {len(trained)} parameters to train ({trained[0]}, ...), and no learning rate or epochs; make "
+                f"its Config a Schedule, `class Config(Schedule)`, or write fit(); to keep them untrained, call "
+                f"requires_grad_(False) in build()"
             )
         job.train(self, lambda x, y, draw: self.loss(x, y, draw, job), schedule)
 
     def loss(self, x: Tensor, y: Tensor, draw: Draw, job: Job) -> Tensor:
-        """The training loss of clean pixels ``x``; the default is the job's objective on ``logits``."""
+        """Compute the training loss; by default the job's objective on ``logits``.
+
+        Args:
+            x: Clean pixels [B, C, H, W] in [0, 1].
+            y: Labels [B].
+            draw: The step's randomness.
+            job: The training.
+
+        Returns:
+            A scalar.
+        """
         return job.objective(self.logits, x, y, draw)
 
     def merge(self) -> None:
-        """Fold adapters into their layers; called once after fit or load.
+        """Fold adapters into their layers; called once after training or loading.
 
-        The logits must stay those that were trained: the harness compares a block of them before and after.
+        Must not change the logits: the harness compares a block of them before and after.
         """
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
-        """Logits [B, classes] of noisy, unclipped pixels x [B, C, H, W]: a function of each image alone.
+        """Compute logits, each row from its own image alone.
 
-        A randomised defense takes its randomness from ``draw``, whose rows are keyed by vote.
+        Args:
+            x: Noisy, unclipped pixels [B, C, H, W].
+            draw: The only source of randomness of a randomised defense; its rows are keyed by vote.
+
+        Returns:
+            Logits [B, classes].
         """
         raise NotImplementedError(f"{type(self).__name__} must write logits(self, x, draw)")
 
     def forward(self, x: Tensor, draw: Draw) -> Tensor:
-        """``logits`` with its result checked; what the harness calls. Raises ValueError on a wrong result."""
+        """Call ``logits`` for the harness. Raises ValueError where the result is not a float tensor [B, classes]."""
         out = self.logits(x, draw)
         wanted = (x.shape[0], self.context.classes)
         if not isinstance(out, torch.Tensor) or tuple(out.shape) != wanted or not out.is_floating_point():

@@ -1,4 +1,4 @@
-"""Text that tables print: a dash, and what others wrote made safe."""
+"""Text of tables: the dash, and escaping of untrusted text."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 
 from bench.errors import shown
 
-DASH = "—"  # what cannot be, or is not known
+DASH = "—"  # out of reach, or not known
 
 
 def escape(text: str) -> str:
-    """Text of a record, which anyone may have written, as one line of markdown that shows it literally."""
+    """Escape untrusted text of a record, as one line of markdown that shows it literally."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(" ".join(text.split())))

@@ -1,4 +1,4 @@
-"""Bottleneck adapters in the base's transformer blocks, trained under Gaussian noise."""
+"""Train bottleneck adapters in the base's transformer blocks under Gaussian noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Adapted(nn.Module):
         self.mlp = mlp
         self.down = nn.Linear(dim, width)
         self.up = nn.Linear(width, dim)
-        # Only up: with both at zero neither weight would ever receive a gradient.
+        # Only up: with both at zero, neither weight would ever get a gradient.
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -33,10 +33,10 @@ class Adapted(nn.Module):
 class Adapter(Defense):
     """Adapters (Houlsby et al. 2019, arXiv 1902.00751) as used by Certified PEFTSmoothing (Fu and Wang 2024).
 
-    One a block, on the MLP's output before it joins the residual stream; the base stays frozen, its
-    head included. Being nonlinear they cannot be merged, so a vote costs a little more than the base's.
-    The paper does not state its schedule; ``paper`` has that of the prompt tuning it builds on (Jia et
-    al. 2022, arXiv 2203.12119) and a rate from its search.
+    There is one in each block, on the MLP's output before it joins the residual stream; the base, including its head,
+    stays frozen. Adapters are nonlinear and cannot be merged, so a vote costs slightly more than the base's. The paper
+    does not state its schedule; ``paper`` uses that of the prompt tuning it builds on (Jia et al. 2022,
+    arXiv 2203.12119) and a learning rate from its search.
     """
 
     family = "PEFT"
@@ -61,13 +61,13 @@ class Adapter(Defense):
             raise BenchError(f"adapter: width={self.config.width} must be at least 1")
         self.model = self.context.base.copy(self.context.classes).requires_grad_(False)
         blocks = getattr(self.model.model, "blocks", ())
-        # Its last layer tells the width; one that is linear maps tokens, a convnet's maps feature maps.
+        # The last layer gives the width. A linear one maps tokens; a convnet's maps feature maps.
         lasts = [getattr(getattr(block, "mlp", None), "fc2", None) for block in blocks]
         dims = [last.out_features for last in lasts if isinstance(last, nn.Linear)]
         if not dims or len(dims) != len(blocks):
             kind = type(self.model.model).__name__
             raise BenchError(
-                f"adapter: this base ({kind}) has no transformer blocks with an MLP to put adapters behind; "
+                f"adapter: this base ({kind}) has no transformer blocks with an MLP to adapt; "
                 f"give a ViT with --base, or use lora"
             )
         for block, dim in zip(blocks, dims, strict=True):

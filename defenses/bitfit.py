@@ -1,4 +1,4 @@
-"""Fine-tune the base's biases alone under Gaussian noise."""
+"""Fine-tune only the base's biases under Gaussian noise."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bench.interface import Defense, Draw, Schedule
 
 
 class BitFit(Defense):
-    """BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): every bias is trained, every other weight is frozen.
+    """BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): all biases are trained, all other weights are frozen.
 
-    Norm layers' biases and the head's are among them. The paper also trains a new task's whole head;
-    here the base has one already, and its weight stays frozen as in the other defenses of this family.
-    Its schedules are for language models: ``paper`` has that of visual prompt tuning (Jia et al. 2022),
-    which compares itself with it, and a rate from that paper's search.
+    This includes the biases of norm layers and of the head. The paper also trains the complete head of a new task; here
+    the base already has one, and its weight stays frozen as in the other defenses of this family. The paper's schedules
+    are for language models: ``paper`` uses that of visual prompt tuning (Jia et al. 2022), which compares with BitFit,
+    and a learning rate from that paper's search.
     """
 
     family = "PEFT"
@@ -38,11 +38,11 @@ class BitFit(Defense):
     def build(self) -> None:
         self.model = self.context.base.copy(self.context.classes)
         for name, parameter in self.model.named_parameters():
-            # BEiT's attention has q_bias and v_bias beside the layers' own.
+            # BEiT's attention has q_bias and v_bias besides the layers' own.
             parameter.requires_grad_(name.endswith("bias"))
 
     def train(self, mode: bool = True) -> BitFit:
-        """Batch norms keep the base's statistics: learning those of noisy images is more than a bias."""
+        """Set the mode, with the base's statistics kept in batch norms: those of noisy images are not biases."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""A visual prompt for each image, learned from the base's answers alone."""
+"""Learn a visual prompt for each image by querying the base."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from bench.training.spsa import SPSA, Diverged, Gains, Replay
 class Coordinator(Defense):
     """BlackVIP (Oh et al. 2023, arXiv 2303.14773): a frozen encoder, and a small decoder trained by SPSA-GC.
 
-    The base sees clip(x + p_eps * prompt(x)) and only answers: no gradient, no weights. ``paper`` has the
-    released encoder (ViT-MAE-B, class token), decoder (9,920 parameters with its trigger, for images of three
-    channels) and constants, with a query budget of ours. It differs from the released code where that would
-    bend a certificate or blur a probe: the encoder sees the whole image, clipped (there a random three
-    quarters of its patches are hidden); batch norms take their statistics from the first batch, once; all
-    probes of a step see the same noise; the 224x224 prompt is resized to the image, not the image to it.
+    The base is queried with clip(x + p_eps * prompt(x)); neither gradients nor weights are used. ``paper`` uses the
+    released encoder (ViT-MAE-B, class token), decoder (9,920 parameters with its trigger, for three channels) and
+    constants, with certbench's own query budget. It differs from the released code where that would invalidate a
+    certificate or add noise to probes: the encoder sees the complete clipped image (there, a random three quarters of
+    its patches are hidden); batch norms take their statistics from the first batch, once; all probes of a step see the
+    same noise; the 224x224 prompt is resized to the image instead of the image to the prompt.
 
-    Otherwise the encoder is a small masked autoencoder trained here on clean images, and the decoder one
-    transposed convolution of its patch tokens' principal components, so that a prompt follows the image
-    patch by patch, and a random direction moves all weights' effects alike.
-    ``method=gradient`` trains the same decoder through the base: what SPSA could reach at most.
+    In the other presets the encoder is a small masked autoencoder trained here on clean images, and the decoder one
+    transposed convolution of the principal components of its patch tokens, so that the prompt follows the image patch
+    by patch, and a random direction affects all weights equally. ``method=gradient`` trains the same decoder through
+    the base, as an upper bound for SPSA.
     """
 
     access = Access.QUERY
@@ -46,16 +46,16 @@ class Coordinator(Defense):
         encoder: str = ""  # hub id or folder of a timm ViT; empty: a small one is trained here
         p_eps: float = 0.5
         method: Literal["spsa-gc", "spsa", "one-sided", "gradient"] = "spsa-gc"
-        queries: int = 320_000  # images the base is asked in training, at most
+        queries: int = 320_000  # maximum images passed to the base in training
         batch: int = 32
-        probes: int = 5  # directions a step
+        probes: int = 5  # directions of a step
         a: float = 0.0005
         c: float = 0.02
         o: float = 10.0
         alpha: float = 0.4
         gamma: float = 0.1
         b: float = 0.9  # momentum of spsa-gc
-        lr: float = 0.01  # of gradient: Adam, decaying to 0 linearly
+        lr: float = 0.01  # of method=gradient: Adam, decaying linearly to 0
 
     presets: ClassVar = {
         "paper": {
@@ -90,25 +90,27 @@ class Coordinator(Defense):
         what = f"coordinator: encoder {source}"
         found = described(what, read_config(self.context.hub(source, "config.json"), what), "config.json")
         stored, file = tensors.read_stored("model", lambda name: self.context.hub(source, name))
-        # Its head is not used, and need not be in the file whatever the config says of it.
+        # Its head is not used, and may be missing from the file even if the config has one.
         heads = (found.architecture.config or {}).get("classifier")
         names = [heads] if isinstance(heads, str) else list(heads or ())
         classes = found.classes if any(f"{name}.weight" in stored.tensors for name in names) else 0
         model, remarks = found.architecture.load(classes, stored.tensors, file, adapt=True)
         model.reset_classifier(0)  # type: ignore[operator]
         if self.context.shape[0] not in (1, found.channels):
-            raise BenchError(f"{what} takes {found.channels} channels; the images have {self.context.shape[0]}")
+            raise BenchError(
+                f"{what} takes {found.channels} channels; the images have {self.context.shape[0]}; leave encoder out"
+            )
         encoder = StoredEncoder(model.eval().requires_grad_(False), found.mean, found.std, found.size)
         try:
             features = model.forward_features(torch.zeros(1, found.channels, *found.size))  # type: ignore[operator]
-        except Exception as e:  # timm raises whatever it likes
-            raise BenchError(f"{what} cannot take images of {found.size}: {one_line(e)}") from None
+        except Exception as e:  # timm's models raise errors of any type
+            raise BenchError(f"{what} cannot take images of {found.size}: {one_line(e)}; use another") from None
         token = getattr(model, "cls_token", None)
         if not isinstance(token, Tensor) or not isinstance(features, Tensor) or features.ndim != 3:
             kind = type(model).__name__
             raise BenchError(
-                f"{what}: this {kind} has no class token, which the prompt is made of; give a ViT that has one, as "
-                f"timm/vit_base_patch16_224.mae, or leave encoder out"
+                f"{what}: this {kind} has no class token, from which the prompt is computed; give a ViT with one, such "
+                f"as timm/vit_base_patch16_224.mae, or leave encoder out"
             )
         height, width = found.size
         resized_to = f"images are resized to {height}x{width}, mean and std are from {found.mean_from}"
@@ -121,10 +123,10 @@ class Coordinator(Defense):
 
     def _check_budget(self, step: int) -> None:
         if self.config.queries < step:
-            raise BenchError(f"coordinator: one step takes {step} queries; use --set queries={step} or more")
+            raise BenchError(f"coordinator: one step takes {step} queries; set at least --set queries={step}")
 
     def fit(self, job: Job) -> None:
-        """Train the decoder and its trigger until the queries are spent."""
+        """Train the decoder and its trigger until the query budget is used up."""
         config = self.config
         parameters = list(self.decoder.parameters())
         gains = Gains(
@@ -132,12 +134,12 @@ class Coordinator(Defense):
         )
         spsa = SPSA(parameters, gains, config.probes, one_sided=config.method == "one-sided")
         adam = torch.optim.Adam(parameters)
-        # An objective that shows the base several copies of an image meets the budget in fewer steps than that.
+        # An objective with several copies of an image reaches the budget in fewer steps.
         count = config.queries // (config.batch * self._evaluations())
         for step in job.steps(count, config.batch, self.decoder, spsa, adam, queries=config.queries):
             if step.number == 0:
                 self._set_statistics(step)
-            asked = self.context.base.queries
+            before = self.context.base.queries
             loss = self._loss_of(step, job)
             if config.method == "gradient":
                 adam.param_groups[0]["lr"] = config.lr * (1 - step.number / count)
@@ -147,15 +149,15 @@ class Coordinator(Defense):
                 adam.step()
                 step.report(value.detach())
             else:
-                with _blamed():
+                with _explained():
                     step.report(spsa.step(loss))
             if step.number == 0:
-                self._check_budget(self.context.base.queries - asked)
-        with _blamed():
+                self._check_budget(self.context.base.queries - before)
+        with _explained():
             spsa.check_end()
 
     def _set_statistics(self, step: Step) -> None:
-        """Batch norms and whitening take those of a noisy batch, and keep them: probes must not move them."""
+        """Set the statistics of batch norms and whitening from a noisy batch; probes must not change them."""
         norms = [m for m in self.decoder.modules() if isinstance(m, nn.BatchNorm2d | Whitening)]
         for norm in norms:
             norm.train()
@@ -165,9 +167,9 @@ class Coordinator(Defense):
             norm.eval()
 
     def _loss_of(self, step: Step, job: Job) -> Callable[[], Tensor]:
-        """The step's loss as a function of the decoder alone: the same noise at every call."""
+        """Return the step's loss as a function of the decoder alone, with the same noise at every call."""
         replay = Replay(step.draw)
-        known: list[tuple[Tensor, Tensor]] = []  # the encoder is frozen: it sees each noisy batch once
+        known: list[tuple[Tensor, Tensor]] = []  # the encoder is frozen, so each noisy batch is encoded once
 
         def logits(x: Tensor, draw: Draw) -> Tensor:
             z = next((z for seen, z in known if torch.equal(seen, x)), None)
@@ -183,12 +185,12 @@ class Coordinator(Defense):
         return loss
 
     def encode(self, x: Tensor) -> Tensor:
-        """The encoder's features of the image, clipped: it never saw a pixel outside [0, 1]."""
+        """Return the encoder's features of the clipped image, since it was trained on pixels in [0, 1]."""
         with torch.no_grad():
             return cast(Tensor, self.encoder(x.clamp(0, 1)))
 
     def answer(self, x: Tensor, features: Tensor) -> Tensor:
-        """The base's logits, in single precision, of the image with its prompt."""
+        """Return the base's logits, in float32, of the image with its prompt."""
         prompt = resized(self.decoder(features), x.shape[-2:])
         return self.context.base((x + self.config.p_eps * prompt).clamp(0, 1)).float()
 
@@ -197,17 +199,17 @@ class Coordinator(Defense):
 
 
 @contextmanager
-def _blamed() -> Iterator[None]:
-    """Turn divergence into the settings to change."""
+def _explained() -> Iterator[None]:
+    """Turn divergence into an error that names the settings to change."""
     try:
         yield
     except Diverged as e:
-        mend = "tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"
-        raise BenchError(f"coordinator: {e}; {mend}") from None
+        fix = "tune with --set, in this order: a (lower), alpha (higher), p_eps (lower), b (lower)"
+        raise BenchError(f"coordinator: {e}; {fix}") from None
 
 
 class Decoder(nn.Module):
-    """Features [B, ...], normalised, joined along the first dimension with the trainable trigger, to a prompt."""
+    """Map normalised features [B, ...], concatenated with a trainable trigger, to a prompt."""
 
     def __init__(self, normalise: nn.Module, trigger: Tensor, body: nn.Module) -> None:
         super().__init__()
@@ -221,16 +223,16 @@ class Decoder(nn.Module):
 
 
 def blackvip_decoder(width: int, channels: int) -> Decoder:
-    """BlackVIP's: features and trigger as 32 planes of 7x7, doubled five times to ``channels`` of 224x224."""
+    """Make BlackVIP's decoder: features and trigger as 32 planes of 7x7, doubled five times to 224x224."""
     planes, side = 32, 7
     if width >= planes * side**2:
-        raise BenchError(f"coordinator: an encoder of width {width} leaves no room for a trigger; take a smaller one")
+        raise BenchError(f"coordinator: an encoder of width {width} leaves no space for a trigger; use a smaller one")
     body: list[nn.Module] = [nn.Unflatten(1, (planes, side, side))]
     for spread, out in ((64, 64), (64, 32), (32, 32), (32, 16)):
         body += [
             nn.ConvTranspose2d(planes, spread, 2, 2, groups=planes),
             nn.ConvTranspose2d(spread, out, 1, bias=False),
-            nn.BatchNorm2d(out, momentum=None),  # the statistics of all batches seen in training mode: of one
+            nn.BatchNorm2d(out, momentum=None),  # None: the mean over the batches of training mode, here one
             nn.GELU(),
         ]
         planes = out
@@ -239,7 +241,7 @@ def blackvip_decoder(width: int, channels: int) -> Decoder:
 
 
 def patch_decoder(encoder: PatchEncoder, channels: int) -> Decoder:
-    """One transposed convolution from tokens to patches; it begins at zero, that is at clipping alone."""
+    """Make one transposed convolution from tokens to patches, initialised to zero, that is, to no prompt."""
     components = encoder.width // 2
     body = nn.ConvTranspose2d(components + 1, channels, encoder.patch, encoder.patch)
     for p in body.parameters():
@@ -249,10 +251,10 @@ def patch_decoder(encoder: PatchEncoder, channels: int) -> Decoder:
 
 
 class Whitening(nn.Module):
-    """The leading principal components of a feature map, each of variance 1; in training mode its batch sets them.
+    """The leading principal components of a feature map, scaled to variance 1; set by the batch in training mode.
 
-    SPSA perturbs all weights equally. Of raw features the mean alone carries a third of the energy, and
-    the step that it allows is far too short for all the rest.
+    SPSA perturbs all weights equally. The mean of raw features alone has a third of the energy, and would limit the
+    step to a size far too small for all other components.
     """
 
     mean: Tensor
@@ -274,7 +276,7 @@ class Whitening(nn.Module):
 
 
 class StoredEncoder(nn.Module):
-    """A timm ViT with its resizing and normalisation inside: pixels to the class token."""
+    """A timm ViT with resizing and normalisation inside: pixels in [0, 1] to the class token."""
 
     mean: Tensor
     std: Tensor

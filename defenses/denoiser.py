@@ -1,4 +1,4 @@
-"""A trained denoiser in front of the frozen base: denoised smoothing."""
+"""Train a denoiser in front of the frozen base: denoised smoothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.interface import Access, Defense, Draw, Job, Part, Schedule
 
 
 class DnCNN(nn.Module):
-    """The residual denoiser of Zhang et al. 2017 (arXiv 1608.03981) as the released code of 2003.01908 builds it."""
+    """The residual denoiser of Zhang et al. 2017 (arXiv 1608.03981), as built in the released code of 2003.01908."""
 
     def __init__(self, channels: int, depth: int, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class DnCNN(nn.Module):
 
 @dataclass(frozen=True)
 class MSEDenoiser(Part):
-    """A DnCNN trained to give back the clean image; it knows no classifier, so every base can share it."""
+    """A DnCNN trained to reproduce the clean image; it uses no classifier, so all bases share it."""
 
     sigma: float
     depth: int
@@ -59,8 +59,8 @@ class MSEDenoiser(Part):
         job.at("mse", self.sigma).train(module, loss, self.schedule)
 
 
-# timm's nearest kin of the 14 networks that the released code trains for CIFAR-10, in its order.
-_KIN = {
+# timm's closest counterparts of the 14 networks that the released code trains for CIFAR-10, in its order.
+_COUNTERPARTS = {
     "WRN-28-10": "wide_resnet50_2",
     "WRN-40-10": "wide_resnet101_2",
     "VGG16": "repvgg_a0",
@@ -76,7 +76,7 @@ _KIN = {
     "GoogLeNet": "xception41",
     "DenseNet121": "densenet121",
 }
-_SURROGATES = {"small": ("vit", "mixer", "convmixer", "resnet"), "paper": tuple(_KIN.values())}
+_SURROGATES = {"small": ("vit", "mixer", "convmixer", "resnet"), "paper": tuple(_COUNTERPARTS.values())}
 _SCHEDULES = {
     "small": Schedule(optimizer="adamw", lr=2e-3, weight_decay=0.05, warmup=0.1),
     "paper": Schedule(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, decay="step"),
@@ -85,7 +85,7 @@ _SCHEDULES = {
 
 @dataclass(frozen=True)
 class Surrogate(Part):
-    """A classifier trained clean, whose gradients stand in for those of a base that gives none."""
+    """A classifier trained clean, whose gradients replace those of a base with QUERY access."""
 
     model: str
     schedule: Schedule
@@ -103,8 +103,8 @@ class Surrogate(Part):
             else:
                 net = ConvMixer(48, 4, kernel_size=3, patch_size=side // 8, **task)
         else:
-            # These shrink an image 32-fold. Enlarged fourfold, a small one keeps the final resolution that it
-            # has in the paper's networks, whose first strides were taken out for CIFAR-10.
+            # These reduce an image 32-fold. Enlarged fourfold, a small image has the same final resolution as in the
+            # paper's networks, whose first strides were removed for CIFAR-10.
             side = 4 * side if side <= 64 else side
             if self.model == "resnet":
                 net = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(16, 32, 48, 64), **task)
@@ -117,17 +117,16 @@ class Surrogate(Part):
 
 
 class Denoiser(Defense):
-    """Denoised smoothing (Salman et al. 2020, arXiv 2003.01908): F(D(x)), F the frozen base, D a DnCNN.
+    """Denoised smoothing (Salman et al. 2020, arXiv 2003.01908): F(D(x)), where F is the frozen base and D a DnCNN.
 
-    ``objective`` says what D is trained for: ``mse`` gives back the clean image; ``stab`` makes F say of the
-    denoised image what it says of the clean one (its hard label), ``clf`` the true label; ``stab+mse`` fine-tunes
-    the ``mse`` denoiser with ``stab``. With ``access`` full, gradients flow through F. With ``query`` they flow
-    through ``surrogates`` trained here, and F only says its labels (the released code takes the surrogate's own).
-    ``mse`` asks F nothing, so its ``access`` is full whatever is set.
+    ``objective`` is what D is trained for. ``mse``: reproduce the clean image. ``stab``: F's label of the clean image.
+    ``clf``: the true label. ``stab+mse``: fine-tune the ``mse`` denoiser by ``stab``. With ``access`` full, gradients
+    flow through F. With ``query`` they flow through ``surrogates`` trained here, and F only gives its labels (the
+    released code uses the surrogate's own). ``mse`` does not query F, so its ``access`` is always full.
 
-    ``paper`` is the released DnCNN and its schedule. Differences: the weights are the last of that schedule, where
-    the paper chooses a checkpoint on a validation split; a step's surrogate is drawn at random, where the paper
-    takes turns; the surrogates are timm's nearest architectures, not the paper's very networks.
+    ``paper`` is the released DnCNN and its schedule. Differences: the weights are the last of that schedule, while the
+    paper chooses a checkpoint on a validation split; the surrogate of a step is drawn at random, while the paper takes
+    turns; the surrogates are timm's closest architectures instead of the paper's networks.
     """
 
     access = Access.GRADIENT
@@ -148,12 +147,12 @@ class Denoiser(Defense):
         optimizer: Literal["adamw", "adam", "sgd"] = "adam"
         lr: float = 2e-3
         weight_decay: float = 1e-4
-        tune: float = 0.25  # epochs of fine-tuning (stab+mse), as a part of epochs
+        tune: float = 0.25  # epochs of fine-tuning (stab+mse), as a fraction of epochs
         tune_lr: float = 2e-4  # constant
         surrogates: Literal["small", "paper"] = "small"  # 4 small networks, or 14 of ImageNet's size
 
         def __post_init__(self) -> None:
-            if self.objective == "mse":  # asks F nothing either way: one configuration, not two
+            if self.objective == "mse":  # does not query F either way, so it is one configuration
                 object.__setattr__(self, "access", "full")
 
     presets: ClassVar = {
@@ -179,17 +178,17 @@ class Denoiser(Defense):
         config = self.config
         if config.depth < 2 or config.width < 1:
             raise BenchError(
-                f"denoiser: depth {config.depth} and width {config.width} make no DnCNN; "
-                "--set depth= takes 2 or more, width= 1 or more"
+                f"denoiser: depth {config.depth} and width {config.width} are too small for a DnCNN; "
+                "set a depth of at least 2 and a width of at least 1"
             )
         plain = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
         if "mse" in config.objective:
             part = MSEDenoiser(self.context.train_sigma, config.depth, config.width, plain)
-            # Fine-tuned, it is still one network: unfrozen, not copied, so that its parameters count once.
+            # Unfrozen for fine-tuning instead of copied, so that its parameters are counted once.
             self.denoiser = self.context.once(part).requires_grad_(config.objective != "mse")
         else:
             self.denoiser = DnCNN(self.context.shape[0], config.depth, config.width)
-        # A tuple registers nothing: surrogates are no part of F, nor of what is stored.
+        # A tuple registers no submodules: surrogates are not part of F, and are not stored with it.
         self.surrogates: tuple[nn.Module, ...] = ()
         if config.objective != "mse" and config.access == "query":
             schedule = replace(_SCHEDULES[config.surrogates], epochs=config.epochs, batch=config.batch)
@@ -206,7 +205,7 @@ class Denoiser(Defense):
     def loss(self, x: Tensor, y: Tensor, draw: Draw, job: Job) -> Tensor:
         classifier: Callable[[Tensor], Tensor] = self.context.base
         if self.surrogates:
-            # Torch's random state is a function of the step here, so that a resumed run draws the same.
+            # Torch's random state depends on the step alone, so a resumed run draws the same.
             classifier = self.surrogates[int(torch.randint(len(self.surrogates), ()))]
         target = y if self.config.objective == "clf" else self.context.base(x).argmax(1)
         return F.cross_entropy(classifier(self.denoiser(_noisy(x, draw))), target)

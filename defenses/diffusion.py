@@ -1,4 +1,4 @@
-"""A diffusion model as denoiser in front of the frozen base."""
+"""Denoise with a diffusion model in front of the frozen base."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from bench.interface import Access, Context, Defense, Draw, Job, Part, Schedule
 from bench.io import tensors
 from bench.io.hub import MissingFile
 
-# diffusers' own types stop at its decorators.
+# Any, since diffusers' decorators hide its types.
 UNET: Any = diffusers.UNet2DModel
 DDPM: Any = diffusers.DDPMScheduler
 WEIGHTS = "diffusion_pytorch_model"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-# Attention layers as diffusers named them before 0.13, when google/ddpm-cifar10-32 was published.
+# Names of attention layers in diffusers before 0.13, when google/ddpm-cifar10-32 was published, and now.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 class Averaged(nn.Module):
-    """A network with a moving average of its weights, which a checkpoint holds too."""
+    """A network with a moving average of its weights, stored in checkpoints too."""
 
     ema: Tensor
     updates: Tensor
@@ -42,21 +42,22 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """Move the average towards the weights; early on faster, so that the first weights are forgotten."""
+        """Move the average towards the weights, faster in early steps, so that initial weights have no effect."""
         done = int(self.updates)
         self.ema.lerp_(parameters_to_vector(self.net.parameters()), 1 - min(decay, (1 + done) / (10 + done)))
         self.updates += 1
 
     def adopt(self) -> None:
-        """Make the average the weights."""
+        """Replace the weights by their average."""
         vector_to_parameters(self.ema.clone(), self.net.parameters())
 
 
 @dataclass(frozen=True)
 class Diffusion(Part):
-    """A UNet of few channels and no attention, trained as Ho et al. 2020 (arXiv 2006.11239): squared error of
-    the noise at a random step for each image, the average of the weights used. The schedule is the cosine
-    of Nichol and Dhariwal 2021 (arXiv 2102.09672).
+    """A small UNet without attention, trained as in Ho et al. 2020 (arXiv 2006.11239).
+
+    The loss is the squared error of the predicted noise at a random step for each image; averaged weights are used. The
+    schedule is the cosine of Nichol and Dhariwal 2021 (arXiv 2102.09672).
     """
 
     width: int
@@ -66,13 +67,14 @@ class Diffusion(Part):
     ema: float = 0.995
 
     def scheduler(self) -> Any:
+        """Return the noise schedule."""
         return DDPM(num_train_timesteps=self.timesteps, beta_schedule="squaredcos_cap_v2")
 
     def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
         channels, *size = shape
         widths = [self.width]
         while len(widths) < 6 and min(size) > 7 and not any(side % 2 for side in size):
-            size = [side // 2 for side in size]  # down to 4x4 where the sides allow it
+            size = [side // 2 for side in size]  # down to 4x4 where the size allows it
             widths.append(min(2 * widths[-1], 4 * self.width))
         net = UNET(
             sample_size=shape[1:],
@@ -92,7 +94,7 @@ class Diffusion(Part):
         alphas = self.scheduler().alphas_cumprod
 
         def loss(x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-            # Before the step that this loss makes, so that a checkpoint holds an average as old as its weights.
+            # Before the optimizer's step, so that a checkpoint's average and weights are of the same step.
             averaged.follow(self.ema)
             t = torch.randint(0, self.timesteps, (len(x),))
             kept = alphas[t].to(x.device).view(-1, 1, 1, 1)
@@ -108,16 +110,16 @@ class Diffusion(Part):
 class DiffusionDenoised(Defense):
     """One-shot diffusion denoising (Carlini et al. 2022, arXiv 2206.10550).
 
-    The certified input's noise is the diffusion's: its level gives the step, one prediction gives the clean
-    image, and the classifier sees that. The released code noises the clean image itself, at the step's level;
-    here the noise has exactly sigma, a little less. Of a learned variance only the mean's half is used.
-    ``unet`` is a diffusers UNet, a hub id or a folder; without one a small one is trained here. ``paper`` takes
-    the public CIFAR-10 weights in diffusers' format (Ho et al., linear, 1,000 steps); the paper's own are
-    Nichol and Dhariwal's (cosine, 4,000 steps).
+    The noise of the certified input is used as the diffusion's noise: its level determines the step, one prediction
+    gives the clean image, and the classifier sees that. The released code adds noise to the clean image itself, at the
+    level of the step; here the noise has exactly sigma, slightly less. Of a model with learned variance only the mean
+    is used. ``unet`` is a diffusers UNet, a hub id or a folder; if empty, a small one is trained here. ``paper`` uses
+    the public CIFAR-10 weights in diffusers' format (Ho et al., linear, 1,000 steps); the paper's own are Nichol and
+    Dhariwal's (cosine, 4,000 steps).
 
-    ``steps`` above 1 goes back in so many evenly spaced steps of ancestral sampling (Ho et al. 2020), whose
-    randomness belongs to the vote. ``classifier`` names a defense trained behind the denoiser, in place of the
-    base and with its own schedule; the schedule set here is that of the diffusion model.
+    ``steps`` above 1 denoises in that many evenly spaced steps of ancestral sampling (Ho et al. 2020), whose randomness
+    belongs to the vote. ``classifier`` names a defense trained behind the denoiser in place of the base, with its own
+    schedule; the schedule set here is that of the diffusion model.
     """
 
     access = Access.QUERY
@@ -127,7 +129,7 @@ class DiffusionDenoised(Defense):
 
     @dataclass(frozen=True)
     class Config(Schedule):
-        """The checkpoint, the way back, the classifier; width and schedule of a model trained here."""
+        """Checkpoint, number of denoising steps, classifier; width and schedule of a model trained here."""
 
         unet: str = ""
         steps: int = 1
@@ -156,33 +158,33 @@ class DiffusionDenoised(Defense):
         unet, scheduler = load(self.context, config.unet) if config.unet else (None, part.scheduler())
         self.prediction: str = scheduler.config.prediction_type
         self.alphas: list[float] = scheduler.alphas_cumprod.double().tolist()
-        self.times(self.context.train_sigma)  # refuses what cannot be, before anything is trained
+        self.times(self.context.train_sigma)  # raises before anything is trained
         if config.width < 8 or config.width % 8:
             raise BenchError(f"diffusion: width={config.width} must be a multiple of 8")
         self.unet = cast(Averaged, self.context.once(part)).net if unet is None else unet
         self.classifier = self.context.inner(config.classifier) if config.classifier else None
         inner = type(self.classifier or self)
         if inner.fit is not Defense.fit or inner.loss is not Defense.loss:
-            raise BenchError(f"diffusion: classifier={config.classifier} trains in a way of its own; try full or lora")
+            raise BenchError(f"diffusion: classifier={config.classifier} has its own training; use full or lora")
 
     def times(self, sigma: float) -> list[int]:
-        """The steps at which the UNet is asked, counted from 0. The first is the lowest that has at least the
-        noise 2 sigma relative to its image (2, since [0, 1] became [-1, 1]).
+        """Return the steps at which the UNet is evaluated, counted from 0.
+
+        The first is the lowest whose noise relative to the image is at least 2 sigma (2, since [0, 1] is scaled to
+        [-1, 1]).
         """
         first = next((t for t, kept in enumerate(self.alphas) if kept <= 1 / (1 + 4 * sigma**2)), None)
         if first is None:
             most = (1 / self.alphas[-1] - 1) ** 0.5 / 2
-            raise BenchError(
-                f"diffusion: sigma {sigma:g} is beyond the schedule's last step, {most:.3g}; lower --sigma"
-            )
+            raise BenchError(f"diffusion: sigma {sigma:g} is above the schedule's last step, {most:.3g}; lower --sigma")
         steps = self.config.steps
         if not 1 <= steps <= first + 1:
-            raise BenchError(f"diffusion: steps={steps}: from 1 to {first + 1}, the steps to sigma {sigma:g}")
+            raise BenchError(f"diffusion: steps={steps}: must be 1 to {first + 1} for sigma {sigma:g}")
         # Step -1 would be the clean image, so that steps = first + 1 visits every step.
         return [first - i * (first + 1) // steps for i in range(steps)]
 
     def predict(self, noisy: Tensor, t: int) -> Tensor:
-        """The clean image, within [-1, 1], that the UNet sees in the noisy one of step ``t``."""
+        """Predict the clean image, in [-1, 1], from the noisy image of step ``t``."""
         kept = self.alphas[t]
         out: Tensor = self.unet(noisy, t).sample[:, : noisy.shape[1]]  # the rest is a learned variance
         if self.prediction == "epsilon":
@@ -192,12 +194,12 @@ class DiffusionDenoised(Defense):
         return out.clamp(-1, 1)
 
     def denoised(self, x: Tensor, draw: Draw) -> Tensor:
-        """Pixels in [0, 1] of noisy pixels."""
+        """Denoise noisy pixels [B, C, H, W]; return pixels in [0, 1]."""
         times = self.times(draw.sigma)
         noisy = self.alphas[times[0]] ** 0.5 * (2 * x - 1)
         clean = self.predict(noisy, times[0])
         for t, after in pairwise(times):
-            # q(x_after | x_t, x_0) of the chain that has these steps alone.
+            # q(x_after | x_t, x_0) of the chain with only these steps.
             kept, more = self.alphas[t], self.alphas[after]
             spread = 1 - kept / more
             mean = (more**0.5 * spread * clean + (kept / more) ** 0.5 * (1 - more) * noisy) / (1 - kept)
@@ -218,27 +220,27 @@ class DiffusionDenoised(Defense):
 
 
 def load(context: Context, source: str) -> tuple[nn.Module, Any]:
-    """A frozen UNet and its scheduler from a folder or the hub, in diffusers' layout. Raises BenchError."""
+    """Load a frozen UNet and its scheduler from a folder or the hub, in diffusers' layout. Raises BenchError."""
     config, name = _first_json(context, source, "config.json", "unet/config.json")
     plan, _ = _first_json(context, source, "scheduler_config.json", "scheduler/scheduler_config.json")
     kind = config.get("_class_name")
     if kind != "UNet2DModel" or config.get("class_embed_type") or config.get("num_class_embeds"):
-        raise BenchError(f"diffusion: unet={source} is a {kind}: give an unconditional UNet2DModel")
-    unet = UNET.from_config(config, dropout=0.0)  # never trained here, whoever calls train()
+        raise BenchError(f"diffusion: unet={source} is a {kind}; give an unconditional UNet2DModel")
+    unet = UNET.from_config(config, dropout=0.0)  # never trained here, even in training mode
     channels, size = unet.config.in_channels, unet.config.sample_size or context.shape[1:]
     shape = (channels, *((size, size) if isinstance(size, int) else size))
     if shape != context.shape or unet.config.out_channels not in (channels, 2 * channels):
         theirs, ours = ("x".join(map(str, s)) for s in (shape, context.shape))
         raise BenchError(
-            f"diffusion: unet={source} is for {theirs} images, the data are {ours}; --set unet= trains one"
+            f"diffusion: unet={source} is for {theirs} images, the data are {ours}; --set unet= trains one here"
         )
     maker: Any = getattr(diffusers, str(plan.get("_class_name")), None)
     scheduler = maker.from_config(plan) if str(plan.get("_class_name")).endswith("Scheduler") and maker else None
     prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     if not hasattr(scheduler, "alphas_cumprod") or prediction not in PREDICTIONS:
         raise BenchError(
-            f"diffusion: unet={source}: its scheduler {plan.get('_class_name')} (predicting {prediction}) must have "
-            f"alphas_cumprod and predict {', '.join(PREDICTIONS)}"
+            f"diffusion: unet={source}: its scheduler {plan.get('_class_name')} (predicting {prediction}) is not "
+            f"supported; use one with alphas_cumprod that predicts {', '.join(PREDICTIONS)}"
         )
     stem = name.removesuffix("config.json") + WEIGHTS
     try:
@@ -246,14 +248,14 @@ def load(context: Context, source: str) -> tuple[nn.Module, Any]:
     except MissingFile:
         there = sorted(f.name for f in (Path(source) / stem).parent.glob("*.safetensors"))
         if there:  # another variant (non_ema) may hold other weights
-            mend = f"it has {', '.join(there)}: save the one that is meant as {stem}.safetensors"
+            fix = f"it has {', '.join(there)}: save the right one as {stem}.safetensors"
         else:
-            mend = (
-                "a pickled .bin is refused, since opening it can run code: load it where you trust it, and "
+            fix = (
+                "a pickled .bin is refused, since reading it can run hidden code; if you trust it, load it and call "
                 "save_pretrained(..., safe_serialization=True)"
             )
         raise BenchError(
-            f"diffusion: unet={source} has no {stem}.safetensors, no shards and no fp16 or bf16 variant of it; {mend}"
+            f"diffusion: unet={source} has no {stem}.safetensors, no shards and no fp16 or bf16 variant of it; {fix}"
         ) from None
     state = stored.tensors
     for old, new in RENAMED.items():
@@ -266,13 +268,13 @@ def load(context: Context, source: str) -> tuple[nn.Module, Any]:
 
 
 def _first_json(context: Context, source: str, *names: str) -> tuple[dict[str, Any], str]:
-    """The first of the files that can be had, and its name. Raises BenchError."""
+    """Read the first of the files that is available; return its object and name. Raises BenchError."""
     failed: list[BenchError] = []
     for name in names:
         try:
             path = context.hub(source, name)
             return json.loads(path.read_text()), name
-        except BenchError as e:  # not only MissingFile: without a network a file that is not there cannot be told
+        except BenchError as e:  # not only MissingFile: offline, a missing file cannot be recognised
             failed.append(e)
         except ValueError:
             raise BenchError(f"diffusion: {path} is not JSON; save the model again") from None

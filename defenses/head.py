@@ -1,4 +1,4 @@
-"""Fine-tune the base's last layer alone under Gaussian noise."""
+"""Fine-tune only the base's last layer under Gaussian noise."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bench.interface import Defense, Draw, Schedule
 
 
 class LinearHead(Defense):
-    """Linear probing: the layer that turns features into logits is trained, the features stay the base's.
+    """Linear probing: the layer from features to logits is trained; the features stay the base's.
 
-    A base that was distilled into a second head has both trained. The least a white-box defense can
-    change, a comparator of visual prompt tuning (Jia et al. 2022), here on noisy images and from the
-    base's own head instead of a random one. No learning rate is stated for noisy images; ``paper`` has
-    that paper's schedule, and a rate from its search.
+    Both heads of a distilled base are trained. This is the smallest change a white-box defense can make, and a
+    comparator of visual prompt tuning (Jia et al. 2022); here it trains on noisy images and starts from the base's own
+    head instead of a random one. No learning rate is published for noisy images; ``paper`` uses that paper's schedule,
+    and a learning rate from its search.
     """
 
     family = "PEFT"

@@ -1,4 +1,4 @@
-"""A new head and a PEFT method trained together under noise, on a base of another task."""
+"""Train a new head and a PEFT method together under noise, on a base of another task."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bench.models.base import Classifier
 
 
 class Joint(Defense):
-    """Joint adaptation of Certified PEFTSmoothing (Fu and Wang 2024): one training teaches the task and the noise.
+    """Joint adaptation of Certified PEFTSmoothing (Fu and Wang 2024): one training for both the task and the noise.
 
-    ``method`` is any defense that adapts a copy of the base by plain training (``lora``, ``full``);
-    its preset sets places, sizes and schedule, which for the head is the same. The paper does not
-    state its schedule for joint training, so ``paper`` is the method's own.
+    ``method`` is any defense that adapts a copy of the base by plain training (``lora``, ``full``). Its preset sets the
+    adapted layers, sizes and schedule; the head uses the same schedule. The paper does not state its schedule for joint
+    training, so ``paper`` is that of the method.
     """
 
     adapts = True
@@ -26,7 +26,7 @@ class Joint(Defense):
 
     @dataclass(frozen=True)
     class Config:
-        """The defense whose adapters are trained with the head."""
+        """The defense whose adapters are trained together with the head."""
 
         method: str = "lora"
 
@@ -41,8 +41,8 @@ class Joint(Defense):
             )
         for head in copies[0].heads():
             if not isinstance(head, (nn.Linear, nn.Conv2d)):
-                raise BenchError(f"this base's head is a {type(head).__name__}, no single layer; give another --base")
-            # A base of another task may by chance have as many classes, and then kept its own head.
+                raise BenchError(f"this base's head is a {type(head).__name__}, not one layer; give another --base")
+            # A base of another task with the same number of classes has kept its own head.
             head.reset_parameters()
             head.requires_grad_(True)
 

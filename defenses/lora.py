@@ -1,4 +1,4 @@
-"""Low-rank adapters on the base's layers, trained under Gaussian noise."""
+"""Train low-rank adapters of the base's layers under Gaussian noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bench.interface import Defense, Draw, Schedule
 
 
 class SplitQKV(nn.Module):
-    """timm's fused query, key and value projection as three layers, so that each can be adapted alone."""
+    """timm's fused query, key and value projection as three layers, so that each can be adapted separately."""
 
     def __init__(self, fused: nn.Linear) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class SplitQKV(nn.Module):
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
     def fused(self) -> nn.Linear:
-        """The one layer again."""
+        """Return the three layers as one."""
         parts = (self.q, self.k, self.v)
         bias = None if self.q.bias is None else torch.cat([p.bias for p in parts])
         return _linear(torch.cat([p.weight for p in parts]), bias)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """The layer of that weight and bias, frozen; it holds copies."""
+    """Return a frozen layer with copies of the weight and bias."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
@@ -47,17 +47,17 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def obstacle(layer: nn.Module) -> str:
-    """Why an adapter cannot be merged into ``layer``, as the kind of layer it is; empty where it can.
+    """Return the kind of ``layer`` if an adapter cannot be merged into it; empty where it can.
 
-    Merging adds B A to the weight W, which is the trained network only where the layer computes W x. peft's
-    adapter of a convolution has its kernel, stride and padding, and neither its dilation nor its padding mode.
+    Merging adds B A to the weight W, which gives the trained network only where the layer computes W x. peft's adapter
+    of a convolution has its kernel, stride and padding, but not its dilation or padding mode.
     """
     kind = type(layer).__name__
     if parametrize.is_parametrized(layer):
         return f"parametrized {kind.removeprefix('Parametrized')}"
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return kind
-    if "weight" not in layer._parameters:  # torch's older weight_norm, spectral_norm and pruning compute it
+    if "weight" not in layer._parameters:  # computed by torch's older weight_norm, spectral_norm and pruning
         return f"{kind} with a computed weight"
     if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
         return f"{kind} with hooks"
@@ -72,7 +72,7 @@ def obstacle(layer: nn.Module) -> str:
 
 
 def _takes_adapter(layer: nn.Module, given: torch.Size, made: torch.Size) -> bool:
-    """Whether the output of peft's adapter can be added to the layer's, input and output being of these shapes."""
+    """Return whether peft's adapter gives outputs of the layer's shape ``made`` for inputs of shape ``given``."""
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.dilation == (1, 1):
         like: Any = (layer.in_channels, 1, layer.kernel_size, layer.stride, layer.padding)
         with torch.device("meta"):  # shapes only
@@ -88,15 +88,14 @@ def _listed(kinds: Counter[str]) -> str:
 class LoRA(Defense):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) as used by Certified PEFTSmoothing (Fu and Wang 2024).
 
-    The base stays frozen, its head included; peft's adapters learn to see through the noise and are
-    merged before certification, so a vote costs what the base's costs. ``targets`` are every linear
-    layer and convolution (``linear``), the attention's fused query, key and value projection
-    (``attention``), or query and value alone (``qv``, the paper's), for which it is split until the
-    merge. Of layers that do not compute W x (weight-standardised, parametrized: see ``obstacle``) the
-    adapters stay unmerged, or are left out where peft has none that fits (grouped, dilated), and the run
-    says so. ``dora`` also learns the length of each output's weights (Liu et al. 2024, arXiv 2402.09353).
-    The paper does not state its schedule; ``paper`` has that of the prompt tuning it builds on (Jia et al.
-    2022, arXiv 2203.12119).
+    The base, including its head, stays frozen. peft's adapters are trained and merged before certification, so a vote
+    costs the same as the base's. ``targets`` are all linear layers and convolutions (``linear``), the attention's fused
+    query, key and value projection (``attention``), or query and value alone (``qv``, as in the paper), for which the
+    projection is split until the merge. Adapters of layers that do not compute W x (weight-standardised, parametrized:
+    see ``obstacle``) stay unmerged; layers without a fitting adapter in peft (grouped, dilated) are left out. The run
+    reports both. ``dora`` also learns the norm of each output's weights (Liu et al. 2024, arXiv 2402.09353). The paper
+    does not state its schedule; ``paper`` uses that of the prompt tuning it builds on (Jia et al. 2022,
+    arXiv 2203.12119).
     """
 
     family = "PEFT"
@@ -105,7 +104,7 @@ class LoRA(Defense):
 
     @dataclass(frozen=True)
     class Config(Schedule):
-        """Rank, scale, place and kind of the adapters, and the training schedule."""
+        """Rank, scale, layers and kind of the adapters, and the training schedule."""
 
         rank: int = 8
         lora_alpha: float = 16
@@ -126,7 +125,7 @@ class LoRA(Defense):
         names, skipped = self._targets(base)
         sizes = self._sizes(base, names)
         uses = Counter(id(p) for m in base.modules() for p in m._parameters.values())
-        adapted, self.beside, kinds = [], set[str](), Counter[str]()
+        adapted, self.unmerged, kinds = [], set[str](), Counter[str]()
         for name in names:
             layer = base.get_submodule(name)
             why = obstacle(layer) or ("layers of shared weights" if uses[id(layer.weight)] > 1 else "")
@@ -137,35 +136,35 @@ class LoRA(Defense):
             else:
                 adapted.append(name)
                 if why:
-                    self.beside.add(name)
+                    self.unmerged.add(name)
                     kinds[why] += 1
         if not adapted:
             why = f"; it cannot adapt {_listed(skipped)}" if skipped else ""
-            mend = "use full or bitfit" if self.config.targets == "linear" else "try --set targets=linear"
+            fix = "use full or bitfit" if self.config.targets == "linear" else "try --set targets=linear"
             raise BenchError(
                 f"lora: targets={self.config.targets} matches no layer of this base "
-                f"({type(base.model).__name__}){why}; {mend}"
+                f"({type(base.model).__name__}){why}; {fix}"
             )
         if skipped:
             self.context.note(f"lora adapts {len(adapted)} layers of this base and leaves out {_listed(skipped)}")
         if kinds:
             self.context.note(
                 f"lora cannot merge the adapters of {_listed(kinds)}, whose output is not W x: "
-                f"they stay beside their layers, and a vote costs more than the base's"
+                f"they stay separate, and a vote costs more than the base's"
             )
         config = peft.LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.lora_alpha,
-            target_modules="|".join(map(re.escape, adapted)),  # a list would also match by the names' ends
+            target_modules="|".join(map(re.escape, adapted)),  # a list would also match the ends of other names
             use_dora=self.config.dora,
         )
         self.model: Any = peft.get_peft_model(base, config)
         self._try(adapted)
 
     def _targets(self, base: nn.Module) -> tuple[list[str], Counter[str]]:
-        """The names of the layers to adapt, and kinds of those left out; for ``qv`` the projections are split."""
+        """Return the names of the layers to adapt, and the kinds of those left out; split projections for ``qv``."""
         if self.config.targets == "qv":
-            # Only of timm's own attention is it known that a fused layer's thirds are query, key and value.
+            # Only in timm's own attention are the thirds of the fused layer known to be query, key and value.
             found = {name: m for name, m in base.named_modules() if isinstance(m, Attention)}
             wrong = {name: why for name, m in found.items() if (why := obstacle(m.qkv))}
             for name in found.keys() - wrong.keys():
@@ -180,9 +179,9 @@ class LoRA(Defense):
         return [name for name, m in layers.items() if m not in heads], Counter()
 
     def _sizes(self, base: nn.Module, names: list[str]) -> dict[str, tuple[torch.Size, torch.Size]]:
-        """The shapes of input and output of those of the named layers that an image passes through.
+        """Return the shapes of input and output of the named layers that are called for an image.
 
-        BEiT reads its projection's weights without calling it: an adapter there would have no effect.
+        BEiT uses its projection's weights without calling it, so an adapter there would have no effect.
         """
         sizes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
@@ -197,7 +196,7 @@ class LoRA(Defense):
         return sizes
 
     def _try(self, names: list[str]) -> None:
-        """Raise BenchError naming the layer where an image cannot pass through the adapters."""
+        """Raise BenchError naming the layer where the forward pass of an image fails."""
         entered: list[str] = []
         layers = {name: self.model.base_model.model.get_submodule(name) for name in names}
         hooks = [m.register_forward_pre_hook(lambda *_, n=n: entered.append(n)) for n, m in layers.items()]
@@ -207,7 +206,7 @@ class LoRA(Defense):
         except Exception as e:
             where = entered[-1].removeprefix("model.") if entered else "its input"
             raise BenchError(
-                f"lora: this base's code cannot take peft's layer at or after {where} ({one_line(e)}); "
+                f"lora: this base's code does not work with peft's layer at or after {where} ({one_line(e)}); "
                 f"use full or bitfit"
             ) from None
         finally:
@@ -218,10 +217,10 @@ class LoRA(Defense):
         return torch.zeros(1, *self.context.shape, device=next(model.parameters()).device)
 
     def merge(self) -> None:
-        # peft's own merge_and_unload takes any module with a base_layer, as DLA has, for one of its adapters.
+        # Not peft's merge_and_unload, which mistakes any module with a base_layer, as in DLA, for an adapter.
         model: nn.Module = self.model.base_model.model
         for name, layer in [*model.named_modules()]:
-            if isinstance(layer, BaseTunerLayer) and name not in self.beside:
+            if isinstance(layer, BaseTunerLayer) and name not in self.unmerged:
                 layer.merge()
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -1,4 +1,4 @@
-"""Learned tokens in the base transformer's input sequence, trained under Gaussian noise."""
+"""Train prompt tokens in the base transformer's input sequence under Gaussian noise."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bench.interface import Defense, Draw, Schedule
 
 
 class Prompted(nn.Module):
-    """A transformer's blocks with prompts among their input tokens, which leave again after the last block.
+    """A transformer's blocks with prompts among their input tokens, removed again after the last block.
 
-    ``prompts`` [layers, tokens, dim] are inserted before the first block, and replace what the block
-    before made of them at each further layer there is a row for; the first ``after`` tokens precede them.
+    ``prompts`` [layers, tokens, dim] are inserted before the first block, after the first ``after`` tokens. At each
+    further layer they replace the outputs of the previous block's prompts.
     """
 
     def __init__(self, blocks: nn.Sequential, prompts: Tensor, after: int, dropout: float) -> None:
@@ -42,11 +42,11 @@ class Prompted(nn.Module):
 class PromptTuning(Defense):
     """Visual prompt tuning (Jia et al. 2022, arXiv 2203.12119) as used by Certified PEFTSmoothing.
 
-    Prompts follow the class token: at the first block alone (``deep=false``), or new ones at every
-    block. They are the blocks' business only: position embeddings, an average over tokens and the
-    head see what they see in the base. The base stays frozen, its head included, which prompt tuning
-    itself trains with the prompts; Certified PEFTSmoothing counts its parameters without.
-    It does not state its schedule; ``paper`` has prompt tuning's, with a rate from its search.
+    Prompts follow the class token: at the first block alone (``deep=false``), or new ones at every block. Only the
+    blocks see them: position embeddings, pooling over tokens and the head work as in the base. The base, including its
+    head, stays frozen. Prompt tuning itself also trains the head; Certified PEFTSmoothing counts its parameters without
+    it. That paper does not state its schedule; ``paper`` uses that of prompt tuning, with a learning rate from its
+    search.
     """
 
     family = "PEFT"
@@ -55,7 +55,7 @@ class PromptTuning(Defense):
 
     @dataclass(frozen=True)
     class Config(Schedule):
-        """Number and place of the prompts, and the training schedule."""
+        """Number and position of the prompts, and the training schedule."""
 
         tokens: int = 8
         deep: bool = True
@@ -75,8 +75,8 @@ class PromptTuning(Defense):
         vit = self.model.model
         if not isinstance(vit, VisionTransformer):
             raise BenchError(
-                f"prompt: this base ({type(vit).__name__}) is not timm's VisionTransformer, so there is no plain "
-                f"sequence of tokens to put prompts in; give a ViT with --base, or use lora"
+                f"prompt: this base ({type(vit).__name__}) is not timm's VisionTransformer, so prompts cannot be "
+                f"inserted into its tokens; give a ViT with --base, or use lora"
             )
         patch = vit.in_chans * math.prod(vit.patch_embed.patch_size)
         bound = math.sqrt(6 / (patch + vit.embed_dim))

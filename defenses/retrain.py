@@ -11,7 +11,7 @@ from bench.interface import Access, Defense, Draw, Schedule
 
 
 class Retrain(Defense):
-    """Gaussian data augmentation (Cohen et al. 2019): fresh noise for each image at each step, fresh weights."""
+    """Gaussian data augmentation (Cohen et al. 2019): random weights, and new noise for each image at each step."""
 
     access = Access.NONE
     family = "retraining"
@@ -20,7 +20,7 @@ class Retrain(Defense):
 
     @dataclass(frozen=True)
     class Config(Schedule):
-        """Training schedule; ``paper`` is the released CIFAR-10 one: 90 epochs, x0.1 every 30, batch 400."""
+        """Training schedule; ``paper`` is that released for CIFAR-10: 90 epochs, x0.1 every 30, batch 400."""
 
         epochs: float = 60
         batch: int = 64

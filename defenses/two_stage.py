@@ -1,4 +1,4 @@
-"""Joint adaptation's counterpart: the base is adapted to the task on clean images, then made robust under noise."""
+"""Adapt a base of another task on clean images, then train it under noise: the counterpart of joint adaptation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bench.training.objectives import clean
 
 
 class TwoStage(Defense):
-    """The two-stage way that Certified PEFTSmoothing (Fu and Wang 2024) sets against joint adaptation.
+    """The two-stage training that Certified PEFTSmoothing (Fu and Wang 2024) compares with joint adaptation.
 
-    The same parameters as ``joint`` (a new head and those of ``method``) are trained first on clean
-    images, by cross-entropy, then under noise. Each stage has half the epochs of ``joint`` and a
-    whole learning-rate curve of its own, so both defenses take the same number of steps (to within
-    one, by rounding); the paper does not say how it shares them out.
+    The same parameters as in ``joint`` (a new head and those of ``method``) are trained first on clean images by
+    cross-entropy, then under noise. Each stage has half the epochs of ``joint`` and its own complete learning-rate
+    schedule, so both defenses take the same number of steps (up to one, by rounding). The paper does not state how it
+    divides the steps.
     """
 
     adapts = True
@@ -26,7 +26,7 @@ class TwoStage(Defense):
 
     @dataclass(frozen=True)
     class Config:
-        """The defense whose adapters are trained with the head."""
+        """The defense whose adapters are trained together with the head."""
 
         method: str = "lora"
 
@@ -34,7 +34,7 @@ class TwoStage(Defense):
         self.joint = self.context.inner("joint", method=self.config.method)
 
     def schedule(self) -> Schedule:
-        """Both stages together."""
+        """Return the schedule of both stages together."""
         return self.joint.schedule()
 
     def fit(self, job: Job) -> None:

@@ -1,11 +1,11 @@
-"""How well a cluster is used, by simulation: the real scheduler and dispatcher, made-up workers and a made-up clock.
+"""Simulate how well a cluster is used: the real scheduler and dispatcher, with simulated workers and clock.
 
     python scripts/cluster_simulation.py [--workers 1000] [--images 500] [--cap 100000]
     python scripts/cluster_simulation.py --messages
 
-A worker takes 30 ms a block of 64 votes (about a ViT-B/16 on ImageNet in float32 on a large GPU) times a random
-factor of mean 1. Efficiency is the time that the votes counted in certificates take at that speed, over all workers'
-time until the last certificate: waiting, votes drawn ahead for nothing and copies all count against it.
+A worker takes 30 ms for a block of 64 votes (about a ViT-B/16 on ImageNet in float32 on a large GPU) times a random
+factor of mean 1. Efficiency is the time that the votes counted in certificates take at that speed, divided by all
+workers' time until the last certificate: waiting, unused speculative votes and duplicates all lower it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import numpy as np
 from scipy import special
 
 from bench.smoothing.anytime import Anytime
-from bench.smoothing.dispatch import Dispatcher, enlarged
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Batch, Certificate, Scheduler, Span, Voted
+from bench.smoothing.dispatch import Dispatcher, batch_factor
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.scheduler import Scheduler
+from bench.smoothing.votes import Batch, Certificate, Span, Voted
 
-BLOCK, SECONDS, LATENCY = 64, 0.03, 0.002  # votes of a block, what they take, and a message's way
+BLOCK, SECONDS, LATENCY = 64, 0.03, 0.002  # votes of a block, seconds for a block, seconds for a message one way
 SIGMA, RADII, CLASSES = 0.5, (0.25, 0.5, 0.75, 1.0, 1.5), 2
 
 Factor = Callable[[np.random.Generator], float]
@@ -39,7 +40,7 @@ STRAGGLERS: dict[str, Factor] = {
 
 @dataclass
 class Clock:
-    """What happens when, in the order of time."""
+    """Simulated time and the answers to come, earliest first."""
 
     now: float = 0.0
     events: list[tuple[float, int, Simulated, int, Batch, float]] = field(default_factory=list)
@@ -48,7 +49,7 @@ class Clock:
 
 @dataclass(eq=False)
 class Simulated:
-    """A worker that takes its batches one after the other; satisfies ``dispatch.Worker``."""
+    """A simulated worker that draws its batches one after the other; satisfies ``dispatch.Worker``."""
 
     clock: Clock
     factor: Factor
@@ -65,22 +66,22 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated command did."""
+    """Results of one simulated command."""
 
     efficiency: float
     makespan: float  # seconds
     batches: int
-    scheduling: float  # real seconds of the scheduler and the dispatcher, procedures included
+    scheduling: float  # real seconds of scheduler, dispatcher and procedures
 
 
 def simulate(
     workers: int, images: int, runs: int, procedure: Fixed | Anytime, factor: Factor, death: float = 0.0, seed: int = 0
 ) -> Outcome:
-    """One command of several runs; ``death``: the chance that a worker dies, and another comes, as it answers."""
+    """Simulate one command of several runs; ``death``: chance per answer that the worker dies and is replaced."""
     rng = np.random.default_rng(seed)
     p = special.ndtr(rng.normal(1.0, 1.2, (runs, images)))  # each image's probability of its label
     clock, dispatcher = Clock(), Dispatcher()
-    rows = enlarged(workers, SECONDS) * BLOCK
+    rows = batch_factor(workers, SECONDS) * BLOCK
     schedulers = [
         Scheduler(lambda label: procedure.certify(SIGMA, label), lambda i: 0, CLASSES, range(images))
         for _ in range(runs)
@@ -116,7 +117,7 @@ def simulate(
 
 
 def messages(count: int = 2000) -> float:
-    """Seconds of this process that asking a real Ray worker for a batch of 16 blocks, and its answer, take."""
+    """Measure this process's seconds per batch of 16 blocks, request and answer, with a real Ray worker."""
     import queue
 
     import ray
@@ -145,11 +146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--cap", type=int, default=100_000, help="votes an image gets at most")
-    parser.add_argument("--messages", action="store_true", help="measure Ray's part of a batch instead")
+    parser.add_argument("--cap", type=int, default=100_000, help="most votes of an image")
+    parser.add_argument("--messages", action="store_true", help="measure the cost of Ray's messages instead")
     args = parser.parse_args()
     if args.messages:
-        print(f"{1e3 * messages():.2f} ms of the command's process a message of Ray's, there and back")
+        print(f"{1e3 * messages():.2f} ms of this process per Ray request and answer")
         return
     columns = "procedure", "runs", "stragglers", "workers lost", "efficiency", "makespan (s)", "batches", "us a batch"
     print(*columns, sep=" | ")

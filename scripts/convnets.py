@@ -1,4 +1,4 @@
-"""A small convnet for benchmarks, its weights random."""
+"""A small convnet with random weights, for benchmarks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 def resnet20() -> nn.Module:
-    """A convnet of ResNet-20's size (He et al. 2015): 0.27 M parameters, 41 M multiplications an image."""
+    """Make a convnet of ResNet-20's size (He et al. 2015): 0.27 M parameters, 41 M multiplications per image."""
     widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
     blocks = [Block(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]

@@ -31,14 +31,16 @@ from torch import Tensor, nn
 from bench.data.datasets import load_card
 from bench.interface import Draw
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.process.console import duration
 from bench.process.environment import keep_freed_memory
 from bench.runs.costs import cost_per_vote
-from bench.smoothing.engine import TILE, Device, Task, block_rows, certify
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.task import Task, block_rows
+from bench.smoothing.votes import TILE
 
 CPU = torch.device("cpu")
 SIGMA, ALPHA, N0 = 0.25, 0.001, 100

@@ -30,15 +30,15 @@ from typing import Literal, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_suffix(".toml")
 COPIED = ("bench", "defenses", "datasets", "reports", "scripts", "tests", "pyproject.toml")
-TIMEOUT = 300  # seconds for the tests of one mutant, which may loop forever: killed, too
-# Runs in the copy: the editable install must not step in with the checkout's code.
+TIMEOUT = 300  # seconds for the tests of one mutant; a timeout counts as killed
+# Runs in the copy, and checks that the editable install does not provide the checkout's code instead.
 PROGRAM = """
 import sys, pathlib, bench
 if not pathlib.Path(bench.__file__).resolve().is_relative_to(pathlib.Path.cwd().resolve()):
     sys.exit(f"imported {bench.__file__}, not the copy in {pathlib.Path.cwd()}")
 import hypothesis, pytest
 from hypothesis import Phase
-# The first failing example is enough: it is not made smaller. conftest.py's own profile inherits this.
+# The first failing example is enough: do not shrink it. conftest.py's own profile inherits this.
 hypothesis.settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
 hypothesis.settings.load_profile("mutants")
 sys.exit(pytest.main(sys.argv[1:]))
@@ -62,7 +62,7 @@ class Mutant:
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant; ``why``: the first test that failed, or what kept the tests from running."""
+    """The result for one mutant; ``why``: the first test that failed, or why the tests could not run."""
 
     mutant: Mutant
     state: Literal["killed", "survived", "broken"]
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
     @property
     def expected(self) -> bool:
-        """Whether the list says so."""
+        """Whether the list expects this state."""
         return self.state == ("survived" if self.mutant.survives else "killed")
 
 
@@ -101,7 +101,7 @@ def misfits(mutant: Mutant, root: Path) -> Iterator[str]:
 
 @contextmanager
 def copied(root: Path) -> Iterator[Path]:
-    """Copy the tree to a temporary folder, without what tests or Python leave behind."""
+    """Copy the tree to a temporary folder, without caches."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         for name in COPIED:
             source, target = root / name, Path(folder) / name
@@ -114,7 +114,7 @@ def copied(root: Path) -> Iterator[Path]:
 
 def run_tests(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run tests on the code in ``tree`` until one fails, with the same random examples every time."""
-    # Compiled code is matched by time and size, which a mutant may share with the original: write none.
+    # Bytecode is matched by time and size, which a mutant may share with the original: write none.
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--basetemp={tree / '.tmp'}"]
     command = [sys.executable, "-c", PROGRAM, *options, *tests]
@@ -196,7 +196,7 @@ def judge(mutants: Sequence[Mutant], root: Path, jobs: int) -> list[Outcome]:
 
 
 def main(words: Sequence[str] | None = None, root: Path = ROOT, path: Path = LIST) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(description="Break the code on purpose and report which mistakes the tests miss.")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="try this mutant; may be repeated")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="mutants at a time")

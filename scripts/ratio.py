@@ -1,11 +1,11 @@
-"""The hot paths of this working tree against those of another commit, timed in turn on this machine.
+"""Time the hot paths of this working tree and of another commit in turn on this machine.
 
     python scripts/ratio.py BASE [--rounds N]        (make perf-ratio BASE=origin/main)
 
-BASE is checked out beside; its code runs with this environment's packages. Both sides run this tree's
-tests/perf/test_hot.py, a process each round, the order turned round every time, so that what a machine does meanwhile
-falls on both. A path is slower where a one-sided Mann-Whitney test of the rounds' medians says so at LEVEL, after
-Holm's correction over the paths, *and* the median ratio is above FACTOR. Exit code 1 where one is.
+BASE is checked out into a temporary worktree; its code runs with this environment's packages. Both sides run this
+tree's tests/perf/test_hot.py, one process per round, in alternating order, so that other load on the machine affects
+both. A path is slower if a one-sided Mann-Whitney test of the rounds' medians is significant at LEVEL, after Holm's
+correction over the paths, *and* the median ratio is above FACTOR. Exit code 1 if a path is slower.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from bench.records.paired import holm
 
 ROOT = Path(__file__).parent.parent
 HOT = ROOT / "tests" / "perf" / "test_hot.py"
-LEVEL, FACTOR, ROUNDS = 0.01, 1.1, 7  # of 7 against 7 the smallest p is 1/3432: six paths leave room below LEVEL
+LEVEL, FACTOR, ROUNDS = 0.01, 1.1, 7  # 7 against 7 rounds: the smallest p is 1/3432, below LEVEL also for six paths
 OPTIONS = ("--benchmark-only", "--benchmark-max-time=0.5", "--benchmark-min-rounds=5", "--benchmark-warmup=on")
 
 
 @dataclass(frozen=True)
 class HotPath:
-    """One hot path: the rounds' ratios of head to base and what follows; no ratios where base has no such path."""
+    """One hot path: ratios of head to base by round; no ratios where base lacks the path."""
 
     name: str
     seconds: float  # head's median
@@ -58,7 +58,7 @@ class HotPath:
 
 
 def compare(base: Sequence[Mapping[str, float]], head: Sequence[Mapping[str, float]]) -> list[HotPath]:
-    """Medians by name of every round of both sides, judged; ValueError where a side ran a path in some rounds only."""
+    """Compare the medians of both sides, round by round. Raises ValueError where a path ran in only some rounds."""
     names = list(dict.fromkeys(name for one in head for name in one))
     for side in (base, head):
         if odd := [n for n in names if 0 < sum(n in one for one in side) < len(side)]:
@@ -76,7 +76,7 @@ def compare(base: Sequence[Mapping[str, float]], head: Sequence[Mapping[str, flo
 
 
 def medians(report: Mapping[str, Any], root: Path) -> dict[str, float]:
-    """Seconds by name of pytest-benchmark's json; ValueError where the bench that was timed is not that of ``root``."""
+    """Read seconds by name from pytest-benchmark's report. Raises ValueError if it timed other code than ``root``'s."""
     for one in report["benchmarks"]:
         if not Path(one["extra_info"]["bench"]).resolve().is_relative_to(root.resolve() / "bench"):
             raise ValueError(f"{one['name']} timed {one['extra_info']['bench']}, not the code in {root}")
@@ -84,9 +84,9 @@ def medians(report: Mapping[str, Any], root: Path) -> dict[str, float]:
 
 
 def timed(root: Path, must_pass: bool) -> dict[str, float]:
-    """One round of the code in ``root``, in a process of its own."""
-    # Without site (-S) no .pth file is read, so an editable install of this tree cannot step in for base's code; -P
-    # keeps the current folder out. What base cannot run fails there, and is new.
+    """Time one round of the code in ``root`` in its own process."""
+    # Without site (-S) no .pth file is read, so an editable install of this tree cannot replace base's code; -P keeps
+    # the current folder out of the path. A benchmark that base cannot run fails there and is reported as new.
     packages = dict.fromkeys(sysconfig.get_paths()[k] for k in ("purelib", "platlib"))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *packages])}
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +104,7 @@ def timed(root: Path, must_pass: bool) -> dict[str, float]:
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
-    """A worktree of the commit, gone afterwards."""
+    """Check the commit out into a temporary worktree."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", base, commit], check=True)
@@ -115,7 +115,7 @@ def checked_out(commit: str) -> Iterator[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Hot paths of this tree against another commit's.")
+    parser = argparse.ArgumentParser(description="Time the hot paths of this tree and of another commit.")
     parser.add_argument("base")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()

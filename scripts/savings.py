@@ -1,10 +1,10 @@
-"""Votes that the anytime procedure saves, and accuracy that it loses, on the images of Cohen et al. 2019.
+"""Measure votes saved and accuracy lost by the anytime procedure on the images of Cohen et al. 2019.
 
     python scripts/savings.py LOGS [--out DIR] [--replicates N]
 
 LOGS holds their released logs as ``cohen-<dataset>-<network>-sigma<sigma>.tsv`` (columns radius and correct). Each
-image's probability is recovered from its radius, votes are drawn from it many times, and the
-procedure's own tables decide. The loss is taken against the *expected* certified accuracy of fixed n, exactly computed.
+image's probability is recovered from its radius, votes are drawn from it many times, and the procedure's own tables
+decide. The loss is relative to the *expected* certified accuracy of fixed n, computed exactly.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from scipy import special
 
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime, Floats, Tables, tabulate
-from bench.smoothing.procedures import Counts, Fixed, Target
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.votes import Counts, Target
 
 N0, N, ALPHA, STEP = 100, 100_000, 0.001, 0.25
-# The logs peak at 3.91 sigma, beyond what n = 100,000 gives at the stated alpha of .001 (3.81): they fit .01.
+# The logs peak at 3.91 sigma, above the maximum for n = 100,000 at the stated alpha of .001 (3.81): they fit .01.
 LOG_ALPHA = 0.01
 SEED = 20190208
 
 
 @dataclass(frozen=True)
 class Reference(Anytime):
-    """The design of the reference page: the same tests, giving up at a constant level."""
+    """The reference design: the same tests with a constant give-up level."""
 
     futility: float = 0.05
 
@@ -44,7 +45,7 @@ class Reference(Anytime):
 
 @dataclass(frozen=True)
 class Images:
-    """One data set at one sigma: probabilities of each image's top class and of its label."""
+    """The images of one data set at one sigma, with the probabilities of their top class and label."""
 
     dataset: str
     sigma: float
@@ -56,9 +57,9 @@ class Images:
 def read(path: Path) -> Images:
     """Recover the probabilities behind one log.
 
-    Certified images: the share of votes whose Clopper-Pearson radius is the one printed. Wrong ones: the
-    label gets all the votes left, the costliest case. Abstentions: spread below the abstention threshold as
-    densely as the certified images lie above it (radius < sigma/4), and right as often as those.
+    A certified image has the share of votes whose Clopper-Pearson radius is the one printed. If it is classified
+    wrongly, the label gets all other votes, the costliest case. Abstentions are spread below the abstention threshold
+    as densely as certified images lie above it (radius < sigma/4), and are right as often as those.
     """
     _, dataset, _, sigma_text = path.stem.split("-")
     sigma = float(sigma_text.removeprefix("sigma"))
@@ -78,12 +79,12 @@ def read(path: Path) -> Images:
 
 
 def grid(sigma: float) -> tuple[float, ...]:
-    """Radii of the report: multiples of the step within reach of fixed n."""
+    """Return the radii of the report: multiples of the step that fixed n can certify."""
     return tuple(STEP * k for k in range(1, int(Fixed(N0, N, ALPHA).largest_radius(sigma) / STEP) + 1))
 
 
 def simulate(tables: Tables, hits: Iterable[Counts], shape: tuple[int, ...]) -> tuple[Counts, Counts]:
-    """Level reached and votes used, given the votes for the class at each look."""
+    """Return levels reached and votes used, given the votes for the class at each look."""
     level, votes, running = np.zeros(shape, np.int64), np.full(shape, tables.looks[-1]), np.ones(shape, bool)
     for look, accept, give_up, now in zip(tables.looks, tables.accept, tables.give_up, hits, strict=True):
         level = np.where(running, np.maximum(level, np.searchsorted(accept, now, side="right")), level)
@@ -94,9 +95,9 @@ def simulate(tables: Tables, hits: Iterable[Counts], shape: tuple[int, ...]) -> 
 
 
 def tested(images: Images, target: str, replicates: int, rng: np.random.Generator) -> tuple[Floats, NDArray[np.bool_]]:
-    """Probability of the class that is tested and whether a certificate of it counts, per replicate and image.
+    """Return the tested class's probability and whether its certificate counts, per replicate and image.
 
-    Selection is between the top class and one rival holding all other votes, the case with most errors.
+    Selection is between the top class and a single rival with all other votes, the case with most errors.
     """
     shape = (replicates, len(images.top))
     if target == "label":
@@ -107,7 +108,7 @@ def tested(images: Images, target: str, replicates: int, rng: np.random.Generato
 
 @dataclass(frozen=True)
 class Result:
-    """Votes per image and loss of certified accuracy at each radius in points, with standard errors over replicates."""
+    """Savings, and the loss of certified accuracy at each radius in points with standard errors over replicates."""
 
     ratio: float
     loss: Floats
@@ -115,7 +116,7 @@ class Result:
 
 
 def measure(images: Images, design: Anytime, replicates: int) -> Result:
-    """Run a design on one set of images; every design sees the same selections and a stream of its own looks."""
+    """Simulate a design on one set of images; all designs get the same selections."""
     rng = np.random.default_rng([SEED, round(100 * images.sigma)])
     p, counts = tested(images, design.target, replicates, rng)
     tables = tabulate(design, images.sigma)
@@ -130,12 +131,15 @@ def measure(images: Images, design: Anytime, replicates: int) -> Result:
 
 
 def fixed_counts(p0: tuple[float, ...]) -> list[int]:
-    """Fewest votes with which fixed n certifies each threshold."""
+    """Return the fewest votes with which fixed n certifies each threshold."""
     return [next(h for h in range(int(N * p), N + 1) if bounds.lower_bound(h, N, ALPHA) >= p) for p in p0]
 
 
 def oracle(images: Images) -> float:
-    """Savings of a label test that knows p: Wald's ln(1/alpha)/KL votes, none for what fixed n would miss."""
+    """Return the savings of a label test that knows p.
+
+    It takes Wald's ln(1/alpha)/KL votes, and none for radii that fixed n would miss.
+    """
     tables = tabulate(Anytime(N0, N, ALPHA, grid(images.sigma)), images.sigma)
     votes = np.zeros(len(images.label))
     p = np.minimum(images.label, 1 - 1e-9)
@@ -147,18 +151,18 @@ def oracle(images: Images) -> float:
 
 
 def mean_ratio(ratios: list[float]) -> float:
-    """Geometric mean."""
+    """Return the geometric mean."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def designs(target: Target) -> Iterator[tuple[str, Anytime]]:
-    """Compare the shipped design with that of the reference page."""
+    """Yield the reference design and the shipped one."""
     yield "reference", Reference(N0, N, ALPHA, (), target)
     yield "shipped", Anytime(N0, N, ALPHA, (), target)
 
 
 def table(sets: list[Images], replicates: int) -> None:
-    """Print savings and losses: one block a data set, target and design, one line of losses a sigma."""
+    """Print savings and losses: a block per data set, target and design, a line of losses per sigma."""
     for dataset in sorted({images.dataset for images in sets}):
         chosen = [images for images in sets if images.dataset == dataset]
         print(f"{dataset}: oracle (label target) {mean_ratio([oracle(i) for i in chosen]):.1f}x")
@@ -176,7 +180,7 @@ def table(sets: list[Images], replicates: int) -> None:
 
 
 def curve(sets: list[Images], replicates: int, out: Path) -> None:
-    """Votes against loss as the futility level varies: curve.csv and curve.png."""
+    """Write votes against loss for a range of futility levels: curve.csv and curve.png."""
     rows: list[tuple[str, str, float, float, float]] = []
     for dataset in sorted({images.dataset for images in sets}):
         chosen = [images for images in sets if images.dataset == dataset]
@@ -212,7 +216,7 @@ def draw(rows: list[tuple[str, str, float, float, float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Read the logs, print the table, write the curve."""
+    """Read the logs, print the table and write the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path)
     parser.add_argument("--out", type=Path, default=Path())

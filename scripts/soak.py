@@ -1,11 +1,10 @@
-"""Memory over millions of votes, and ten thousand records resumed over and over. Linux; ``make soak``.
+"""Measure memory over millions of votes, and resume ten thousand records again and again. Linux; ``make soak``.
 
     python scripts/soak.py [--out reports/soak] [--votes N] [--images N] [--interruptions N] [--only PART]
 
-Both parts type ``bench run`` in this process. The first samples its resident memory while votes are drawn. The
-second stops a run by Ctrl-C again and again, and times each resumption up to the first new record; its
-certificates must be those of a run that was left alone. Writes what was sampled and a figure; exit 1 where memory
-or resumptions grow.
+Both parts call ``bench run`` in this process. The first samples resident memory while votes are drawn. The second
+interrupts a run by Ctrl-C again and again and times each resumption up to the first new record; its certificates must
+equal those of an uninterrupted run. Writes the samples and a figure. Exit code 1 if memory or resumption time grows.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 MIB = 2**20
-N0, N = 20, 25_000  # votes an image in the first part
-SLACK = 16.0  # MiB by which memory may differ between the first and the last quarter, and MiB it may drift in all
-SECONDS = 1.0  # of the processor, by which the last resumptions may take longer than the first
+N0, N = 20, 25_000  # votes per image in the first part
+SLACK = 16.0  # MiB of growth allowed from the first to the last quarter, and of drift in all
+SECONDS = 1.0  # processor seconds by which the last resumptions may exceed the first
 
 
 def bench(*args: object) -> int:
-    """``bench`` in this process; its exit code. What it prints goes to stderr."""
+    """Call ``bench`` in this process and return its exit code; its output goes to stderr."""
     from bench.cli import main
 
     kept, sys.stdout = sys.stdout, sys.stderr
@@ -50,13 +49,13 @@ def bench(*args: object) -> int:
 
 
 def resident() -> float:
-    """MiB of this process in memory now."""
+    """Return the resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
 @contextmanager
 def watched(out: Path, every: float, seen: Callable[[int], None]) -> Iterator[None]:
-    """Meanwhile call ``seen`` with the records in ``out`` every so many seconds."""
+    """Call ``seen`` with the number of records in ``out`` every ``every`` seconds."""
     done = threading.Event()
 
     def watch() -> None:
@@ -79,7 +78,7 @@ def watched(out: Path, every: float, seen: Callable[[int], None]) -> Iterator[No
 
 
 def votes(out: Path, most: int) -> list[tuple[float, int, float]]:
-    """Seconds, votes so far and MiB while at least ``most`` votes are drawn for images of the tiny card."""
+    """Draw at least ``most`` votes on the tiny card; return samples of (seconds, votes so far, MiB)."""
     images = -(-most // (N0 + N))
     rows: list[tuple[float, int, float]] = []
     began = time.monotonic()
@@ -94,19 +93,19 @@ def votes(out: Path, most: int) -> list[tuple[float, int, float]]:
         raise SystemExit(f"bench run: exit {code}")
     (info,) = (json.loads(f.read_text()) for f in out.glob("*/run.json"))
     assert info["cost"]["votes"] >= most
-    # Before the first record data are loaded and a base is trained.
+    # Before the first record, data are loaded and a base is trained.
     return [row for row in rows if row[1]]
 
 
 def grown(values: list[float]) -> tuple[float, float]:
-    """Last quarter's maximum less the first's, and the drift from first to last of the line through all values."""
+    """Return the last quarter's maximum less the first's, and the drift of a straight line through all values."""
     quarter = max(1, len(values) // 4)
     slope = float(np.polyfit(np.arange(len(values)), values, 1)[0]) * (len(values) - 1) if len(values) > 1 else 0.0
     return max(values[-quarter:]) - max(values[:quarter]), slope
 
 
 def made_up_card(folder: Path, images: int) -> Path:
-    """A card of so many made-up grey 8x8 test images of three classes."""
+    """Write a card of ``images`` made-up grey 8x8 test images in three classes."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -144,16 +143,16 @@ schedule = {{ epochs = 1 }}
 
 
 def certificates(out: Path) -> list[dict[str, Any]]:
-    """The records of the run in ``out`` without their seconds, by image."""
+    """Return the records of the run in ``out`` by image, with seconds set to 0."""
     (file,) = out.glob("*/certificates.jsonl")
     rows = [{**json.loads(line), "seconds": 0} for line in file.read_text().splitlines()]
     return sorted(rows, key=lambda row: row["index"])
 
 
 def attempt(command: list[object], out: Path, found: int, stop_at: float) -> tuple[int, tuple[int, float, float]]:
-    """One start of a run that has ``found`` records, stopped by Ctrl-C at ``stop_at`` of them.
+    """Resume a run that has ``found`` records and interrupt it by Ctrl-C at ``stop_at`` records.
 
-    Its exit code; and the records found, the processor's seconds up to the first new one, and the MiB then.
+    Returns its exit code, and (records found, processor seconds up to the first new record, MiB then).
     """
     began = time.process_time()
     first: list[tuple[int, float, float]] = []
@@ -175,12 +174,12 @@ def attempt(command: list[object], out: Path, found: int, stop_at: float) -> tup
 
 
 def resumptions(out: Path, images: int, interruptions: int) -> list[tuple[int, float, float]]:
-    """Each start of a run that is stopped so often: as ``attempt`` says.
+    """Interrupt a run ``interruptions`` times; return a row of ``attempt`` for each start.
 
-    Raises AssertionError where the records are not those of a run left alone.
+    Raises AssertionError where its records differ from those of an uninterrupted run.
     """
     card = made_up_card(out / "data", images)
-    half_space = TESTS / "plugins" / "half_space.py"  # costs next to nothing, so that the records are what is timed
+    half_space = TESTS / "helpers" / "defenses" / "half_space.py"  # costs little, so that the records are timed
     command = ["run", "--defense", half_space, "--set", "threshold=0.5", "--dataset", card, "--device", "cpu"]
     assert bench(*command, "--out", out / "whole") == 0
     rows: list[tuple[int, float, float]] = []
@@ -191,13 +190,15 @@ def resumptions(out: Path, images: int, interruptions: int) -> list[tuple[int, f
         rows.append(row)
         found = len(certificates(parts))
     assert code == 0
-    assert certificates(parts) == certificates(out / "whole"), "resumed records are not the undisturbed run's"
+    assert certificates(parts) == certificates(out / "whole"), (
+        "resumed records differ from those of an uninterrupted run"
+    )
     assert len(rows) == interruptions + 1
     return rows
 
 
 def draw(drawn: list[list[float]], resumed: list[list[float]], path: Path) -> None:
-    """Memory over votes; seconds and memory of each resumption over the records it found."""
+    """Draw memory over votes, and seconds and memory of each resumption over the records found."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -214,7 +215,7 @@ def draw(drawn: list[list[float]], resumed: list[list[float]], path: Path) -> No
 
 
 def write(path: Path, header: tuple[str, ...], rows: list[Any]) -> None:
-    """A CSV file."""
+    """Write a CSV file."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -222,12 +223,12 @@ def write(path: Path, header: tuple[str, ...], rows: list[Any]) -> None:
 
 
 def read(path: Path) -> list[list[float]]:
-    """The columns of a CSV file of numbers."""
+    """Read the columns of a CSV file of numbers."""
     return np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2).T.tolist()  # type: ignore[no-any-return]
 
 
 def main(args: list[str] | None = None) -> int:
-    """Both parts, or one or none, and the figure of what the folder then holds; 1 where something grew."""
+    """Run both parts or one, draw the figure, and return 1 if memory or time grew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/soak"))
     parser.add_argument("--votes", type=int, default=5_000_000)
@@ -259,7 +260,7 @@ def main(args: list[str] | None = None) -> int:
         print(
             f"resumed {len(records)} times, with {records[0]:,.0f} to {records[-1]:,.0f} records: the first new one "
             f"after {seconds[0]:.2f} s of the processor at first, {seconds[-1]:.2f} s at last; last quarter's maximum "
-            f"{slower:+.2f} s and {heavier:+.1f} MiB over the first's; the records are those of a run left alone"
+            f"{slower:+.2f} s and {heavier:+.1f} MiB over the first's; the records equal those of an uninterrupted run"
         )
     if all((given.out / name).exists() for name in ("votes.csv", "resumptions.csv")):
         draw(read(given.out / "votes.csv"), read(given.out / "resumptions.csv"), given.out / "memory.png")

@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers.commands import Bench, Result
 
-# Nothing is judged by the clock: the suite may share its cores.
+# No time limits: the suite may share its cores.
 settings.register_profile("certbench", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("certbench")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing a test trains lands in the user's cache; within a session it is shared."""
+    """Keep what tests train out of the user's cache; share it within a session."""
     root = tmp_path_factory.mktemp("cache")
     before = os.environ.get("CERTBENCH_CACHE")
     os.environ["CERTBENCH_CACHE"] = str(root)
@@ -30,7 +30,7 @@ def scratch_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's threads, and so those that draw votes; afterwards they are as many as before."""
+    """Set torch's number of threads, and so that of the threads that draw votes; restore it afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -40,7 +40,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def bench(capfd: pytest.CaptureFixture[str]) -> Bench:
-    """The command ``bench`` with its exit code, stdout and stderr."""
+    """Call the command ``bench`` in process; return its exit code, stdout and stderr."""
     from bench.cli import main
 
     def call(*args: object) -> Result:

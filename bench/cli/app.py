@@ -108,7 +108,7 @@ def run(options: RunOptions, execution: Execution) -> None:
     try:
         outcomes = _on_cluster(plans, execution) if on_ray else _here(plans, execution, shard)
         check_writable(execution.out)
-        with watchdog.limit(execution.timeout):
+        with watchdog.time_limit(execution.timeout):
             for outcome in outcomes:
                 if not isinstance(outcome, DefenseFault):
                     records.append(outcome)
@@ -148,9 +148,9 @@ def _print_records(records: list[Record], execution: Execution, shard: Shard | N
             print(f"{r.path}: complete, {len(r.certificates)} images")
         print(f"bench merge {execution.out} joins the {shard.of} shards when all are complete")
     elif records:
-        from bench.report import build
+        from bench.report import tables, text
 
-        print(build.render(records, "md"))
+        print(text.render(tables.build(records), "md"))
         print(f"runs in {execution.out}; bench report {execution.out} makes the report")
 
 

@@ -1,4 +1,4 @@
-"""What GitHub Actions shows of a check: annotations on the run's page, and a summary."""
+"""Annotations and a summary of a check for GitHub Actions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 
 def annotation(level: str, title: str, message: str) -> str:
-    """A workflow command; nothing in ``title`` or ``message`` can end it and begin another."""
+    """Write a workflow command, with ``title`` and ``message`` escaped so that they cannot start another."""
     data = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
     name = title.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A").replace(":", "%3A").replace(",", "%2C")
     return f"::{level} title={name}::{data}"
 
 
 def publish(summary: str, annotations: Sequence[tuple[str, str, str]]) -> None:
-    """Inside GitHub Actions, annotate and add to the step's summary; nothing elsewhere.
+    """Print annotations and add to the step's summary; outside GitHub Actions, a no-op.
 
-    On stderr, so that stdout stays JSON where that was asked for; the runner reads commands from both.
+    Annotations go to stderr, so that stdout stays JSON with --json; the runner reads commands from both.
     """
     if os.environ.get("GITHUB_ACTIONS") != "true":
         return

@@ -1,20 +1,21 @@
-"""What ``bench list`` shows; reads files only and imports no torch."""
+"""Rows of ``bench list``, read from files without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench import plugins
 from bench.data.datasets import card_files, load_card
 from bench.errors import shown, unknown
 from bench.records import status
 
+Rows = list[dict[str, object]]  # one dict a row, keys are the columns
 
-def rows(what: str, out: Path) -> list[dict[str, Any]]:
-    """One dict a row, keys are the columns. Raises BenchError for an unknown kind."""
-    kinds: dict[str, Callable[[], list[dict[str, Any]]]] = {
+
+def rows(what: str, out: Path) -> Rows:
+    """List defenses, datasets, bases, or the runs of a folder. Raises BenchError for any other kind."""
+    kinds: dict[str, Callable[[], Rows]] = {
         "defenses": _defenses,
         "datasets": _datasets,
         "bases": _bases,
@@ -25,11 +26,11 @@ def rows(what: str, out: Path) -> list[dict[str, Any]]:
     return kinds[what]()
 
 
-def _defenses() -> list[dict[str, Any]]:
+def _defenses() -> Rows:
     return [vars(row) for row in plugins.listing()]
 
 
-def _datasets() -> list[dict[str, Any]]:
+def _datasets() -> Rows:
     cards = [load_card(name) for name in card_files()]
     return [
         {
@@ -43,7 +44,7 @@ def _datasets() -> list[dict[str, Any]]:
     ]
 
 
-def _bases() -> list[dict[str, Any]]:
+def _bases() -> Rows:
     cards = [load_card(name) for name in card_files()]
     return [
         {"dataset": c.name, "name": n, "model": b.model, "summary": b.summary}
@@ -52,7 +53,7 @@ def _bases() -> list[dict[str, Any]]:
     ]
 
 
-def _runs(out: Path) -> list[dict[str, Any]]:
+def _runs(out: Path) -> Rows:
     return [
         {
             "run": shown(r["run"]),

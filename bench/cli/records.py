@@ -1,4 +1,4 @@
-"""The commands that work on run folders: report, status, merge, compare, check, import, export, verify."""
+"""Commands that work on run folders: report, status, merge, compare, check, import, export, verify."""
 
 from __future__ import annotations
 
@@ -19,37 +19,39 @@ app = typer.Typer(rich_markup_mode=None)
 def report_(
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
     format: Annotated[
-        str | None, typer.Option(help="md, latex, csv, json or html; default: by the file's name in --out, else md.")
+        str | None, typer.Option(help="md, latex, csv, json or html. Default: by the file name in --out, else md.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder, or file (.md, .tex, .csv, .json, .html); default: print (html: none).")
+        Path | None,
+        typer.Option(help="Folder or file (.md, .tex, .csv, .json, .html) to write. Default: print, except html."),
     ] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="Show what others published, below each table, and what differs.")
+        bool, typer.Option("--published", help="Add published results below each table, and how they differ.")
     ] = False,
 ) -> None:
-    """Make the table, and with --out the figures or the page, of all finished runs. Exit 1 when some were left out."""
+    """Report all finished runs as tables, with --out also as figures or a page. Exit 1: some runs were left out."""
     from bench.errors import unknown
-    from bench.report import build, tables
+    from bench.report import output, tables, text
 
     if format not in (known := (None, "md", "latex", "csv", "json", "html")):
         raise unknown("format", format, filter(None, known))
-    format = build.format_of(out, format)
+    format = output.format_of(out, format)
     if published and format not in ("md", "latex"):
-        raise BenchError(f"--published: goes with --format md or latex, not {format}")
+        raise BenchError(f"--published works with --format md or latex, not {format}")
     if format == "html" and out is None:
         raise BenchError(
-            "a page is 5 MB and not for a terminal; say where to write it: --format html --out report.html"
+            "an html page has 5 MB, too much for a terminal; write it to a file: --format html --out report.html"
         )
     records, left_out = tables.load_records(runs)
     for line in left_out:
         print(f"bench: left out: {shown(line)}", file=sys.stderr)
     if not records:
-        raise BenchError(f"no finished run in {runs}; bench run makes one")
+        raise BenchError(f"no finished run in {runs}; create one with bench run")
+    report = tables.build(records, published)
     if format != "html":
-        print(build.render(records, format, published), end="")
+        print(text.render(report, format), end="")
     if out is not None:
-        for file in build.write(records, format, out, published, left_out):
+        for file in output.write(report, format, out, left_out):
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)
@@ -60,11 +62,11 @@ def status(
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Show how runs are getting on, also those of other processes: progress, pace, time left, failures."""
+    """Show progress, speed, time left and failures of runs, including those of other processes."""
     from bench.records import status
 
     if not runs.exists():
-        raise BenchError(f"no folder {runs}; bench run makes one")
+        raise BenchError(f"no folder {runs}; create runs with bench run")
     rows = status.rows(runs)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -79,7 +81,7 @@ def merge(
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run's folder.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Join the shards of bench run --shard into whole runs. Exit 1: some are missing or unfinished."""
+    """Join the shards of bench run --shard into whole runs. Exit 1: shards are missing or unfinished."""
     from bench.records import merge
 
     whole, missing = merge.merge(runs)
@@ -111,22 +113,29 @@ def compare(
 
 @app.command()
 def check(
-    baseline: Annotated[Path, typer.Option(help="The file to hold the runs against; --update makes it.")],
+    baseline: Annotated[Path, typer.Option(help="The baseline file; --update creates it.")],
     runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
-    update: Annotated[bool, typer.Option("--update", help="Make these runs the baseline; say what changed.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Save these runs as the baseline and print what changed.")
+    ] = False,
     any_base: Annotated[
         bool | None,
         typer.Option(
             "--any-base/--same-base",
-            help="With --update: whether the base may have other weights, as one trained anew on another machine has. "
-            "Default: as the file says, at first not.",
+            help="With --update: allow a base with other weights, such as one retrained on another machine. "
+            "Default: as saved in the file, at first the same base.",
         ),
     ] = None,
-    points: Annotated[float, typer.Option(help="The least loss of certified accuracy that fails, in points.")] = 2.0,
-    factor: Annotated[float, typer.Option(help="Warn of votes that take this many times as long.")] = 1.5,
+    points: Annotated[
+        float, typer.Option(help="Smallest loss of certified accuracy that fails, in percentage points.")
+    ] = 2.0,
+    factor: Annotated[float, typer.Option(help="Warn if votes take this many times as long.")] = 1.5,
     as_json: AsJson = False,
 ) -> None:
-    """Hold runs against a baseline. Exit 1: one regresses or is not reproduced; 3: one is missing or not comparable."""
+    """Compare runs with a saved baseline and fail on regressions.
+
+    Exit 1: a run regresses or is not reproduced; 3: one is missing or not comparable.
+    """
     from bench.cli import github
     from bench.compare import check
     from bench.compare.baseline import update as written
@@ -136,7 +145,7 @@ def check(
         print(json.dumps(lines, indent=1) if as_json else "\n".join([*lines, f"wrote {baseline}"]))
         return
     if any_base is not None:
-        raise BenchError("--any-base and --same-base are a baseline's own statement; give them with --update")
+        raise BenchError("--any-base and --same-base are saved in the baseline; give them with --update")
     found = check.check(baseline, runs, points, factor)
     text = check.markdown(found)
     print(json.dumps(found, indent=1) if as_json else text, end="\n" if as_json else "")
@@ -150,33 +159,38 @@ def check(
 
 @app.command("import")
 def import_(
-    log: Annotated[Path, typer.Argument(help="A released log: one line an image, tab-separated, with a header.")],
+    log: Annotated[Path, typer.Argument(help="A released log: tab-separated, with a header and one line per image.")],
     dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
     sigma: Annotated[
         float | None,
-        typer.Option(help="Noise of the certificates, in pixels of [0, 1]. It and the next six: as the log states."),
+        typer.Option(
+            help="Noise of the certificates, in pixels of [0, 1]. Default of this and the next six: as the log states."
+        ),
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Failure probability of each certificate.")] = None,
     n: Annotated[
-        int | None, typer.Option("--n", help="Votes that bound the probability; of adaptive sampling the most.")
+        int | None, typer.Option("--n", help="Votes that bound the probability; with adaptive sampling their maximum.")
     ] = None,
-    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; else not known.")] = None,
-    noise: Annotated[str | None, typer.Option(help="float, or grid: rounded to the pixel grid; else float.")] = None,
+    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; not stated: unknown.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="float, or grid: rounded to the pixel grid; not stated: float.")
+    ] = None,
     target: Annotated[
-        str | None, typer.Option(help="selected: the class chosen on n0 votes, or label: the known one; else selected.")
+        str | None,
+        typer.Option(help="selected: the class chosen on n0 votes, or label: the known label; not stated: selected."),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="cohen: n votes an image; adaptive: their number varies; else cohen.")
+        str | None, typer.Option(help="cohen: n votes an image; adaptive: their number varies; not stated: cohen.")
     ] = None,
     radius: Annotated[
-        float | None, typer.Option(help="The radius tested, where an adaptive log says only whether it was proved.")
+        float | None, typer.Option(help="The tested radius, if an adaptive log states only whether it was certified.")
     ] = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Make a run folder of a released log. Exit 1 when something is wrong with the log; it is imported all the same."""
+    """Import a released log as a run folder. Exit 1: the log has defects; it is imported nevertheless."""
     from bench.records import importing
-    from bench.report import build
+    from bench.report import tables, text
     from bench.runs.plan import LARGE, large
 
     given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
@@ -187,7 +201,7 @@ def import_(
     if as_json:
         print(json.dumps({"path": str(record.path), **record.info}, indent=1))
     else:
-        print(build.render([record], "md"))
+        print(text.render(tables.build([record]), "md"))
         print(f"imported as {record.path}")
     if record.flags:
         raise typer.Exit(1)
@@ -196,9 +210,9 @@ def import_(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write. Default: print.")] = None,
 ) -> None:
-    """Write a run as the common tab-separated log, with sigma, votes and noise in columns of their own."""
+    """Export a run as a tab-separated log, with columns for sigma, votes and noise."""
     from bench.io.files import write_text, writing
     from bench.records.logs import export_log
     from bench.records.record import read_run
@@ -215,20 +229,20 @@ def export(
 @app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; train anew where needed.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; retrain if needed.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Also test the certificates on noise of a new random seed.")
     ] = False,
     defense: Annotated[
-        str | None, typer.Option(help="./file.py of the record's defense: a file is run only where it is named here.")
+        str | None, typer.Option(help="./file.py of the record's defense. A file is executed only if it is named here.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Address of the record's served base: it is asked only where it is named here.")
+        str | None, typer.Option(help="Address of the record's served base. It is contacted only if it is named here.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Audit a record: radii from counts, images, hashes, a sample drawn again. Exit 1 when something is wrong."""
+    """Audit a record: recompute radii, check images and hashes, redraw a sample of votes. Exit 1: a check failed."""
     from bench.records.record import read_run
     from bench.records.verify import check_record
 

@@ -69,9 +69,9 @@ class _Driver:
     ) -> None:
         self._plans, self._reporter = plans, reporter
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        variables = {k: os.path.abspath(os.environ[k]) for k in _VARIABLES if os.environ.get(k)}
+        variables = {k: str(Path(os.environ[k]).absolute()) for k in _VARIABLES if os.environ.get(k)}
         plugins = sources(plan.defense for plan in plans)
-        place = Place(os.getcwd(), variables, plugins, threads, device.type, timeout)
+        place = Place(str(Path.cwd()), variables, plugins, threads, device.type, timeout)
         self._answers: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ended: list[Record | DefenseFault] = []
         self._voting = Voting(place, self._when, self._ended.append)

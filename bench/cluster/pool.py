@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from bench.cluster.worker import Place, VoteWorker
 from bench.errors import BenchError, one_line
 from bench.process import environment
-from bench.smoothing.scheduler import Batch
+from bench.smoothing.votes import Batch
 
 LOSSES = 5  # workers that may die of one task or batch before it is given up
 

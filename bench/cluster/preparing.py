@@ -23,7 +23,7 @@ from bench.runs.plan import Plan
 from bench.runs.prepared import RunHeader
 from bench.runs.session import Session
 from bench.runs.writer import RunWriter
-from bench.smoothing.engine import Pixels
+from bench.smoothing.task import ImageCache
 
 Prepared = Callable[[int, ClusterRun | Record | BenchError], None]  # number of the plan, and what became of it
 
@@ -83,7 +83,7 @@ class Preparations:
             writer=writer,
             log=log,
             task=task,
-            pixels=Pixels(task),
+            pixels=ImageCache(task),
             sent=sent,
             fresh=lambda audit: header.task(split, device, audit.noise),
         )

@@ -17,8 +17,9 @@ from bench.runs.certifier import NotOneFunction
 from bench.runs.costs import Measured
 from bench.runs.fresh_noise import Audit, BatchSample
 from bench.runs.writer import RunWriter
-from bench.smoothing.engine import Pixels, Task
-from bench.smoothing.scheduler import Batch, Certificate, Scheduler, Voted
+from bench.smoothing.scheduler import Scheduler
+from bench.smoothing.task import ImageCache, Task
+from bench.smoothing.votes import Batch, Certificate, Voted
 
 # Phases. A resumed run first certifies some images again; a certified run is checked, then released by its workers.
 REDRAW, CERTIFY, CHECK, AUDIT, FINISH = range(5)
@@ -44,7 +45,7 @@ class ClusterRun:
     writer: RunWriter
     log: RunLog
     task: Task
-    pixels: Pixels
+    pixels: ImageCache
     sent: tuple[Any, Any]  # the certifier and the task, packed, in the object store
     fresh: Callable[[Audit], Task]  # makes the task of an audit
     phase: int = CERTIFY
@@ -84,7 +85,7 @@ class ClusterRun:
         self.samples.setdefault(actor, BatchSample(self.task.block)).see(batch, voted)
         for certificate in decided:
             self.writer.add(certificate)
-            self.pixels.pop(certificate.index, None)
+            self.pixels.drop(certificate.index)
 
     def redrawn(self, holders: list[Actor]) -> None:
         """Go on with the images that are left. Raises NotOneFunction where counts drawn again contradict the record."""
@@ -106,7 +107,7 @@ class ClusterRun:
 
     def _again(self, by: Actor, batch: Batch, voted: Voted) -> Check:
         def send(actor: Actor, then: Callable[[Any], None]) -> None:
-            images = {s.image: self.pixels[s.image] for s in batch.spans}
+            images = self.pixels.get(s.image for s in batch.spans)
             actor.call(actor.handle.draw, self.number, batch, images, then=then)
 
         def judge(actor: Actor, value: Any) -> None:
@@ -123,7 +124,7 @@ class ClusterRun:
     def _audit(self, wanted: Audit) -> Check:
         def send(actor: Actor, then: Callable[[Any], None]) -> None:
             task = ray.put(pack(replace(self.fresh(wanted), images=not_here, labels=not_here)))
-            images = {i: self.pixels[i] for i in wanted.claims}
+            images = self.pixels.get(wanted.claims)
             actor.call(actor.handle.audit, self.number, task, wanted, images, then=then)
 
         return Check(send, lambda _, hits: self.writer.check_audit(wanted, hits))

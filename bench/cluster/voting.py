@@ -17,8 +17,8 @@ from bench.cluster.worker import Place
 from bench.errors import BenchError, DefenseFault
 from bench.records.record import Record, read_run
 from bench.runs.certifier import NotOneFunction
-from bench.smoothing.dispatch import Dispatcher, enlarged
-from bench.smoothing.scheduler import Batch
+from bench.smoothing.dispatch import Dispatcher, batch_factor
+from bench.smoothing.votes import Batch
 
 
 class Voting:
@@ -102,7 +102,7 @@ class Voting:
         if run.measured is None:
             return run.task.block, run.task.block
         seconds = run.measured.block_seconds * run.measured.rows / run.task.block
-        times = enlarged(len(self._dispatcher.workers), seconds)
+        times = batch_factor(len(self._dispatcher.workers), seconds)
         return run.measured.rows * times, run.measured.at_once * times
 
     # Votes --------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Voting:
         """Ask a worker for a batch; before the first batch of a run it gets the run's certifier."""
         run = self.runs[key // 2]
         self._load(actor, run)
-        images = {s.image: run.pixels[s.image] for s in batch.spans}
+        images = run.pixels.get(s.image for s in batch.spans)
         actor.call(actor.handle.draw, run.number, batch, images, then=partial(self._answered, actor, key, batch))
 
     def _load(self, actor: Actor, run: ClusterRun) -> None:

@@ -29,8 +29,9 @@ from bench.runs import fresh_noise
 from bench.runs.certifier import Certifier, DeviceCertifier
 from bench.runs.fresh_noise import Audit
 from bench.runs.session import Session
-from bench.smoothing.engine import Device, Task
-from bench.smoothing.scheduler import Batch
+from bench.smoothing.engine import Device
+from bench.smoothing.task import Task
+from bench.smoothing.votes import Batch
 
 
 def pack(thing: Any) -> bytes:
@@ -59,10 +60,10 @@ class Place:
     def entered(self) -> Iterator[torch.device]:
         """Set up this process; the value is its device. Raises BenchError where a plug-in cannot be imported."""
         os.environ.update(self.variables)
-        if os.path.isdir(self.folder):  # a node without it can still draw votes
+        if Path(self.folder).is_dir():  # a node without it can still draw votes
             os.chdir(self.folder)
         torch.set_num_threads(self.threads)
-        with tempfile.TemporaryDirectory() as folder, watchdog.limit(self.timeout):
+        with tempfile.TemporaryDirectory() as folder, watchdog.time_limit(self.timeout):
             if self.plugins:  # as files, since their source is part of what they train
                 plugins.import_sources(self.plugins, Path(folder))
             yield torch.device(self.device)
@@ -93,7 +94,7 @@ def prepare(place: Place, plan: bytes, out: Path) -> tuple[bytes | BenchError, b
     try:
         with place.entered() as device:
             session, known = Session(device, out, _Silent()), unpack(plan)
-            with recording(session.log_file(known), session.reporter.aloud):
+            with recording(session.log_file(known), session.reporter.terminal):
                 prepared = session.begin(known)
                 header = prepared.header()
             return pack(header), pack(prepared.certifier.to(torch.device("cpu")))

@@ -1,7 +1,7 @@
 """The schema of a data set's card, datasets/*.toml.
 
-A card is data, no Python: where the images come from, their shape and levels, the splits, and what
-each preset means here. Images stay integers 0 .. levels-1; pixels are integers / (levels - 1).
+A card holds no code. It states the source of the images, their shape and levels, the splits, base classifiers, and
+the presets. Images are integers 0 .. levels-1; pixels are integers / (levels - 1).
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ _Side = Annotated[int, Field(ge=1, le=16_384)]
 
 @checked(config=_STRICT, frozen=True)
 class Preset:
-    """What quick, standard or paper means on this data set."""
+    """The settings of a preset (quick, standard or paper) for this data set."""
 
     examples: PositiveInt | Annotated[str, StringConstraints(pattern=r"^every:[1-9]\d*$")]
     n0: PositiveInt
     n: PositiveInt
     base: str = ""  # a recipe of [bases]; default: the card's first
-    transfer_base: str = ""  # the base of defenses that adapt one of another task; as --base takes it; default: none
+    transfer_base: str = ""  # a value of --base for defenses that adapt a base of another task; default: none
     train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
-    epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of every training of a default schedule
+    epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of defenses' default schedules
 
 
 @checked(config=_STRICT, frozen=True)
 class Recipe:
-    """A base classifier: a timm model and the schedule that trains it clean, from scratch or pretrained weights."""
+    """A base classifier: a timm model, and the schedule of its clean training."""
 
     model: str
     schedule: dict[str, Any]
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False  # start from timm's published weights, with their normalisation
-    classes: tuple[str, ...] = ()  # train on the images of these alone: another task; default: all
+    classes: tuple[str, ...] = ()  # train on these classes alone, as a base of another task; default: all
     summary: str = ""
 
     def __post_init__(self) -> None:
         if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes: two at least, all different")
+            raise ValueError("classes: at least two, all different")
 
 
 def _presets() -> dict[str, Preset]:
@@ -72,26 +72,26 @@ def _names(value: Any) -> Any:
 
 @checked(config=_STRICT, frozen=True)
 class Card:
-    """One data set, as its TOML file states it; all but name, source and shape has a default."""
+    """A data set's card; name, source and shape are required."""
 
-    # The name is part of folder names, so it must not lead out of them.
+    # The name is part of folder names, so it must not be a path.
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     source: Source
     shape: tuple[_Side, _Side, _Side]
     levels: Annotated[int, Field(ge=2, le=256)] = 256
-    classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or how many; default: names of folders
-    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] = ()  # pixels in [0, 1]; neither may end in infinity
+    classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or their number; default: folder names
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] = ()  # of pixels in [0, 1]; bounds exclude infinity
     std: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = ()
     radii: Annotated[tuple[Annotated[float, Field(ge=0, le=1e30)], ...], Field(min_length=1, max_length=100)] = (
         *(0.0, 0.25, 0.5, 0.75, 1.0),
     )
-    # Sizes of the splits that are cut from train, because the source has no such part.
+    # Sizes of the splits that are cut from train, where the source has no such part.
     splits: dict[Literal["test", "validation"], PositiveInt] = field(default_factory=dict)
     presets: dict[str, Preset] = field(default_factory=_presets)
     bases: dict[str, Recipe] = field(default_factory=dict)
     preset: str = "quick"
     augment: tuple[Literal["crop", "flip"], ...] = ()
-    home: Path = Path()  # the card's own folder; not a key of the file
+    home: Path = Path()  # the folder of the card's file; not a key of it
 
     def __post_init__(self) -> None:
         for key in ("mean", "std"):
@@ -99,34 +99,36 @@ class Card:
                 raise ValueError(f"{key}: {len(getattr(self, key))} values for {self.shape[0]} channels")
         for name in self.splits:
             if has(self.source, name):
-                raise ValueError(f"splits.{name}: the source has its own {name} part, which is taken whole")
+                raise ValueError(f"splits.{name}: the source has its own {name} part, which is used completely")
         if not isinstance(self.source, Digits):
             if self.shape[0] not in (1, 3):
                 raise ValueError(f"shape: pictures have 1 or 3 channels, not {self.shape[0]}")
             if self.levels != 256:
                 raise ValueError("levels: pictures have 256")
             if 0 < self.source.resize < max(self.shape[1:]):
-                raise ValueError(f"source.resize: {self.source.resize} is less than the shape's side")
+                raise ValueError(f"source.resize: {self.source.resize} is less than the shape's height or width")
         if len(self.classes) == 1 or len(set(map(same, self.classes))) != len(self.classes):
-            raise ValueError("classes: two at least, all different")
+            raise ValueError("classes: at least two, all different")
         if len({f"{r:g}" for r in self.radii}) < len(self.radii) or list(self.radii) != sorted(self.radii):
-            raise ValueError("radii: rising, and not printed alike")
+            raise ValueError("radii: must increase, and differ in six digits")
         if self.preset not in self.presets:
             raise ValueError(f"preset = {self.preset!r} has no [presets.{self.preset}] table")
 
     def sha256(self) -> str:
-        """Hash of what decides images and labels: the presets, recipes and report grid may change without it."""
+        """Return the hash of everything that decides images and labels; not of presets, recipes and radii."""
         parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
-        # Where a copy lies decides nothing; what is in it is hashed with the images.
+        # Not of the folder; the images in it are hashed themselves.
         parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def root(card: Card, source: Stored) -> tuple[Path, str]:
-    """The local data folder, and how a record calls it: without the path, which is the user's own."""
+    """Return the local data folder, and its name in records, without the user's path."""
     if source.folder:
         return located(card.home, source.folder), Path(source.folder).name
     data = os.environ.get("CERTBENCH_DATA")
     if not data:
-        raise BenchError(f"card {card.name}: set CERTBENCH_DATA to the folder that holds {card.name}/ with its data")
+        raise BenchError(
+            f"card {card.name}: no data folder; set CERTBENCH_DATA to the folder that contains {card.name}/"
+        )
     return Path(data) / card.name, f"$CERTBENCH_DATA/{card.name}"

@@ -1,8 +1,4 @@
-"""Data-set cards: datasets/*.toml -> splits of images and labels.
-
-A card is data, no Python: where the images come from, their shape and levels, the splits, and what
-each preset means here. Images stay integers 0 .. levels-1; pixels are integers / (levels - 1).
-"""
+"""Load cards (datasets/*.toml) and the splits of images and labels that they describe."""
 
 from __future__ import annotations
 
@@ -28,24 +24,24 @@ from bench.errors import BenchError, unknown
 from bench.io import limits
 
 SplitName = PartName
-LARGEST = limits.MB  # of a card
+LARGEST = limits.MB  # maximum size of a card
 SPLIT_OFF: tuple[Literal["test", "validation"], ...] = ("test", "validation")
-CUT = 5000  # the most images a split cut from train takes where the card gives no number
+CUT = 5000  # maximum size of a split cut from train, where the card states none
 
 
 def card_files() -> dict[str, Path]:
-    """Name -> file of the cards that come with certbench."""
+    """Return the files of certbench's own cards by name."""
     folder = Path(__file__).parents[2] / "datasets"
     if (folder / "digits.toml").is_file():
         files = list(folder.iterdir())
-    else:  # installed: that folder is Hugging Face's package, if anything
-        # A folder without Python is a namespace package, which may have several places and has no path of its own.
+    else:  # installed: a folder of that name would be Hugging Face's package
+        # A folder without Python is a namespace package, which may have several locations and no path of its own.
         files = [Path(str(f)) for f in importlib.resources.files("certbench_cards").iterdir()]
     return {f.stem: f for f in sorted(files) if f.suffix == ".toml"}
 
 
 def load_card(name: str) -> Card:
-    """The card of that name, or of that file when it ends in .toml. Raises BenchError naming the faulty key."""
+    """Load the card of that name, or of that file if it ends in .toml. Raises BenchError naming the wrong key."""
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -65,10 +61,10 @@ def load_card(name: str) -> Card:
         raise BenchError(f"{path}: {e.strerror}") from None
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))  # empty where the card's keys do not go together
-        said = first["msg"].removeprefix("Value error, ")
-        raise BenchError(": ".join(filter(None, (str(path), where, said)))) from None
-    except (ValueError, RecursionError) as e:  # tomllib's own, int's and datetime's for what no number or date can be
+        where = ".".join(map(str, first["loc"]))  # empty where keys contradict each other
+        problem = first["msg"].removeprefix("Value error, ")
+        raise BenchError(": ".join(filter(None, (str(path), where, problem)))) from None
+    except (ValueError, RecursionError) as e:  # of tomllib, and of int and datetime on impossible values
         raise BenchError(f"{path}: not TOML: {e}") from None
     return replace(
         card,
@@ -79,7 +75,7 @@ def load_card(name: str) -> Card:
 
 
 def _small_vit(shape: tuple[int, int, int]) -> Recipe:
-    """A ViT that trains from scratch in minutes: patches that divide the image, about 8 a side."""
+    """Return the recipe of a ViT that trains from scratch in minutes, with about 8 patches along each side."""
     channels, height, width = shape
     side = math.gcd(height, width)
     patch = min((p for p in range(1, side + 1) if side % p == 0), key=lambda p: abs(p - min(height, width) / 8))
@@ -93,16 +89,16 @@ def _small_vit(shape: tuple[int, int, int]) -> Recipe:
 
 
 def load_split(card: Card, split: SplitName) -> Split:
-    """One split of the card's data set."""
+    """Load one split of a card's data set."""
     return load_splits(card, split)[0]
 
 
 def load_splits(card: Card, *names: SplitName) -> list[Split]:
-    """Splits of the card's data set, each of its files read once. Which image is in which split is fixed by the card.
+    """Load splits of a card's data set, reading each file once. The card alone decides which image is in which split.
 
-    A part that the source has is taken whole, in its own order. Others are cut from one fixed shuffle of its train
-    part: test, then validation, then train is the rest. Raises BenchError where the data are absent or not as the
-    card says.
+    A part that the source has is used completely, in its own order. The others are cut from one fixed shuffle of its
+    train part: first test, then validation; train is the rest. Raises BenchError where the data are missing or do not
+    match the card.
     """
     parts: dict[SplitName, Part] = {}
     cut: dict[str, NDArray[np.int64]] = {}
@@ -122,22 +118,24 @@ def load_splits(card: Card, *names: SplitName) -> list[Split]:
 
 
 def _cut(card: Card, rows: int) -> dict[str, NDArray[np.int64]]:
-    """The rows of the train part that go to train and to each split the source has not."""
+    """Divide the rows of the train part between train and the splits that the source does not have."""
     sizes: dict[str, int] = {}
     for name in SPLIT_OFF:
         if not has(card.source, name):
             sizes[name] = card.splits.get(name, max(1, min(rows // 10, CUT)))
     if sum(sizes.values()) >= rows:
-        asked = " and ".join(f"{size} for {name}" for name, size in sizes.items())
-        raise BenchError(f"card {card.name}: {rows} images in its train part are too few to cut off {asked}")
+        needed = " and ".join(f"{size} for {name}" for name, size in sizes.items())
+        raise BenchError(
+            f"card {card.name}: the {rows} images of its train part are too few for {needed}; lower its [splits]"
+        )
     order = np.array(sorted(range(rows), key=lambda i: hashlib.sha256(f"{card.name}/{i}".encode()).digest()))
     return dict(zip([*sizes, "train"], np.split(order, np.cumsum([*sizes.values()])), strict=True))
 
 
 def choose(split: Split, examples: str) -> list[int]:
-    """Indices into the split: ``every:K`` each K-th image, ``N`` a fixed class-balanced subset.
+    """Return the indices of ``--examples``: every:K for each K-th image, N for a fixed class-balanced subset.
 
-    The subset does not depend on any seed, and the subset of a smaller N is part of a larger one's.
+    The subset does not depend on a seed, and a larger subset contains the smaller ones.
     """
     total = len(split)
     if examples.startswith("every:"):
@@ -147,7 +145,7 @@ def choose(split: Split, examples: str) -> list[int]:
         return list(range(0, total, int(step)))
     if not examples.isdigit() or not 1 <= int(examples) <= total:
         raise BenchError(f"--examples {examples}: must be 1 to {total} (the {split.name} split's size) or every:K")
-    # The k-th image of every class comes before the (k+1)-th of any.
+    # Sort by how many images of the same class come before.
     seen: dict[int, int] = {}
     rank = []
     for i, label in enumerate(split.labels.tolist()):

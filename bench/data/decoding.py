@@ -1,4 +1,4 @@
-"""One encoded picture to 8-bit pixels: what would lose information is refused, what is converted is reported."""
+"""Decode a picture to 8-bit pixels. A loss of information is refused; conversions are reported."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from numpy.typing import NDArray
 
 from bench.errors import BenchError, one_line
 
-# The formats Pillow may try: among its others are ones that run programs (EPS runs Ghostscript), and ones whose
-# files of more than 8 bits it cuts to 8 without telling (AVIF, JPEG 2000).
+# Formats Pillow may try. Others run programs (EPS runs Ghostscript), or are silently cut to 8 bits (AVIF, JPEG 2000).
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".gif"}
 )
-HEADER = 1024  # bytes from the start of a file that hold what ``_largest`` reads
+HEADER = 1024  # first bytes of a file, enough for ``_largest``
 ORIENTATION = 0x0112  # the EXIF tag
-_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # keys of Pillow's info that may hold it
-_AS_STORED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # modes whose colours reach RGB unchanged
+_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # keys of Pillow's info that may contain the tag
+_AS_STORED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # modes that are converted to RGB without changing colours
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels [C, H, W] of 8 bits, and in words each conversion that changed what was stored."""
+    """Pixels [C, H, W] of 8 bits, the picture's name in messages, and a description of each conversion."""
 
     pixels: NDArray[np.uint8]
     where: str
@@ -38,10 +37,17 @@ class Decoded:
 
 
 def decode(data: Path | memoryview, where: str, shape: tuple[int, int, int], resize: int) -> Decoded:
-    """Decode one picture. Raises BenchError naming ``where`` when it is not of the shape, or has more than 8 bits.
+    """Decode one picture.
 
-    With ``resize`` the shorter side is scaled to it (bilinear, antialiased) and the centre of ``shape``
-    cut out, as ImageNet's evaluation does. Three channels take grey pictures too, one channel grey ones only.
+    Args:
+        data: A file, or its bytes.
+        where: Name of the picture in messages.
+        shape: Channels, height and width. Grey pictures are allowed for 1 and 3 channels, colour ones for 3.
+        resize: Scale the shorter side to this (bilinear, antialiased) and crop the centre, as ImageNet's evaluation
+            does; 0: the picture must have the shape.
+
+    Raises:
+        BenchError: The picture is unreadable, has another shape, or more than 8 bits.
     """
     from PIL import Image
 
@@ -58,7 +64,7 @@ def decode(data: Path | memoryview, where: str, shape: tuple[int, int, int], res
                 _refuse(image, largest, where, channels)
                 changes = _unusual(image, largest)
                 if image.has_transparency_data:
-                    seen = image.convert("RGBA")  # first, since Pillow warns of a palette's straight way to RGB
+                    seen = image.convert("RGBA")  # first, since Pillow warns of palettes converted straight to RGB
                     if seen.getchannel("A").getextrema() != (255, 255):
                         changes.append("transparency dropped")
                     picture = seen.convert("RGB") if channels == 3 else image.convert("L")
@@ -72,8 +78,8 @@ def decode(data: Path | memoryview, where: str, shape: tuple[int, int, int], res
         raise BenchError(
             f"{where}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, refused as a decompression bomb"
         ) from None
-    except Exception as e:  # Pillow's decoders raise whatever they stumble over
-        raise BenchError(f"{where}: not a readable picture: {one_line(e)}") from None
+    except Exception as e:  # Pillow's decoders raise errors of any type
+        raise BenchError(f"{where}: not a readable picture: {one_line(e)}; replace or delete it") from None
     if resize:
         if min(picture.size) < resize:
             changes.append("smaller than the card's resize, enlarged")
@@ -89,7 +95,7 @@ def decode(data: Path | memoryview, where: str, shape: tuple[int, int, int], res
 
 
 def _refuse(image: Any, largest: int, where: str, channels: int) -> None:
-    """Raise BenchError for a picture of more than 8 bits, of signed samples, or of colours where one is wanted.
+    """Raise BenchError for a picture of more than 8 bits, of signed samples, or of colours for one channel.
 
     ``largest`` is 0 where Pillow's mode already has more bits.
     """
@@ -100,24 +106,26 @@ def _refuse(image: Any, largest: int, where: str, channels: int) -> None:
             f"convert the pictures to 8 bits first"
         )
     if image.format == "TIFF":
-        if set(image.tag_v2.get(339, (1,))) - {1}:  # SampleFormat; Pillow reads signed bytes as unsigned ones
+        if set(image.tag_v2.get(339, (1,))) - {1}:  # SampleFormat; Pillow reads signed bytes as unsigned
             raise BenchError(f"{where}: its samples are not unsigned integers; convert the pictures first")
-        # Pillow takes the upper byte of each 16-bit entry of ColorMap. Writers store a byte v as v*257 or v*256.
+        # Pillow uses the upper byte of each 16-bit entry of ColorMap. Writers store a byte v as v*257 or v*256.
         if image.mode in ("P", "PA") and any(v % 256 and v % 257 for v in image.tag_v2.get(320, ())):
             raise BenchError(f"{where}: its palette has 16 bits a colour, not 8; convert the pictures to 8 bits first")
     if channels == 1 and image.mode not in ("1", "L"):
-        raise BenchError(f"{where}: mode {image.mode}, but the card's 1 channels need grey")
+        raise BenchError(
+            f"{where}: mode {image.mode}, but the card's 1 channel needs grey; set 3 channels in its shape"
+        )
 
 
 def _largest(image: Any, header: bytes) -> int:
-    """The largest value that a stored sample can take, from the file's header; a palette's colours have 8 bits.
+    """Return the largest possible value of a stored sample, from the file's header; palettes have 8-bit colours.
 
-    Pillow's mode does not tell: it is RGB for 16 bits a channel as well, whose lower byte is lost.
+    Pillow's mode does not suffice: it is RGB for 16 bits a channel too, with the lower byte lost.
     """
     bits = 8
     if image.format == "PNG":
         if header[12:16] != b"IHDR":
-            raise ValueError("a PNG file begins with IHDR")
+            raise ValueError("a PNG file must begin with IHDR")
         bits = header[24] if header[25] != 3 else 8
     elif image.format == "TIFF":
         bits = max(image.tag_v2.get(258, (1,))) if image.mode not in ("P", "PA") else 8
@@ -125,7 +133,7 @@ def _largest(image: Any, header: bytes) -> int:
         words = re.sub(rb"#[^\r\n]*", b"", header).split(None, 4)
         return 1 if words[0] in (b"P1", b"P4") else int(words[3])
     elif image.format == "BMP" and image.mode == "RGB":
-        at = 24 if header[14] == 12 else 28  # the two versions of its header
+        at = 24 if header[14] == 12 else 28  # for the two versions of the header
         bits = 5 if int.from_bytes(header[at : at + 2], "little") == 16 else 8  # 5 or 6 bits a channel
     elif image.mode == "1":
         bits = 1
@@ -133,29 +141,29 @@ def _largest(image: Any, header: bytes) -> int:
 
 
 def _unusual(image: Any, largest: int) -> list[str]:
-    """In words, what a conversion to 8-bit RGB or grey changes or leaves out, but for transparency."""
+    """Describe what a conversion to 8-bit RGB or grey changes or drops, except transparency."""
     changes = []
     if largest < 255:
         changes.append(f"values 0 to {largest} scaled to 0 to 255")
     if getattr(image, "is_animated", False):
-        changes.append("only the first of several frames taken")
+        changes.append("only the first of several frames used")
     if image.format == "TIFF":
         if image.tag_v2.get(277, 1) > len(image.getbands()):
             changes.append("channels beyond the colours dropped")
         if image.tag_v2.get(ORIENTATION, 1) != 1:
-            changes.append("turned as its orientation tag says")  # by Pillow, for this format alone
+            changes.append("rotated by its orientation tag")  # by Pillow, for this format alone
     if image.mode not in _AS_STORED:
         changes.append(f"{image.mode} converted to RGB without a colour profile")
     return changes
 
 
 def _turned(image: Any) -> bool:
-    """Whether a camera's tag asks for the picture to be turned or mirrored. A damaged tag asks for nothing."""
+    """Return whether an orientation tag asks to rotate or mirror the picture; False for a damaged tag."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return int(image.getexif().get(ORIENTATION, 1)) in range(2, 9)
-    except Exception:  # of Pillow's parser, on bytes that may be anything
+    except Exception:  # Pillow's parser raises errors of any type on untrusted bytes
         return False
 
 
@@ -165,7 +173,7 @@ def _resized(picture: Any, where: str, height: int, width: int, resize: int) -> 
     w, h = picture.size
     short = min(w, h)
     if resize * resize * max(w, h) // short > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise BenchError(f"{where}: {h}x{w} pixels are too elongated to resize")
+        raise BenchError(f"{where}: {h}x{w} pixels are too elongated to resize; crop or delete the picture")
     picture = picture.resize((resize * w // short, resize * h // short), Image.Resampling.BILINEAR)
     w, h = picture.size
     left, top = round((w - width) / 2), round((h - height) / 2)

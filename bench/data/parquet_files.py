@@ -1,4 +1,4 @@
-"""Parquet files of encoded pictures, as the Hugging Face hub has them."""
+"""Read Parquet files of encoded pictures, in the layout of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bench.data.sources import Parquet, Part, PartName, located, numbered, same,
 from bench.errors import BenchError, note, one_line
 from bench.io import hub, limits
 
-ROWS = 10_000_000  # of a file, at most
-STEP = 8  # rows decoded at a time: what may be taken before it is counted, at most 2 GB each
-OVERHEAD = 1000  # bytes that a step takes beside its columns, about
+ROWS = 10_000_000  # maximum rows of a file
+STEP = 8  # rows read at a time, at most 2 GB each, before their size is checked
+OVERHEAD = 1000  # approximate bytes of a step besides its columns
 
 
 def read_parquet(card: Card, source: Parquet, part: PartName) -> Part:
-    """One part. Raises BenchError where a file is absent or damaged, or its classes are not the card's."""
+    """Read one part. Raises BenchError where a file is missing or damaged, or its classes differ from the card's."""
     pictures: list[Any] = []
     labels, starts, paths, origins, named = [], [0], [], [], []
     room = limits.memory() // 2
@@ -35,7 +35,10 @@ def read_parquet(card: Card, source: Parquet, part: PartName) -> Part:
         classes = len(place_of)
         if len(wrong := np.flatnonzero((numbers < 0) | (numbers >= classes))):
             row = wrong[0]
-            raise BenchError(f"{path}: row {row}: label {numbers[row]} is not among the card's {classes} classes")
+            raise BenchError(
+                f"{path}: row {row}: label {numbers[row]} is not among the card's {classes} classes; "
+                f"correct classes in the card"
+            )
         if place_of.tolist() != list(range(classes)):
             note(f"{path}: {(remark := _moved(names, place_of))}")
             origin += f" ({name}: {remark})"
@@ -67,13 +70,13 @@ def read_parquet(card: Card, source: Parquet, part: PartName) -> Part:
 
 
 def agreed(card: Card, named: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """The names that several files give the classes, if any. Raises BenchError where files differ."""
+    """Return the names of the classes that several files agree on, if any. Raises BenchError where files differ."""
     known = list(dict.fromkeys(names for names in named if names))
     if len(known) > 1:
         at = next(i for i, (one, other) in enumerate(zip(*known[:2], strict=True)) if one != other)
         raise BenchError(
             f"card {card.name}: its files name class {at} {known[0][at]!r} and {known[1][at]!r}; "
-            f"list the names as classes in the card, and labels are matched by name"
+            f"list the names under classes in the card, so that labels are matched by name"
         )
     return known[0] if known else ()
 
@@ -84,31 +87,32 @@ def _file(card: Card, source: Parquet, name: str) -> tuple[Path, str]:
         if (path := located(folder, name)).is_file():
             return path, called
         if not source.hub:
-            raise BenchError(f"card {card.name}: no file {folder / name}")
-    mend = f"set CERTBENCH_DATA to a folder that has {card.name}/{name}"
-    path = hub.fetch(source.hub, name, source.revision, "dataset", mend)
+            raise BenchError(f"card {card.name}: no file {folder / name}; put it there, or name a hub in its [source]")
+    fix = f"set CERTBENCH_DATA to a folder that has {card.name}/{name}"
+    path = hub.fetch(source.hub, name, source.revision, "dataset", fix)
     return path, f"hub {source.hub}@{hub.commit(path)}"
 
 
 def _columns(path: Path, source: Parquet, room: int) -> tuple[Any, NDArray[np.int64], tuple[str, ...]]:
-    """The encoded pictures, labels and class names of one file; a path beside the bytes is never opened.
+    """Read the encoded pictures, labels and class names of one file; a path stored with a picture is never opened.
 
-    A file of a few hundred bytes may stand for any number of rows and bytes, and its footer need not say so:
-    it is read a few rows at a time, up to ``room`` bytes.
+    A file of a few hundred bytes may expand to any number of rows and bytes, whatever its footer states, so it is read
+    a few rows at a time, up to ``room`` bytes.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
-        # Opened by Python: pyarrow takes no path that is not UTF-8.
+        # Opened by Python, since pyarrow refuses paths that are not UTF-8.
         with path.open("rb") as stream, pq.ParquetFile(stream) as file:
             known = file.schema_arrow.names
             names = _class_names(file.schema_arrow.metadata or {}, source.label)
             for column in (source.image, source.label):
                 if known.count(column) != 1:
                     raise BenchError(
-                        f"{path}: {known.count(column) or 'no'} columns {column!r}; it has {', '.join(known)}"
+                        f"{path}: {known.count(column) or 'no'} columns {column!r}; it has {', '.join(known)}: "
+                        f"name one as image or label in the card's [source]"
                     )
             batches: list[Any] = []
             taken = 0
@@ -118,31 +122,35 @@ def _columns(path: Path, source: Parquet, room: int) -> tuple[Any, NDArray[np.in
                 taken += batch.nbytes + OVERHEAD
                 if taken > room:
                     raise BenchError(
-                        f"{path}: its pictures take more than the {room / 1e9:.1f} GB left of half of this machine's "
-                        f"memory; leave files out of the card, or use a machine with more"
+                        f"{path}: its pictures take more than {room / 1e9:.1f} GB, what is left of half of this "
+                        f"machine's memory; leave files out of the card, or use a machine with more memory"
                     )
                 batches.append(batch)
             table = pa.Table.from_batches(batches, None if batches else file.schema_arrow)
     except BenchError:
         raise
-    except Exception as e:  # pyarrow raises its own errors, and Python's (UnicodeDecodeError, KeyError, MemoryError)
+    except Exception as e:  # pyarrow raises its own and Python's errors (UnicodeDecodeError, KeyError, MemoryError)
         raise BenchError(f"{path}: not a readable parquet file: {one_line(e)}; fetch it again") from None
     images, labels = table.column(source.image), table.column(source.label)
     if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
         images = pc.struct_field(images, "bytes")
     if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
-        raise BenchError(f"{path}: column {source.image!r} holds {images.type}, not the bytes of pictures")
+        raise BenchError(
+            f"{path}: column {source.image!r} holds {images.type}, not the bytes of pictures; set image in the card"
+        )
     if not pa.types.is_integer(labels.type):
-        raise BenchError(f"{path}: column {source.label!r} holds {labels.type}, not whole numbers")
+        raise BenchError(
+            f"{path}: column {source.label!r} holds {labels.type}, not whole numbers; set label in the card"
+        )
     for name, column in ((source.image, images), (source.label, labels)):
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
-            raise BenchError(f"{path}: row {row}: column {name!r} is empty")
+            raise BenchError(f"{path}: row {row}: column {name!r} is empty; remove the row")
     return images, labels.to_numpy(), names
 
 
 def _class_names(metadata: dict[bytes, bytes], column: str) -> tuple[str, ...]:
-    """The names of a column's ClassLabel, in the metadata that Hugging Face's datasets writes; empty without any."""
+    """Return the names of a column's ClassLabel from the metadata of Hugging Face's datasets; empty without any."""
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -151,7 +159,7 @@ def _class_names(metadata: dict[bytes, bytes], column: str) -> tuple[str, ...]:
 
 
 def _places(path: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """The card's label of each of the file's, and the classes' names by it, if any.
+    """Map the file's labels to the card's by name, and return the names of the classes, if any.
 
     Raises BenchError where both name the classes and the names differ.
     """
@@ -164,7 +172,8 @@ def _places(path: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> tup
         more = sorted(set(names) - set(classes))
         raise BenchError(
             f"{path}: its labels name {len(names)} classes, the card has {len(classes)} classes; "
-            f"only in the file: {some(more) or 'none'}; only in the card: {some(missing) or 'none'}"
+            f"only in the file: {some(more) or 'none'}; only in the card: {some(missing) or 'none'}; "
+            f"correct classes in the card"
         )
     return np.arange(len(classes)), names
 

@@ -1,4 +1,4 @@
-"""Encoded pictures, decoded when they are asked for."""
+"""Encoded pictures, decoded on access."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from bench.data.decoding import Decoded
 from bench.errors import note
 
-KEEP_BYTES = 1 << 30  # a part that fits is kept once decoded (CIFAR-10: 0.2 GB); a larger one is decoded each time
+KEEP_BYTES = 1 << 30  # decoded pictures are kept up to this size (CIFAR-10: 0.2 GB), else decoded on every access
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures [N, C, H, W] of 8 bits, indexed like an array: ``pictures[indices]`` decodes those rows only.
+    """8-bit pictures [N, C, H, W], indexed like an array: ``pictures[indices]`` decodes those rows alone.
 
-    ``row``s are the source's own numbers; ``kept``, ``done``, ``changed`` and ``told`` are shared by all selections
-    of a source.
+    ``rows`` are row numbers of the source; ``kept``, ``done``, ``changed`` and ``reported`` are shared by all
+    selections of a source.
     """
 
     rows: NDArray[np.int64]
@@ -33,8 +33,8 @@ class Pictures:
     resize: int
     kept: NDArray[np.uint8] | None
     done: NDArray[np.bool_]
-    changed: dict[int, tuple[str, ...]]  # row -> what decoding changed
-    told: set[str]  # kinds of changes that were reported
+    changed: dict[int, tuple[str, ...]]  # row -> the changes made by decoding
+    reported: set[str]  # kinds of changes that were reported
 
     @classmethod
     def of(
@@ -45,8 +45,8 @@ class Pictures:
         stamp: Callable[[int], bytes | memoryview],
         resize: int,
     ) -> Pictures:
-        """All ``count`` pictures of a source: ``picture(row)`` decodes one, ``stamp(row)`` tells it from any other."""
-        # Memory that is never written is never taken, so a first thousand of many costs a thousand.
+        """Make all ``count`` pictures of a source: ``picture(row)`` decodes one, ``stamp(row)`` identifies it."""
+        # Pages that are never written take no memory, so decoding a few pictures of many costs little.
         kept = np.empty((count, *shape), np.uint8) if count * math.prod(shape) <= KEEP_BYTES else None
         return cls(np.arange(count), shape, picture, stamp, resize, kept, np.zeros(count, np.bool_), {}, set())
 
@@ -67,7 +67,7 @@ class Pictures:
         return found
 
     def select(self, indices: Any) -> Pictures:
-        """Those of the given rows, still encoded."""
+        """Select the given rows without decoding them."""
         return replace(self, rows=self.rows[indices])
 
     def _decoded(self, row: int) -> NDArray[np.uint8]:
@@ -75,22 +75,22 @@ class Pictures:
         decoded = self.picture(row)
         if decoded.changes:
             self.changed[row] = decoded.changes
-            for change in set(decoded.changes) - self.told:
-                self.told.add(change)
+            for change in set(decoded.changes) - self.reported:
+                self.reported.add(change)
                 note(f"{decoded.where}: {change}; reported once, run.json counts such pictures")
         return decoded.pixels
 
     def changes(self) -> str:
-        """Count each kind of change among these pictures, as far as they were decoded; empty without any."""
+        """Describe how many of these pictures each kind of change affects, as far as decoded; empty without any."""
         counted = Counter(change for row in self.rows.tolist() for change in self.changed.get(row, ()))
         return "; ".join(f"{count:,} of its pictures: {change}" for change, count in sorted(counted.items()))
 
     def fingerprint(self) -> bytes:
-        """What decides these pictures, with nothing decoded: each one's stamp and how it is cut to shape.
+        """Hash these pictures without decoding them: the stamp of each, the shape and the resizing.
 
-        The stamp of a picture in a parquet file is its encoded bytes; that of a file is its path, size
-        and time of change. The same pixels stored otherwise have another fingerprint, so weights trained
-        on them are trained again, never wrongly taken from the cache.
+        The stamp of a picture in a parquet file is its encoded bytes; that of a file is its path, size and time of
+        change. The same pixels stored in another way have another fingerprint, so weights are retrained rather than
+        wrongly taken from the cache.
         """
         h = hashlib.sha256(f"{self.shape}|{self.resize}".encode())
         for row in self.rows.tolist():

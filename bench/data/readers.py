@@ -1,6 +1,6 @@
-"""Readers of a card's source: each gives one part (train, and test and validation where the source has its own).
+"""Read a part of a card's source: train, and test and validation where the source has its own.
 
-Pictures stay encoded, as bytes or files, until rows of them are asked for.
+Pictures stay encoded, as bytes or files, until their rows are accessed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.errors import BenchError, note
 
 
 def read(card: Card, part: PartName) -> Part:
-    """One part, which the source must have. Raises BenchError where the data are absent or not as the card says."""
+    """Read a part that the source has. Raises BenchError where the data are missing or do not match the card."""
     source = card.source
     if isinstance(source, Parquet):
         found = read_parquet(card, source, part)
@@ -26,10 +26,10 @@ def read(card: Card, part: PartName) -> Part:
     else:
         found = _digits(card)
     if not len(found.labels):
-        raise BenchError(f"card {card.name}: the {part} part ({found.origin}) is empty")
+        raise BenchError(f"card {card.name}: the {part} part ({found.origin}) is empty; correct the card's [source]")
     if isinstance(source, Stored) and source.resize:
         height, width = card.shape[1:]
-        remark = f"shorter side resized to {source.resize} (bilinear), centre {height}x{width} cut out"
+        remark = f"shorter side resized to {source.resize} (bilinear), centre cropped to {height}x{width}"
         if part == "train":
             note(f"card {card.name}: {remark}")
         found = replace(found, origin=f"{found.origin}; {remark}")

@@ -1,4 +1,4 @@
-"""Files written atomically, their hashes, and the cache's folder."""
+"""Atomic writes, hashes of files, and the cache's folder."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from safetensors import SafetensorError
 
 from bench.errors import BenchError, one_line
 
-_PARTIAL = ".partial-"  # how the name of a file that is being written begins
+_PARTIAL = ".partial-"  # prefix of the temporary name of a file
 
 
 def digest(identity: Any) -> str:
-    """sha256 of a JSON-able identity, independent of key order."""
+    """Return the sha256 of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write the new file to: it replaces the old one at the end, or leaves nothing behind.
+    """Yield a temporary path next to ``path``; at the end rename it to ``path``, or delete it after an error.
 
     A reader sees the old file or the new one, never a part. Raises OSError where it cannot be written.
     """
-    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")  # the suffix stays, which tells figures their kind
+    # The suffix stays, since Matplotlib chooses the format by it.
+    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
     try:
         yield partial
         with partial.open("rb+") as f:
@@ -49,39 +50,39 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def drop_partial(folder: Path) -> None:
-    """Remove what killed processes were writing; for whoever holds the folder's lock."""
+    """Delete temporary files of killed processes. The caller holds the folder's lock."""
     for file in folder.glob(f"{_PARTIAL}*"):
         file.unlink()
 
 
 @contextmanager
-def writing(where: Path | str, mend: str) -> Iterator[None]:
-    """Turn a failed write into one line that names the place and the way out."""
+def writing(where: Path | str, fix: str) -> Iterator[None]:
+    """Turn a failed write into a BenchError that names the place and how to fix it."""
     try:
         yield
     except OSError as e:
-        raise BenchError(f"cannot write {where}: {e.strerror or one_line(e)}; {mend}") from None
+        raise BenchError(f"cannot write {where}: {e.strerror or one_line(e)}; {fix}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write atomically. A name in a record may be no text at all (half of a surrogate pair); it is written escaped."""
+    """Write text atomically; lone surrogates, from names that are not UTF-8, are escaped."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The same, of a JSON-able value."""
+    """Write a JSON value atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def cache_root() -> Path:
-    """``$CERTBENCH_CACHE``, or the user's cache folder."""
+    """Return ``$CERTBENCH_CACHE``, or the user's cache folder."""
     return Path(os.environ.get("CERTBENCH_CACHE") or platformdirs.user_cache_dir("certbench"))
 
 
 @contextmanager
 def scratch_cache() -> Iterator[None]:
-    """A cache that is empty and thrown away afterwards, in place of the user's."""
+    """Use an empty temporary cache while the context lasts."""
     before = os.environ.get("CERTBENCH_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CERTBENCH_CACHE"] = folder

@@ -1,4 +1,4 @@
-"""HTTP with patience: what may pass is asked again, the same bytes, and an answer that makes no sense is none."""
+"""An HTTP client that retries temporary failures and rejects malformed answers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TOKEN = "CERTBENCH_HTTP_TOKEN"
 TIMEOUT = httpx2.Timeout(120.0, connect=10.0)  # seconds without a byte
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries
 TRIES = len(PAUSES) + 1
-LONGEST = 600.0  # seconds that one answer may take, however steadily it drips
-LARGEST = 2**20  # bytes of an answer that holds no logits
-SAID = 2000  # bytes read of what a server says of an error
-LONGEST_PAUSE = 60.0  # however long a server asks to be left alone (Retry-After)
+LONGEST = 600.0  # timeout in seconds for a complete answer, even one that arrives byte by byte
+LARGEST = 2**20  # maximum bytes of an answer without logits
+ERROR_BYTES = 2000  # bytes read of an error's text
+LONGEST_PAUSE = 60.0  # maximum seconds to wait for a Retry-After header
 
 _T = TypeVar("_T")
 
 
 class Refused(BenchError):
-    """The server understood, and will not."""
+    """The server rejected the request, and a retry would not help."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back, whole."""
+    """A complete answer."""
 
     status: int
     headers: httpx2.Headers
@@ -41,14 +41,14 @@ class Answer:
 
 
 class Client:
-    """One server's connections, with the user's token, which is sent nowhere else: redirections are not followed."""
+    """Connections to one server, with the user's token. No redirects, since the token is for this server alone."""
 
     def __init__(self) -> None:
-        """Raises BenchError where the token cannot be sent."""
+        """Read the token from the environment. Raises BenchError where it cannot be sent."""
         self._token = os.environ.get(TOKEN, "").strip()
         if not (self._token.isascii() and self._token.isprintable()):
-            raise BenchError(f"${TOKEN} holds characters that no HTTP header can")
-        headers = {"Accept-Encoding": "identity"}  # a small compressed answer may stand for one without end
+            raise BenchError(f"${TOKEN} has characters that an HTTP header cannot have; set it to the token alone")
+        headers = {"Accept-Encoding": "identity"}  # a small compressed answer may expand without limit
         headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
         self._client = httpx2.Client(headers=headers, timeout=TIMEOUT)
 
@@ -60,11 +60,21 @@ class Client:
         headers: Mapping[str, str] | None = None,
         most: int = LARGEST,
     ) -> _T:
-        """What ``read`` makes of the answer; a ValueError of its is an answer that cannot be right.
+        """Send a request, with retries, and parse the answer.
 
-        Asked again, the same bytes, while the line breaks, or the server is silent, slow without end, busy
-        (429), failing (5xx) or answers nonsense or more than ``most`` bytes. Raises Refused at any other
-        status, BenchError after ``TRIES`` tries.
+        Retried with the same bytes: lost connections, timeouts, status 429 and 5xx, malformed answers, and answers of
+        more than ``most`` bytes.
+
+        Args:
+            url: The address.
+            read: Parses the answer; raises ValueError where it is malformed.
+            body: Sent by POST; None for GET.
+            headers: Further request headers.
+            most: Maximum bytes of the answer.
+
+        Raises:
+            Refused: The status is an error that a retry would not change.
+            BenchError: All ``TRIES`` tries failed.
         """
         began = monotonic()
         for pause in (*PAUSES, None):
@@ -87,38 +97,38 @@ class Client:
             if pause is not None:
                 sleep(pause)
         raise BenchError(
-            f"{url}: {why}; tried {TRIES} times in {monotonic() - began:.0f} s; nothing certified is lost: "
-            f"type the same command again to go on"
+            f"{url}: {why}; tried {TRIES} times in {monotonic() - began:.0f} s; certified images are kept: "
+            f"repeat the command to resume"
         )
 
     def _exchange(self, url: str, body: bytes | None, headers: Mapping[str, str] | None, most: int) -> Answer:
-        """The whole answer as sent; of one that is no success, its beginning. Raises ValueError beyond ``most``."""
+        """Read the complete answer, or the beginning of an error. Raises ValueError beyond ``most`` bytes."""
         content = bytearray()
         with self._client.stream("GET" if body is None else "POST", url, content=body, headers=headers) as answer:
             encoded = answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity")
             if encoded and answer.is_success:
-                raise ValueError("it is compressed, which was not asked for")
+                raise ValueError("it is compressed, which was not requested")
             for chunk in answer.iter_raw():
                 content += chunk
-                if not answer.is_success and len(content) > SAID:
+                if not answer.is_success and len(content) > ERROR_BYTES:
                     break
                 if len(content) > most:
                     raise ValueError(f"more than {most:,} bytes")
         return Answer(answer.status_code, answer.headers, b"" if encoded else bytes(content))
 
     def _status(self, answer: Answer) -> str:
-        """Status and what the server says of it, without the token should it repeat that."""
+        """Describe an error by its status and text, without the token, which a server may repeat."""
         text = answer.content.decode(errors="replace")
-        said = text.replace(self._token, "***") if self._token else text
-        said = " ".join(said.split())[:200]
-        mend = f"; is ${TOKEN} right?" if answer.status in (401, 403) else ""
+        text = text.replace(self._token, "***") if self._token else text
+        text = " ".join(text.split())[:200]
+        fix = f"; check ${TOKEN}" if answer.status in (401, 403) else ""
         if 300 <= answer.status < 400:
-            mend = "; give the address that it leads to"
-        return f"HTTP {answer.status}{f' ({said})' if said else ''}{mend}"
+            fix = "; give the address that it redirects to"
+        return f"HTTP {answer.status}{f' ({text})' if text else ''}{fix}"
 
 
 def _retry_after(value: str, otherwise: float) -> float:
-    """Seconds that a Retry-After header (a number, or a date) asks for, up to ``LONGEST_PAUSE``."""
+    """Return the seconds of a Retry-After header (a number or a date), at most ``LONGEST_PAUSE``."""
     try:
         seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time()
     except (ValueError, OverflowError):

@@ -1,7 +1,7 @@
-"""Files of the Hugging Face hub: downloaded once into the hub's own cache, or taken from it.
+"""Files of the Hugging Face hub, downloaded once into the hub's own cache.
 
-HF_ENDPOINT, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE are read at every call: huggingface_hub itself
-reads them when it is first imported, which may be too early.
+HF_ENDPOINT, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE are read at every call: huggingface_hub itself reads them when it
+is first imported, which may be too early.
 """
 
 from __future__ import annotations
@@ -18,28 +18,38 @@ from bench.errors import BenchError, one_line
 from bench.io import limits
 
 Kind = Literal["model", "dataset"]
-# A commit, tag or branch. It becomes a path in the hub's cache, so it must not lead out of there.
+# A commit, tag or branch. It becomes a path in the hub's cache, so it must not lead out of it.
 REVISION = r"^[A-Za-z0-9_][A-Za-z0-9_-]*([./][A-Za-z0-9_-]+)*$"
 
-WAIT = 5.0  # seconds for the hub to answer at all, unless HF_HUB_ETAG_TIMEOUT says otherwise
-PAUSE = 30.0  # seconds for which an endpoint out of reach is not asked again: a data set may have many files
-_failed: dict[str | None, tuple[float, str]] = {}  # endpoint -> when it was out of reach, and why
+WAIT = 5.0  # timeout in seconds for the hub's first answer; HF_HUB_ETAG_TIMEOUT overrides it
+PAUSE = 30.0  # seconds without a retry after an endpoint was unreachable, since a data set may have many files
+_failed: dict[str | None, tuple[float, str]] = {}  # endpoint -> when it was unreachable, and why
 
 
 class MissingFile(BenchError):
-    """The repository is there, and has no such file."""
+    """The repository exists and has no such file."""
 
 
-def fetch(repo: str, filename: str, revision: str, kind: Kind, mend: str = "") -> Path:
-    """The local path of one file of a repository, downloaded if it is not in the cache.
+def fetch(repo: str, filename: str, revision: str, kind: Kind, fix: str = "") -> Path:
+    """Return the local path of a repository's file, downloaded if it is not in the cache.
 
-    ``commit(path)`` says which commit the revision was. Raises BenchError in one line where there is
-    no such repository, revision or file, or no network and no copy; ``mend`` ends that last line.
+    ``commit(path)`` returns the commit of the revision.
+
+    Args:
+        repo: OWNER/NAME.
+        filename: Path of the file in the repository.
+        revision: A commit, tag or branch.
+        kind: "model" or "dataset".
+        fix: End of the message where there is neither a network nor a cached copy.
+
+    Raises:
+        MissingFile: The repository has no such file.
+        BenchError: There is no such repository or revision, or the file cannot be downloaded.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     if not re.fullmatch(REVISION, revision):
-        raise BenchError(f"hub {kind} {repo!r}: {revision!r} is no revision: give a commit, tag or branch")
+        raise BenchError(f"hub {kind} {repo!r}: {revision!r} is not a revision; give a commit, tag or branch")
     endpoint = os.environ.get("HF_ENDPOINT") or None
     what = f"{kind} {repo!r}"
     unreachable = "HF_HUB_OFFLINE is set" if _offline() else ""
@@ -57,43 +67,44 @@ def fetch(repo: str, filename: str, revision: str, kind: Kind, mend: str = "") -
         return Path(path)
 
     try:
-        if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes: no need to ask
+        if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes, so a cached copy is current
             with suppress(errors.LocalEntryNotFoundError):
                 return get(local=True)
         if not unreachable:
-            # Asked beforehand, since without a network the download itself retries noisily for half a minute. Limited
-            # as a whole: the library's timeout leaves out the look-up of the host's name, which takes a minute where
-            # no name server answers.
+            # Checked first, since offline, downloads retry noisily for 30 s. With a timeout of its own: the library's
+            # excludes the DNS lookup, which takes a minute where no name server answers.
             try:
                 url = hf_hub_url(repo, filename, repo_type=kind, revision=revision, endpoint=endpoint)
-                unreachable = _out_of_reach(endpoint, lambda: get_hf_file_metadata(url, endpoint=endpoint))
+                unreachable = _unreachable(endpoint, lambda: get_hf_file_metadata(url, endpoint=endpoint))
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
                 raise
             except errors.HfHubHTTPError as e:  # a proxy's answer, or the hub is down
                 unreachable = one_line(e)
         return get(local=bool(unreachable))
     except errors.GatedRepoError:
-        raise BenchError(f"hub {what} is gated: accept its terms on the hub, then `hf auth login`") from None
+        raise BenchError(f"hub {what} is gated; accept its terms on the hub, then run: hf auth login") from None
     except errors.RepositoryNotFoundError:
-        raise BenchError(f"the hub has no {what}, or it is private: check the id, or `hf auth login`") from None
+        raise BenchError(f"the hub has no {what}, or it is private; check the id, or run: hf auth login") from None
     except errors.RevisionNotFoundError:
-        raise BenchError(f"hub {what} has no revision {revision!r}") from None
+        raise BenchError(f"hub {what} has no revision {revision!r}; give a commit, tag or branch that it has") from None
     except errors.LocalEntryNotFoundError:
-        mend = mend or "connect once, or set HF_HUB_CACHE to a cache that has it"
-        raise BenchError(f"no copy of {filename} of hub {what} and no network ({unreachable}): {mend}") from None
+        fix = fix or "connect once, or set HF_HUB_CACHE to a cache that has it"
+        raise BenchError(f"no copy of {filename} of hub {what} and no network ({unreachable}): {fix}") from None
     except errors.EntryNotFoundError:
         raise MissingFile(f"hub {what} has no file {filename!r} at revision {revision!r}") from None
-    except Exception as e:  # an id the hub does not allow, a full disk, a cut line
-        raise BenchError(f"cannot download {filename} of hub {what}: {one_line(e)}") from None
+    except Exception as e:  # an invalid id, a full disk, a lost connection
+        raise BenchError(
+            f"cannot download {filename} of hub {what}: {one_line(e)}; repeat the command to retry"
+        ) from None
 
 
 def commit(path: Path) -> str:
-    """The commit a fetched file belongs to: the cache keeps it at snapshots/<commit>/<filename>."""
+    """Return the commit of a fetched file, which the cache keeps at snapshots/<commit>/<filename>."""
     return path.parts[len(path.parts) - path.parts[::-1].index("snapshots")]
 
 
-def _out_of_reach(endpoint: str | None, ask: Callable[[], object]) -> str:
-    """Why ``endpoint`` does not answer ``ask``; empty where it does. Raises what it answers if that is an error."""
+def _unreachable(endpoint: str | None, ask: Callable[[], object]) -> str:
+    """Return why ``endpoint`` does not answer ``ask``, empty where it does. Raises an error that it answers with."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     given = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
@@ -106,8 +117,8 @@ def _out_of_reach(endpoint: str | None, ask: Callable[[], object]) -> str:
         except (HfHubHTTPError, EntryNotFoundError):
             raise
         except TimeoutError:
-            why = f"no answer in {seconds:.0f} s; HF_HUB_ETAG_TIMEOUT sets how long to wait"
-        except Exception as e:  # httpx's types differ between versions
+            why = f"no answer in {seconds:.0f} s; HF_HUB_ETAG_TIMEOUT sets the timeout"
+        except Exception as e:  # httpx's types differ between its versions
             why = one_line(e)
         _failed[endpoint] = time.monotonic(), why
     return why

@@ -1,4 +1,4 @@
-"""What is taken in of files that anyone may have written: regular files, no larger than stated."""
+"""Bounds on untrusted input: regular files alone, limited in size and time."""
 
 from __future__ import annotations
 
@@ -13,50 +13,53 @@ from typing import TypeVar
 from bench.errors import BenchError
 
 MB = 2**20
-RUN = 64 * MB  # bytes of a run.json; a million images take 10 MB
-CERTIFICATE = 10_000  # bytes of a line of certificates.jsonl
+RUN = 64 * MB  # maximum size of a run.json; a million images take 10 MB
+CERTIFICATE = 10_000  # maximum bytes of a line of certificates.jsonl
 
 _T = TypeVar("_T")
 
 
-def contents(path: Path, most: int, mend: str = "the most that is read of such a file; make it smaller") -> bytes:
-    """The bytes of a file. Raises BenchError where it is no file or has more than ``most`` bytes, else OSError."""
+def contents(path: Path, most: int, fix: str = "the limit for such a file; make it smaller") -> bytes:
+    """Read a file. Raises BenchError where it is not regular or has more than ``most`` bytes, else OSError."""
     found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a pipe or a device may give bytes for ever, or none
-        raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device may yield bytes without end, or block
+        raise BenchError(f"{path}: not a regular file; replace it by a copy")
     with path.open("rb") as f:
-        data = f.read(min(most, found.st_size) + 1)  # a buffer of that size is made, whatever there is to read
+        data = f.read(min(most, found.st_size) + 1)  # read() allocates a buffer of that size
     if len(data) > most:
-        raise BenchError(f"{path}: larger than {most // MB} MB, {mend}")
+        raise BenchError(f"{path}: larger than {most // MB} MB, {fix}")
     return data
 
 
 def memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its container's where that is less."""
+    """Return the bytes of memory available to this process: the machine's, or its container's limit if lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+    except (OSError, ValueError):  # no container, or no limit ("max")
         return machine
 
 
 def lines(path: Path, longest: int) -> Iterator[bytes]:
-    """The lines of a file with their ends, one at a time. Raises BenchError where it is no file or a line is longer."""
+    """Yield the lines of a file with their ends. Raises BenchError where it is not regular or a line is longer."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
+        raise BenchError(f"{path}: not a regular file; replace it by a copy")
     with path.open("rb") as f:
         number = 0
         while line := f.readline(longest + 1):
             number += 1
             if len(line) > longest:
-                raise BenchError(f"{path}:{number}: a line of more than {longest:,} bytes; bench writes none such")
+                raise BenchError(
+                    f"{path}:{number}: a line of more than {longest:,} bytes, which bench does not write; "
+                    f"delete the line or get the file again"
+                )
             yield line
 
 
 def within(seconds: float, call: Callable[[], _T]) -> _T:
-    """Return what ``call`` returns. Raises TimeoutError where it takes longer; its thread is then left to end.
+    """Return the result of ``call``. Raises TimeoutError after ``seconds``; its thread is then abandoned.
 
-    A server that sends a byte now and then is never silent, so no timeout of a read ends it.
+    A limit on the complete call, since a server that sends a byte now and then never exceeds a read timeout.
     """
     done: Future[_T] = Future()
 
@@ -70,6 +73,6 @@ def within(seconds: float, call: Callable[[], _T]) -> _T:
     try:
         return done.result(seconds)
     except TimeoutError:
-        if done.done():  # its own
+        if done.done():  # raised by ``call``
             raise
-        raise TimeoutError(f"no whole answer in {seconds:.0f} s") from None
+        raise TimeoutError(f"no complete answer in {seconds:.0f} s") from None

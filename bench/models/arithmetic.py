@@ -1,7 +1,7 @@
-"""How F is computed where that is not plain float32: faster, with other last bits, so part of the identity.
+"""Compute F in other arithmetic than plain float32: faster, with other last bits, so part of the identity.
 
-Only certification is affected: training, and the weights it gives, are those of float32. Noise, pixels and the
-comparison of logits stay float32 too, so F in another arithmetic is another classifier, certified as any other.
+Training always uses float32; so do noise, pixels and the comparison of logits. F in another arithmetic is another
+classifier, certified as any other.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from bench.errors import BenchError, unknown
 from bench.interface import Draw, Logits
 from bench.models.base import View
 
-# What may be asked for, several at a time; float32 alone is the default, and no part of an identity.
+# Values of --arithmetic, which may be combined. float32 alone is the default, and not part of an identity.
 WORDS = ("float32", "bfloat16", "channels-last", "compile")
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The words of ``--arithmetic`` in a fixed order, without float32. Raises BenchError."""
+    """Return the words of ``--arithmetic`` in a fixed order, without float32. Raises BenchError."""
     words = {w.strip() for w in text.split(",")}
     if wrong := sorted(words - set(WORDS)):
         raise unknown("--arithmetic", wrong[0], WORDS)
@@ -33,9 +33,9 @@ def parse(text: str) -> tuple[str, ...]:
 
 
 def model(defense: nn.Module, words: tuple[str, ...], device: torch.device) -> Logits:
-    """The fitted defense as the engine calls it: float32 pixels to float32 logits, computed as ``words`` say.
+    """Return the fitted defense as a function from float32 pixels to float32 logits, computed as ``words`` say.
 
-    The weights keep their values. The base, which other runs share, is left as it is.
+    The values of the weights, and the base, which other runs share, stay unchanged.
     """
     if not words:
         return defense
@@ -44,7 +44,7 @@ def model(defense: nn.Module, words: tuple[str, ...], device: torch.device) -> L
     call = _compiled(defense) if "compile" in words else defense
 
     def logits(x: Tensor, draw: Draw) -> Tensor:
-        # autocast reaches a base that may only be queried, whose weights are nobody's to convert.
+        # By autocast, which also applies to a base with QUERY access, whose weights must not be converted.
         with torch.autocast(device.type, torch.bfloat16, enabled="bfloat16" in words):
             out: Tensor = call(x.contiguous(memory_format=layout), draw)
         return out.float()
@@ -70,20 +70,20 @@ def deterministic() -> Iterator[None]:
 
 
 def _compiled(defense: nn.Module) -> Logits:
-    """The defense through torch.compile, all at the first call.
+    """Compile the defense with torch.compile, completely at the first call.
 
-    Its draws and the count of its queries are left to Python. A later call that would compile anew, as where logits
-    depend on a number that changes, raises RuntimeError: in mid-run F would become another function.
+    Draws and the count of queries stay in Python. A later call that would recompile, as when logits depend on a number
+    that changes, raises RuntimeError, since F would become another function during the run.
     """
     import torch._dynamo
     import torch._inductor.config
     from torch._dynamo.decorators import skip
 
     if not hasattr(torch._inductor.config, "deterministic"):
-        raise BenchError("--arithmetic compile: the compiler of this torch may choose by timing; upgrade torch")
-    # Code is kept by Python function, which all defenses share, and is given up beyond so many of them.
+        raise BenchError("--arithmetic compile: this torch's compiler may choose kernels by timing; upgrade torch")
+    # Compiled code is stored by Python function, which all defenses share; beyond this limit torch stops compiling.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**20
-    skip(View.__call__)  # it counts; the base that it asks is compiled apart
+    skip(View.__call__)  # it counts queries; the base it calls is compiled separately
 
     class Opaque:
         def __init__(self, draw: Draw) -> None:
@@ -107,20 +107,20 @@ def _compiled(defense: nn.Module) -> Logits:
 
 
 class _Stance:
-    """torch's compiler has one stance for all threads: it stays while any of them runs what is compiled."""
+    """The compiler's stance, which torch shares between threads: set while any thread runs compiled code."""
 
     def __init__(self) -> None:
         self._lock, self._running, self._kept = threading.Lock(), 0, ExitStack()
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """For the first call of a defense, before any votes: one at a time."""
+        """Compile, in one thread at a time: for the first call of a defense, before any votes."""
         with self._lock:
             yield
 
     @contextmanager
     def as_compiled(self) -> Iterator[None]:
-        """Nothing is compiled within this context, and what would be raises RuntimeError."""
+        """Raise RuntimeError for any recompilation while the context lasts."""
         with self._lock:
             self._running += 1
             if self._running == 1:

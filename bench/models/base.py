@@ -1,4 +1,4 @@
-"""The base classifier under defense: pixels in [0, 1] to logits, and what a defense may see of it."""
+"""The base classifier under defense, from pixels in [0, 1] to logits, and a defense's restricted view of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, TypedDict, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -19,16 +19,70 @@ from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault
 from bench.interface import Access
 
-# A view that may only be queried finds its owner here by number: nothing reachable from the view
-# itself is a module, a parameter or a gradient.
+# A view finds its owner here by number, so no module, parameter or gradient is reachable from the view itself. Only
+# weak references are kept.
 _owners: WeakValueDictionary[int, BaseModel] = WeakValueDictionary()
 
 
-class Classifier(nn.Module):
-    """A timm model with its resizing and normalisation inside: pixels in [0, 1] to logits.
+class WeightsSource(TypedDict, total=False):
+    """The record of where a base's weights come from."""
 
-    ``size`` is the height and width the model takes, None where that is the card's. Noise is added
-    at the card's resolution, before this module sees an image, so radii are those of the card.
+    kind: Literal["trained here", "hub", "file", "served"]
+    id: str  # on the hub
+    revision: str  # commit on the hub
+    file: str
+    sha256: str
+    remarks: list[str]  # differences between stored and loaded tensors
+    normalisation: str  # the file that states mean and std, where the weights' own does
+    server: str | None
+    server_version: str | None
+
+
+class Probe(TypedDict):
+    """The record of a linear probe."""
+
+    probe: dict[str, Any]  # its schedule
+    probe_seconds: float
+    probe_validation_clean_accuracy: float  # 0 to 1
+    probed_from_classes: int  # number of classes before
+
+
+Preprocessing = TypedDict(
+    "Preprocessing",
+    {
+        "from": list[int],  # height and width of the card's images
+        "size": list[int],  # of the model's input
+        "resampling": str | None,
+        "config_resampling": str | None,
+        "size_from": str,
+        "mean": list[float],
+        "std": list[float],
+        "normalisation_from": str,
+    },
+)
+
+
+class BaseRecord(TypedDict, total=False):
+    """The record of a base: the source of its weights, its preprocessing, and its training here."""
+
+    source: WeightsSource
+    classes: str  # a remark on the order of its classes
+    preprocessing: Preprocessing
+    trained_on_classes: list[str]
+    train_seconds: float
+    validation_clean_accuracy: float  # 0 to 1
+    before_probe: str  # sha256 of the base without its probe
+    probe: dict[str, Any]
+    probe_seconds: float
+    probe_validation_clean_accuracy: float
+    probed_from_classes: int
+
+
+class Classifier(nn.Module):
+    """A timm model with resizing and normalisation inside: pixels in [0, 1] to logits.
+
+    ``size`` is the model's input height and width, None where it is the card's. Noise is added at the card's resolution
+    before this module, so radii refer to the card's images.
     """
 
     mean: Tensor
@@ -48,7 +102,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, classes] of pixels x [B, C, H, W]; one grey channel becomes as many as the model takes."""
+        """Compute logits [B, classes] of pixels [B, C, H, W]; grey images are repeated in the model's channels."""
         if self.size is not None:
             shrinks = self.size[0] < x.shape[-2] or self.size[1] < x.shape[-1]
             x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=shrinks)
@@ -56,24 +110,26 @@ class Classifier(nn.Module):
         return cast(Tensor, self.model((x - self.mean) / self.std))
 
     def heads(self) -> list[nn.Module]:
-        """The layers that turn features into logits: one, or two where a model was distilled into a second head."""
+        """Return the layers from features to logits: one, or two in a model distilled into a second head."""
         found = self.model.get_classifier()  # type: ignore[operator]
         return list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
 
     def head(self) -> nn.Module:
-        """The one layer that turns features into logits. Raises BenchError where there are several."""
+        """Return the layer from features to logits. Raises BenchError where there are several."""
         heads = self.heads()
         if len(heads) != 1:
-            raise BenchError(f"this base has {len(heads)} heads ({type(self.model).__name__}), not one; use another")
+            raise BenchError(
+                f"this base ({type(self.model).__name__}) has {len(heads)} heads, not one; give another --base"
+            )
         return heads[0]
 
 
 class BlackBox(nn.Module):
-    """A base of which only the answers are known: passes can be counted, its parameters and operations cannot."""
+    """A base that only answers queries; its parameters and operations cannot be counted."""
 
 
 class View:
-    """The base as a defense of a given access sees it; satisfies ``interface.Base``."""
+    """The base as seen by a defense of a given access; satisfies ``interface.Base``."""
 
     def __init__(self, owner: BaseModel, most: Access) -> None:
         self.classes, self.most = owner.classes, most
@@ -82,17 +138,17 @@ class View:
         _owners[self._handle] = owner
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is a view of the owner's copy, which whoever copies must keep: (defense, base) together.
+        # A copy is a view of the owner's copy, which the caller must keep: copy (defense, base) together.
         return _view, (_owners[self._handle], self.most, self.queries)
 
     @property
     def sha256(self) -> str:
-        """The hash of the base."""
+        """Hash of the base."""
         return _owners[self._handle].sha256
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.most < Access.QUERY:
-            raise DefenseFault("it declares access = Access.NONE and asks the base; declare Access.QUERY")
+            raise DefenseFault("it declares access = Access.NONE and queries the base; declare Access.QUERY")
         self.queries += len(x)
         if self.most == Access.QUERY:
             with torch.no_grad():
@@ -100,16 +156,19 @@ class View:
         return cast(Tensor, _owners[self._handle].module(x))
 
     def copy(self, classes: int | None = None) -> nn.Module:
-        """A private trainable copy, with a new head where ``classes`` differs. Raises DefenseFault below WEIGHTS."""
+        """Return a private trainable copy, with a new head where ``classes`` differs.
+
+        Raises DefenseFault below WEIGHTS access.
+        """
         if self.most < Access.WEIGHTS:
-            raise DefenseFault(f"it has {self.most.name} access and copies the base; declare Access.WEIGHTS")
+            raise DefenseFault(f"it declares {self.most.name} access and copies the base; declare Access.WEIGHTS")
         module = copy.deepcopy(_owners[self._handle].module).requires_grad_(True)
         if classes not in (None, self.classes):
             module.model.reset_classifier(classes)  # type: ignore[union-attr,operator]
         return module
 
     def untrained(self, classes: int) -> nn.Module:
-        """The same architecture with fresh weights."""
+        """Return the same architecture with random weights."""
         return _owners[self._handle].untrained(classes)
 
 
@@ -120,10 +179,10 @@ def _view(owner: BaseModel, most: Access, queries: int) -> View:
 
 
 class BaseModel(ABC):
-    """A base classifier: the harness's side, which owns ``module``, the map from pixels to logits."""
+    """A base classifier as the harness sees it; owns ``module``, the map from pixels to logits."""
 
-    meta: dict[str, Any]  # what to record: where the base comes from, and what making it cost
-    batch = 250  # images a pass when clean accuracy is measured
+    meta: BaseRecord
+    batch = 250  # images of a forward pass when clean accuracy is measured
 
     def __init__(self, name: str, classes: int, module: nn.Module) -> None:
         self.name, self.classes = name, classes
@@ -132,26 +191,26 @@ class BaseModel(ABC):
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """The hash of all that decides its logits, as far as that is known."""
+        """Hash of everything known that decides its logits."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What a run's identity says of its base, name and sha256 among it."""
+        """Return the base's part of a run's identity, including name and sha256."""
 
     @abstractmethod
     def check_unchanged(self, defense: str) -> None:
-        """Raise BenchError where the base is not what it was; ``defense`` is who used it meanwhile."""
+        """Raise BenchError where the base has changed since it was loaded; ``defense`` has used it meanwhile."""
 
     @abstractmethod
     def untrained(self, classes: int) -> nn.Module:
-        """The same architecture with fresh weights. Raises BenchError where it is not known."""
+        """Return the same architecture with random weights. Raises BenchError where it is unknown."""
 
     def view(self, access: Access) -> View:
-        """The base with no more than ``access``."""
+        """Return the base restricted to ``access``."""
         return View(self, access)
 
     def accuracy(self, split: Split, indices: list[int]) -> tuple[int, int]:
-        """Correct and all of the given clean images."""
+        """Return how many of the given clean images are classified correctly, and how many there are."""
         device = next((p.device for p in self.module.parameters()), None)
         right = 0
         with torch.inference_mode():
@@ -162,10 +221,10 @@ class BaseModel(ABC):
 
 
 class LocalBase(BaseModel):
-    """A base whose weights are here.
+    """A base with local weights.
 
-    ``architecture`` is what the tensors do not tell (timm name, arguments, resizing). ``sha256`` covers
-    it and the tensors, normalisation among them, so the same classifier has one hash whatever it is called.
+    ``architecture`` is what the tensors do not determine: timm name, arguments, resizing. ``sha256`` covers it and the
+    tensors, including the normalisation, so the same classifier has the same hash whatever its name.
     """
 
     def __init__(
@@ -174,7 +233,7 @@ class LocalBase(BaseModel):
         module: nn.Module,
         untrained: Callable[[int], nn.Module],
         classes: int,
-        meta: dict[str, Any],
+        meta: BaseRecord,
         architecture: Mapping[str, Any],
     ) -> None:
         super().__init__(name, classes, module)
@@ -184,33 +243,33 @@ class LocalBase(BaseModel):
 
     @property
     def sha256(self) -> str:
-        """The hash of architecture and tensors, as they were when the base was made."""
+        """Hash of architecture and tensors when the base was made."""
         return self._sha256
 
     def _current_sha256(self) -> str:
         return state_sha256(self.module, json.dumps(self.architecture, sort_keys=True))
 
     def identity(self) -> dict[str, Any]:
-        """Name, hash and architecture."""
+        """Return name, hash and architecture."""
         return {"name": self.name, "sha256": self.sha256, **self.architecture}
 
     def check_unchanged(self, defense: str) -> None:
-        """Raise BenchError where somebody changed the weights."""
+        """Raise BenchError where a defense changed the weights."""
         if self._current_sha256() != self.sha256:
             raise BenchError(f"defense {defense} changed the base classifier; train a copy: self.context.base.copy()")
 
     def untrained(self, classes: int) -> nn.Module:
-        """The same architecture with fresh weights."""
+        """Return the same architecture with random weights."""
         return self._untrained(classes)
 
     @property
     def parameters(self) -> int:
-        """How many parameters the base has."""
+        """Number of parameters."""
         return sum(p.numel() for p in self.module.parameters())
 
 
 def state_sha256(module: nn.Module, *also: str) -> str:
-    """Hash of every tensor of a module, by name."""
+    """Return the hash of every tensor of a module, by name."""
     h = hashlib.sha256("|".join(also).encode())
     for key, value in sorted(module.state_dict().items()):
         h.update(f"|{key}|{value.dtype}|{tuple(value.shape)}|".encode())

@@ -1,9 +1,10 @@
-"""The head that a base of other classes gets: a linear layer on frozen features of the clean training images."""
+"""Linear probes: a new head for a base of other classes, trained on its frozen features of clean images."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench import rng
+from bench import globalstate
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Schedule
 from bench.io import tensors
-from bench.models.base import Classifier, state_sha256
+from bench.models.base import Classifier, Probe, state_sha256
 from bench.models.blueprints import Blueprint
-from bench.training import loop, objectives
-from bench.training.weights import Entry
+from bench.training import loop, objectives, versions
+from bench.training.weights import Weights, cached_training
 
-# Features are standardised first: without that, a base whose features vary little ends far below what
-# logistic regression finds.
+# Features are standardised first: otherwise a base whose features vary little ends far below logistic regression.
 PROBE = Schedule(epochs=20, batch=64, lr=1e-2, weight_decay=0.0, warmup=0.1)
-_BLOCK = 64  # images a forward pass while features are computed
+_BLOCK = 64  # images of a forward pass while features are computed
 
 
 def linear_probe(
@@ -34,11 +34,11 @@ def linear_probe(
     validation: Split,
     device: torch.device,
     progress: loop.Progress,
-) -> dict[str, Any]:
-    """Give ``module``, in place, a head for the card's classes, trained on clean images with all else frozen.
+) -> Probe:
+    """Replace the head of ``module`` by one for the card's classes, trained on clean images with all else frozen.
 
-    Trained once and cached. Returns what to record: schedule, seconds, validation accuracy (0 to 1), the
-    classes there were. Raises BenchError where the head is no linear layer on one vector an image.
+    Trained once and cached. Returns the record: schedule, seconds, validation accuracy (0 to 1), and the number of
+    classes before. Raises BenchError where the head is not a linear layer on one vector per image.
     """
     card, classes = plan.card, len(plan.card.classes)
     start = state_sha256(module)
@@ -50,62 +50,65 @@ def linear_probe(
         "train": train.sha256(),
         "classes": classes,
         "device": device.type,
-        "training": loop.SOURCE,
+        "versions": versions.of("clean"),
     }
-    entry = Entry(f"{card.name}-probe", identity)
-    with entry.lock():
-        trained = entry.load()
-        if trained is None:
-            started = time.perf_counter()
-            rows = features(module, head, train, device, progress)
-            spent = [time.perf_counter() - started]
-            center, scale = rows.standardise()
-            module.requires_grad_(False)
-            head.requires_grad_(True)
-            job = loop.TrainingJob(
-                data=rows,
-                augment=(),
-                sigma=0.0,
-                objective=objectives.clean,
-                seed=0,
-                device=device,
-                checkpoint=entry.checkpoint,
-                progress=progress,
-                spent=spent,
-            )
-            job.train(head, lambda x, y, draw: job.objective(lambda z, _: head(z), x, y, draw), PROBE)
-            with torch.no_grad():  # so that the head takes the features as the base makes them
-                head.weight.div_(torch.from_numpy(scale).to(device))
-                head.bias.sub_(head.weight @ torch.from_numpy(center).to(device))
-            accuracy = plan.accuracy(module, validation, device)
-            meta = {"probe_seconds": sum(spent), "probe_validation_clean_accuracy": accuracy}
-            trained = entry.save({f"{prefix}.{k}": v for k, v in head.state_dict().items()}, meta)
-    tensors.check(
-        f"the probe of base {plan.name}", {f"{prefix}.{k}": v for k, v in head.state_dict().items()}, trained.state
-    )
+
+    def head_state() -> dict[str, Tensor]:
+        return {f"{prefix}.{k}": v for k, v in head.state_dict().items()}
+
+    def fit(checkpoint: Path) -> Weights:
+        started = time.perf_counter()
+        rows = features(module, head, train, device, progress)
+        seconds = time.perf_counter() - started
+        center, scale = rows.standardise()
+        module.requires_grad_(False)
+        head.requires_grad_(True)
+        job = loop.TrainingJob(
+            data=rows,
+            augment=(),
+            sigma=0.0,
+            objective=objectives.clean,
+            seed=0,
+            device=device,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        job.train(head, lambda x, y, draw: job.objective(lambda z, _: head(z), x, y, draw), PROBE)
+        with torch.no_grad():  # fold the standardisation into the head
+            head.weight.div_(torch.from_numpy(scale).to(device))
+            head.bias.sub_(head.weight @ torch.from_numpy(center).to(device))
+        accuracy = plan.accuracy(module, validation, device)
+        return head_state(), {"probe_seconds": seconds + job.seconds, "probe_validation_clean_accuracy": accuracy}
+
+    trained = cached_training(f"{card.name}-probe", identity, fit)
+    tensors.check(f"the probe of base {plan.name}", head_state(), trained.state)
     module.load_state_dict(trained.state, strict=False)
-    keep = {k: trained.meta[k] for k in ("probe_seconds", "probe_validation_clean_accuracy")}
-    return keep | {"probe": asdict(PROBE), "probed_from_classes": plan.classes}
+    return {
+        "probe": asdict(PROBE),
+        "probe_seconds": trained.meta["probe_seconds"],
+        "probe_validation_clean_accuracy": trained.meta["probe_validation_clean_accuracy"],
+        "probed_from_classes": plan.classes,
+    }
 
 
 def new_head(module: Classifier, classes: int, device: torch.device) -> nn.Linear:
-    """Replace the head by a fresh linear layer for ``classes``, always the same one, and return it.
+    """Replace the head of ``module`` by a linear layer for ``classes``, always initialised alike, and return it.
 
-    ``module`` ends on ``device``. Raises BenchError where its kind of head is not one linear layer.
+    Moves ``module`` to ``device``. Raises BenchError where the head is not one linear layer.
     """
-    with rng.fixed_rng(0):
+    with globalstate.fixed_rng(0):
         module.model.reset_classifier(classes)  # type: ignore[operator]
     module.to(device)
     head = module.head()
     if not isinstance(head, nn.Linear):
         kind = type(head).__name__
-        raise BenchError(f"this base's head is a {kind}, no linear layer: use a base with {classes} classes")
+        raise BenchError(f"this base's head is a {kind}, not a linear layer; use a base with {classes} classes")
     return head
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a frozen base makes of a split's images, in place of their pixels; satisfies ``loop.Rows``."""
+    """A frozen base's features of a split, in place of pixels; satisfies ``loop.Rows``."""
 
     values: NDArray[np.float32]  # [images, features]
     labels: NDArray[np.int64]
@@ -114,14 +117,14 @@ class Features:
         return len(self.labels)
 
     def pixels(self, indices: Any) -> NDArray[np.float32]:
-        """The given rows' features, [len(indices), features]."""
+        """Return the features of the given rows, [len(indices), features]."""
         values: NDArray[np.float32] = self.values[indices]
         return values
 
     def standardise(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Shift and scale every feature to mean 0 and deviation 1, in place; the center and scale taken out.
+        """Shift and scale every feature in place to mean 0 and deviation 1; return the center and scale removed.
 
-        A feature that hardly varies is scaled less: divided by its own deviation it would pass on mostly noise.
+        A nearly constant feature is scaled less: divided by its own deviation it would be mostly noise.
         """
         center, deviation = self.values.mean(axis=0), self.values.std(axis=0)
         scale = np.maximum(deviation, 0.01 * float(deviation.mean()) or 1.0).astype(np.float32)
@@ -132,9 +135,9 @@ class Features:
 def features(
     module: Classifier, head: nn.Module, split: Split, device: torch.device, progress: loop.Progress
 ) -> Features:
-    """What ``head``, a layer of ``module``, is given for every image of a split; ``module`` ends in eval mode.
+    """Compute the inputs of ``head``, a layer of ``module``, for every image of a split; set eval mode.
 
-    ``progress`` counts images. Raises BenchError where that is not one vector an image.
+    ``progress`` counts images. Raises BenchError where the input is not one vector per image.
     """
     module.eval()
     caught: list[Tensor] = []
@@ -147,7 +150,10 @@ def features(
                 caught.clear()
                 module(torch.from_numpy(split.pixels(part)).to(device))
                 if len(caught) != 1 or caught[0].ndim != 2:
-                    raise BenchError("this base's head does not see one vector an image: no linear probe can be made")
+                    raise BenchError(
+                        "this base's head does not take one vector per image, so no linear probe can be trained; "
+                        "use a base of the card's classes"
+                    )
                 rows.append(caught[0].float().cpu().numpy())
                 progress(int(part[-1]) + 1, len(split), float("nan"))
     finally:

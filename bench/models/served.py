@@ -1,10 +1,10 @@
-"""A base classifier served elsewhere, asked by the Open Inference Protocol v2 over HTTP.
+"""A base on a remote server, queried by the Open Inference Protocol v2 over HTTP.
 
-https://github.com/kserve/open-inference-protocol, which Triton, KServe, MLServer and OpenVINO speak:
-``GET .../v2/models/NAME`` describes the model, ``POST .../infer`` gives the logits of a batch. Tensors
-travel as raw float32 where the server states the binary_tensor_data extension, else as JSON numbers with
-every digit. A batch is one request, whatever its size. An answer either is logits of the right shape or
-is none at all (see ``http_client``), so no vote is ever made up.
+https://github.com/kserve/open-inference-protocol, supported by Triton, KServe, MLServer and OpenVINO: ``GET
+.../v2/models/NAME`` describes the model, ``POST .../infer`` returns the logits of a batch. Tensors are sent as raw
+float32 where the server has the binary_tensor_data extension, else as JSON numbers with all digits. A batch is one
+request, whatever its size. An answer that is not logits of the right shape is an error (see ``bench.io.http``), so no
+vote is ever invented.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from bench.interface import Access
 from bench.io.files import digest
 from bench.io.http import LARGEST, TOKEN, Answer, Client, Refused
 from bench.models.base import BaseModel, BlackBox, View
-from bench.smoothing.engine import block_rows
 from bench.smoothing.noise import Noise, Vote
+from bench.smoothing.task import block_rows
 
-PROBES = 16  # noisy images whose logits tell one model from another
+PROBES = 16  # noisy images of the fingerprint
 
 _FLOATS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 
 
 def is_url(name: str) -> bool:
-    """Whether the name of a base is the address of a served one."""
+    """Return whether the name of a base is a server's address."""
     return name.startswith(("http://", "https://"))
 
 
 def checked_url(url: str) -> str:
-    """The address without a slash at its end. Raises BenchError where it is no model's, or may hold a secret."""
+    """Return the address without a final slash. Raises BenchError where it is not a model's, or may have a secret."""
     try:
         parts = urlsplit(url)
         httpx2.URL(url)
     except (ValueError, httpx2.InvalidURL) as e:
-        raise BenchError(f"--base: no address: {one_line(e)}; give http://HOST:PORT/v2/models/NAME") from None
+        raise BenchError(f"--base: invalid address: {one_line(e)}; give http://HOST:PORT/v2/models/NAME") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
-        # Not shown, and not accepted: what is typed as --base is recorded, and printed in reports.
-        raise BenchError(f"--base: an address holds no user, password or query; put a token in ${TOKEN}")
+        # Refused without showing it, since --base is recorded and printed in reports.
+        raise BenchError(f"--base: an address must not contain a user, password or query; put a token in ${TOKEN}")
     if not parts.hostname or not re.fullmatch(r"(/.*)?/v2/models/[^/]+(/versions/[^/]+)?/?", parts.path):
         raise BenchError(f"--base {url}: must be http://HOST:PORT/v2/models/NAME; /versions/VERSION may follow")
     return url.rstrip("/")
 
 
-# The protocol's objects, as far as they are used ------------------------------------------------------
+# The used parts of the protocol's objects -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class _Answer:
 
 
 class Served(BlackBox):
-    """A served model as a module, pixels in [0, 1] to logits; connects when it is first asked."""
+    """A remote model as a module, pixels in [0, 1] to logits; connects at the first query."""
 
-    version: str | None = None  # as stated with the first logits
+    version: str | None = None  # as sent with the first logits
 
     def __init__(self, url: str, card: Card) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Served(BlackBox):
 
     @cached_property
     def server(self) -> _Server:
-        """What the server says of itself; nothing where a gateway shows models alone."""
+        """The server's description; empty where a gateway only shows models."""
         root = self.url[: self.url.rindex("/models/")]
         try:
             return self._client.ask(root, lambda a: TypeAdapter(_Server).validate_json(a.content))
@@ -116,17 +116,17 @@ class Served(BlackBox):
 
     @property
     def encoding(self) -> str:
-        """How tensors travel: binary or json."""
+        """How tensors are sent: binary or json."""
         return "binary" if "binary_tensor_data" in self.server.extensions else "json"
 
     @cached_property
     def model(self) -> _Model:
-        """What the server says of the model. Raises BenchError where it does not fit the card."""
+        """The server's description of the model. Raises BenchError where it does not fit the card."""
         found = self._client.ask(self.url, lambda a: TypeAdapter(_Model).validate_json(a.content))
         card, classes = self._card, len(self._card.classes)
         if len(found.inputs) != 1 or len(found.outputs) != 1:
             counts = f"{len(found.inputs)} inputs and {len(found.outputs)} outputs"
-            raise BenchError(f"base {self.url} has {counts}; serve a model of one each: images, logits")
+            raise BenchError(f"base {self.url} has {counts}; serve a model with one of each: images, logits")
         given, made = found.inputs[0], found.outputs[0]
         if given.datatype != "FP32" or made.datatype not in _FLOATS:
             kinds = f"{given.datatype} to {made.datatype}"
@@ -134,25 +134,26 @@ class Served(BlackBox):
         if not _fits(given.shape, card.shape):
             wanted = [-1, *card.shape]
             raise BenchError(
-                f"base {self.url} takes {given.shape}, images of {card.name} are {wanted} (-1: any number)"
+                f"base {self.url} takes {given.shape}, images of {card.name} are {wanted} (-1: any number); serve a "
+                f"model for these images"
             )
         if not _fits(made.shape, (classes,)):
             raise BenchError(
                 f"base {self.url} gives {made.shape}, {card.name} needs {[-1, classes]}: "
-                f"a served model gets no new head, so serve one with {classes} classes"
+                f"a remote model cannot get a new head, so serve one with {classes} classes"
             )
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, float32 [B, classes], of pixels x [B, C, H, W]."""
+        """Query logits, float32 [B, classes], of pixels [B, C, H, W]."""
         body, headers = self._request(x.detach().cpu().numpy().astype("<f4", order="C"))
         shape = [len(x), len(self._card.classes)]
-        most = LARGEST + 64 * math.prod(shape)  # a number takes 25 bytes at most as text
+        most = LARGEST + 64 * math.prod(shape)  # as text a number takes at most 25 bytes
         logits, version = self._client.ask(f"{self.url}/infer", lambda a: self._read(a, shape), body, headers, most)
         if self._answered and version != self.version:
             raise BenchError(
-                f"base {self.url} now answers with model version {version}, not {self.version}, so it is another base: "
-                f"type the command again, or add /versions/VERSION to the address"
+                f"base {self.url} now answers with model version {version}, not {self.version}, so it is another base; "
+                f"repeat the command, or add /versions/VERSION to the address"
             )
         self.version, self._answered = version, True
         return torch.from_numpy(logits).to(x.device)
@@ -166,12 +167,12 @@ class Served(BlackBox):
             headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
             return head + pixels.tobytes(), headers
         if not np.isfinite(pixels).all():
-            raise BenchError("a defense asks the base about pixels that are not finite, which JSON cannot say")
-        given["data"] = pixels.ravel().tolist()  # doubles, whose digits give the float32 back however they are parsed
+            raise BenchError("a defense queries the base with pixels that are not finite, which JSON cannot represent")
+        given["data"] = pixels.ravel().tolist()  # doubles, whose digits restore the float32 however they are parsed
         return json.dumps({"inputs": [given], "outputs": [wanted]}).encode(), {"Content-Type": "application/json"}
 
     def _read(self, answer: Answer, shape: list[int]) -> tuple[NDArray[np.float32], str | None]:
-        """Logits and the model's version. Raises ValueError where the answer holds no logits of that shape."""
+        """Parse logits and the model's version. Raises ValueError where the answer has no logits of that shape."""
         content = answer.content
         head = int(answer.headers.get("Inference-Header-Content-Length", len(content)))
         if not 0 <= head <= len(content):
@@ -189,7 +190,7 @@ class Served(BlackBox):
             listed = np.array(output.data, object).ravel().tolist()
             if not {type(v) for v in listed} <= {int, float, type(None)}:
                 raise ValueError("data that are not numbers")
-            values = np.array(listed, np.float64)  # null becomes NaN, for which strict JSON has no other word
+            values = np.array(listed, np.float64)  # null becomes NaN, which JSON cannot represent otherwise
         if values.size != math.prod(shape):
             raise ValueError(f"{values.size} numbers for shape {shape}")
         with np.errstate(over="ignore"):
@@ -197,21 +198,21 @@ class Served(BlackBox):
 
 
 def _fits(stated: list[int], wanted: tuple[int, ...]) -> bool:
-    """Whether a stated shape is any number of rows of the wanted one; -1 stands for any number."""
+    """Return whether a stated shape is any number of rows of the wanted one; -1 means any number."""
     pairs = zip(stated[1:], wanted, strict=False)
     return len(stated) == len(wanted) + 1 and stated[0] == -1 and all(s in (-1, w) for s, w in pairs)
 
 
 class HTTPBase(BaseModel):
-    """A base that answers queries, and offers nothing else.
+    """A remote base that only answers queries.
 
-    Its weights cannot be hashed. Its identity is the address, what the server says of the model, and a
-    fingerprint: for each of ``PROBES`` fixed noisy images the class with the largest logit and that logit,
-    rounded to about 1/256 of the largest of all, so that another machine's last bits rarely matter (where
-    they do, the same model counts as another). It is taken before a defense learns from the base's answers,
-    and compared after training and when all is certified. It tells another model from this one. It proves
-    nothing about the weights: a model that differs by less, or that was replaced and put back between two
-    looks, goes unseen, and a server that knows the probes can forge it.
+    Its weights cannot be hashed. Its identity is the address, the server's description of the model, and a fingerprint:
+    for each of ``PROBES`` fixed noisy images the class with the largest logit and that logit, rounded to about 1/256 of
+    the largest of all, so that another machine's last bits rarely matter (where they do, the same model counts as
+    another). The fingerprint is taken before a defense learns from the base's answers, and compared after training and
+    at the end of certification. It detects another model, but proves nothing about the weights: a model that differs by
+    less, or that was replaced and restored between two checks, is not detected, and a server that knows the images can
+    forge it.
     """
 
     module: Served
@@ -224,7 +225,7 @@ class HTTPBase(BaseModel):
 
     @property
     def sha256(self) -> str:
-        """The hash of the identity."""
+        """Hash of the identity."""
         return cast(str, self._identity["sha256"])
 
     @cached_property
@@ -243,25 +244,25 @@ class HTTPBase(BaseModel):
         return found | {"sha256": digest(found)}
 
     def identity(self) -> dict[str, Any]:
-        """Address, model, version, platform, how tensors travel, and the fingerprint."""
+        """Return address, model, version, platform, encoding of tensors, and fingerprint."""
         return self._identity
 
     def check_unchanged(self, defense: str) -> None:
-        """Raise BenchError where the fingerprint is another one than this command began with."""
+        """Raise BenchError where the fingerprint differs from that at the beginning of the command."""
         if self._identity["fingerprint"] != self._fingerprint():
             raise BenchError(
-                f"base {self.name} gives other logits than when this command began, so its model was replaced: "
-                f"delete the run folder of {defense} that is not complete, and type the command again"
+                f"base {self.name} gives other logits than when this command began, so its model was replaced; "
+                f"delete the incomplete run folder of {defense} and repeat the command"
             )
 
     def untrained(self, classes: int) -> nn.Module:
-        """Raises BenchError: the architecture is not known."""
+        """Raise BenchError, since the architecture is unknown."""
         raise BenchError(
-            f"base {self.name} answers queries only, so there is no architecture to train afresh; use a local base"
+            f"base {self.name} answers queries only, so it cannot be trained from scratch; use a local base"
         )
 
     def view(self, access: Access) -> View:
-        """The base with no more than ``access``; a wrong address is said now, before anything is trained."""
+        """Return the base restricted to ``access``. Raises BenchError for a wrong address, before any training."""
         if access >= Access.QUERY:
             _ = self.module.model
         return super().view(access)

@@ -1,6 +1,6 @@
-"""What a timm config says of a model: architecture, arguments, normalisation, input size, names of classes.
+"""Read timm configs: architecture, arguments, normalisation, input size and names of classes.
 
-Configs are untrusted input: their architecture may be no address, their arguments only the model's own.
+Configs are untrusted input: their architecture must not be an address, and their arguments must be the model's own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from bench.errors import BenchError, one_line, unknown
 from bench.io import limits
 from bench.models.labels import Names, stated_names
-from bench.models.state_dict import Architecture
+from bench.models.timm_models import Architecture
 
-LARGEST = 16 * limits.MB  # of a config.json
+LARGEST = 16 * limits.MB  # maximum size of a config.json
 
 
 @dataclass(frozen=True)
 class Described:
-    """A model as its config describes it; ``size_from`` and ``mean_from`` say which part of the config did."""
+    """A model described by its config; ``size_from`` and ``mean_from`` name the source of these values."""
 
     architecture: Architecture
     channels: int
@@ -31,28 +31,35 @@ class Described:
     std: tuple[float, ...]
     size: tuple[int, int]  # height and width in pixels
     classes: int  # 0: no head
-    interpolation: str  # with which the config has images resized
+    interpolation: str  # of the config's resizing
     names: tuple[Names, ...]
     size_from: str
     mean_from: str
 
 
 def read_config(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises BenchError beginning with ``what``."""
+    """Read the object in a JSON file. Raises BenchError beginning with ``what``."""
     try:
         value = json.loads(limits.contents(path, LARGEST))
     except (OSError, ValueError, RecursionError) as e:
-        raise BenchError(f"{what}: {path.name} cannot be read: {one_line(e)}") from None
+        raise BenchError(f"{what}: {path.name} cannot be read: {one_line(e)}; save or fetch it again") from None
     if not isinstance(value, dict):
-        raise BenchError(f"{what}: {path.name} must hold a JSON object")
+        raise BenchError(f"{what}: {path.name} must contain a JSON object; save or fetch it again")
     return value
 
 
 def described(name: str, config: Mapping[str, Any], file: str) -> Described:
-    """The model of a timm config (architecture, model_args, num_classes, pretrained_cfg) read from ``file``.
+    """Read the model of a timm config (architecture, model_args, num_classes, pretrained_cfg).
 
-    What the config leaves out is as timm has it for the architecture. Raises BenchError beginning with ``name``
-    where it is no timm config, or sets an argument that is certbench's to set.
+    Missing values are timm's defaults for the architecture.
+
+    Args:
+        name: Beginning of messages.
+        config: The config's object.
+        file: Name of its file, for messages.
+
+    Raises:
+        BenchError: It is not a timm config, or sets an argument that certbench sets.
     """
     from timm.models import PretrainedCfg
 
@@ -60,8 +67,10 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
         raise BenchError(f"{name}: {odd[0]} in its config must be an object; fetch the config again")
     architecture, args = config.get("architecture"), dict(config.get("model_args") or {})
     if not isinstance(architecture, str):
-        raise BenchError(f"{name}: its config states no timm architecture; only timm models can be read")
-    # Before timm 0.9 the pretrained_cfg was the whole file.
+        raise BenchError(
+            f"{name}: its config has no timm architecture; only timm models can be read; give another base"
+        )
+    # Before timm 0.9 the file was the pretrained_cfg itself.
     stated = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k != "architecture"}
     classes = config.get("num_classes", args.pop("num_classes", stated.get("num_classes")))
     known = {f.name for f in fields(PretrainedCfg)}
@@ -69,13 +78,13 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
     own = architecture_config(architecture, name)
     merged = own | {k: v for k, v in stated.items() if k in known}
     merged |= {} if classes is None else {"num_classes": classes}
-    timms = f"timm's default for {architecture}"
-    size_from = timms
+    default = f"timm's default for {architecture}"
+    size_from = default
     if "input_size" in stated:
         size_from = f"input_size in {file}"
         if [*own["input_size"]] == merged["input_size"]:
-            size_from += f", which is {timms}: change it there if this model was trained at another size"
-    mean_from = file if "mean" in stated and "std" in stated else timms
+            size_from += f", which is {default}: correct it there if this model was trained at another size"
+    mean_from = file if "mean" in stated and "std" in stated else default
     names = stated_names(name, config, stated)
     return from_pretrained_cfg(name, architecture, args, merged, names, size_from, mean_from)
 
@@ -89,9 +98,9 @@ def from_pretrained_cfg(
     size_from: str = "timm",
     mean_from: str = "timm",
 ) -> Described:
-    """The model of a timm architecture whose normalisation, input size and classes a pretrained_cfg states.
+    """Describe a timm architecture with the normalisation, input size and classes of a pretrained_cfg.
 
-    Where it says weights are is dropped. Raises BenchError where it lacks something.
+    The locations of weights in it are dropped. Raises BenchError where a value is missing.
     """
     from timm.models import filter_pretrained_cfg
 
@@ -101,35 +110,37 @@ def from_pretrained_cfg(
         mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
         size, classes = input_size(args, config), int(config["num_classes"])
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
-        raise BenchError(f"{name}: its config is not timm's: {one_line(e)}") from None
+        raise BenchError(f"{name}: its config is not timm's: {one_line(e)}; save or fetch it again") from None
     if not len(mean) == len(std) == channels:
-        raise BenchError(f"{name}: {channels} channels and a mean of {len(mean)} and std of {len(std)} values")
+        raise BenchError(
+            f"{name}: {channels} channels, but {len(mean)} values of mean and {len(std)} of std; correct its config"
+        )
     size_from = "its argument img_size" if args.get("img_size") else size_from
-    timms = Architecture(name, architecture, args, config)
+    model = Architecture(name, architecture, args, config)
     interpolation = str(config.get("interpolation", ""))
-    return Described(timms, channels, mean, std, size, classes, interpolation, names, size_from, mean_from)
+    return Described(model, channels, mean, std, size, classes, interpolation, names, size_from, mean_from)
 
 
 def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None:
-    """Raise BenchError where an untrusted architecture or its arguments would have timm read files of their choice.
+    """Raise BenchError where an untrusted architecture or its arguments could make timm read other files.
 
-    The name may be no address (hf-hub:, local-dir:), and the arguments only the model's, none of timm's own.
+    The name must not be an address (hf-hub:, local-dir:), and the arguments must be the model's, not timm's own.
     """
     import timm
 
     if re.search(r"[:/\\]", architecture):
         raise BenchError(f"{where}: {architecture!r} is an address; give the name of a timm model")
-    if not timm.is_model(architecture):  # timm would say so too, but first write the name on the terminal as it is
+    if not timm.is_model(architecture):  # timm would raise too, but first prints the name unescaped
         raise BenchError(f"{where}: {unknown('timm model', architecture, timm.list_models())}")
     own = {*signature(timm.create_model).parameters, "pretrained_strict", "pretrained_filter_fn"}
     if forbidden := sorted(own & set(args)):
-        raise BenchError(f"{where} may not set {forbidden[0]}")
+        raise BenchError(f"{where} must not set {forbidden[0]}; remove it")
 
 
 def architecture_config(architecture: str, where: str) -> dict[str, Any]:
-    """timm's own pretrained_cfg of an architecture (with or without a tag), its defaults for one it does not know.
+    """Return timm's own pretrained_cfg of an architecture, with or without a tag; defaults for an unknown one.
 
-    Raises BenchError beginning with ``where`` for a tag timm does not know.
+    Raises BenchError beginning with ``where`` for an unknown tag.
     """
     from timm.models import resolve_pretrained_cfg
 
@@ -141,10 +152,10 @@ def architecture_config(architecture: str, where: str) -> dict[str, Any]:
 
 
 def input_size(args: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, int]:
-    """The height and width in pixels a model takes, from its arguments or its pretrained_cfg. Raises BenchError."""
+    """Return a model's input height and width in pixels, from its arguments or pretrained_cfg. Raises BenchError."""
     size = args.get("img_size") or config["input_size"][-2:]
     try:
         height, width = (size, size) if isinstance(size, int) else (int(v) for v in size)
     except (TypeError, ValueError, OverflowError):
-        raise BenchError(f"img_size {size!r:.40} is no side in pixels, nor a height and a width") from None
+        raise BenchError(f"img_size {size!r:.40} must be a side in pixels, or a height and a width") from None
     return height, width

@@ -1,4 +1,4 @@
-"""What a person sees: progress bars with ETA on stderr, so that stdout stays for results."""
+"""Progress bars on stderr; stdout is reserved for results."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 
 class ConsoleReporter:
-    """Progress on the terminal; off a terminal, a line every half a minute. Satisfies ``runlog.Reporter``."""
+    """Shows progress bars on a terminal, else a line every 30 s. Satisfies ``runlog.Reporter``."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
 
     def say(self, text: str) -> None:
+        """Print one line."""
         self.console.print(text, markup=False)
 
     @contextmanager
     def training(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
+        """Show a training; call the value with (steps done, all steps, loss)."""
         with self._bar(f"train {what}", 0) as update:
-            # Features that a probe is trained on are computed without a loss.
+            # NaN: there is no loss while a probe's features are computed.
             yield lambda done, total, loss: update(done, total, "" if math.isnan(loss) else f"loss {loss:.3f}")
 
     @contextmanager
     def certifying(self, what: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
+        """Show a certification; call the value with (images done, correct so far)."""
         with self._bar(f"certify {what}", total) as update:
             yield lambda images, correct: update(
                 images, total, f"accuracy so far {correct / images:.0%}" if images else ""
@@ -46,23 +49,23 @@ class ConsoleReporter:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            # Shown at the first update, so that what comes from the cache draws no bar.
+            # Shown from the first update on: cached weights need no bar.
             task = progress.add_task(what, total=total, note="", visible=False)
-            began = spoken = time.monotonic()
+            began = last = time.monotonic()
 
             def update(done: int, all_: int, note: str) -> None:
-                nonlocal spoken
+                nonlocal last
                 progress.update(task, completed=done, total=all_, note=note, visible=True)
                 now = time.monotonic()
-                if not self.console.is_terminal and now - spoken > 30:
-                    spoken = now
+                if not self.console.is_terminal and now - last > 30:
+                    last = now
                     self.say(f"{what}: {done}/{all_}, {now - began:.0f} s, {note}")
 
             yield update
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 8 s, 3 min, 2.5 h."""
+    """Format seconds: 8 s, 3 min, 2.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

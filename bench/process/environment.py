@@ -1,4 +1,4 @@
-"""What a run's record says of the machine it ran on: nothing here may change a certificate."""
+"""The machine a run uses, as recorded: devices, versions, threads and memory. None of it may change a certificate."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import torch
 
 from bench.errors import BenchError
 
-MACHINE = ("device", "platform", "packages")  # where these are equal, equal identities give equal counts
+MACHINE = ("device", "platform", "packages")  # if these are equal, equal identities give equal counts
 PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "cryptography")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, commit, device and host, JSON-able."""
+    """Return versions, commit, device and host, as JSON."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "certbench": _version("certbench"),
@@ -39,12 +39,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two environments are one kind of machine with the same versions, which must give the same counts."""
+    """Return whether two environments have the same kind of machine and versions, which must give the same counts."""
     return all(one.get(k) == other.get(k) for k in MACHINE)
 
 
 def _processor() -> str:
-    """The CPU's model and the vector instructions torch uses, by which the last bits of a result may differ."""
+    """Return the CPU's model and torch's vector instructions, which affect the last bits of results."""
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         models = [v for k, _, v in (x.partition(":") for x in _lines("/proc/cpuinfo")) if k.strip() == "model name"]
@@ -55,12 +55,12 @@ def _processor() -> str:
 def _lines(file: str) -> list[str]:
     try:
         return Path(file).read_text().splitlines()
-    except OSError:  # a container may hide it: the architecture's name is then all that is known
+    except OSError:  # a container may hide the file
         return []
 
 
 def calibration_seconds(device: torch.device) -> float:
-    """What a fixed small workload takes on this machine as it is loaded now: the unit of seconds elsewhere.
+    """Measure the seconds of a fixed small workload, by which times of other machines are scaled.
 
     Two 3x3 convolutions and a matrix product in float32, 24 times after a warm-up; the median, times ten.
     """
@@ -87,7 +87,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where it has uncommitted changes; None outside a checkout."""
+    """Return the checkout's commit, with a + for uncommitted changes; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -101,27 +101,29 @@ def _commit() -> str | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of ``--device``; auto prefers an accelerator. Raises BenchError where it is not there."""
+    """Return the torch device of ``--device``; auto prefers an accelerator. Raises BenchError if it is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name, False):
-        raise BenchError(
-            f"--device {name}: not on this machine; there is {', '.join(k for k, v in there.items() if v)}"
-        )
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, False):
+        found = ", ".join(k for k, v in available.items() if v)
+        raise BenchError(f"--device {name}: not available on this machine; use one of: {found}")
     return torch.device(name)
 
 
 def same_kind(device: torch.device) -> list[torch.device]:
-    """All devices of its kind that this process may use: every visible GPU (see CUDA_VISIBLE_DEVICES), or itself."""
+    """Return all devices of the same kind: every visible GPU (see CUDA_VISIBLE_DEVICES), or the device itself."""
     if device.type != "cuda":
         return [device]
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
 def threads(device: torch.device) -> int:
-    """In how many threads votes are drawn on a device: on a CPU as many as torch would take for one block
-    (``OMP_NUM_THREADS``); for a GPU its share of the cores, up to 8, since noise is drawn on the CPU."""
+    """Return the number of threads that draw votes on a device.
+
+    On a CPU, torch's number of threads (``OMP_NUM_THREADS``). On a GPU, its share of the cores, up to 8, since noise is
+    drawn on the CPU.
+    """
     if device.type == "cpu":
         return torch.get_num_threads()
     if device.type == "cuda":
@@ -130,30 +132,30 @@ def threads(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep memory that it frees, for the next block to take, where the C library can be told (glibc).
+    """Let glibc keep freed memory for the next block; a no-op with other C libraries.
 
-    By default large pieces go back to the system, which clears every page anew: measured to be up to two fifths of a
-    block's time (``tests/perf/test_engine.py``).
+    By default large blocks are returned to the system, which clears every page again: measured to take up to two fifths
+    of a block's time (``tests/perf/test_engine.py``).
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
         for parameter in (mmap_threshold, trim_threshold):
             ctypes.CDLL(None).mallopt(parameter, 2**30)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of peak memory, where the system allows one."""
+    """Start a new measurement of peak memory, where the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         try:
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # a container may forbid it: the peak is then the process's
+        except OSError:  # a container may forbid it; the peak is then that of the whole process
             return
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since the reset: of the accelerator's allocator, or of this process on a CPU."""
+    """Return the peak memory in bytes since the reset: the GPU allocator's, or this process's on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Locks of folders: held by one process at a time, which is named to others."""
+"""Locks of folders, each held by one process at a time and naming its holder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from filelock import FileLock, Timeout
 from bench.errors import BenchError, one_line, shown
 
 _MARKER = re.compile(rb"(\d{1,20})\n([\w.-]{1,255})")  # process and host, as filelock writes them without flock
-_LARGEST = 1024  # bytes read of who holds a lock
+_LARGEST = 1024  # bytes read of the file that names a lock's holder
 
 
 def this_process() -> str:
-    """The name of this process in messages."""
+    """Return the name of this process in messages."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class Lock:
-    """The lock of a folder: a file ``.lock`` and, where it is ``named``, a file beside it that names the holder.
+    """The lock of a folder: a file ``.lock`` and, if ``named``, a file ``.lock-holder`` that names the holder.
 
-    Where the file system has flock, the lock ends with its process. Elsewhere filelock falls back to a file that
-    exists while the lock is held, and only a process of the same host can find out that the holder is dead.
+    Where the file system has flock, the lock ends with its process. Elsewhere filelock falls back to a file that exists
+    while the lock is held, and only a process on the same host can detect that the holder is dead.
     """
 
     def __init__(self, folder: Path, named: bool = True) -> None:
@@ -36,7 +36,10 @@ class Lock:
         self._lock = FileLock(self.file)
 
     def take(self) -> bool:
-        """Take the lock if it is free. Raises BenchError where the file system has no locks at all, else OSError."""
+        """Take the lock if it is free; return whether it was.
+
+        Raises BenchError where the file system has no locks, OSError where it cannot be written.
+        """
         try:
             self._acquire(0)
         except Timeout:
@@ -44,11 +47,11 @@ class Lock:
         return True
 
     def wait(self) -> None:
-        """Take the lock as soon as it is free."""
+        """Wait until the lock is free, and take it."""
         self._acquire(-1)
 
     def release(self) -> None:
-        """Let another process take it."""
+        """Release the lock."""
         if self._holder:
             with suppress(OSError):
                 self._holder.unlink()
@@ -56,20 +59,20 @@ class Lock:
 
     def _acquire(self, timeout: float) -> None:
         try:
-            with warnings.catch_warnings():  # of the fallback: it is reported where it matters, in ``held_by``
+            with warnings.catch_warnings():  # on the fallback, which ``held_by`` reports where it matters
                 warnings.simplefilter("ignore")
                 self._lock.acquire(timeout=timeout)
         except NotImplementedError as e:  # filelock's older versions have no fallback
             raise BenchError(
-                f"cannot lock {self.file.parent}: {one_line(e)}; use a folder on another file system"
+                f"cannot lock {self.file.parent}: {one_line(e)}; use a folder on a file system with locks"
             ) from None
         if self._holder:
             since = datetime.now(UTC).isoformat(timespec="seconds")
-            with suppress(OSError):  # the name is a courtesy
+            with suppress(OSError):  # the name is only for messages
                 self._holder.write_text(f"{this_process()} since {since}")
 
     def held_by(self) -> str:
-        """Who holds the lock, in brackets and as far as known, and how to clear it where it may outlive its holder."""
+        """Describe the lock's holder in brackets, as far as known, and how to remove a lock that may outlive it."""
         name = _read(self._holder).decode(errors="replace") if self._holder else ""
         if marker := _MARKER.match(_read(self.file)):
             name = f"process {int(marker[1])} on {marker[2].decode()} since {_written(self.file)}"
@@ -77,13 +80,13 @@ class Lock:
             return f" ({shown(name)})" if name else ""
         who = f"{shown(name)}; " if name else ""
         return (
-            f" ({who}on this file system a lock outlives a process that is killed: if that one no longer runs, remove "
-            f"{self.file})"
+            f" ({who}on this file system a killed process leaves its lock behind; if that process no longer runs: "
+            f"rm {self.file})"
         )
 
 
 def _has_flock(file: Path) -> bool:
-    """Whether the file system of a file has locks that end with their process."""
+    """Return whether the file system of a file has locks that end with their process."""
     try:
         with file.open("rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -95,17 +98,17 @@ def _has_flock(file: Path) -> bool:
 
 
 def _written(file: Path) -> str:
-    """When a file was last written, in UTC."""
+    """Return the time of a file's last change, in UTC."""
     try:
         return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    except OSError:  # released meanwhile
+    except OSError:  # the lock was released meanwhile
         return "a moment ago"
 
 
 def _read(file: Path) -> bytes:
-    """The beginning of a file; nothing where it cannot be read."""
+    """Return the first bytes of a file; none where it cannot be read."""
     try:
-        if not file.is_file():  # to open a pipe would take for ever
+        if not file.is_file():  # opening a pipe would block
             return b""
         with file.open("rb") as f:
             return f.read(_LARGEST)

@@ -1,8 +1,8 @@
-"""The log of one run: what happened when, for people and for ``bench status`` in another terminal.
+"""The log of one run, for people and for ``bench status`` in another terminal.
 
-Until the identity is known, and with it the run's folder, the file lies beside the run folders; from then on
-it is ``log.txt`` in the folder. Its writer holds a lock on it, by which a run under way is told from one that
-was killed. Everything is written through the logger ``bench``. Imports no torch.
+The log starts next to the run folders and moves into the run's folder, as ``log.txt``, once the identity, and with it
+the folder, is known. Its writer holds a lock on it, so a running process can be distinguished from a killed one.
+Everything is written through the logger ``bench``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from bench.errors import BenchError, DefenseFault, one_line, shown
 from bench.process.locks import this_process
 
 NAME = "log.txt"
-LARGEST = 2**24  # bytes of a log that are looked at, from its end: months, at a line every half a minute
+LARGEST = 2**24  # bytes read from the end of a log: months, at one line in 30 s
 PERIOD = 30.0  # seconds between two lines of progress
-STARTED, CERTIFY = "started: ", "certify "  # by which bench status finds the last start, and the pace since
+STARTED, CERTIFY = "started: ", "certify "  # lines from which bench status reads the last start and the pace
 
 log = logging.getLogger("bench")
 log.setLevel(logging.INFO)
 
 
 class Reporter(Protocol):
-    """Where a run says what it is doing."""
+    """Shows the progress of a run."""
 
     def say(self, text: str) -> None:
-        """One finished fact."""
+        """Print one line."""
         ...
 
     def training(self, what: str) -> Any:
-        """A context whose value is called with (steps done, steps, loss)."""
+        """Return a context whose value is called with (steps done, all steps, loss)."""
         ...
 
     def certifying(self, what: str, total: int, done: int) -> Any:
-        """A context whose value is called with (images done, correct so far)."""
+        """Return a context whose value is called with (images done, correct so far)."""
         ...
 
 
 class _Line(logging.Formatter):
-    """Time in UTC, level, text; a traceback is indented, so that only a line of the log begins with a time."""
+    """Formats time in UTC, level and text; indents tracebacks, so only a log line begins with a time."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -66,21 +66,21 @@ class RunLog(logging.Handler):
     """An open log file."""
 
     def __init__(self, file: Path) -> None:
-        """Open ``file``, to append. Raises BenchError where it cannot be written or another process does."""
+        """Open ``file`` for appending. Raises BenchError where it is not writable or another process writes it."""
         super().__init__(logging.INFO)
         self.setFormatter(_Line("%(asctime)s %(levelname)s %(message)s"))
         self._broken = False
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self.file, self._stream = file, _opened(file)
+            self.file, self._stream = file, _open_locked(file)
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
 
     def move_into(self, folder: Path) -> None:
-        """Go on in the folder's ``log.txt``, below what it holds."""
+        """Append this log to the folder's ``log.txt`` and continue there."""
         old, kept, file = self._stream, self.file, folder / NAME
         try:
-            self._stream, self.file = _opened(file), file
+            self._stream, self.file = _open_locked(file), file
         except OSError as e:
             raise BenchError(f"cannot write {file}: {e.strerror}; choose another folder with --out") from None
         self._append(kept.read_text("utf-8", errors="replace"))
@@ -88,27 +88,27 @@ class RunLog(logging.Handler):
         old.close()
 
     def write(self, text: str, level: int = logging.INFO) -> None:
-        """Add a line."""
+        """Append a line."""
         self.handle(log.makeRecord(log.name, level, "", 0, text, (), None))
 
     def discard(self) -> None:
-        """Remove the file: nothing happened that is worth keeping."""
+        """Delete the log of a run that did nothing."""
         self.file.unlink(missing_ok=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         self._append(self.format(record) + "\n")
 
     def _append(self, text: str) -> None:
-        """Write ``text`` whole or not at all, so that a log which does not fit leaves the room to the certificates."""
+        """Write ``text`` completely or not at all: on a full disk the space is left to certificates."""
         size, left = os.fstat(self._stream.fileno()).st_size, text.encode(errors="backslashreplace")
         try:
             while left:
                 left = left[self._stream.write(left) :]
-        except OSError as e:  # certificates are worth more than their log
-            with suppress(OSError):  # a medium that fails altogether
+        except OSError as e:  # a run goes on without its log
+            with suppress(OSError):  # the disk may fail altogether
                 self._stream.truncate(size)
             if not self._broken:
-                print(f"bench: the log {self.file} has gaps: {e.strerror}", file=sys.stderr)
+                print(f"bench: the log {self.file} is incomplete: {e.strerror}", file=sys.stderr)
             self._broken = True
 
     def close(self) -> None:
@@ -116,44 +116,44 @@ class RunLog(logging.Handler):
         super().close()
 
 
-def _opened(file: Path) -> FileIO:
-    """The file, open to append, its lock held. Raises BenchError where another process holds it, or it is no file."""
-    if file.is_symlink() or (file.exists() and not file.is_file()):  # a stranger's folder may lead elsewhere
-        raise BenchError(f"{file} is a link or no file, through which nothing is written; move it away")
+def _open_locked(file: Path) -> FileIO:
+    """Open a file for appending and lock it. Raises BenchError where it is locked, or not a regular file."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):  # a downloaded folder may link elsewhere
+        raise BenchError(f"{file} is a link or not a regular file, so the log is not written to it; remove it")
     stream = file.open("ab+", buffering=0)
     for _ in range(20):
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:  # bench status may be looking
+        except BlockingIOError:  # bench status may be testing the lock
             time.sleep(0.05)
-        except OSError:  # a file system without locks: bench status then shows no run as running
+        except OSError:  # no locks on this file system: bench status then shows no run as running
             break
     else:
         stream.close()
         raise BenchError(f"{file} is being written by another process{writer(file)}; wait for it, or stop it")
     size = os.fstat(stream.fileno()).st_size
-    if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a line torn by a crash
+    if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a crash left the last line incomplete
         stream.write(b"\n")
     return stream
 
 
 def signature() -> str:
-    """What a line ends with that names this process as the writer of a log from there on."""
+    """Return the end of a line that names this process as the log's writer."""
     return f"written by {this_process()}"
 
 
 def tail(path: Path) -> bytes:
-    """The last bytes of a log, at most ``LARGEST``. Raises BenchError where it is no file, else OSError."""
+    """Read the last bytes of a log, at most ``LARGEST``. Raises BenchError for a pipe or device, else OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise BenchError(f"{path}: not a regular file; give a copy of what it holds")
+        raise BenchError(f"{path}: not a regular file; replace it by a copy")
     with path.open("rb") as f:
         f.seek(max(0, f.seek(0, os.SEEK_END) - LARGEST))
         return f.read(LARGEST)
 
 
 def writer(file: Path) -> str:
-    """Who writes a log, in brackets, as far as it says."""
+    """Return the process that writes a log and since when, in brackets; empty where the log does not say."""
     try:
         end = tail(file).decode(errors="replace")
     except (OSError, BenchError):
@@ -162,10 +162,10 @@ def writer(file: Path) -> str:
     return f" ({shown(found[-1][1])} since {shown(found[-1][0])})" if found else ""
 
 
-def held(file: Path) -> bool:
-    """Whether a living process writes the log ``file``, as far as this file system's locks tell."""
+def is_locked(file: Path) -> bool:
+    """Return whether a running process writes the log; always False on a file system without locks."""
     try:
-        if not file.is_file():  # to open a pipe would take for ever
+        if not file.is_file():  # opening a pipe would block
             return False
         with file.open("rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -178,8 +178,8 @@ def held(file: Path) -> bool:
 
 @contextmanager
 def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
-    """Write what is logged into ``file`` while the context lasts, and how it ended; warnings are said, too."""
-    handler, aloud = RunLog(file), _Aloud(reporter)
+    """Write the log to ``file`` while the context lasts, and how it ended; show warnings on the terminal too."""
+    handler, terminal = RunLog(file), _TerminalWarnings(reporter)
     shown = warnings.showwarning
 
     def show(
@@ -194,7 +194,7 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
         shown(message, category, filename, lineno, file, line)
 
     log.addHandler(handler)
-    log.addHandler(aloud)
+    log.addHandler(terminal)
     warnings.showwarning = show
     try:
         yield handler
@@ -202,54 +202,54 @@ def recording(file: Path, reporter: Reporter) -> Iterator[RunLog]:
         log.info("interrupted")
         raise
     except Exception as e:
-        told = isinstance(e, BenchError) and e.__cause__ is None  # its message is all there is to say
-        log.error("%s", e if isinstance(e, BenchError) else one_line(e), exc_info=not told)
-        if isinstance(e, DefenseFault) and e.__cause__ is not None:  # else it is certbench's own finding
+        complete = isinstance(e, BenchError) and e.__cause__ is None  # the message needs no traceback
+        log.error("%s", e if isinstance(e, BenchError) else one_line(e), exc_info=not complete)
+        if isinstance(e, DefenseFault) and e.__cause__ is not None:  # the defense raised it
             e.args = (f"{e}; traceback in {handler.file}",)
         raise
     finally:
         warnings.showwarning = shown
-        log.removeHandler(aloud)
+        log.removeHandler(terminal)
         log.removeHandler(handler)
         handler.close()
 
 
-class _Aloud(logging.Handler):
-    """Says warnings to the person at the terminal."""
+class _TerminalWarnings(logging.Handler):
+    """Shows warnings on the terminal."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(logging.WARNING)
-        self.addFilter(lambda record: record.levelno == logging.WARNING)  # errors end the command, which says them
+        self.addFilter(lambda record: record.levelno == logging.WARNING)  # errors end the command, which prints them
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
         self._reporter.say(record.getMessage())
 
 
-class Logged:
-    """A reporter of one run that is also written to its log; of training every half a minute."""
+class LoggingReporter:
+    """A reporter that also writes to the run's log, of training one line in 30 s."""
 
     def __init__(self, reporter: Reporter, write: Callable[[str], None]) -> None:
-        self.aloud, self._write = reporter, write
+        self.terminal, self._write = reporter, write
 
     def say(self, text: str) -> None:
         self._write(text)
-        self.aloud.say(text)
+        self.terminal.say(text)
 
     @contextmanager
     def training(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
-        with self.aloud.training(what) as update:
-            spoke = -math.inf
+        with self.terminal.training(what) as update:
+            last = -math.inf
 
             def both(done: int, total: int, loss: float) -> None:
-                nonlocal spoke
+                nonlocal last
                 update(done, total, loss)
-                if time.monotonic() - spoke >= PERIOD:
-                    spoke = time.monotonic()
+                if time.monotonic() - last >= PERIOD:
+                    last = time.monotonic()
                     note = "" if math.isnan(loss) else f", loss {loss:.3f}"
                     self._write(f"train {what}: {done} of {total}{note}")
 
             yield both
 
     def certifying(self, what: str, total: int, done: int) -> Any:
-        return self.aloud.certifying(what, total, done)
+        return self.terminal.certifying(what, total, done)

@@ -1,8 +1,8 @@
-"""A defense that gives no sign of life for too long is named and ended, in Python or in C.
+"""A timeout for defenses that hang, in Python or in C.
 
-A thread watches the clock. First the main thread is interrupted by a signal, which ends Python code and waits of
-the system; code that does not come back even then is ended with its process. Where votes are drawn in other threads,
-the main thread only waits for them: the one that hangs is left to itself.
+A thread watches the clock. On a timeout it first interrupts the main thread by a signal, which ends Python code and
+blocking system calls. If that does not help, it ends the process. Where votes are drawn in worker threads, the main
+thread only waits for them; a worker that hangs is abandoned.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from types import FrameType
 
 from bench.errors import DefenseFault, note
 
-GRACE = 10.0  # seconds from the signal to the end of the process
+GRACE = 10.0  # seconds between the signal and the end of the process
 
 
 @dataclass
 class _Waits:
-    """What one thread waits for (innermost last), and since when."""
+    """The calls a thread is waiting for, innermost last, and the time of its last heartbeat."""
 
     since: float = 0.0
-    doing: list[tuple[str, str]] = field(default_factory=list)  # a defense and what it is asked for
+    doing: list[tuple[str, str]] = field(default_factory=list)  # a defense, and what it is doing
 
 
 @dataclass
 class _Watch:
-    """All that is waited for, by thread."""
+    """The waits of all threads, by thread id."""
 
     seconds: float
     threads: dict[int, _Waits] = field(default_factory=dict)
 
     def mine(self) -> _Waits:
-        """Of the calling thread, alive now."""
+        """Return the waits of the calling thread, with a heartbeat."""
         waits = self.threads.setdefault(threading.get_ident(), _Waits())
         waits.since = time.monotonic()
         return waits
 
     def end(self) -> None:
-        """The calling thread waits for one thing less."""
+        """End the innermost wait of the calling thread."""
         waits = self.mine()
-        if waits.doing:  # else it was given up
+        if waits.doing:  # else the timeout removed it
             waits.doing.pop()
         if not waits.doing:
             del self.threads[threading.get_ident()]
 
     def overdue(self) -> float:
-        """Seconds past the limit of the thread that waits longest; negative within it, and where none waits."""
+        """Return the seconds past the timeout of the longest wait; negative before it, and without any wait."""
         longest = min((w.since for w in list(self.threads.values()) if w.doing), default=None)
         return -self.seconds if longest is None else time.monotonic() - longest - self.seconds
 
     def give_up(self) -> DefenseFault | None:
-        """What to tell the user of the thread that is overdue, None where none is; then nothing is waited for."""
+        """Return the error for an overdue thread and end all waits; None where no thread is overdue."""
         overdue = time.monotonic() - self.seconds
         for waits in list(self.threads.values()):
             if waits.doing and waits.since < overdue:
                 self.threads = {}
                 name, doing = waits.doing[-1]
-                mend = "mend it, or give it longer with --timeout"
-                return DefenseFault(f"no answer for {self.seconds:g} s {doing}; {mend}", name)
+                fix = "fix it, or set a longer --timeout"
+                return DefenseFault(f"no answer for {self.seconds:g} s {doing}; {fix}", name)
         return None
 
 
@@ -71,10 +71,10 @@ _watch: _Watch | None = None
 
 
 @contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Within this context, no ``watched`` code may take more than ``seconds`` between two signs of life. 0: no limit.
+def time_limit(seconds: float) -> Iterator[None]:
+    """Limit ``watched`` code to ``seconds`` between two heartbeats while the context lasts; 0: no limit.
 
-    For the main thread. Ended by DefenseFault, or by exit code 2 after one line on stderr.
+    For the main thread. A timeout raises DefenseFault there, or ends the process with exit code 2 and a line on stderr.
     """
     global _watch
     if not seconds:
@@ -84,7 +84,7 @@ def limit(seconds: float) -> Iterator[None]:
     over = threading.Event()
 
     def interrupt(_: int, __: FrameType | None) -> None:
-        if (fault := watch.give_up()) is not None:  # it may have come back meanwhile
+        if (fault := watch.give_up()) is not None:  # None: it has returned meanwhile
             raise fault
 
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -102,13 +102,13 @@ def _observe(watch: _Watch, over: threading.Event, main: int) -> None:
         if watch.overdue() > 0:
             signal.pthread_kill(main, signal.SIGALRM)
             if watch.overdue() > GRACE:
-                note(f"{watch.give_up()}; all certified before is kept")
+                note(f"{watch.give_up()}; images certified before are kept")
                 os._exit(2)
 
 
 @contextmanager
 def watched(defense: str, doing: str) -> Iterator[None]:
-    """Time what ``defense`` does in this context; ``doing`` completes the sentence 'no answer for 9 s ...'."""
+    """Apply the timeout to ``defense`` while the context lasts; ``doing`` completes "no answer for 9 s ..."."""
     watch = _watch
     if watch is None:
         yield
@@ -122,7 +122,7 @@ def watched(defense: str, doing: str) -> Iterator[None]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Within this context nobody is timed: the harness itself waits, for a download or another process."""
+    """Suspend the calling thread's timeout while the harness itself waits, for a download or another process."""
     watch = _watch
     if watch is None:
         yield
@@ -135,7 +135,7 @@ def paused() -> Iterator[None]:
         watch.mine().doing = held
 
 
-def alive() -> None:
-    """A sign of life: the clock starts anew."""
+def heartbeat() -> None:
+    """Restart the calling thread's timeout."""
     if _watch is not None:
         _watch.mine()

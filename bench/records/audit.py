@@ -10,7 +10,7 @@ import numpy as np
 from bench.io.files import file_sha256
 from bench.records.columns import NULL
 from bench.records.record import Record
-from bench.smoothing.anytime import procedure_of
+from bench.smoothing.procedures import procedure_of
 
 # Relative difference allowed between recorded and recomputed numbers: versions of scipy differ by less than 1e-12.
 TOLERANCE = 1e-9

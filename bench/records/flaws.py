@@ -20,7 +20,8 @@ from scipy import special
 
 from bench.errors import BenchError, unknown
 from bench.smoothing import bounds
-from bench.smoothing.procedures import MOST, Fixed
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.votes import MAX_VOTES
 
 # Images of test parts that have one size wherever they are from: a log that ends before it is cut short.
 SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "imagenet": 50_000}
@@ -59,11 +60,11 @@ class Stated:
             raise BenchError(f"--sigma {self.sigma:g}: must be above 0")
         if not 0 < self.alpha < 1:
             raise BenchError(f"--alpha {self.alpha:g}: must lie strictly between 0 and 1")
-        if not bounds.smallest_n(self.alpha) <= self.n <= MOST:
+        if not bounds.smallest_n(self.alpha) <= self.n <= MAX_VOTES:
             least = bounds.smallest_n(self.alpha)
             raise BenchError(f"--n {self.n}: no certificate at alpha {self.alpha:g} has so many; the least is {least}")
-        if self.n0 is not None and not 1 <= self.n0 <= MOST:
-            raise BenchError(f"--n0 {self.n0}: must be at least 1 and at most {MOST:,}")
+        if self.n0 is not None and not 1 <= self.n0 <= MAX_VOTES:
+            raise BenchError(f"--n0 {self.n0}: must be at least 1 and at most {MAX_VOTES:,}")
         if self.radius is not None and (self.format != "adaptive" or not 0 < self.radius < HUGE):
             raise BenchError(f"--radius {self.radius:g}: a number above 0, and only of adaptive logs")
 
@@ -127,6 +128,7 @@ def _missing(indices: Sequence[int], size: int) -> Iterator[str]:
 
 
 def abstentions(rows: Sequence[Row]) -> Iterator[str]:
+    """Report abstentions with a radius and predictions with a negative one."""
     if odd := [r for r in rows if r.predicted < 0 and r.radius != 0]:
         yield f"abstentions with a radius, taken as 0: {some(odd)}"
     if odd := [r for r in rows if r.predicted >= 0 > r.radius]:
@@ -163,7 +165,7 @@ def support(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) ->
 
 
 def _radii(counts: Floats, stated: Stated) -> Floats:
-    """sigma Phi^-1 of the Clopper-Pearson bound at those counts of n, -inf for 0; not rounded down."""
+    """Return sigma Phi^-1 of the Clopper-Pearson bound at those counts of n, -inf for 0; not rounded down."""
     p = special.betaincinv(np.maximum(counts, 1), np.maximum(stated.n - counts + 1, 1), stated.alpha)
     return np.asarray(np.where(counts < 1, -np.inf, stated.sigma * special.ndtri(p)), np.float64)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.io.files import digest
 from bench.records.record import Record
-from bench.smoothing.anytime import procedure_of
+from bench.smoothing.procedures import procedure_of
 
 
 def comparable(record: Record) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from bench.errors import BenchError
 from bench.records import audit, flaws
 from bench.records.flaws import HUGE, Row, Stated
 from bench.records.record import Claim, Record
-from bench.smoothing.procedures import MOST
+from bench.smoothing.votes import MAX_VOTES
 
 VOTES = "samples_needed"  # the column with an image's votes, of adaptive logs
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -124,7 +124,7 @@ def _possible(column: str, value: Any) -> bool:
     if isinstance(value, str):
         return value in {**flaws.CHOICES, "format": flaws.FORMATS}[column]
     if isinstance(value, int):
-        return 1 <= value <= MOST
+        return 1 <= value <= MAX_VOTES
     return bool(0 < value < (1 if column == "alpha" else HUGE))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bench.errors import BenchError
 from bench.io.files import digest, file_sha256
 from bench.options import command
-from bench.process.runlog import NAME, held
+from bench.process.runlog import NAME, is_locked
 from bench.records import fingerprint, metrics, schema
 from bench.records.record import Record, Run, read_run
 from bench.records.shards import Shard, shards_in
@@ -101,7 +101,7 @@ def _lack(run: Path, shard: Shard, records: dict[Shard, Record]) -> str:
     one = next(iter(records.values()))
     share = shard.part(one.identity["indices"])
     state = f"{len(records[shard].certificates)} of {len(share)} images" if shard in records else "not begun"
-    if shard in records and held(records[shard].path / NAME):
+    if shard in records and is_locked(records[shard].path / NAME):
         return f"{run}: shard {shard}: running, {state}"
     where = ["--device", one.identity.get("device") or "auto", "--out", str(run.parent), "--shard", str(shard)]
     return f"{run}: shard {shard}: {state}; finish it: {command(one.info['arguments'], *where)}"

@@ -25,7 +25,7 @@ from bench.process.locks import Lock
 from bench.records import schema
 from bench.records.columns import Columns
 from bench.records.shards import Shard, shards_in
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.votes import Certificate
 
 SCHEMA = 3
 ELSEWHERE = "choose another folder with --out"

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.errors import BenchError, one_line
 from bench.records.columns import NULL, Columns
-from bench.smoothing.anytime import procedure_of
-from bench.smoothing.procedures import MOST
+from bench.smoothing.procedures import procedure_of
+from bench.smoothing.votes import MAX_VOTES
 
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
-Votes = Annotated[int, Field(ge=1, le=MOST)]
+Votes = Annotated[int, Field(ge=1, le=MAX_VOTES)]
 Amount = Annotated[float, Field(ge=0, le=1e30)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
 Open = Annotated[float, Field(gt=0, lt=1)]
@@ -43,7 +43,7 @@ class _Procedure(_Part):
     fastest: Votes = 1
     slowest: Annotated[float, Field(gt=0, le=1)] = 1
     futility: Share = 0
-    step: Annotated[int, Field(ge=1, le=MOST)] = 1
+    step: Annotated[int, Field(ge=1, le=MAX_VOTES)] = 1
     growth: Annotated[float, Field(ge=0.005, le=1)] = 1
 
 

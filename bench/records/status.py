@@ -15,7 +15,7 @@ from bench.errors import BenchError, one_line, shown
 from bench.io import limits
 from bench.process import runlog
 from bench.process.console import duration
-from bench.process.runlog import CERTIFY, NAME, STARTED, held
+from bench.process.runlog import CERTIFY, NAME, STARTED, is_locked
 from bench.records.shards import Shard, shards_in
 from bench.smoothing import bounds
 
@@ -163,6 +163,6 @@ def _seconds(when: str) -> float | None:
 
 def _state(file: Path, log: _Log) -> tuple[str, str]:
     """Of a run that is not complete: running, failed or stopped, and the last line of its log."""
-    if held(file):
+    if is_locked(file):
         return "running", log.text
     return ("failed" if log.level == "ERROR" else "stopped"), log.text

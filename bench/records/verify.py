@@ -14,8 +14,8 @@ from bench.io.files import digest, file_sha256
 from bench.records import importing, metrics
 from bench.records.findings import Finding
 from bench.records.record import Record, read_run
-from bench.smoothing.anytime import procedure_of
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.procedures import procedure_of
+from bench.smoothing.votes import Certificate
 
 
 def check_record(path: Path) -> Iterator[Finding]:
@@ -94,7 +94,7 @@ def _counts(identity: dict[str, Any], c: Certificate) -> str:
         return f"{c.top_count} and {c.runner_up_count} of {c.n} votes are not possible"
     if (c.runner_up is None) != (c.runner_up_count == 0):
         return "the runner-up and its count disagree"
-    if not c.n <= c.votes - c.n0 <= procedure.n or (procedure.kind == "fixed" and c.votes != procedure.most):
+    if not c.n <= c.votes - c.n0 <= procedure.n or (procedure.kind == "fixed" and c.votes != procedure.max_votes):
         return f"{c.votes} votes are not what the procedure draws"
     if c.seconds < 0:
         return "seconds are negative"

@@ -1,121 +1,135 @@
-"""The cells of one table as text, and the sentences that say what it shows."""
+"""The cells of a table as text, and the sentences below it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
 from bench.records import paired
-from bench.records.grouping import reach
-from bench.records.record import Record
-from bench.report.tables import level_with_best, pooled
+from bench.report.rows import Method, Row, Setting
 from bench.smoothing import bounds
 from bench.text import DASH
 
 
-def columns(group: Sequence[Record]) -> pd.DataFrame:
-    """The table of one group as text: percent with 95% intervals, a dash for what cannot be or is not known."""
-    frame, radii = pooled(group), group[0].info["radii"]
-    within, rows = reach(group[0]), frame.to_dict("records")
-    shown: dict[str, list[str]] = {"defense": [label(row, frame) for row in rows]}
-    for r in radii:
-        key = f"certified_{r:g}"
+def label(row: Row, rows: Sequence[Row]) -> str:
+    """Name a row of a table: the method and its number of seeds; seed and hash of the run where two have one name."""
+    text = row.defense + (" †" if row.flags else "")
+    if sum(other.defense == row.defense for other in rows) == 1:
+        return text + (f" ({row.seeds} seeds)" if row.seeds > 1 else "")
+    seed = "" if row.seed is None else f" seed {row.seed:.0f}"
+    return f"{text}{seed} ({row.run.rpartition('-')[2]})"
+
+
+def cells(setting: Setting, methods: Sequence[Method]) -> pd.DataFrame:
+    """Format a table: percent with 95% intervals; a dash for a radius out of reach and for an unknown value."""
+    rows = [m.row for m in methods]
+    shown: dict[str, list[str]] = {"defense": [m.label for m in methods]}
+    for r in setting.radii:
         title = "smoothed accuracy (r = 0)" if r == 0 else f"certified at r = {r:g}"
-        tied = level_with_best(group, frame, r) if r <= within else set()
-        shown[title] = [
-            f"{row[key]:.1%} [{row[f'{key}_low']:.1%}, {row[f'{key}_high']:.1%}]{' =' if row['run'] in tied else ''}"
-            if r <= within
-            else DASH
-            for row in rows
-        ]
+        shown[title] = [_accuracy(m, r) if r <= setting.reach else DASH for m in methods]
     shown |= {
-        "family": [v or DASH for v in frame["family"]],
-        "trains": list(frame["trains"]),
-        "base, clean": _numbers(frame["base_clean_accuracy"], ".1%"),
-        "abstained": _numbers(frame["abstained"], ".1%"),
-        "train (s)": _numbers(frame["train_seconds"], ".1f"),
-        "certify (s)": _numbers(frame["certify_seconds"], ".1f"),
-        "votes": _numbers(frame["votes"], ",.0f"),
-        "GFLOPs / vote": _numbers(frame["flops_per_vote"], ".4g", 1e9),
-        "trained here": _numbers(frame["trained_here"], ",.0f"),
-        "trained elsewhere": _numbers(frame["trained_elsewhere"], ",.0f"),
-        "parameters": _numbers(frame["parameters"], ",.0f"),
-        "extra data": [DASH if group[0].imported else v or "no" for v in frame["extra_data"]],
-        "peak memory (MB)": _numbers(frame["peak_memory"], ",.0f", 1e6),
-        "ACR": _numbers(frame["acr"], ".3f"),
+        "family": [row.family or DASH for row in rows],
+        "trains": [row.trains for row in rows],
+        "base, clean": _numbers([row.base_clean_accuracy for row in rows], ".1%"),
+        "abstained": _numbers([row.abstained for row in rows], ".1%"),
+        "train (s)": _numbers([row.train_seconds for row in rows], ".1f"),
+        "certify (s)": _numbers([row.certify_seconds for row in rows], ".1f"),
+        "votes": _numbers([row.votes for row in rows], ",.0f"),
+        "GFLOPs / vote": _numbers([row.flops_per_vote for row in rows], ".4g", 1e9),
+        "trained here": _numbers([row.trained_here for row in rows], ",.0f"),
+        "trained elsewhere": _numbers([row.trained_elsewhere for row in rows], ",.0f"),
+        "parameters": _numbers([row.parameters for row in rows], ",.0f"),
+        "extra data": [DASH if setting.imported else row.extra_data or "no" for row in rows],
+        "peak memory (MB)": _numbers([row.peak_memory for row in rows], ",.0f", 1e6),
+        "ACR": _numbers([row.acr for row in rows], ".3f"),
     }
     return pd.DataFrame(shown)
 
 
-def _numbers(values: pd.Series, form: str, unit: float = 1) -> list[str]:
-    """Numbers of a column, a dash for what is not known."""
-    return [DASH if pd.isna(v) else format(v / unit, form) for v in values]
+def _accuracy(method: Method, radius: float) -> str:
+    share = method.row.certified[radius]
+    text = f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
+    return f"{text} =" if radius in method.level else text
 
 
-def limits(group: Sequence[Record]) -> str:
-    """State in a few sentences what the table shows and what it cannot show."""
-    record, frame = group[0], pooled(group)
-    split = record.identity["split"]
-    within = [r for r in record.info["radii"] if r <= reach(record)]
-    widths = [frame[f"certified_{r:g}_high"] - frame[f"certified_{r:g}_low"] for r in within]
-    wide = max((float(w.max()) for w in widths), default=0.0) / 2
-    text = "" if split == "test" else f"These are {split} images, to choose by: no result of any defense. "
-    if len(frame) > 1 and (above := [r for r in within if r > 0]):
-        best = frame.iloc[int(frame[f"certified_{above[0]:g}"].argmax())]
-        tied = level_with_best(group, frame, above[0])
-        others = [label(row, frame) for row in frame.to_dict("records") if row["run"] in tied - {best["run"]}]
-        text += (
-            f"At r = {above[0]:g} {label(best, frame)} certifies the most images "
-            f"({best[f'certified_{above[0]:g}']:.1%}); "
-            + (
-                f"not significantly worse: {', '.join(others)}. "
-                if others
-                else "all other rows are significantly worse. "
-            )
-        )
-    text += f"With {frame['images'].iloc[0]:.0f} images the margin of error is up to {100 * wide:.0f} points "
-    if (several := frame["seeds"] > 1).any():
-        spread = max((float(frame[f"certified_{r:g}_spread"].max()) for r in within), default=0.0)
-        text += (
-            "(brackets: 95% Clopper-Pearson limits at the mean over seeds, conservative where seeds disagree). They "
-            "and the tests cover the choice of images, for these trained models, and not the choice of seeds: seeds of "
-            f"one method differ by up to {100 * spread:.1f} points. "
-        )
-    else:
-        text += "(brackets: 95% Clopper-Pearson intervals). "
-    if len(frame) > 1:
-        pairs = len(frame) * (len(frame) - 1) // 2
-        test = "exact sign-flip (with one seed McNemar)" if several.any() else "McNemar's exact"
-        text += (
-            f"=: not significantly worse than the best in that column ({test} tests on the same images, "
-            f"{paired.LEVEL:.0%} level, Holm's correction over "
-            + (f"all {pairs} pairs of rows; each column is corrected by itself). " if pairs > 1 else "the one pair). ")
-        )
-    # Rounded up, so that no certificate lies beyond what is printed.
-    text += f"With these votes no image can be certified beyond r = {bounds.printed_reach(reach(record))} (a dash)."
-    if record.identity["noise"]["kind"] == "grid":
-        text += " Grid noise: a certificate covers every image of integer pixel values within its radius."
-    if record.imported:
-        text += (
-            " Imported from released logs: sigma, votes and alpha are as whoever imported them states, counts are not "
-            "known, images by index alone, a dash is also what a log does not say. †: it has defects, below."
-        )
-    elif (headless := frame["base_clean_accuracy"].isna()).any():
-        text += (
-            " The base was trained on other classes: with a dash under 'base, clean' the defense brought its own head"
-        )
-        text += "." if headless.all() else ", else a linear probe on clean images gave it one."
-    if record.info["preset"] == "quick":
-        text += " Preset quick trains briefly on a small budget: it ranks methods at that budget, not at their papers'."
-    return text
+def _numbers(values: Sequence[float | None], form: str, unit: float = 1) -> list[str]:
+    return [DASH if v is None else format(v / unit, form) for v in values]
 
 
-def label(row: Mapping[Any, Any] | pd.Series, frame: pd.DataFrame) -> str:
-    """The method's name, with its number of seeds, or its run's hash where the name alone says too little."""
-    text = str(row["defense"]) + (" †" if row["flags"] else "")
-    if (frame["defense"] == row["defense"]).sum() == 1:
-        return text + (f" ({row['seeds']:.0f} seeds)" if row["seeds"] > 1 else "")
-    seed = "" if pd.isna(row["seed"]) else f" seed {row['seed']:.0f}"
-    return f"{text}{seed} ({str(row['run']).rpartition('-')[2]})"
+def notes(setting: Setting, methods: Sequence[Method]) -> str:
+    """Explain in a few sentences what the table shows and what it cannot show."""
+    split = "" if setting.split == "test" else f"These are {setting.split} images, for choosing settings: not a result."
+    beyond = bounds.printed_reach(setting.reach)  # rounded up, so that no certificate lies beyond what is printed
+    sentences = [
+        split,
+        _best(setting, methods),
+        _margin(setting, methods),
+        _marks(methods),
+        f"With this many votes no image can be certified beyond r = {beyond} (a dash).",
+        "Grid noise: a certificate covers every image of integer pixel values within its radius."
+        if setting.noise == "grid"
+        else "",
+        _imported() if setting.imported else _heads(methods),
+        "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
+        if setting.preset == "quick"
+        else "",
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _best(setting: Setting, methods: Sequence[Method]) -> str:
+    """Name the method that certifies the most images at the lowest radius above 0, and those level with it."""
+    above = [r for r in setting.within if r > 0]
+    if len(methods) == 1 or not above:
+        return ""
+    radius = above[0]
+    best = max(methods, key=lambda m: m.row.certified[radius].value)
+    others = [m.label for m in methods if radius in m.level and m is not best]
+    rest = f"not significantly different: {', '.join(others)}" if others else "all other rows are significantly worse"
+    share = best.row.certified[radius].value
+    return f"At r = {radius:g} {best.label} certifies the most images ({share:.1%}); {rest}."
+
+
+def _margin(setting: Setting, methods: Sequence[Method]) -> str:
+    shares = [m.row.certified[r] for m in methods for r in setting.within]
+    widest = max((s.high - s.low for s in shares), default=0.0) / 2
+    text = f"With {methods[0].row.images:.0f} images the margin of error is up to {100 * widest:.0f} points"
+    if all(m.row.seeds == 1 for m in methods):
+        return f"{text} (brackets: 95% Clopper-Pearson intervals)."
+    spread = max((s.spread for s in shares), default=0.0)
+    return (
+        f"{text} (brackets: 95% Clopper-Pearson intervals at the mean over seeds, conservative where seeds disagree). "
+        "Intervals and tests account for the choice of images, not for the choice of seeds: seeds of one method differ "
+        f"by up to {100 * spread:.1f} points."
+    )
+
+
+def _marks(methods: Sequence[Method]) -> str:
+    """Explain the mark of the rows level with the best."""
+    if len(methods) == 1:
+        return ""
+    pairs = len(methods) * (len(methods) - 1) // 2
+    over = f"all {pairs} pairs of rows; each column is corrected separately" if pairs > 1 else "the one pair"
+    several = any(m.row.seeds > 1 for m in methods)
+    test = "exact sign-flip (with one seed McNemar) tests" if several else "McNemar's exact tests"
+    return (
+        f"=: not significantly different from the best in that column ({test} on the same images, "
+        f"{paired.LEVEL:.0%} level, Holm's correction over {over})."
+    )
+
+
+def _imported() -> str:
+    return (
+        "Imported from released logs: sigma, votes and alpha are as stated at import; vote counts are unknown, and "
+        "images are known by index only. A dash also means: not in the log. †: the log has defects, listed below."
+    )
+
+
+def _heads(methods: Sequence[Method]) -> str:
+    """Say where the head comes from where the base was trained on other classes."""
+    headless = [m.row.base_clean_accuracy is None for m in methods]
+    if not any(headless):
+        return ""
+    rest = "" if all(headless) else "; the others use a linear probe trained on clean images"
+    return f"The base was trained on other classes: with a dash under 'base, clean' the defense has its own head{rest}."

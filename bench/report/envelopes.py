@@ -1,8 +1,8 @@
-"""Envelopes over sigma: for each radius the most accurate sigma, chosen on validation images and judged on test's.
+"""Best-sigma curves: for each radius the most accurate sigma, chosen on validation images, measured on test images.
 
-The best of several sigmas *on test* is a number nobody can have: whoever deploys the defense has to choose its
-sigma first. So a method has an envelope only where it was certified at the same two sigmas or more on both splits
-(``bench run --split validation``), everything else alike; the choice is a function of the validation runs alone.
+Sigma must be chosen before a defense is deployed, so the best of several sigmas *on test images* is not attainable. A
+method has a curve only if it was certified on both splits at the same sigmas, at least two (``bench run --split
+validation``), with all else equal. The choice is a function of the validation runs alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bench.records.grouping import beside_sigma, common, method_key, method_name
 from bench.records.record import Record
 from bench.text import DASH
 
-BySigma = dict[float, list[Record]]  # a method's runs at each sigma, one a seed
+BySigma = dict[float, list[Record]]  # a method's runs at each sigma, one per seed
 
 
 @dataclass(frozen=True)
 class Point:
-    """At one radius: the sigma chosen, and certified accuracy there, of validation and of test with its interval."""
+    """The sigma chosen at one radius, and certified accuracy there: on validation, and on test with its interval."""
 
     radius: float
     sigma: float
@@ -36,76 +36,104 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method: the sigmas it was chosen from, and a point for each radius within reach of one of them."""
+class Curve:
+    """One method: the sigmas to choose from, and a point for each radius within reach of one of them."""
 
     label: str
     sigmas: list[float]
     points: list[Point]
 
+    def at(self, radius: float) -> Point | None:
+        """Return the point of a radius; None where it is out of every sigma's reach."""
+        return next((p for p in self.points if p.radius == radius), None)
+
 
 @dataclass(frozen=True)
 class Envelope:
-    """The test runs of one section at all sigmas; ``lacking``: methods of several sigmas without validation runs."""
+    """The best-sigma curves of test runs that differ in sigma, method and seed alone."""
 
-    record: Record  # any of its test runs
+    section: str  # key of the tables with these runs
+    heading: str
+    radii: list[float]
     validation_images: int
-    rows: list[Row]
-    lacking: list[str]
-
-    @property
-    def heading(self) -> str:
-        """What all its runs have in common, in one line."""
-        return f"{self.record.identity['dataset']}, envelope over sigma: {common(self.record)}"
+    curves: list[Curve]
+    lacking: list[str]  # methods of several sigmas without the validation runs to choose by
 
     @property
     def note(self) -> str:
-        """How sigma was chosen, or how it could be."""
-        said = []
-        if self.rows:
-            said.append(
-                f"Each radius at the sigma with the highest certified accuracy on {self.validation_images} validation "
-                "images (of equals the smallest), which no test image had a part in; accuracy and 95% interval are of "
-                "the test images."
+        """How sigma was chosen, or what is needed to choose it."""
+        sentences = []
+        if self.curves:
+            sentences.append(
+                "At each radius sigma is the one with the highest certified accuracy on "
+                f"{self.validation_images} validation images (the smallest of equals). Accuracy and 95% interval are "
+                "of the test images."
             )
         if self.lacking:
-            said.append(
-                f"No envelope over sigma for {', '.join(self.lacking)}: a sigma picked on test images is no result. "
-                "The same bench run with --split validation, same sigmas and seeds, makes the runs to pick it by."
+            sentences.append(
+                f"No best-sigma curve for {', '.join(self.lacking)}: sigma must be chosen on validation images. "
+                "Run again with --split validation and the same sigmas and seeds."
             )
-        return " ".join(said)
+        return " ".join(sentences)
+
+    def cells(self) -> pd.DataFrame:
+        """Format the curves, a row a method; a dash for a radius out of every sigma's reach."""
+        shown: dict[str, list[str]] = {
+            "defense": [curve.label for curve in self.curves],
+            "chosen among": [", ".join(f"{s:g}" for s in curve.sigmas) for curve in self.curves],
+        }
+        for radius in self.radii:
+            points = [curve.at(radius) for curve in self.curves]
+            shown[f"r = {radius:g}"] = [
+                f"{p.value:.1%} [{p.low:.1%}, {p.high:.1%}] at {p.sigma:g}" if p else DASH for p in points
+            ]
+        return pd.DataFrame(shown)
 
 
 def find(records: Sequence[Record]) -> list[Envelope]:
-    """One for each set of test runs that differ in sigma, method and seed alone, where a method has several sigmas."""
+    """Find the best-sigma curves of all methods with several sigmas on test images, by section."""
     families: dict[str, dict[str, list[Record]]] = {"test": defaultdict(list), "validation": defaultdict(list)}
     for record in records:
         if record.identity["split"] in families and not record.imported:
             families[record.identity["split"]][digest(beside_sigma(record))].append(record)
     found = []
-    for tests in families["test"].values():
-        mates = [f for f in families["validation"].values() if _beside_split(f[0]) == _beside_split(tests[0])]
+    for section, tests in families["test"].items():
+        mates = [f for f in families["validation"].values() if _apart_from_split(f[0]) == _apart_from_split(tests[0])]
         # Of several sets of validation images the largest.
         most = max(mates, key=lambda f: (len(f[0].certificates), digest(beside_sigma(f[0]))), default=[])
-        chooser, several = _methods(most), {k: m for k, m in _methods(tests).items() if len(m) > 1}
-        rows, lacking = [], []
-        for key, test in several.items():
-            validation = chooser.get(key, {})
-            usable = [s for s in test if _seeds(test[s]) == _seeds(validation.get(s, []))]
-            label = _label(test, [method_name(next(iter(m.values()))[0]) for m in several.values()])
-            if len(usable) > 1:
-                rows.append(_row(label, {s: test[s] for s in usable}, {s: validation[s] for s in usable}))
-            else:
-                lacking.append(label)
-        if rows or lacking:
-            images = len(most[0].certificates) if most else 0
-            rows.sort(key=lambda row: ([-p.value for p in row.points], row.label))
-            found.append(Envelope(tests[0], images, rows, sorted(lacking)))
+        if envelope := _envelope(section, tests, most):
+            found.append(envelope)
     return found
 
 
+def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[Record]) -> Envelope | None:
+    """Make the curves of one section; None where no method has several sigmas."""
+    chooser, several = _methods(validation_runs), {k: m for k, m in _methods(tests).items() if len(m) > 1}
+    names = [method_name(next(iter(m.values()))[0]) for m in several.values()]
+    curves, lacking = [], []
+    for key, test in several.items():
+        validation = chooser.get(key, {})
+        usable = [s for s in test if _seeds(test[s]) == _seeds(validation.get(s, []))]
+        label = _label(test, names)
+        if len(usable) > 1:
+            curves.append(_curve(label, {s: test[s] for s in usable}, {s: validation[s] for s in usable}))
+        else:
+            lacking.append(label)
+    if not several:
+        return None
+    curves.sort(key=lambda curve: ([-p.value for p in curve.points], curve.label))
+    return Envelope(
+        section=section,
+        heading=f"{tests[0].identity['dataset']}, best-sigma curve: {common(tests[0])}",
+        radii=tests[0].info["radii"],
+        validation_images=len(validation_runs[0].certificates) if validation_runs else 0,
+        curves=curves,
+        lacking=sorted(lacking),
+    )
+
+
 def choose(validation: Mapping[float, Sequence[Record]], radius: float) -> tuple[float, float] | None:
-    """The sigma with the highest certified accuracy at a radius, the smallest of equals, and that accuracy.
+    """Choose the sigma with the highest certified accuracy at a radius, the smallest of equals; with that accuracy.
 
     None where the radius is out of every sigma's reach.
     """
@@ -113,29 +141,14 @@ def choose(validation: Mapping[float, Sequence[Record]], radius: float) -> tuple
     return max(within.items(), key=lambda at: (at[1], -at[0]), default=None)
 
 
-def columns(envelope: Envelope) -> pd.DataFrame:
-    """The envelope as text, a row a method; a dash for a radius out of every sigma's reach."""
-    shown: dict[str, list[str]] = {
-        "defense": [row.label for row in envelope.rows],
-        "chosen among": [", ".join(f"{s:g}" for s in row.sigmas) for row in envelope.rows],
-    }
-    for radius in envelope.record.info["radii"]:
-        cells = []
-        for row in envelope.rows:
-            at = next((p for p in row.points if p.radius == radius), None)
-            cells.append(f"{at.value:.1%} [{at.low:.1%}, {at.high:.1%}] at {at.sigma:g}" if at else DASH)
-        shown[f"r = {radius:g}"] = cells
-    return pd.DataFrame(shown)
-
-
-def _row(label: str, test: BySigma, validation: BySigma) -> Row:
+def _curve(label: str, test: BySigma, validation: BySigma) -> Curve:
     points = []
     for radius in next(iter(test.values()))[0].info["radii"]:
         chosen = choose(validation, radius)
         if chosen:
             sigma, value = chosen
             points.append(Point(radius, sigma, value, **_pooled(test[sigma], radius)))
-    return Row(label, sorted(test), points)
+    return Curve(label, sorted(test), points)
 
 
 def _pooled(records: Sequence[Record], radius: float) -> dict[str, float]:
@@ -144,13 +157,13 @@ def _pooled(records: Sequence[Record], radius: float) -> dict[str, float]:
 
 
 def _methods(records: Sequence[Record]) -> dict[str, BySigma]:
-    """The runs of each method by sigma; a method trained at its sigma is the same method at another."""
+    """Sort runs by method and sigma; a method trained at the sigma it is certified at is one method at all sigmas."""
     found: dict[str, BySigma] = defaultdict(lambda: defaultdict(list))
     for record in sorted(records, key=lambda r: (r.identity["sigma"], r.identity["seed"])):
         sigma, trained = record.identity["sigma"], record.identity["train_sigma"]
         key = digest({"method": method_key(record), "train_sigma": None if trained == sigma else trained})
         found[key][sigma].append(record)
-    # Two runs of one seed differ in what no method says, such as a training done twice: neither is the method.
+    # Two runs of one seed, such as a training done twice, are ambiguous: the method is dropped.
     return {k: m for k, m in found.items() if all(len(_seeds(r)) == len(r) for r in m.values())}
 
 
@@ -158,7 +171,7 @@ def _seeds(records: Sequence[Record]) -> set[int]:
     return {r.identity["seed"] for r in records}
 
 
-def _beside_split(record: Record) -> dict[str, Any]:
+def _apart_from_split(record: Record) -> dict[str, Any]:
     return {k: v for k, v in beside_sigma(record).items() if k not in ("split", "indices", "images")}
 
 

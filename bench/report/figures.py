@@ -1,39 +1,38 @@
-"""Figures of run folders for papers: a column wide, for colour-blind readers and for print without colour."""
+"""Figures for papers: a column wide, readable without colour."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.io.files import replacing
 from bench.records import metrics
-from bench.records.grouping import heading, method_name, methods, reach
-from bench.records.record import Record
-from bench.report.tables import pooled
+from bench.report.rows import Method, Setting
+from bench.report.tables import Table
 from bench.smoothing import bounds
 
-# Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell apart without colour.
+# Okabe and Ito's palette for colour-blind readers; line styles and markers differ too, for print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
-MOST = 20  # rows in one figure: of more neither the lines nor the legend can be read
-WIDTH, HEIGHT = 3.4, 2.7  # inches, the legend not counted: a column of a two-column paper
+MOST = 20  # rows in one figure: with more, neither lines nor legend are readable
+WIDTH, HEIGHT = 3.4, 2.7  # inches, without the legend: a column of a two-column paper
 TRADEOFF = "certified accuracy against the cost of a vote"
 
 
-def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
+def curves(table: Table, out: Path, name: str) -> list[Path]:
     """Draw certified accuracy against radius with 95% interval bands; return the files written.
 
-    Between two drawn radii, line and band are those of the larger radius, where as much is certified or less.
+    Between two drawn radii, line and band have the values of the larger radius, where at most as much is certified.
     """
-    anytime, grid = "radii" in group[0].identity["procedure"], drawn_radii(group[0])
-    fig, ax = _axes(group)
-    for i, (label, records) in enumerate(_ordered(group)):
-        points = metrics.pooled([r.certificates for r in records], grid)
-        values, marker = [100 * p["value"] for p in points], MARKERS[i % len(MARKERS)] if anytime else ""
+    grid = drawn_radii(table.setting)
+    fig, ax = _axes(table)
+    for i, (label, method) in enumerate(_drawn(table)):
+        points = metrics.pooled([r.certificates for r in method.records], grid)
+        values = [100 * p["value"] for p in points]
+        marker = MARKERS[i % len(MARKERS)] if table.setting.grid_only else ""
         (line,) = ax.plot(
             grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker, drawstyle="steps-pre"
         )
@@ -44,30 +43,30 @@ def curves(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     return _save(fig, out, name)
 
 
-def drawn_radii(record: Record) -> list[float]:
-    """Radii at which a curve has points: the grid of a procedure that certifies no others, else many within reach.
+def drawn_radii(setting: Setting) -> list[float]:
+    """Return the radii at which a curve has points: the grid if only it is certified, else 200 steps up to the reach.
 
-    Those many are rounded down, so that hovering over a point shows a radius at which its value holds.
+    The steps are rounded down, so that the value shown holds at the radius shown.
     """
-    within = reach(record)
-    if "radii" in record.identity["procedure"]:
-        return [r for r in record.info["radii"] if r <= within] or [0.0]
-    return sorted({float(bounds.printed_radius(within * i / 200, decimals(within))) for i in range(201)})
+    if setting.grid_only:
+        return setting.within or [0.0]
+    places = decimals(setting.reach)
+    return sorted({float(bounds.printed_radius(setting.reach * i / 200, places)) for i in range(201)})
 
 
 def decimals(within: float) -> int:
-    """Decimals that tell 200 radii up to ``within`` apart."""
+    """Return the decimals at which 200 radii up to ``within`` differ."""
     return max(4, 3 - math.floor(math.log10(within))) if within > 0 else 4
 
 
-def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
-    """Certified accuracy, at the grid's lowest radius above 0, against floating point operations of a vote."""
-    radius = next((r for r in group[0].info["radii"] if 0 < r <= reach(group[0])), 0.0)
-    fig, ax = _axes(group)
-    free = any(not r.info["cost"]["flops_per_vote"] for r in group)  # no place for it on a logarithmic axis
-    for i, (label, records) in enumerate(_ordered(group)):
-        (p,) = metrics.pooled([r.certificates for r in records], [radius])
-        cost = (records[0].info["cost"]["flops_per_vote"] or 0.0) / 1e6
+def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
+    """Draw certified accuracy, at the lowest radius above 0, against floating point operations of a vote."""
+    radius = next((r for r in table.setting.within if r > 0), 0.0)
+    fig, ax = _axes(table)
+    free = any(not m.row.flops_per_vote for m in table.methods)  # 0 has no place on a logarithmic axis
+    for i, (label, method) in enumerate(_drawn(table)):
+        (p,) = metrics.pooled([r.certificates for r in method.records], [radius])
+        cost = (method.row.flops_per_vote or 0.0) / 1e6
         bars = [[100 * (p["value"] - p["low"])], [100 * (p["high"] - p["value"])]]
         marker = MARKERS[i % len(MARKERS)]
         ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=colour(i), capsize=2, label=label)
@@ -79,7 +78,7 @@ def tradeoff(group: Sequence[Record], out: Path, name: str) -> list[Path]:
     return _save(fig, out, f"{name}-cost")
 
 
-def _axes(group: Sequence[Record]) -> Any:
+def _axes(table: Table) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,15 +86,15 @@ def _axes(group: Sequence[Record]) -> Any:
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 7, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6})
-    rows = len(methods(group))
+    rows = len(table.methods)
     fig, ax = plt.subplots(figsize=(WIDTH, HEIGHT + 0.12 * -(-min(rows, MOST) // 2)), layout="constrained")
     shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
-    ax.set_title("\n".join(textwrap.wrap(heading(group[0]) + shown, 80)), fontsize=5)
+    ax.set_title("\n".join(textwrap.wrap(table.setting.heading + shown, 80)), fontsize=5)
     return fig, ax
 
 
 def _legend(ax: Any, title: str) -> None:
-    """Below the axes, where it never hides a line."""
+    """Place the legend below the axes, where it never hides a line."""
     ax.figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, title_fontsize=6, fontsize=6)
 
 
@@ -112,14 +111,12 @@ def _save(fig: Any, out: Path, name: str) -> list[Path]:
     return files
 
 
-def _ordered(group: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """The table's first rows: a name for the legend, the run's where another row has the same, and their runs."""
-    rows = {m[0].path.name: m for m in methods(group)}
-    names = Counter(method_name(m[0]) for m in rows.values())
-    labels = {run: name if names[name := method_name(m[0])] == 1 else run for run, m in rows.items()}
-    return [(labels[run], rows[run]) for run in pooled(group)["run"][:MOST]]
+def _drawn(table: Table) -> list[tuple[str, Method]]:
+    """Return the table's first rows, each with its name for the legend: the run's where two have the same."""
+    names = Counter(m.row.defense for m in table.methods)
+    return [(m.row.run if names[m.row.defense] > 1 else m.row.defense, m) for m in table.methods[:MOST]]
 
 
 def colour(i: int) -> str:
-    """The i-th method's, in a figure or on a page."""
+    """Return the colour of the i-th method, in a figure or on a page."""
     return COLOURS[i % len(COLOURS)]

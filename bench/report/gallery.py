@@ -1,4 +1,4 @@
-"""Pictures for the report page: run folders hold no pixels, so they come from the data set, where it is at hand."""
+"""Pictures for the report page, read from the data set where it is on this machine: run folders hold no pixels."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from bench.smoothing import gridnoise, noise
 from bench.smoothing.noise import Noise, Vote
 
 
-def data_at_hand(record: Record) -> Split:
-    """The split that the run certified, nothing downloaded. Raises BenchError where it is absent or another."""
+def local_split(record: Record) -> Split:
+    """Load the split that the run certified, without downloads. Raises BenchError where it is absent or different."""
     identity = record.identity
     with _offline():
         card = load_card(record.info.get("arguments", {}).get("dataset", identity["dataset"]))
         if card.sha256() != identity["card"]:
-            raise BenchError(f"the card {card.name} at hand is not the one of these runs")
+            raise BenchError(f"the card {card.name} on this machine is not the one of these runs")
         split = load_split(card, identity["split"])
     indices = identity["indices"]
     if max(indices) >= len(split) or split.sha256(indices) != identity["images"]:
-        raise BenchError(f"the images of {card.name} at hand are not those of these runs")
+        raise BenchError(f"the images of {card.name} on this machine are not those of these runs")
     return split
 
 
@@ -47,9 +47,9 @@ def _offline() -> Iterator[None]:
 
 
 def pictures(record: Record, split: Split, index: int, votes: Sequence[int]) -> list[str]:
-    """Data URIs of an image and of its noisy versions in the given votes, clipped to be shown.
+    """Return data URIs of an image and of its noisy versions in the given votes, clipped to [0, 1].
 
-    Raises BenchError where this bench draws other noise than the run did.
+    Raises BenchError where this version of bench draws other noise than the run's.
     """
     identity = record.identity
     kind, sigma = identity["noise"]["kind"], identity["sigma"]
@@ -69,7 +69,7 @@ def pictures(record: Record, split: Split, index: int, votes: Sequence[int]) -> 
 
 
 def _data_uri(pixels: NDArray[np.float32]) -> str:
-    """A PNG of pixels [1 or 3 channels, H, W]; what noise took out of [0, 1] is clipped."""
+    """Encode pixels [1 or 3 channels, H, W] as a PNG, clipped to [0, 1]."""
     levels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     out = io.BytesIO()
     Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(out, "PNG", optimize=True)

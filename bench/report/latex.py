@@ -1,4 +1,4 @@
-"""Tables as LaTeX that needs booktabs alone and fits into a column of a two-column paper."""
+"""A report as LaTeX that needs only booktabs and fits into a column of a two-column paper."""
 
 from __future__ import annotations
 
@@ -6,52 +6,117 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from bench.report.envelopes import Envelope
+from bench.report.published import heading as published_heading
+from bench.report.rows import Method
+from bench.report.tables import Report, Table
+
 PREAMBLE = (
     "% needs \\usepackage{booktabs}\n"
     "\\providecommand{\\certified}[2]{\\begin{tabular}[t]{@{}r@{}}#1\\\\[-1pt]{\\tiny #2}\\end{tabular}}\n"
 )
-# Points: of a column (article, two columns), of a value above its interval (\scriptsize and \tiny), of one with the
-# sigma that was chosen, and of what is between two.
-COLUMN, VALUE, CHOSEN, BETWEEN = 229, 34, 46, 5
+# Widths in points: a page's column (article, two columns), a value above its interval (\scriptsize and \tiny), a value
+# with the sigma that was chosen, and the gap between two cells.
+COLUMN, VALUE, CHOSEN, GAP = 229, 34, 46, 5
 _ESCAPES = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     **{"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"},
-    **{"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}", "[": "{[}"},  # a [ at a row's begin is no text
+    **{
+        "<": "\\textless{}",
+        ">": "\\textgreater{}",
+        "|": "\\textbar{}",
+        "[": "{[}",
+    },  # [ would be an argument of \\
     **{"=": "=\\allowbreak{}"},  # of settings in the name of a method
     **{"†": "$^\\dagger$", "—": "--"},
 }
 
 
-def escape(text: object) -> str:
-    """Text of a record, which anyone may have written, as LaTeX that prints it."""
+def render(report: Report) -> str:
+    """Write all tables and best-sigma curves as LaTeX."""
+    return "\n".join([PREAMBLE, *map(_table, report.tables), *map(_envelope, report.envelopes)])
+
+
+def _table(table: Table) -> str:
+    """Write the columns that a paper has room for."""
+    setting, cells = table.setting, table.cells
+    accuracies = {
+        f"{r:g}": [_accuracy(m, r) if r <= setting.reach else "--" for m in table.methods] for r in setting.radii
+    }
+    costs = {
+        f"\\shortstack[r]{{{title}}}": [*map(_escape, cells[column])]
+        for column, title in (
+            ("train (s)", "train\\\\(s)"),
+            ("GFLOPs / vote", "GFLOPs\\\\a vote"),
+            ("trained here", "trained\\\\here"),
+        )
+    }
+    title = "certified accuracy in \\% at radius"
+    blocks = [(title, pd.DataFrame(accuracies)), ("", pd.DataFrame(costs))]
+    parts = [_grid([_escape(m.label) for m in table.methods], blocks)]
+    if len(table.published):
+        parts.append(_published(table))
+    notes = table.notes.replace("=: not", "Bold: not")
+    return _comment(setting.heading) + _comment(notes) + "\n".join(parts)
+
+
+def _accuracy(method: Method, radius: float) -> str:
+    share = method.row.certified[radius]
+    value = f"{100 * share.value:.1f}"
+    return _interval(f"\\textbf{{{value}}}" if radius in method.level else value, share.low, share.high)
+
+
+def _published(table: Table) -> str:
+    facts = table.published.map(_escape).set_axis([*map(_escape, table.published)], axis=1)
+    numbers = facts.shape[1] - 2
+    text = f"p{{{(0.96 - 0.105 * numbers) / 2:.2f}\\columnwidth}}"
+    body = facts.to_latex(index=False, escape=False, column_format=f"@{{}}{text}{'r' * numbers}{text}@{{}}")
+    return _comment(published_heading(table.setting)) + f"{{\\tiny\\setlength{{\\tabcolsep}}{{2pt}}%\n{body}}}\n"
+
+
+def _envelope(envelope: Envelope) -> str:
+    note = _comment(envelope.note)
+    if not envelope.curves:
+        return note
+    cells: dict[str, list[str]] = {"among": [", ".join(f"{s:g}" for s in c.sigmas) for c in envelope.curves]}
+    for radius in envelope.radii:
+        points = [curve.at(radius) for curve in envelope.curves]
+        cells[f"{radius:g}"] = [
+            _interval(f"{100 * p.value:.1f} ({p.sigma:g})", p.low, p.high) if p else "--" for p in points
+        ]
+    title = "certified in \\% at radius (sigma chosen)"
+    names = [_escape(curve.label) for curve in envelope.curves]
+    return _comment(envelope.heading) + note + _grid(names, [(title, pd.DataFrame(cells))], CHOSEN)
+
+
+def _escape(text: object) -> str:
+    """Escape untrusted text of a record."""
     return "".join(_ESCAPES.get(c, c) for c in " ".join(str(text).split()))
 
 
-def comment(text: str) -> str:
-    """A line that LaTeX skips."""
+def _comment(text: str) -> str:
+    """Write a line that LaTeX skips."""
     return f"% {' '.join(text.split())}\n"
 
 
-def interval(value: float, low: float, high: float, best: bool = False, more: str = "") -> str:
-    """An accuracy in percent above its interval; ``best`` in bold."""
-    first = f"\\textbf{{{100 * value:.1f}}}" if best else f"{100 * value:.1f}"
-    return f"\\certified{{{first}{more}}}{{[{100 * low:.1f}, {100 * high:.1f}]}}"
+def _interval(value: str, low: float, high: float) -> str:
+    """Set a value above its interval, in percent."""
+    return f"\\certified{{{value}}}{{[{100 * low:.1f}, {100 * high:.1f}]}}"
 
 
-def table(names: Sequence[str], blocks: Sequence[tuple[str, pd.DataFrame]], value: int = VALUE) -> str:
-    """One table with a row for each name in each block of columns, whose cells and titles are LaTeX already.
+def _grid(names: Sequence[str], blocks: Sequence[tuple[str, pd.DataFrame]], value: int = VALUE) -> str:
+    """Write a table of blocks (title, columns) below each other, each with a row a name; cells are LaTeX already.
 
-    A block has a heading over its columns, empty for none, and is cut where more columns of ``value`` points stand side
-    by side than fit.
+    A block with more columns of ``value`` points than fit side by side is cut into several.
     """
-    at_once = int(0.88 * COLUMN / (value + BETWEEN))
+    at_once = int(0.88 * COLUMN / (value + GAP))
     cut = [
         (title if start == 0 else "", cells.iloc[:, start : start + at_once])
         for title, cells in blocks
         for start in range(0, cells.shape[1], at_once)
     ]
     width = max(cells.shape[1] for _, cells in cut)
-    share = 1 - width * (value + BETWEEN) / COLUMN
+    share = 1 - width * (value + GAP) / COLUMN
     lines = [f"\\begin{{tabular}}{{@{{}}p{{{min(share, 0.3):.2f}\\columnwidth}}{'r' * width}@{{}}}}"]
     for number, (title, cells) in enumerate(cut):
         lines.append("\\midrule" if number else "\\toprule")
@@ -66,4 +131,4 @@ def table(names: Sequence[str], blocks: Sequence[tuple[str, pd.DataFrame]], valu
             for name, row in zip(names, cells.itertuples(index=False), strict=True)
         ]
     inner = "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
-    return f"{{\\scriptsize\\setlength{{\\tabcolsep}}{{{BETWEEN / 2:g}pt}}%\n{inner}}}\n"
+    return f"{{\\scriptsize\\setlength{{\\tabcolsep}}{{{GAP / 2:g}pt}}%\n{inner}}}\n"

@@ -1,6 +1,7 @@
-"""The figures of the report page, each with the hover values, intervals and looks that the page promises.
+"""The interactive figures of the report page: values with intervals on hover.
 
-Looks differ in colour (Okabe and Ito's palette), marker and line, so that they are told apart without colour too.
+A method has one look in all figures of its section: colour (Okabe and Ito's palette), marker and line style, so that
+methods differ without colour too.
 """
 
 from __future__ import annotations
@@ -8,20 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
 from textwrap import wrap
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from bench.records import metrics
-from bench.records.grouping import reach
-from bench.records.record import Record
-from bench.report.envelopes import Row
+from bench.report.envelopes import Curve
 from bench.report.figures import colour, decimals, drawn_radii
+from bench.report.rows import Method
+from bench.report.tables import Table
 
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "triangle-down", "star")
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot")
@@ -31,31 +30,25 @@ COSTS = {
     "flops_per_vote": "FLOPs per vote",
     "votes": "votes, all images",
 }
-STEP = "vh"  # down at a radius, then level: what lies between two radii has the larger one's value
-PERCENT = {"title": "%", "range": [0, 101]}
+STEP = "vh"  # down at a radius, then level: between two radii the line has the value of the larger
+_Axis = Mapping[str, object]  # Plotly's settings of an axis
+PERCENT: _Axis = {"title": "%", "range": [0, 101]}
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of a table: its label, the runs that were pooled, and how it is drawn everywhere in its section."""
+Looks = Mapping[str, int]  # a method's label -> the number of its look
 
-    label: str
-    records: list[Record]
-    row: pd.Series
-    look: int
 
-    @property
-    def marker(self) -> dict[str, Any]:
-        """Colour and symbol."""
-        return {"color": colour(self.look), "symbol": SYMBOLS[self.look % len(SYMBOLS)], "size": 9}
+def _marker(look: int, size: int = 9) -> dict[str, object]:
+    return {"color": colour(look), "symbol": SYMBOLS[look % len(SYMBOLS)], "size": size}
 
-    def shares(self, radii: Sequence[float], label: int | None = None) -> pd.DataFrame:
-        """Certified accuracy at each radius in percent, with its interval: over all images, or those of a label."""
-        return 100 * pd.DataFrame(metrics.pooled([r.certificates for r in self.records], radii, label))
+
+def _shares(method: Method, radii: Sequence[float], label: int | None = None) -> pd.DataFrame:
+    """Return certified accuracy in percent with its interval, a row a radius: over all images, or those of a label."""
+    return 100 * pd.DataFrame(metrics.pooled([r.certificates for r in method.records], radii, label))
 
 
 def _text(words: str, width: int) -> str:
-    """Words as Plotly shows them, on lines of ``width``: it reads tags, entities and %{templates} in every text."""
+    """Wrap and escape text for Plotly, which reads tags, entities and %{templates} in every text."""
     return "<br>".join(escape(line, quote=False).replace("%", "&#37;") for line in wrap(words, width))
 
 
@@ -63,8 +56,8 @@ def _lines(texts: Sequence[str]) -> list[int]:
     return [text.count("<br>") + 1 for text in texts]
 
 
-def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend: Sequence[str] = ()) -> go.Figure:
-    """An empty figure; its ``legend`` goes below, with room for one entry above the other (a narrow screen)."""
+def _figure(height: int, *, xaxis: _Axis, yaxis: _Axis, legend: Sequence[str] = ()) -> go.Figure:
+    """Make an empty figure with room below for the ``legend``, one entry a line (as on a narrow screen)."""
     fig = go.Figure()
     fig.update_layout(
         template="none",
@@ -74,37 +67,39 @@ def _figure(height: int, *, xaxis: dict[str, Any], yaxis: dict[str, Any], legend
         xaxis={"automargin": True, **xaxis},
         yaxis={"automargin": True, **yaxis},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top", "itemwidth": 40},
-        uirevision="kept",  # what was switched off stays off in another view
+        uirevision="kept",  # a line that was switched off stays off in another view
     )
     return fig
 
 
-def curves(parts: dict[float, list[Method]]) -> go.Figure:
-    """Certified accuracy against radius: a step line and an interval band for each method of each sigma.
+def curves(tables: Sequence[Table], looks: Looks) -> go.Figure:
+    """Draw certified accuracy against radius: a step line and an interval band for each method of each sigma.
 
-    Between two drawn radii, line and band are those of the larger radius, where as much is certified or less.
+    Between two drawn radii, line and band have the values of the larger radius, where at most as much is certified.
     """
-    places = max(6, *(decimals(reach(f[0].records[0])) for f in parts.values()))
+    places = max(6, *(decimals(t.setting.reach) for t in tables))
     radius = {"title": "l2 radius", "rangemode": "tozero", "hoverformat": f".{places}~f"}
-    several = len(parts) > 1
+    several = len(tables) > 1
     names = {
-        (s, m.label): _text(f"{m.label}, sigma {s:g}" if several else m.label, 40) for s, f in parts.items() for m in f
+        (t.setting.sigma, m.label): _text(f"{m.label}, sigma {t.setting.sigma:g}" if several else m.label, 40)
+        for t in tables
+        for m in t.methods
     }
     fig = _figure(420, xaxis=radius, yaxis=PERCENT, legend=list(names.values()))
     fig.update_layout(hovermode="x unified")
-    for place, (sigma, found) in enumerate(parts.items()):
-        for m in found:
-            grid = drawn_radii(m.records[0])
-            points = m.shares(grid)
+    for place, table in enumerate(tables):
+        sigma, grid = table.setting.sigma, drawn_radii(table.setting)
+        for m in table.methods:
+            look, points = looks[m.label], _shares(m, grid)
             low, high = points["low"].tolist(), points["high"].tolist()
-            dash = DASHES[(place if several else m.look) % len(DASHES)]
+            dash = DASHES[(place if several else look) % len(DASHES)]
             fixed = {"legendgroup": f"{m.label}, sigma {sigma:g}", "meta": f"{sigma:g}"}
             fig.add_scatter(
                 x=[*_corners(grid), *_corners(grid)[::-1]],
                 y=[*_heights(high), *_heights(low)[::-1]],
                 mode="none",
                 fill="toself",
-                fillcolor=colour(m.look),
+                fillcolor=colour(look),
                 opacity=0.15,
                 hoverinfo="skip",
                 showlegend=False,
@@ -114,8 +109,8 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
                 x=grid,
                 y=points["value"].tolist(),
                 mode="lines+markers",
-                line={"color": colour(m.look), "dash": dash, "shape": STEP},
-                marker={**m.marker, "maxdisplayed": 8},
+                line={"color": colour(look), "dash": dash, "shape": STEP},
+                marker={**_marker(look), "maxdisplayed": 8},
                 customdata=list(zip(low, high, strict=True)),
                 hovertemplate="%{y:.1f}% [%{customdata[0]:.1f}, %{customdata[1]:.1f}]",
                 name=names[sigma, m.label],
@@ -125,74 +120,76 @@ def curves(parts: dict[float, list[Method]]) -> go.Figure:
 
 
 def _corners(radii: Sequence[float]) -> list[float]:
-    """Radii of the corners of a step line of shape ``STEP``."""
+    """Return the radii of the corners of a step line of shape ``STEP``."""
     return [radii[0], *(r for pair in itertools.pairwise(radii) for r in pair)]
 
 
 def _heights(values: Sequence[float]) -> list[float]:
-    """Values at those corners."""
+    """Return the values at those corners."""
     return [values[0], *(v for value in values[1:] for v in (value, value))]
 
 
-def envelope(rows: Sequence[tuple[Row, int]]) -> go.Figure:
-    """Each method, with its look, at the sigma chosen for each radius.
+def best_sigma(curves: Sequence[Curve], looks: Looks) -> go.Figure:
+    """Draw each method at the sigma chosen for each radius.
 
-    Between two radii the step line is at the larger one's value, which its sigma certifies there too.
+    Between two radii the step line has the value of the larger, which its sigma certifies there too.
     """
-    names = [_text(row.label, 40) for row, _ in rows]
+    names = [_text(curve.label, 40) for curve in curves]
     fig = _figure(420, xaxis={"title": "l2 radius", "rangemode": "tozero"}, yaxis=PERCENT, legend=names)
-    for name, (row, look) in zip(names, rows, strict=True):
+    for name, curve in zip(names, curves, strict=True):
+        look = looks[curve.label]
         fig.add_scatter(
-            x=[p.radius for p in row.points],
-            y=[100 * p.value for p in row.points],
-            error_y={
-                "array": [100 * (p.high - p.value) for p in row.points],
-                "arrayminus": [100 * (p.value - p.low) for p in row.points],
-                "symmetric": False,
-                "thickness": 1,
-            },
+            x=[p.radius for p in curve.points],
+            y=[100 * p.value for p in curve.points],
+            error_y=_bars([(p.value, p.low, p.high) for p in curve.points], 100) | {"thickness": 1},
             mode="lines+markers",
             line={"color": colour(look), "dash": DASHES[look % len(DASHES)], "shape": STEP},
-            marker={"color": colour(look), "symbol": SYMBOLS[look % len(SYMBOLS)], "size": 9},
-            customdata=[[f"{p.sigma:g}", 100 * p.low, 100 * p.high] for p in row.points],
+            marker=_marker(look),
+            customdata=[[f"{p.sigma:g}", 100 * p.low, 100 * p.high] for p in curve.points],
             hovertemplate="%{y:.1f}% [%{customdata[1]:.1f}, %{customdata[2]:.1f}] at sigma %{customdata[0]}",
             name=name,
         )
     return fig
 
 
-def cost(found: list[Method], radius: float, measure: str) -> go.Figure:
-    """Certified accuracy at a radius against one of ``COSTS``, with the Pareto front."""
-    values = [float(m.row[measure]) for m in found]
-    places, axis = _cost_axis(values)
-    names = [_text(m.label, 40) for m in found]
-    value, low, high = (
-        [100 * float(m.row[f"certified_{radius:g}{end}"]) for m in found] for end in ("", "_low", "_high")
-    )
+def _bars(points: Sequence[tuple[float, float, float]], scale: float = 1) -> dict[str, object]:
+    """Return the error bars of points (value, low, high), times ``scale``."""
+    return {
+        "array": [scale * (high - value) for value, _, high in points],
+        "arrayminus": [scale * (value - low) for value, low, _ in points],
+        "symmetric": False,
+    }
+
+
+def cost(methods: Sequence[Method], looks: Looks, radius: float, measure: str) -> go.Figure:
+    """Draw certified accuracy at a radius against one of ``COSTS``, with the Pareto front.
+
+    Methods whose cost is not known are left out.
+    """
+    known = [(m, float(spent)) for m in methods if (spent := getattr(m.row, measure)) is not None]
+    costs = [spent for _, spent in known]
+    places, axis = _cost_axis(costs)
+    names = [_text(m.label, 40) for m, _ in known]
+    points = [(100 * s.value, 100 * s.low, 100 * s.high) for m, _ in known for s in [m.row.certified[radius]]]
     fig = _figure(420, xaxis={"title": COSTS[measure], **axis}, yaxis=PERCENT, legend=["", *names])
-    front = _front(values, value)
+    front = _front(costs, [value for value, _, _ in points])
     fig.add_scatter(
         x=[places[i] for i in front],
-        y=[value[i] for i in front],
+        y=[points[i][0] for i in front],
         mode="lines",
         line={"color": "#777", "dash": "dot", "shape": "hv"},
         hoverinfo="skip",
         name="Pareto front",
     )
-    for i, m in enumerate(found):
-        spent = f"{values[i]:,.1f}" if measure == "train_seconds" else f"{values[i]:,.0f}"
+    for i, (m, spent) in enumerate(known):
+        value, low, high = points[i]
         fig.add_scatter(
             x=[places[i]],
-            y=[value[i]],
-            error_y={
-                "array": [high[i] - value[i]],
-                "arrayminus": [value[i] - low[i]],
-                "symmetric": False,
-                "thickness": 1,
-            },
+            y=[value],
+            error_y=_bars([points[i]]) | {"thickness": 1},
             mode="markers",
-            marker={**m.marker, "size": 12},
-            customdata=[[spent, low[i], high[i]]],
+            marker=_marker(looks[m.label], 12),
+            customdata=[[f"{spent:,.1f}" if measure == "train_seconds" else f"{spent:,.0f}", low, high]],
             hovertemplate="%{customdata[0]}<br>%{y:.1f}% [%{customdata[1]:.1f}, %{customdata[2]:.1f}]",
             name=names[i],
         )
@@ -200,7 +197,7 @@ def cost(found: list[Method], radius: float, measure: str) -> go.Figure:
 
 
 def _front(costs: list[float], values: list[float]) -> list[int]:
-    """The places of those that none other beats in cost without losing in value, by rising cost."""
+    """Return the places of the points that no other beats in both cost and value, by rising cost."""
     front: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i])):
         if not front or values[i] > values[front[-1]]:
@@ -208,11 +205,11 @@ def _front(costs: list[float], values: list[float]) -> list[int]:
     return front
 
 
-def _cost_axis(values: list[float]) -> tuple[list[float], dict[str, Any]]:
-    """Places on the axis, and the axis: of powers of ten where costs differ much, with 0 at its left end."""
+def _cost_axis(values: list[float]) -> tuple[list[float], _Axis]:
+    """Return the places on the axis, and the axis: logarithmic if costs differ much, with 0 at its left end."""
     positive = [v for v in values if v > 0]
     if not positive or max(positive) < 30 * min(positive):
-        most = max(values) or 1.0
+        most = max(values, default=0.0) or 1.0
         return values, {"range": [-0.04 * most, 1.06 * most], "zeroline": False}
     lowest, highest = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     ticks = {10.0**k: f"10<sup>{k}</sup>" for k in range(lowest, highest + 1)}
@@ -222,38 +219,34 @@ def _cost_axis(values: list[float]) -> tuple[list[float], dict[str, Any]]:
     return [v if v > 0 else 10.0 ** (lowest - 1) for v in values], axis
 
 
-def abstention(found: list[Method]) -> go.Figure:
-    """The share of images on which each method abstains, with its interval."""
-    points = [metrics.pooled_abstention([r.certificates for r in m.records]) for m in found]
-    value, low, high = ([100 * p[key] for p in points] for key in ("value", "low", "high"))
-    names = [_text(m.label, 18) for m in found]
+def abstention(methods: Sequence[Method], looks: Looks) -> go.Figure:
+    """Draw the share of images on which each method abstains, with its interval."""
+    shares = [metrics.pooled_abstention([r.certificates for r in m.records]) for m in methods]
+    points = [(100 * s["value"], 100 * s["low"], 100 * s["high"]) for s in shares]
+    names = [_text(m.label, 18) for m in methods]
     tall = max(32, 15 * max(_lines(names)) + 5)
-    fig = _figure(120 + tall * len(found), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})
+    fig = _figure(120 + tall * len(methods), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})
     fig.add_bar(
         orientation="h",
-        x=value,
+        x=[value for value, _, _ in points],
         y=names,
-        error_x={
-            "array": [h - v for h, v in zip(high, value, strict=True)],
-            "arrayminus": [v - b for v, b in zip(value, low, strict=True)],
-            "symmetric": False,
-        },
-        marker={"color": [colour(m.look) for m in found]},
-        customdata=list(zip(low, high, strict=True)),
+        error_x=_bars(points),
+        marker={"color": [colour(looks[m.label]) for m in methods]},
+        customdata=[(low, high) for _, low, high in points],
         hovertemplate="%{x:.1f}% [%{customdata[0]:.1f}, %{customdata[1]:.1f}]<extra></extra>",
     )
     return fig
 
 
-def by_class(found: list[Method], radii: list[float]) -> dict[str, go.Figure]:
-    """Certified accuracy of each class that has images: a figure for each radius."""
-    first = found[0].records[0]
-    images = Counter(first.certificates.column("label").tolist())
+def by_class(table: Table) -> dict[str, go.Figure]:
+    """Draw certified accuracy of each class that has images: a figure for each radius within reach."""
+    methods, radii = table.methods, table.setting.within
+    images = Counter(methods[0].records[0].certificates.column("label").tolist())
     labels = sorted(images)
-    rows = [_text(f"{first.info['classes'][k]} ({images[k]})", 18) for k in labels]
-    columns = [_text(m.label, 18) for m in found]
-    above = max(15 * max(_lines(columns)), 7 * max(len(m.label[:18]) for m in found))  # level, or turned where narrow
-    shares = [[m.shares(radii, k) for m in found] for k in labels]
+    rows = [_text(f"{table.setting.class_name(k)} ({images[k]})", 18) for k in labels]
+    columns = [_text(m.label, 18) for m in methods]
+    above = max(15 * max(_lines(columns)), 7 * max(len(m.label[:18]) for m in methods))  # level, or turned where narrow
+    shares = [[_shares(m, radii, k) for m in methods] for k in labels]
     views = {}
     for i, r in enumerate(radii):
         fig = _figure(

@@ -1,39 +1,37 @@
-"""Published certified accuracies (reports/published.csv, each with its source), shown beside ours, never among them."""
+"""Published certified accuracies (reports/published.csv, each with its source), shown below our tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 import pandas as pd
 
-from bench.records.record import Record
+from bench.report.rows import Setting
 
 CHECKOUT = Path(__file__).parents[2] / "reports" / "published.csv"
 
 
-def rows() -> pd.DataFrame:
-    """All published facts, as text; the columns are the file's."""
+def facts() -> pd.DataFrame:
+    """Read all published facts, as text; the columns are the file's."""
     if CHECKOUT.exists():
         return pd.read_csv(CHECKOUT, dtype=str, keep_default_na=False)
     with resources.as_file(resources.files("certbench_cards") / "published.csv") as file:
         return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
-def beside(record: Record) -> pd.DataFrame:
-    """What was published for a table's data set at its sigma, or as an envelope over sigma: a row a method and setting.
+def rows_for(setting: Setting) -> pd.DataFrame:
+    """Select what was published for a table's data set, at its sigma or at the best sigma for each radius.
 
-    Columns are text: method, a percentage for each of the table's radii, and what differs from our runs. Empty
-    where nothing was published, which of validation images is never.
+    Columns are text: method, a percentage for each of the table's radii, and what differs from our runs; a row a
+    method and setting. Empty where nothing was published, as for validation images.
     """
-    identity, radii = record.identity, [f"{r:g}" for r in record.info["radii"]]
-    if identity["split"] != "test":
+    if setting.split != "test":
         return pd.DataFrame()
-    found = rows()
-    found = found[(found["dataset"] == identity["dataset"]) & (found["metric"] == "certified_accuracy")]
+    radii, found = [f"{r:g}" for r in setting.radii], facts()
+    found = found[(found["dataset"] == setting.dataset) & (found["metric"] == "certified_accuracy")]
     sigma = pd.to_numeric(found["sigma"], errors="coerce")
-    found = found[(sigma == identity["sigma"]) | (found["sigma"] == "envelope")]
+    found = found[(sigma == setting.sigma) | (found["sigma"] == "envelope")]
     out = []
     keys = ["paper", "arxiv", "method", "sigma", "inputs", "n", "alpha", "source"]
     for key, part in found.groupby(keys, sort=False):
@@ -52,11 +50,9 @@ def beside(record: Record) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def heading(records: Sequence[Record]) -> str:
-    """The line above published rows."""
-    p = records[0].identity["procedure"]
-    images = len(records[0].identity["indices"])
+def heading(setting: Setting) -> str:
+    """Introduce the published rows and name our setting."""
     return (
-        f"Published for the same data set, by others: not comparable with the rows above "
-        f"(ours: {images} images, n {p['n']:,}, alpha {p['alpha']:g}, base {records[0].identity['base']['name']})."
+        "Published by others for the same data set; not comparable with the rows above "
+        f"(ours: {setting.images} images, n {setting.n:,}, alpha {setting.alpha:g}, base {setting.base})."
     )

@@ -1,24 +1,48 @@
-"""What run folders say, as tables: reads records only, never touches a model.
+"""The report model: everything that the renderers show of run folders, computed once.
 
-Runs are put in one table only when they differ in nothing but the defense (and its seed): same
-images, base, sigma, n0, n, alpha, procedure. Others get a table of their own. A base of other classes is
-the same whether a linear probe was put on it or the defense brought a head.
+Runs share a table only if they differ in nothing but the defense and its seed (``records.grouping``).
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from bench.errors import BenchError, one_line
-from bench.records import audit, metrics, paired
-from bench.records.grouping import comparable, heading, method_key, method_name, methods, reach, selects
+from bench.records import audit, grouping, metrics, paired
 from bench.records.record import Record, find_runs, read_run
+from bench.report import envelopes, published, rows
+from bench.report.cells import cells, label, notes
+from bench.report.envelopes import Envelope
+from bench.report.rows import Method, Row, Setting
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs that may be compared, with their numbers and the same as text."""
+
+    setting: Setting
+    runs: list[Row]  # one a run, the best first
+    methods: list[Method]  # one a method, the best first
+    cells: pd.DataFrame  # text, a row a method
+    notes: str
+    published: pd.DataFrame  # text, a row a published method and setting; empty if not asked for
+
+    def frame(self) -> pd.DataFrame:
+        """Return the numbers, a row a run, as csv and json have them."""
+        return pd.DataFrame([run.columns() for run in self.runs])
+
+
+@dataclass(frozen=True)
+class Report:
+    """All tables, by data set, split and sigma, and the best-sigma curves over them."""
+
+    tables: list[Table]
+    envelopes: list[Envelope]
 
 
 def load_records(root: Path) -> tuple[list[Record], list[str]]:
@@ -38,87 +62,49 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
 
 
 def _unusable(record: Record) -> str:
-    """What keeps a finished run from any table: something of run.json that is missing or of another type."""
+    """Name what keeps a finished run out of tables: a missing or mistyped entry of run.json."""
     try:
-        _row(record), heading(record), reach(record), comparable(record), method_key(record)
+        rows.read_row(record), rows.read_setting(record), grouping.method_key(record)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"
-        return f"{record.path}: corrupt: run.json lacks something that a table needs, or misstates it ({what})"
+        return f"{record.path}: corrupt: an entry of run.json that a table needs is missing or of a wrong type ({what})"
     return ""
 
 
-def table(group: Sequence[Record]) -> pd.DataFrame:
-    """One row a run, ordered by certified accuracy at the grid's radii; every number from the record."""
-    frame = pd.DataFrame([_row(r) for r in group])
-    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
-    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
+def build(records: Sequence[Record], with_published: bool = False) -> Report:
+    """Build the report of finished runs; ``with_published`` adds published results to each table."""
+    return Report([_table(g, with_published) for g in grouping.groups(records)], envelopes.find(records))
 
 
-def pooled(group: Sequence[Record]) -> pd.DataFrame:
-    """One row a method, ordered as ``table``: seeds of one method pooled, every other number their mean.
+def _table(group: Sequence[Record], with_published: bool) -> Table:
+    setting, runs = rows.read_setting(group[0]), {id(r): rows.read_row(r) for r in group}
+    pooled = [(rows.pool([runs[id(r)] for r in seeds], seeds), seeds) for seeds in grouping.methods(group)]
+    pooled = [pooled[i] for i in rows.ordered([row for row, _ in pooled])]
+    level = [(r, place) for r in setting.within for place in _level(r, pooled)]
+    methods = [
+        Method(label(row, [row for row, _ in pooled]), row, seeds, frozenset(r for r, place in level if place == i))
+        for i, (row, seeds) in enumerate(pooled)
+    ]
+    by_run = list(runs.values())
+    return Table(
+        setting=setting,
+        runs=[by_run[i] for i in rows.ordered(by_run)],
+        methods=methods,
+        cells=cells(setting, methods),
+        notes=notes(setting, methods),
+        published=published.rows_for(setting) if with_published else pd.DataFrame(),
+    )
 
-    ``certified_R_spread`` is how far apart the lowest and the highest seed are.
+
+def _level(radius: float, pooled: Sequence[tuple[Row, list[Record]]]) -> set[int]:
+    """Find the rows whose certified accuracy at a radius is not significantly below the best's, the best among them.
+
+    Paired tests on the images at the 5% level, with Holm's correction over all pairs of rows. Empty if all others are
+    significantly worse, or there are none.
     """
-    rows = []
-    for records in methods(group):
-        seeds = [_row(r) for r in records]
-        first = dict(seeds[0])
-        for column in first:
-            if known := [float(x[column]) for x in seeds if isinstance(x[column], int | float)]:
-                first[column] = statistics.fmean(known)
-        radii = group[0].info["radii"]
-        for r, share in zip(radii, metrics.pooled([r.certificates for r in records], radii), strict=True):
-            key = f"certified_{r:g}"
-            first |= {key: share["value"], f"{key}_low": share["low"], f"{key}_high": share["high"]}
-            first[f"{key}_spread"] = max(x[key] for x in seeds) - min(x[key] for x in seeds)
-        first["seeds"] = len(records)
-        rows.append(first)
-    frame = pd.DataFrame(rows)
-    order = [f"certified_{r:g}" for r in group[0].info["radii"]]
-    return frame.sort_values([*order, "defense"], ascending=[*[False] * len(order), True], ignore_index=True)
-
-
-def level_with_best(group: Sequence[Record], frame: pd.DataFrame, radius: float) -> set[str]:
-    """Rows whose certified accuracy at a radius is not significantly below the best's, the best among them.
-
-    ``frame`` is the group's ``pooled``. Paired tests on the images at the 5% level, with Holm's correction over
-    all pairs of rows. Empty if all others are significantly worse, or there are none.
-    """
-    by_run = {m[0].path.name: m for m in methods(group)}
-    runs = [by_run[run] for run in frame["run"]]
-    held = [[metrics.by_index(r.certificates)[1] >= radius for r in seeds] for seeds in runs]
+    held = [[metrics.by_index(r.certificates)[1] >= radius for r in seeds] for _, seeds in pooled]
     right = [np.array(seeds).sum(axis=0, dtype=np.int64) for seeds in held]
-    best = int(frame[f"certified_{radius:g}"].argmax())
-    tests = paired.worse_than_best(right, [len(seeds) for seeds in runs], best)
-    level = {str(run) for run, p in zip(frame["run"], tests, strict=True) if p >= paired.LEVEL}
+    best = int(np.argmax([row.certified[radius].value for row, _ in pooled]))
+    tests = paired.worse_than_best(right, [len(seeds) for seeds in held], best)
+    level = {i for i, p in enumerate(tests) if p >= paired.LEVEL}
     return level if len(level) > 1 else set()
-
-
-def _row(record: Record) -> dict[str, Any]:
-    info, cost, right = record.info, record.info["cost"], (record.info["base"] or {}).get("clean_correct")
-    result = metrics.summarise(record.certificates, info["radii"])
-    row: dict[str, Any] = {"run": record.path.name, "defense": method_name(record), "seed": record.identity["seed"]}
-    for point in result["certified_accuracy"]:
-        key = f"certified_{point['radius']:g}"
-        row |= {key: point["value"], f"{key}_low": point["low"], f"{key}_high": point["high"]}
-    row |= {
-        "family": info["defense"]["family"],
-        "trains": info["defense"]["trains"],
-        "extra_data": ", ".join(info["defense"]["trained_elsewhere"]),
-        "images": result["images"],
-        "base_clean_accuracy": None if right is None else right / info["base"]["images"],
-        "abstained": result["abstained"]["value"] if selects(record) else None,
-        "train_seconds": cost["train_seconds"],
-        "certify_seconds": cost["certify_seconds"],
-        "votes": cost["votes"],
-        "flops_per_vote": cost["flops_per_vote"],
-        "trainable_nominal": cost["trainable_nominal"],
-        "trainable_updated": cost["trainable_updated"],
-        "trained_here": cost["trained_here"],
-        "trained_elsewhere": cost["trained_elsewhere"],
-        "parameters": cost["parameters"],
-        "peak_memory": cost["peak_memory"],
-        "acr": result["acr"],
-        "flags": "; ".join(record.flags),
-    }
-    return row

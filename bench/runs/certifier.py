@@ -25,8 +25,11 @@ from bench.records.fingerprint import Fingerprint
 from bench.runs import fitting
 from bench.runs.costs import Measured, cost_per_vote, distinct
 from bench.smoothing import blocks
-from bench.smoothing.engine import Device, Model, Pixels, Task, check_rows, side_by_side
-from bench.smoothing.scheduler import Batch, Voted
+from bench.smoothing.engine import Device
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import ImageCache, Model, Task
+from bench.smoothing.threads import side_by_side
+from bench.smoothing.votes import Batch, Voted
 
 ROUNDS = 4  # blocks that each thread computes while the others compute theirs
 
@@ -167,7 +170,7 @@ class DeviceCertifier:
     def check_again(self, batch: Batch, voted: Voted) -> None:
         """Draw a batch again that was counted. Raises NotOneFunction where votes differ."""
         with deterministic():
-            again = self.device.vote(batch, Pixels(self.task))
+            again = self.device.vote(batch, ImageCache(self.task).get(s.image for s in batch.spans))
         if changed := int(np.sum(again != voted)):
             raise NotOneFunction(
                 f"{changed} of {len(voted)} votes differ when a block is drawn again at the end of the run: the "
@@ -229,7 +232,7 @@ def independent(computations: Sequence[Callable[[], Tensor]]) -> bool:
 
         def look(number: int, _: threading.Event) -> None:
             for _round in range(ROUNDS):
-                found.append(_equal(computations[number](), alone[number]))
+                found.append(_equal(computations[number](), alone[number]))  # noqa: PERF401 - shared by threads
 
         side_by_side([partial(look, number) for number in range(len(computations))])
     return all(found)

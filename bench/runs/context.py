@@ -1,4 +1,4 @@
-"""What a defense is built from besides its own code: the base, shared parts, files, other defenses."""
+"""The context a defense is built in: its base, shared parts, files and inner defenses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import plugins, rng, torchstate
+from bench import globalstate, plugins
 from bench.data.split import Split
 from bench.errors import BenchError, note
 from bench.interface import Access, Base, Defense, Part
@@ -18,131 +18,137 @@ from bench.io import hub
 from bench.io.files import digest, file_sha256
 from bench.io.hub import MissingFile
 from bench.models.base import BaseModel
-from bench.plugin_source import source_sha256
 from bench.process import watchdog
 from bench.runs.plan import Plan
 from bench.runs.settings import configured
 from bench.smoothing import noise
-from bench.training import loop, objectives
-from bench.training.weights import Entry
+from bench.training import loop, objectives, versions
+from bench.training.weights import Weights, cached_training
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What training a part takes. Without one (estimates) parts come untrained."""
+class PartTraining:
+    """What is needed to train shared parts. Without it, as in estimates, parts stay untrained."""
 
     train: Split
     progress: loop.Progress
-    most: int | None = None  # steps of each training, at most
-    notes: list[str] = field(default_factory=list)  # what the defense states; it may be built more than once
+    most: int | None = None  # maximum steps of each training
+    notes: list[str] = field(default_factory=list)  # the defense's notes, each once, however often it is built
 
 
 class BuildContext:
-    """Satisfies ``interface.Context`` and keeps account of all that was handed out."""
+    """The harness's ``interface.Context``, which records everything a defense takes from it."""
 
     def __init__(
-        self, plan: Plan, base: BaseModel, access: Access, device: torch.device, workshop: Workshop | None
+        self, plan: Plan, base: BaseModel, access: Access, device: torch.device, training: PartTraining | None
     ) -> None:
         self.base: Base = base.view(access)
         self.classes, self.shape = len(plan.card.classes), plan.card.shape
         self.asked_train_sigma = False
-        self._torch = torchstate.settings()
-        self.used: dict[str, str] = {}  # name -> sha256 of what decides the defense beside its config and base
+        self._torch = globalstate.torch_settings()
+        self.used: dict[str, str] = {}  # name -> sha256 of a part, file or inner defense
+        self.versions: dict[str, int] = {}  # of the training code that inner defenses use
         self.sources: list[str] = []  # hub ids and folders that files were taken from
-        self.commits: dict[str, str] = {}  # hub id -> the commit that its files are of
+        self.commits: dict[str, str] = {}  # hub id -> the commit of its files
         self.parts: list[nn.Module] = []
         self.part_seconds = 0.0
-        self._plan, self._device, self._workshop = plan, device, workshop
+        self._plan, self._device, self._training = plan, device, training
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what training takes: a copy, in another process or on another device, only certifies."""
-        return self.__dict__ | {"_workshop": None, "_torch": {}}
+        """Leave out what only training needs: a copy, in another process or on another device, only certifies."""
+        return self.__dict__ | {"_training": None, "_torch": {}}
 
     @property
     def train_sigma(self) -> float:
-        """The noise level of training; that it was asked for is recorded."""
+        """The noise level of training. Reading it is recorded."""
         self.asked_train_sigma = True
         return self._plan.train_sigma
 
     def once(self, part: Part) -> nn.Module:
-        """The part's module, frozen: trained here once, and cached under all that decides it."""
-        with torchstate.under(self._torch):  # other defenses share the part, whatever this one has set before
-            with rng.fixed_rng(self._plan.seed):
+        """Return the part's module, frozen: trained once, and cached under everything that decides it."""
+        with globalstate.using_torch_settings(
+            self._torch
+        ):  # other defenses share the part, so this one's settings must not affect it
+            with globalstate.fixed_rng(self._plan.seed):
                 module = part.build(self.classes, self.shape).to(self._device)
-            if self._workshop is not None:
-                self._train_or_load(part, module, self._workshop)
+            if self._training is not None:
+                self._train_or_load(part, module, self._training)
         self.parts.append(module)
         return module.eval().requires_grad_(False)
 
-    def _train_or_load(self, part: Part, module: nn.Module, workshop: Workshop) -> None:
+    def _train_or_load(self, part: Part, module: nn.Module, training: PartTraining) -> None:
         kind, card, seed = type(part), self._plan.card, self._plan.seed
+        builtin = kind.__module__.startswith(versions.PACKAGE)
         identity = {
             "part": kind.__qualname__,
             "fields": asdict(part),  # type: ignore[call-overload]
-            "source": source_sha256(Path(inspect.getfile(kind))),
+            # A part of certbench's own is identified by its version alone.
+            "source": None if builtin else plugins.source_sha256(Path(inspect.getfile(kind))),
             "classes": self.classes,
             "shape": self.shape,
-            "train": workshop.train.sha256(),
+            "train": training.train.sha256(),
             "augment": card.augment,
             "seed": seed,
             "noise": noise.VERSION,
             "device": self._device.type,
-            "training": loop.SOURCE,
+            "versions": versions.used_by(kind, "clean"),
         }
-        entry = Entry(f"{card.name}-{kind.__name__.lower()}", identity)
-        with entry.lock():
-            trained = entry.load()
-            if trained is None:
-                spent: list[float] = []
-                job = loop.TrainingJob(
-                    data=workshop.train,
-                    augment=card.augment,
-                    sigma=0.0,
-                    objective=objectives.clean,
-                    seed=seed,
-                    device=self._device,
-                    checkpoint=entry.checkpoint,
-                    progress=workshop.progress,
-                    spent=spent,
-                    most=workshop.most,
-                )
-                with rng.fixed_rng(seed):
-                    part.fit(module, job)
-                trained = entry.save(module.state_dict(), {"train_seconds": sum(spent)})
+
+        def train(checkpoint: Path) -> Weights:
+            job = loop.TrainingJob(
+                data=training.train,
+                augment=card.augment,
+                sigma=0.0,
+                objective=objectives.clean,
+                seed=seed,
+                device=self._device,
+                checkpoint=checkpoint,
+                progress=training.progress,
+                most=training.most,
+            )
+            with globalstate.fixed_rng(seed):
+                part.fit(module, job)
+            return module.state_dict(), {"train_seconds": job.seconds}
+
+        trained = cached_training(f"{card.name}-{kind.__name__.lower()}", identity, train)
         module.load_state_dict(trained.state)
         self.used[f"{kind.__name__} {digest(identity)[:8]}"] = trained.sha256
         self.part_seconds += trained.meta["train_seconds"]
 
     def hub(self, source: str, filename: str) -> Path:
-        """One file of a folder or of a hub repository, its hash recorded."""
+        """Return the path of a file in a folder or a hub repository; record its hash."""
         if Path(source).is_dir():
             path = Path(source) / filename
             if not path.is_file():
                 raise MissingFile(f"{source} has no file {filename!r}")
         else:
             repo, _, revision = source.partition("@")
-            # All files of one commit, whatever is pushed between two of them.
+            # All files come from one commit, even if another is pushed meanwhile.
             at = self.commits.get(source) or revision or "main"
             with watchdog.paused():
                 path = hub.fetch(repo, filename, at, "model", f"or give a local folder in place of {repo}")
             self.commits[source] = hub.commit(path)
         sha256 = file_sha256(path)
-        self.used[f"{filename} {sha256[:8]}"] = sha256  # two sources may have files of one name
+        self.used[f"{filename} {sha256[:8]}"] = sha256  # two sources may have files of the same name
         if source not in self.sources:
             self.sources.append(source)
         return path
 
     def inner(self, name: str, **config: Any) -> Defense:
-        """Another defense on the same base, with the same parts and seed."""
+        """Build another defense on the same base, with the same parts and seed."""
         cls, source = plugins.load(name)
         made = configured(name, cls, self._plan.preset, self._plan.card, config)
         if cls.needs(made) > self.base.most:
-            raise BenchError(f"{name} inside a defense of {self.base.most.name} access needs {cls.needs(made).name}")
+            raise BenchError(
+                f"{name} needs {cls.needs(made).name} access, and the defense that contains it declares only "
+                f"{self.base.most.name}; declare access = Access.{cls.needs(made).name}"
+            )
+        self.versions |= versions.used_by(cls, self._plan.objective)
         self.used[f"{name} inside"] = digest({"source": source, "config": asdict(made)})
         return cls(self, made)
 
     def note(self, text: str) -> None:
-        """State something once in the run's first lines and in its record; estimates do not repeat it."""
-        if self._workshop is not None and text not in self._workshop.notes:
-            self._workshop.notes.append(text)
+        """Print a note once, among the run's first lines, and record it; estimates do not print it."""
+        if self._training is not None and text not in self._training.notes:
+            self._training.notes.append(text)
             note(text)

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.errors import note, one_line
 from bench.models.base import BlackBox, Classifier
-from bench.smoothing.engine import Model, Task
 from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.task import Model, Task
 
 
 @dataclass(frozen=True)

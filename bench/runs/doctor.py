@@ -16,19 +16,21 @@ from bench.errors import BenchError, one_line
 from bench.interface import Schedule
 from bench.io.files import scratch_cache
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.process.runlog import log
 from bench.records.findings import Finding
 from bench.runs import fitting
 from bench.runs.certifier import Certifier, independent
-from bench.runs.context import Workshop
+from bench.runs.context import PartTraining
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan
 from bench.smoothing.blocks import check_logits
-from bench.smoothing.engine import Device, Task, certify, check_rows
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, VoteDraw
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import Task
+from bench.smoothing.votes import Certificate
 
 STEPS = 3
 
@@ -52,7 +54,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
         with scratch_cache(), fitting.attribute_errors(plan.defense, "under examination"), deterministic():
             failed = "could not be built with its access to the base"
             # Shared parts are trained, as in a run: an untrained one would make another defense of the loaded one.
-            defense = fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS))
+            defense = fitting.construct(plan, base, device, PartTraining(train, lambda *_: None, STEPS))
             yield Finding("is built, and asks the base for no more than its access")
 
             failed = f"could not train{steps}"
@@ -62,7 +64,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
 
             failed = "could not merge it without changing its logits"
             # A few steps change little: a merge that loses what they changed shows once all of it has moved.
-            _move(moved := fitting.construct(plan, base, device, Workshop(train, lambda *_: None, STEPS)))
+            _move(moved := fitting.construct(plan, base, device, PartTraining(train, lambda *_: None, STEPS)))
             fitting.merge(moved, train, plan, device)
             fitting.merge(defense, train, plan, device)
             yield Finding("merging it leaves its logits as they were trained")

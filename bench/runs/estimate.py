@@ -10,7 +10,7 @@ import torch
 from bench.data.datasets import load_splits
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.models.served import is_url
 from bench.process import environment
 from bench.records.shards import Shard
@@ -19,8 +19,9 @@ from bench.runs.costs import cost_per_vote
 from bench.runs.identity import examples, make_task, run_label, run_name
 from bench.runs.plan import Plan
 from bench.smoothing import blocks
-from bench.smoothing.engine import Model, Task, check_rows
 from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import Model, Task
 
 LONG = 1.0  # seconds: where a block takes longer, part of it is timed
 
@@ -61,7 +62,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         per_vote = seconds / at_once
         # A server's operations cannot be counted, so it is not asked again.
         flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
-    votes = len(indices) * plan.procedure.most
+    votes = len(indices) * plan.procedure.max_votes
     trainings = 0 if plan.weights else max(1, len(plan.candidates))
     epochs = trainings * getattr(defense.schedule(), "epochs", 0.0)
     queries = trainings * getattr(plan.config, "queries", 0)

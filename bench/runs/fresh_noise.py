@@ -11,7 +11,6 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,11 @@ from scipy import stats
 from bench.models.arithmetic import deterministic
 from bench.smoothing.anytime import Anytime, schedule
 from bench.smoothing.bounds import interval
-from bench.smoothing.engine import Device, side_by_side
+from bench.smoothing.engine import Device
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, VoteDraw
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Batch, Certificate, Voted
+from bench.smoothing.threads import share_out
+from bench.smoothing.votes import Batch, Certificate, Voted
 
 LEVEL = 1e-6  # chance that the audit of an honest record fails
 VOTES = 512  # fresh votes an image, at most
@@ -94,15 +94,8 @@ def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> di
             for (i, _), found in zip(part[:used], classes[:used], strict=True):
                 hits[i] += found == audit.claims[i]
 
-    def work(number: int, over: threading.Event) -> None:
-        """Count every k-th block, where k is the number of threads."""
-        for begin in range(number * task.block, len(rows), len(device.models) * task.block):
-            if over.is_set():
-                return
-            count(device.models[number], begin)
-
     with deterministic(), torch.inference_mode():
-        side_by_side([partial(work, number) for number in range(len(device.models))])
+        share_out(device.models, range(0, len(rows), task.block), count)
     return hits
 
 

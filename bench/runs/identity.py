@@ -18,9 +18,9 @@ from bench.models.base import BaseModel
 from bench.runs.fitting import Fitted
 from bench.runs.plan import Plan
 from bench.smoothing import gridnoise, noise
-from bench.smoothing.anytime import describe
-from bench.smoothing.engine import Task, block_rows
 from bench.smoothing.noise import Noise
+from bench.smoothing.procedures import describe
+from bench.smoothing.task import Task, block_rows
 
 
 def run_name(plan: Plan) -> str:

@@ -15,13 +15,14 @@ from bench.errors import BenchError, note, unknown
 from bench.interface import Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
-from bench.models.base_names import choose_base, most_access
+from bench.models.names import choose_base, most_access
 from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.runs.settings import Values, Variant, variants
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime
-from bench.smoothing.procedures import MOST, Fixed
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.votes import MAX_VOTES
 from bench.training.objectives import OBJECTIVES
 
 UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
@@ -190,8 +191,8 @@ def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card
         raise unknown("--target", target, ("selected", "label"))
     if n0 < 1:
         raise BenchError(f"--n0 {n0}: must be at least 1")
-    if max(n0, n) > MOST:
-        raise BenchError(f"--n0 {n0} and --n {n}: at most {MOST:,} votes an image")
+    if max(n0, n) > MAX_VOTES:
+        raise BenchError(f"--n0 {n0} and --n {n}: at most {MAX_VOTES:,} votes an image")
     if not 0 < alpha < 1:
         raise BenchError(f"--alpha {alpha:g}: must lie strictly between 0 and 1")
     made: Fixed | Anytime = Fixed(n0, n, alpha, target)  # type: ignore[arg-type]

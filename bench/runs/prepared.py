@@ -17,8 +17,8 @@ from bench.runs.costs import TrainingCost
 from bench.runs.fitting import Fitted
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan
-from bench.smoothing.engine import Task
 from bench.smoothing.noise import Noise
+from bench.smoothing.task import Task
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from bench.runs.certifier import DeviceCertifier
 from bench.runs.plan import Plan, make_plans
 from bench.runs.prepared import PreparedRun
 from bench.runs.session import Session
-from bench.smoothing.engine import Pixels, certify
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.engine import certify
+from bench.smoothing.task import ImageCache
+from bench.smoothing.votes import Certificate
 from bench.training.weights import stored
 
 SAMPLE = 5  # images drawn again without --deep
@@ -54,7 +55,7 @@ class _Rebuilt:
     def draw(self, audit: fresh_noise.Audit) -> dict[int, int]:
         """Count the hits of an audit's votes."""
         task = self.run.fresh_task(audit.noise)
-        return fresh_noise.draw(replace(self.certifier.device, task=task), audit, Pixels(task))
+        return fresh_noise.draw(replace(self.certifier.device, task=task), audit, ImageCache(task).get(audit.claims))
 
 
 def draw_again(
@@ -94,7 +95,7 @@ def draw_again(
 
 def _rebuild(record: Record, session: Session, defense: str | None, base: str | None) -> _Rebuilt | str:
     """Prepare the record's run; where that is not possible here, return what differs from the record."""
-    with plugins.only([defense] if defense else []):
+    with plugins.restricted_to([defense] if defense else []):
         run = session.prepare(_plan(record, defense, base))
     if different := [k for k, v in json.loads(json.dumps(run.identity)).items() if record.identity.get(k) != v]:
         return f"cannot be rebuilt here: {', '.join(different)} differ from the record's"

@@ -1,4 +1,4 @@
-"""Hyperparameters chosen on the validation split, by accuracy under noise; the test split is never touched."""
+"""Choose hyperparameters by accuracy under noise on the validation split; the test split is not used."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from bench.process import watchdog
 from bench.runs import fitting
 from bench.runs.plan import Plan
 from bench.smoothing import blocks
-from bench.smoothing.engine import Task
 from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.task import Task
 from bench.training import loop
 
-IMAGES, DRAWS = 500, 8  # validation images (at most) and noisy copies of each
+IMAGES, DRAWS = 500, 8  # maximum validation images, and noisy copies of each
 
 
 def best(
     plan: Plan, base: BaseModel, train: Split, task: Task, images: int, progress: loop.Progress
 ) -> tuple[Plan, list[dict[str, Any]]]:
-    """The plan with the best of its candidates (the first of equals), and the score of each, best or not.
+    """Return the plan with its best candidate (the first of equals), and the scores of all candidates.
 
-    ``task`` is the plan's on the validation split of ``images`` images. Each candidate is trained, or taken from
-    the cache; its score is the share of noisy copies classified right.
+    Each candidate is trained, or loaded from the cache. Its score is the fraction of noisy copies classified correctly.
+    ``task`` is that of the validation split, which has ``images`` images.
     """
     tried: list[dict[str, Any]] = []
     scores: list[float] = []
@@ -44,11 +44,11 @@ def best(
 
 
 def accuracy_under_noise(model: torch.nn.Module, task: Task, images: int) -> float:
-    """The share of ``DRAWS`` noisy copies of each of the first ``images`` images that are classified right."""
+    """Return the fraction of correct predictions on ``DRAWS`` noisy copies of each of the first ``images`` images."""
     copies = list(itertools.product(range(images), range(DRAWS)))
     right = 0
     for begin in range(0, len(copies), task.block):
-        watchdog.alive()
+        watchdog.heartbeat()
         part = copies[begin : begin + task.block]
         votes = [Vote("validate", i, k) for i, k in part]
         pixels = torch.from_numpy(task.images([i for i, _ in part])).to(task.device)

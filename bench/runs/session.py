@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from bench import plugins, torchstate
+from bench import globalstate, plugins
 from bench.data.datasets import load_splits
 from bench.data.split import Split
 from bench.errors import DefenseFault
 from bench.io.files import digest
 from bench.models.arithmetic import deterministic
 from bench.models.base import LocalBase
-from bench.models.bases import load_base, untrained_base
-from bench.models.statement import state_base
+from bench.models.load import load_base, untrained_base
+from bench.models.summary import report_base
 from bench.process import environment
-from bench.process.runlog import STARTED, Logged, Reporter, log, recording, signature
+from bench.process.runlog import STARTED, LoggingReporter, Reporter, log, recording, signature
 from bench.records.record import Record, read_run, run_folder
 from bench.records.shards import Shard
 from bench.runs import fitting, fresh_noise, search
@@ -29,7 +29,8 @@ from bench.runs.plan import Plan
 from bench.runs.prepared import Materials, PreparedRun
 from bench.runs.writer import RunWriter
 from bench.smoothing import blocks
-from bench.smoothing.engine import Pixels, certify
+from bench.smoothing.engine import certify
+from bench.smoothing.task import ImageCache
 
 
 class Session:
@@ -47,7 +48,7 @@ class Session:
         self.devices = list(devices) or [device]
         self.threads = environment.threads(device)
         environment.keep_freed_memory()
-        self.device, self.out, self.reporter, self.shard = device, out, Logged(reporter, log.info), shard
+        self.device, self.out, self.reporter, self.shard = device, out, LoggingReporter(reporter, log.info), shard
         self._materials: dict[tuple[str, str, str, Path | None, bool], Materials] = {}
         self._splits: dict[str, list[Split]] = {}
 
@@ -63,7 +64,7 @@ class Session:
             train = train.first(plan.card.presets[plan.preset].train_examples)
             with self.reporter.training(f"base {plan.base}") as progress:
                 base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights, probe)
-            state_base(base, validation, self.reporter.say, log.warning)
+            report_base(base, validation, self.reporter.say, log.warning)
             self._materials[key] = Materials(train, validation, test, base)
         return self._materials[key]
 
@@ -94,7 +95,7 @@ class Session:
 
         # A run that has begun keeps the size of its blocks, whatever fits into memory now.
         shard = self.shard.folder if self.shard else ""
-        folders = ((rows, run_folder(self.out, name, with_rows(rows))) for rows in blocks.sizes(task.block))
+        folders = ((rows, run_folder(self.out, name, with_rows(rows))) for rows in blocks.block_sizes(task.block))
         rows = next((rows for rows, folder in folders if (folder / shard / "run.json").exists()), None)
         if rows is None:
             with (
@@ -145,16 +146,16 @@ class Session:
     def run(self, plan: Plan) -> Record:
         """Do a run, or its shard, or resume it. Every image is on disk as soon as it is certified."""
         with (
-            recording(self.log_file(plan), self.reporter.aloud) as own_log,
-            torchstate.kept(plan.defense, "when it certified"),
+            recording(self.log_file(plan), self.reporter.terminal) as own_log,
+            globalstate.restored_torch_settings(plan.defense, "when it certified"),
         ):
             prepared = self.begin(plan)
             whole = run_folder(self.out, prepared.name, prepared.identity)
             if self.shard and (whole / "run.json").exists() and (merged := read_run(whole)).complete:
                 own_log.discard()
-                self.reporter.aloud.say(f"{whole}: already complete, nothing to do")
+                self.reporter.terminal.say(f"{whole}: already complete, nothing to do")
                 return merged
-            writer = RunWriter(self.out, prepared.header(), own_log, self.reporter.aloud, self.shard)
+            writer = RunWriter(self.out, prepared.header(), own_log, self.reporter.terminal, self.shard)
             try:
                 if not writer.complete:
                     self._certify(prepared, writer)
@@ -191,7 +192,7 @@ class Session:
             peak = max(place.finish() for place in places)
             if (audit := writer.audit(task.block)) is not None:
                 fresh = prepared.fresh_task(audit.noise)
-                hits = fresh_noise.draw(replace(first.device, task=fresh), audit, Pixels(fresh))
+                hits = fresh_noise.draw(replace(first.device, task=fresh), audit, ImageCache(fresh).get(audit.claims))
                 writer.check_audit(audit, hits)
         except NotOneFunction as e:
             raise writer.refuse(e) from None

@@ -14,7 +14,7 @@ from typing import Any
 from bench.errors import DefenseFault
 from bench.process import environment
 from bench.process.console import duration
-from bench.process.runlog import CERTIFY, PERIOD, Logged, Reporter, RunLog
+from bench.process.runlog import CERTIFY, PERIOD, LoggingReporter, Reporter, RunLog
 from bench.records import fingerprint, metrics
 from bench.records.fingerprint import Fingerprint
 from bench.records.record import Run
@@ -24,8 +24,7 @@ from bench.runs.certifier import NotOneFunction
 from bench.runs.costs import Measured
 from bench.runs.fresh_noise import Audit
 from bench.runs.prepared import RunHeader
-from bench.smoothing.procedures import Procedure
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.votes import Certificate, ImageProcedure
 
 
 class RunWriter:
@@ -38,7 +37,7 @@ class RunWriter:
 
         Raises BenchError where another process writes it.
         """
-        self.header, self._reporter, self._log = header, Logged(reporter, own_log.write), own_log
+        self.header, self._reporter, self._log = header, LoggingReporter(reporter, own_log.write), own_log
         self.record = Run(out, header.name, header.identity, header.extra, shard)
         done = {c.index for c in self.record.done}
         self.indices: list[int] = header.identity["indices"]
@@ -128,7 +127,7 @@ class RunWriter:
             )
         self.record.info["audit"] = done.record()
 
-    def start(self, label: int) -> Procedure:
+    def start(self, label: int) -> ImageProcedure:
         """Start the procedure of one image."""
         plan = self.header.plan
         return plan.procedure.certify(plan.sigma, label, self.record.info["identity"]["noise"]["tau"])
@@ -138,7 +137,7 @@ class RunWriter:
         rows, procedure = self.header.identity["block"][0], self.header.plan.procedure
         if measured.nan_rows:
             self._reporter.say(f"{measured.nan_rows} of {rows} rows of logits hold NaN: such votes count for no class")
-        votes = len(self.left) * procedure.most
+        votes = len(self.left) * procedure.max_votes
         seconds = votes * measured.block_seconds / rows / devices
         self._reporter.say(
             f"{self.record.path.name}: {len(self.left)} images, {procedure.kind} procedure, at most {votes:,} votes, "

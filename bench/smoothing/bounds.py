@@ -1,9 +1,8 @@
-"""Confidence bounds and radii, every rounding on the safe side.
+"""Confidence bounds and radii, always rounded to the safe side.
 
-Follows Cohen et al. 2019 (arXiv 1902.02918): a lower confidence bound on the probability of the
-top class becomes an l2 radius. A certificate is only as true as its last rounding, so
-probabilities from below are rounded down, from above up, and radii down. scipy computes;
-``SLACK`` covers its error, which the tests measure against mpmath.
+Follows Cohen et al. 2019 (arXiv 1902.02918): a lower confidence bound on the probability of the top class gives an l2
+radius. A certificate is only as true as its last rounding, so lower bounds and radii are rounded down and upper
+bounds up. ``SLACK`` covers scipy's error, which the tests measure against mpmath.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 from scipy import special
 
-# Relative error allowed to scipy's beta and normal quantiles; the worst seen against mpmath up to
-# n = 1e7 is below a hundredth of it (tests/smoothing/test_bounds.py).
+# Bound on the relative error of scipy's beta and normal quantiles. The largest error found against mpmath, up to
+# n = 1e7, is below a hundredth of it (tests/smoothing/test_bounds.py).
 SLACK = 1e-12
 
 
 def lower_bound(top_count: int, n: int, alpha: float) -> float:
-    """One-sided Clopper-Pearson lower bound at level ``alpha``, rounded down.
+    """Return the one-sided Clopper-Pearson lower bound at level ``alpha``, rounded down.
 
-    Returns p such that, were the true probability at most p, at least ``top_count`` successes in
-    ``n`` votes would have probability at most ``alpha``.
+    If the true probability were at most this, ``top_count`` or more successes in ``n`` votes would have probability
+    at most ``alpha``.
     """
     if not 0 <= top_count <= n or n < 1:
-        raise ValueError(f"top_count must lie in [0, n] and n be at least 1, not {top_count} of {n}")
+        raise ValueError(f"top_count must be in [0, n] and n at least 1, not {top_count} of {n}")
     if top_count == 0:
         return 0.0
     if top_count == n:  # closed form alpha**(1/n), kept accurate for large n
@@ -36,7 +35,7 @@ def lower_bound(top_count: int, n: int, alpha: float) -> float:
 
 
 def interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the two-sided Clopper-Pearson interval, for accuracies in tables; counts need not be whole."""
+    """Return the two-sided Clopper-Pearson interval for an accuracy; counts may be fractional."""
     if n == 0:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
@@ -46,7 +45,7 @@ def interval(successes: float, n: float, confidence: float = 0.95) -> tuple[floa
 
 
 def radius(p_lower: float, sigma: float) -> float:
-    """Certified l2 radius ``sigma * Phi^-1(p_lower)``, rounded down; 0 where ``p_lower`` is at most 1/2."""
+    """Return the certified l2 radius ``sigma * Phi^-1(p_lower)``, rounded down; 0 if ``p_lower`` <= 1/2."""
     if p_lower <= 0.5:
         return 0.0
     r = sigma * float(special.ndtri(p_lower))
@@ -54,7 +53,7 @@ def radius(p_lower: float, sigma: float) -> float:
 
 
 def smallest_n(alpha: float) -> int:
-    """The fewest votes that can certify any image at level ``alpha``: the first n with alpha**(1/n) > 1/2."""
+    """Return the fewest votes that can certify an image at level ``alpha``: the first n with alpha**(1/n) > 1/2."""
     n = max(1, math.floor(math.log(alpha) / math.log(0.5)))
     while lower_bound(n, n, alpha) <= 0.5:
         n += 1
@@ -62,12 +61,12 @@ def smallest_n(alpha: float) -> int:
 
 
 def printed_radius(radius: float, places: int = 3) -> str:
-    """Format a certified radius, rounded down: the printed claim is never larger than the certificate."""
+    """Format a certified radius, rounded down so that the printed claim never exceeds the certificate."""
     return _rounded(radius, places, ROUND_FLOOR)
 
 
 def printed_reach(radius: float, places: int = 3) -> str:
-    """Format a radius beyond which nothing is certified, rounded up."""
+    """Format a radius beyond which nothing can be certified, rounded up."""
     return _rounded(radius, places, ROUND_CEILING)
 
 

@@ -1,11 +1,10 @@
 """Gaussian noise rounded to the pixel grid: certificates that are true in floating point.
 
-In floats, x + noise is no translated Gaussian: its last bits tell which x it came from, and radii
-have been certified beyond a real adversary (Voracek and Hein, ICLR 2023). Here pixels are integers
-0 .. levels-1, in units of 1/(levels-1), and the noise is a Gaussian rounded to integers, so that
-round(x + noise) = x + round(noise): the smoothing theorem of Cohen et al. (ICML 2019) holds exactly
-for F after rounding. F must then see nothing but the sum: it is taken in integers and converted once.
-(In float32, adding k/255 to x/255 gives another number than (x+k)/255 in a third of the pairs.)
+In floats, x + noise is not a translated Gaussian: its last bits reveal x, and radii have been certified at which an
+adversarial example exists (Voracek and Hein, ICLR 2023). Here pixels are integers 0 .. levels-1, in units of
+1/(levels-1), and the noise is a Gaussian rounded to integers, so round(x + noise) = x + round(noise): the smoothing
+theorem of Cohen et al. (ICML 2019) holds exactly for F after rounding. F must then see only the sum, so it is
+computed in integers and converted once. (In float32, x/255 + k/255 differs from (x+k)/255 in a third of the pairs.)
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from bench.smoothing.noise import Noise, Vote, to_device
 
 VERSION = "aes128ctr-grid64-1"  # part of the identity of a run with grid noise
 
-CALL = 2**16 - 1  # the stretch of a vote's key stream used here: no bits in common with float noise
-CHUNK = 2**16  # words handled at a time, half a MiB: what a core's cache holds
-AMBIGUOUS = -(2**15)  # in the guide: a threshold lies within this cell
+CALL = 2**16 - 1  # the part of a vote's key stream used here: no bits in common with float noise
+CHUNK = 2**16  # words processed at a time: half a MiB fits into a core's cache
+AMBIGUOUS = -(2**15)  # in the guide: a threshold lies inside this cell
 ONE = 2**64
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 
@@ -44,13 +43,13 @@ class Thresholds:
     reach: int  # the largest value, in grid steps: beyond 9 sigma
 
     def search(self, words: NDArray[np.uint64]) -> NDArray[np.int16]:
-        """The values of the words, by binary search: the definition."""
+        """Return the values of the words by binary search, which defines them."""
         return (np.searchsorted(self.edges, words, side="right") - self.reach).astype(np.int16)
 
     def values(self, words: NDArray[np.uint64]) -> NDArray[np.int16]:
-        """The same values, mostly by one look-up: 1 to 5 words in 100 need the search."""
+        """Return the same values, mostly by one look-up: 1 to 5 words in 100 need the search."""
         cells = (words >> np.uint64(48)).view(np.int64)
-        found = self.guide.take(cells, mode="clip")  # no cell is out of range; "clip" saves the check
+        found = self.guide.take(cells, mode="clip")  # every cell is in range; "clip" skips the check
         flat = found.reshape(-1)
         hard = np.flatnonzero(flat == AMBIGUOUS)
         flat[hard] = self.search(words.reshape(-1)[hard])
@@ -59,7 +58,7 @@ class Thresholds:
 
 @lru_cache(maxsize=8)
 def thresholds(sigma: float, levels: int) -> Thresholds:
-    """The thresholds for noise of ``sigma`` (pixels in [0, 1]) on a grid of ``levels`` pixel values."""
+    """Return the thresholds for noise of ``sigma`` (pixels in [0, 1]) on a grid of ``levels`` pixel values."""
     if not sigma > 0 or levels < 2:
         raise ValueError(f"grid noise needs sigma > 0 and at least 2 levels, not sigma {sigma} and {levels} levels")
     if 10 * sigma * (levels - 1) + levels > 2**15 - 2:
@@ -78,11 +77,11 @@ def thresholds(sigma: float, levels: int) -> Thresholds:
 
 
 def _scaled_cdf(x: Decimal, context: Context) -> int:
-    """2^64 * Phi(x) for x > 0, rounded to nearest.
+    """Return 2^64 * Phi(x) for x > 0, rounded to nearest.
 
-    Phi(x) = 1/2 + phi(x) * sum_n x^(2n+1)/(2n+1)!!. All terms are positive, so nothing cancels: fewer
-    than 1,000 operations of relative error 1e-59 each. The sum is left where a term is below 1e-40 and
-    the next less than half of it, so the rest is below 1e-40 too. In all Phi is exact to 1e-39.
+    Phi(x) = 1/2 + phi(x) * sum_n x^(2n+1)/(2n+1)!!. All terms are positive, so nothing cancels: fewer than 1,000
+    operations of relative error 1e-59 each. The sum stops at a term below 1e-40 whose successor is less than half of
+    it, so the rest is below 1e-40 too. In total Phi is exact to 1e-39.
     """
     if x >= 10:  # 1 - Phi(10) < 1e-23 < 2^-65
         return ONE
@@ -96,25 +95,25 @@ def _scaled_cdf(x: Decimal, context: Context) -> int:
 
 
 def tau(sigma: float, levels: int, size: int) -> float:
-    """Bound on the total variation between the drawn noise and the exact rounded Gaussian, for ``size`` pixels.
+    """Bound the total variation between the drawn noise and the exact rounded Gaussian, for ``size`` pixels.
 
-    A probability, charged once to a certificate: p_lower - tau, or p0 + tau (Voracek and Hein, ICLR 2023).
+    It is a probability, charged once to a certificate: p_lower - tau, or p0 + tau (Voracek and Hein, ICLR 2023).
 
     Proof. Let e_k be the drawn minus the exact distribution function at k + 1/2. At each of the m
     thresholds |e_k| <= d = 2^-65 + 1e-39, the rounding to 64 bits and the error of Phi. Below the first
-    nothing is drawn, and the exact function rises monotonically from 0 to at most d, since there it rounds
+    no noise is drawn, and the exact function rises monotonically from 0 to at most d, since there it rounds
     to 0; above the last likewise. The total variation of one pixel is half the sum of |e_k - e_(k-1)| over
     all k, hence at most the sum of |e_k| over the thresholds plus the largest |e_k| below and above them:
     (m + 2) d < (m + 3) 2^-65, as m < 2^16. Over independent pixels total variations add up at most. An
-    integer below 2^53 times a power of two is exact, so nothing is rounded. (Words are uniform: AES.)
+    integer below 2^53 times a power of two is exact, so no rounding occurs. (Words are uniform: AES.)
     """
     return math.ldexp(size * (len(thresholds(sigma, levels).edges) + 3), -65)
 
 
 class GridNoise:
-    """Grid noise of one (seed, split), sigma and grid: the same key always gives the same values.
+    """Grid noise of one (seed, split), sigma and grid: a key always gives the same values.
 
-    For certification; training adds float noise. ``sigma`` is in units of pixels in [0, 1].
+    For certification; training adds float noise. ``sigma`` is for pixels in [0, 1].
     """
 
     def __init__(self, noise: Noise, sigma: float, levels: int) -> None:
@@ -122,7 +121,7 @@ class GridNoise:
         self._thresholds = thresholds(sigma, levels)
 
     def draw(self, votes: Sequence[Vote], size: int) -> Tensor:
-        """Independent noise in grid steps, int16 [len(votes), size], on the CPU; a row depends on its vote alone."""
+        """Return noise in grid steps, int16 [len(votes), size] on the CPU; a row depends on its vote alone."""
         drawn = np.empty((len(votes), size), np.int16)
         rows = max(1, CHUNK // size)
         for i in range(0, len(votes), rows):
@@ -131,11 +130,11 @@ class GridNoise:
         return torch.from_numpy(drawn)
 
     def inputs(self, integers: Tensor, votes: Sequence[Vote]) -> Tensor:
-        """Noisy images for F, float32 pixels, from integer images [len(votes), C, H, W]; unclipped.
+        """Return noisy images for F from integer images [len(votes), C, H, W]: float32 pixels, unclipped.
 
-        One correctly rounded division of the integer sum: equal sums give equal bits, and without noise
-        these are the card's own pixels. The divisor is a tensor on the images' device, because by a
-        Python number CUDA multiplies with the reciprocal, which gives other last bits than a CPU.
+        The integer sum is divided once, correctly rounded: equal sums give equal bits, and without noise the result
+        is the card's own pixels. The divisor is a tensor on the images' device, because CUDA replaces division by a
+        Python number with multiplication by its reciprocal, whose last bits differ from a CPU's.
         """
         if integers.is_floating_point():
             raise TypeError("grid noise is added to integer pixels, not to floats")

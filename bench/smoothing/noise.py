@@ -1,10 +1,9 @@
 """Gaussian noise keyed by (seed, split, image, vote, purpose).
 
-A vote's noise depends on its key alone, never on block, order, shard, worker or resume. The bits
-come from AES-128 in counter mode (NIST SP 800-38A): any vote is reached directly, no two keys
-share a block, and a cipher cannot hide the correlations by which a weak generator inflates radii
-(Dahiya et al. 2024). It is also far faster than a seeded generator per vote, and fixed for ever by
-its standard, so a certificate can be re-drawn years later.
+A vote's noise depends on its key alone, never on block, order, shard, worker or resume. The bits come from AES-128
+in counter mode (NIST SP 800-38A): any vote is reached directly, no two keys share a block, and a cipher has none of
+the correlations by which a weak generator inflates radii (Dahiya et al. 2024). It is also far faster than a seeded
+generator per vote. Its standard fixes it for good, so a certificate can be drawn again years later.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from torch import Tensor
 
 VERSION = "aes128ctr-boxmuller-1"  # part of every identity: change it whenever a key's values change
 
-
-IMAGES, VOTES, CALLS = 2**32, 2**40, 2**16  # the counter has room for so many of each; beyond, keys would meet
+IMAGES, VOTES, CALLS = 2**32, 2**40, 2**16  # the counter's room for each; beyond it, keys would share bits
 
 
 class Vote(NamedTuple):
@@ -36,21 +34,21 @@ class Vote(NamedTuple):
 
 
 class Noise:
-    """The noise of one (seed, split): the same key always gives the same values, in any thread or process."""
+    """The noise of one (seed, split): a key always gives the same values, in any thread or process."""
 
     def __init__(self, seed: int, split: str) -> None:
         self._key = seed, split
         self._prefix = f"{VERSION}|{seed}|{split}|"
-        self._own = threading.local()  # an encryptor has a position, so every thread has encryptors of its own
+        self._own = threading.local()  # an encryptor has a position, so each thread has its own encryptors
         self._zeros = b""
 
     def __reduce__(self) -> tuple[type[Noise], tuple[int, str]]:
         return Noise, self._key
 
     def _fill(self, vote: Vote, call: int, parts: list[tuple[memoryview, int]]) -> None:
-        """Write the key's bits into the given buffers, one after the other (each with 15 bytes to spare).
+        """Write the key's bits into the given buffers in order (each has 15 spare bytes).
 
-        Raises ValueError for a key out of range, whose bits would be those of another key.
+        Raises ValueError if the key is out of range, because its bits would be another key's.
         """
         if not (0 <= vote.image < IMAGES and 0 <= vote.vote < VOTES and 0 <= call < CALLS):
             raise ValueError(
@@ -73,9 +71,9 @@ class Noise:
             encryptor.update_into(memoryview(zeros)[:size], buffer)
 
     def words(self, votes: Sequence[Vote], size: int, call: int = 0) -> NDArray[np.uint64]:
-        """Independent uniform 64-bit integers, [len(votes), size].
+        """Return independent uniform 64-bit integers, [len(votes), size].
 
-        ``call`` numbers several draws of one key; ``normals`` of the same key and call uses the same bits.
+        ``call`` numbers the draws of one key. ``normals`` uses the same bits for the same key and call.
         """
         width = size * 8
         bits = np.empty(len(votes) * width + 15, np.uint8)
@@ -86,10 +84,10 @@ class Noise:
         return words.astype(np.uint64, copy=False)
 
     def normals(self, votes: Sequence[Vote], size: int, call: int = 0) -> Tensor:
-        """Independent standard normals, float32 [len(votes), size]; ``call`` numbers several draws of one key.
+        """Return independent standard normals, float32 [len(votes), size]; ``call`` numbers the draws of one key.
 
         Box-Muller with 63 bits for the radius: values reach 9.3 sigma, and the mass beyond is below 1e-20.
-        (The usual 24-bit uniforms stop at 5.77 sigma, a defect that grows with the number of pixels.)
+        (The usual 24-bit uniforms stop at 5.77 sigma, an error that grows with the number of pixels.)
         """
         rows, pairs = len(votes), (size + 1) // 2
         # CTR keystreams are whole blocks: radius words are padded so that the angle bits start on a block.
@@ -110,14 +108,14 @@ class Noise:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values drawn on the CPU, on the device; a GPU copies them from pinned memory while Python goes on."""
+    """Move values drawn on the CPU to the device; to a GPU they are copied asynchronously from pinned memory."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
 def add_float(noise: Noise, sigma: float) -> Callable[[Tensor, Sequence[Vote]], Tensor]:
-    """The usual smoothing: float pixels [rows, C, H, W] plus float noise of ``sigma``, one row a vote."""
+    """Return the usual smoothing: float pixels [rows, C, H, W] plus float noise of ``sigma``, a row per vote."""
 
     def noisy(pixels: Tensor, votes: Sequence[Vote]) -> Tensor:
         normals = to_device(noise.normals(votes, pixels[0].numel()), pixels.device).view_as(pixels)
@@ -127,12 +125,12 @@ def add_float(noise: Noise, sigma: float) -> Callable[[Tensor, Sequence[Vote]], 
 
 
 class VoteDraw:
-    """The randomness a defense may use for one block of votes; satisfies ``interface.Draw``."""
+    """A defense's own randomness for one block of votes; satisfies ``interface.Draw``."""
 
     def __init__(self, noise: Noise, votes: Sequence[Vote], sigma: float, device: torch.device) -> None:
         self.sigma = sigma
         self._noise, self._device = noise, device
-        # A stream of its own: a defense never sees the noise that was added to the image.
+        # A separate stream: a defense never sees the noise that was added to the image.
         self._votes = [Vote(f"{v.purpose}/defense", v.image, v.vote) for v in votes]
         self._calls = 0
 

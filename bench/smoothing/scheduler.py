@@ -1,9 +1,8 @@
-"""Which votes to draw next, and what those drawn have decided: bookkeeping without model, device or clock.
+"""The scheduler: chooses the votes to draw next and gives them to the procedures, without model, device or clock.
 
-Each image is driven by a *procedure*: a generator that asks for votes and, once it has seen enough,
-returns the decision. The scheduler packs the votes that any image still needs into batches. Several
-may be out at once and come back in any order, twice or never: an image's votes are shown to its
-procedure in the order of their numbers, each once, so its certificate is that of one batch at a time.
+Each image has a procedure that requests votes until it decides. The scheduler packs the votes that images still need
+into batches. Several batches may be in flight at once, and be answered in any order, twice or never: a procedure gets
+its image's votes in the order of their numbers, each once, so certificates are those of one batch at a time.
 """
 
 from __future__ import annotations
@@ -16,268 +15,241 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bench.smoothing.procedures import Decision, Procedure, Votes
-
-# Votes are placed in tiles: a vote's place within its tile is its number modulo TILE. Matrix kernels
-# were measured to give a row other last bits at another alignment, so a freely moving row could
-# change its vote with the packing. Sixteen float32 are one cache line, the widest alignment a kernel asks for.
-TILE = 16
-
-Voted = NDArray[np.int64]  # classes by row; NaN is a class of its own, the last
-
-
-@dataclass(frozen=True)
-class Certificate(Decision):
-    """One image's line in the record; radius in l2 over pixels of [0, 1]."""
-
-    index: int = -1
-    label: int = -1
-    seconds: float = 0.0
-
-
-class Span(NamedTuple):
-    """Rows of a batch: votes ``first`` and on, of one image and purpose, in whole tiles."""
-
-    purpose: str
-    image: int
-    first: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Votes handed out together, and the number by which they are taken back."""
-
-    number: int
-    spans: tuple[Span, ...]
-
-    @property
-    def rows(self) -> int:
-        """How many votes are to be drawn."""
-        return sum(s.rows for s in self.spans)
+from bench.smoothing.votes import TILE, Batch, Certificate, Decision, ImageProcedure, Span, Voted, VoteRequest
 
 
 class _Image:
-    """An image under way: its procedure, the votes it waits for, and those that came early."""
+    """An image being certified: its procedure, and its votes that are requested, packed or received."""
 
-    def __init__(self, order: int, index: int, label: int, procedure: Procedure, classes: int) -> None:
+    def __init__(self, order: int, index: int, label: int, procedure: ImageProcedure, classes: int) -> None:
         self.order, self.index, self.label = order, index, label
         self.seconds = 0.0
-        self.stretch = 0  # how often the procedure went over to another purpose: votes of before are of no use
+        self.phase = 0  # changes with the purpose of the requests: votes of earlier phases are ignored
         self._procedure, self._width = procedure, classes + 1
-        self._seen: dict[str, int] = {}  # votes of each purpose that the procedure was shown
-        self.wanted: Votes | None = None
-        self._expect(next(procedure))
+        self._seen: dict[str, int] = {}  # votes of each purpose that the procedure has counted
+        self.request = procedure.first()
+        self._start_phase(self.request.purpose)
+        self._expect(self.request)
 
-    def _expect(self, wanted: Votes) -> None:
-        seen = self._seen.get(wanted.purpose, 0)
-        if self.wanted is None or wanted.purpose != self.wanted.purpose:
-            self.stretch += 1
-            self.placed = self._arrived = seen  # votes in some batch, and those back without a gap
-            self._apart: dict[int, Voted] = {}  # those back beyond a gap, by the first one's number
-            self._ahead: list[Voted] = []  # those back that the procedure has not asked for
-        self.wanted, self.target = wanted, seen + wanted.count
-        self._tally = np.zeros(self._width, np.int64)
-        ahead, self._ahead, self._arrived = self._ahead, [], seen
-        for voted in ahead:
+    def _start_phase(self, purpose: str) -> None:
+        self.phase += 1
+        self.packed = self._seen.get(purpose, 0)  # votes in some batch
+        self._received = self.packed  # votes received without a gap
+        self._beyond_gap: dict[int, Voted] = {}  # votes received beyond a gap, by the number of the first
+        self._early: list[Voted] = []  # votes received but not yet requested
+
+    def _expect(self, request: VoteRequest) -> None:
+        if request.purpose != self.request.purpose:
+            self._start_phase(request.purpose)
+        self.request = request
+        seen = self._seen.get(request.purpose, 0)
+        self.target = seen + request.count  # votes counted once the request is met
+        self._counts = np.zeros(self._width, np.int64)
+        early, self._early, self._received = self._early, [], seen
+        for voted in early:
             self._count(voted)
 
     def _count(self, voted: Voted) -> None:
-        now = max(0, self.target - self._arrived)
-        self._tally += np.bincount(voted[:now], minlength=self._width)
+        now = max(0, self.target - self._received)
+        self._counts += np.bincount(voted[:now], minlength=self._width)
         if len(voted) > now:
-            self._ahead.append(voted[now:])
-        self._arrived += len(voted)
+            self._early.append(voted[now:])
+        self._received += len(voted)
 
     @property
     def missing(self) -> int:
-        """Votes that the procedure waits for and that are in no batch yet."""
-        return max(0, self.target - self.placed)
+        """Requested votes that are in no batch yet."""
+        return max(0, self.target - self.packed)
 
     @property
-    def later(self) -> int:
-        """Votes in no batch yet that the procedure may ask for, those it waits for included."""
-        assert self.wanted is not None
-        return self.target + self.wanted.later - self.placed
+    def useful(self) -> int:
+        """Votes in no batch yet that are requested or may be requested later."""
+        return self.target + self.request.later - self.packed
 
     @property
-    def bold(self) -> int:
-        """Votes to draw ahead where nobody waits for any: until twice those that it will have seen are placed."""
-        return min(self.later, 2 * self.target - self.placed)
+    def speculative(self) -> int:
+        """Votes to draw speculatively when idle: until twice the votes of the request are packed."""
+        return min(self.useful, 2 * self.target - self.packed)
 
-    def put(self, first: int, voted: Voted) -> None:
-        """Note what the votes numbered from ``first`` were for."""
-        self._apart[first] = voted
-        while (following := self._apart.pop(self._arrived, None)) is not None:
+    def receive(self, first: int, voted: Voted) -> None:
+        """Take the votes numbered from ``first``."""
+        self._beyond_gap[first] = voted
+        while (following := self._beyond_gap.pop(self._received, None)) is not None:
             self._count(following)
 
     def advance(self) -> Certificate | None:
-        """Show the procedure what it waits for while that is there: its decision, None when it wants more votes."""
-        assert self.wanted is not None
-        while self._arrived >= self.target:
-            self._seen[self.wanted.purpose] = self.target
-            try:
-                wanted = self._procedure.send(self._tally)
-            except StopIteration as stop:
-                decision: Decision = stop.value
-                return Certificate(**vars(decision), index=self.index, label=self.label, seconds=self.seconds)
-            self._expect(wanted)
+        """Give the procedure the requested votes once they are there; return the certificate if it decides."""
+        while self._received >= self.target:
+            self._seen[self.request.purpose] = self.target
+            answer = self._procedure.update(self._counts)
+            if isinstance(answer, Decision):
+                return Certificate(**vars(answer), index=self.index, label=self.label, seconds=self.seconds)
+            self._expect(answer)
         return None
 
 
 class _Share(NamedTuple):
-    """Rows of a batch that count for an image, whose votes number from ``first``."""
+    """Rows of a batch that count for an image, whose votes are numbered from ``first``."""
 
     image: _Image
-    stretch: int
+    phase: int
     first: int
     rows: slice
 
 
 @dataclass
-class _Out:
-    """A batch handed out and not taken back."""
+class _InFlight:
+    """A batch that is handed out and not answered."""
 
     batch: Batch
     shares: list[_Share]
-    copied: bool = False
+    duplicated: bool = False
 
 
 class Scheduler:
     """Packs the votes that images need into batches, in about the order of the images.
 
-    ``start(label)`` makes the procedure of one image. Memory depends on the batches that are out, not on
-    the votes or the number of images.
+    ``start(label)`` starts the procedure for one image. Memory depends on the batches in flight, not on the number of
+    votes or images.
     """
 
     def __init__(
-        self, start: Callable[[int], Procedure], labels: Callable[[int], int], classes: int, indices: Iterable[int]
+        self,
+        start: Callable[[int], ImageProcedure],
+        labels: Callable[[int], int],
+        classes: int,
+        indices: Iterable[int],
     ) -> None:
         self._start, self._labels, self._classes = start, labels, classes
-        self._waiting = deque(indices)
-        self._open: dict[int, _Image] = {}
-        self._hungry: list[tuple[int, _Image]] = []  # a heap, the image opened first on top: it misses votes
-        self._out: dict[int, _Out] = {}
-        self._lost: deque[int] = deque()
-        self._opened, self._numbers = itertools.count(), itertools.count()
+        self._pending = deque(indices)
+        self._started: dict[int, _Image] = {}
+        self._waiting: list[tuple[int, _Image]] = []  # a heap of images with missing votes, the oldest on top
+        self._in_flight: dict[int, _InFlight] = {}
+        self._to_retry: deque[int] = deque()
+        self._orders, self._numbers = itertools.count(), itertools.count()
 
     @property
     def done(self) -> bool:
         """Whether every image is decided."""
-        return not self._waiting and not self._open
+        return not self._pending and not self._started
 
-    def next(self, rows: int, spare: bool = True, at_once: int | None = None) -> Batch | None:
-        """At most ``rows`` votes to draw (a multiple of TILE), None where there are none.
+    def next_batch(self, rows: int, speculate: bool = True, at_once: int | None = None) -> Batch | None:
+        """Return a batch of at most ``rows`` votes, None if there is nothing to draw.
 
-        A batch that was lost comes first, as it was; then votes that images wait for; then new images. What room is
-        left, up to a multiple of the votes that are drawn ``at_once`` (default: all), goes to votes that images may
-        ask for later. ``spare``: so does a whole batch where nobody waits for votes, or else a copy of what is out
-        longest, for somebody who would have nothing to do.
+        A lost batch comes first, unchanged; then votes that images wait for; then new images. Rows left over, up to a
+        multiple of ``at_once``, go to votes that images may request later.
+
+        Args:
+            rows: a multiple of TILE.
+            speculate: if no image waits for votes, fill a batch with votes that images may request later, or else
+                duplicate the oldest batch in flight.
+            at_once: votes that a worker draws at the same time (default: all ``rows``).
         """
-        while self._lost:
-            out = self._out.get(self._lost.popleft())
-            if out is not None and self._useful(out):
-                return out.batch
+        while self._to_retry:
+            lost = self._in_flight.get(self._to_retry.popleft())
+            if lost is not None and self._needed(lost):
+                return lost.batch
         packing = _Packing(rows)
-        while packing.room and (image := self._hungriest()) is not None:
-            packing.place(image, image.missing)
+        while packing.room and (image := self._first_waiting()) is not None:
+            packing.add(image, image.missing)
             if not image.missing:
-                heapq.heappop(self._hungry)
-        if packing.shares or spare:
+                heapq.heappop(self._waiting)
+        if packing.shares or speculate:
             at_once = at_once or rows
             packing.room = min(packing.room, (packing.room - rows) % at_once if packing.shares else at_once)
-            self._fill_ahead(packing)
+            self._add_speculative(packing)
         if not packing.shares:
-            return self._copy() if spare else None
+            return self._duplicate() if speculate else None
         batch = Batch(next(self._numbers), tuple(packing.spans))
-        self._out[batch.number] = _Out(batch, packing.shares)
+        self._in_flight[batch.number] = _InFlight(batch, packing.shares)
         return batch
 
-    def _hungriest(self) -> _Image | None:
-        """The image opened first of those that miss votes; a new one when every other has all of its own."""
-        if not self._hungry:
-            if not self._waiting:
+    def _first_waiting(self) -> _Image | None:
+        """Return the oldest image with missing votes; start a new image if there is none."""
+        if not self._waiting:
+            if not self._pending:
                 return None
-            index = self._waiting.popleft()
+            index = self._pending.popleft()
             label = self._labels(index)
-            image = _Image(next(self._opened), index, label, self._start(label), self._classes)
-            self._open[index] = image
-            heapq.heappush(self._hungry, (image.order, image))
-        return self._hungry[0][1]
+            image = _Image(next(self._orders), index, label, self._start(label), self._classes)
+            self._started[index] = image
+            heapq.heappush(self._waiting, (image.order, image))
+        return self._waiting[0][1]
 
-    def _fill_ahead(self, packing: _Packing) -> None:
-        """Spend rows that would stay empty on votes which images under way may ask for later, shared out evenly."""
+    def _add_speculative(self, packing: _Packing) -> None:
+        """Share the rows left over among images that may request more votes later."""
         if packing.room < TILE:
             return
-        alone = not packing.shares
-        hopeful = [(most, a) for a in self._open.values() if (most := a.bold if alone else a.later) > 0]
+        idle = not packing.shares
+        hopeful = [(most, i) for i in self._started.values() if (most := i.speculative if idle else i.useful) > 0]
         most_images = packing.room // TILE
-        if len(hopeful) > most_images:  # those with the least in hand
-            hopeful = heapq.nsmallest(most_images, hopeful, key=lambda h: h[1].placed - h[1].target)
+        if len(hopeful) > most_images:  # those with the fewest votes in advance
+            hopeful = heapq.nsmallest(most_images, hopeful, key=lambda h: h[1].packed - h[1].target)
         for left, (most, image) in zip(range(len(hopeful), 0, -1), hopeful, strict=True):
             if share := packing.room // left // TILE * TILE:
-                packing.place(image, min(share, most))
+                packing.add(image, min(share, most))
 
-    def _copy(self) -> Batch | None:
-        for out in self._out.values():
-            if not out.copied and self._useful(out):
-                out.copied = True
-                return out.batch
+    def _duplicate(self) -> Batch | None:
+        for entry in self._in_flight.values():
+            if not entry.duplicated and self._needed(entry):
+                entry.duplicated = True
+                return entry.batch
         return None
 
-    def _useful(self, out: _Out) -> bool:
-        return any(s.image.index in self._open and s.stretch == s.image.stretch for s in out.shares)
+    def _needed(self, entry: _InFlight) -> bool:
+        return any(s.image.index in self._started and s.phase == s.image.phase for s in entry.shares)
 
-    def take(self, number: int, voted: Voted, seconds: float) -> list[Certificate]:
-        """Count a batch's votes, one class a row; returns what they decide. Of a second answer nothing is counted."""
-        out = self._out.get(number)
-        if out is None:
+    def receive(self, number: int, voted: Voted, seconds: float) -> list[Certificate]:
+        """Count a batch's votes, one class a row, and return the certificates they decide.
+
+        A second answer to the same batch is ignored.
+        """
+        entry = self._in_flight.get(number)
+        if entry is None:
             return []
-        if voted.shape != (out.batch.rows,):
-            raise ValueError(f"{voted.shape} votes for a batch of {out.batch.rows}")
-        del self._out[number]
-        used = sum(s.rows.stop - s.rows.start for s in out.shares)
-        for image, stretch, first, rows in out.shares:
+        if voted.shape != (entry.batch.rows,):
+            raise ValueError(f"{voted.shape} votes for a batch of {entry.batch.rows}")
+        del self._in_flight[number]
+        used = sum(s.rows.stop - s.rows.start for s in entry.shares)
+        for image, phase, first, rows in entry.shares:
             image.seconds += seconds * (rows.stop - rows.start) / used
-            if stretch == image.stretch:
-                image.put(first, voted[rows])
+            if phase == image.phase:
+                image.receive(first, voted[rows])
         decided = []
-        for image in dict.fromkeys(s.image for s in out.shares):
-            if image.index not in self._open:
+        for image in dict.fromkeys(s.image for s in entry.shares):
+            if image.index not in self._started:
                 continue
             missed = image.missing
             certificate = image.advance()
             if certificate is not None:
-                del self._open[image.index]
+                del self._started[image.index]
                 decided.append(certificate)
             elif image.missing and not missed:
-                heapq.heappush(self._hungry, (image.order, image))
+                heapq.heappush(self._waiting, (image.order, image))
         return decided
 
-    def lose(self, number: int) -> None:
-        """Have a batch handed out again, whose answer may never come; if it does come, the first counts."""
-        self._lost.append(number)
+    def retry(self, number: int) -> None:
+        """Hand out a batch again because its answer may never come; the first answer counts."""
+        self._to_retry.append(number)
 
 
 class _Packing:
-    """One batch being packed: its spans so far, and which of their rows count for whom."""
+    """A batch being packed: its spans so far, and the rows that count for each image."""
 
     def __init__(self, rows: int) -> None:
         self.spans: list[Span] = []
         self.shares: list[_Share] = []
         self.room = rows
 
-    def place(self, image: _Image, most: int) -> None:
-        """Add as many of the image's next votes as fit, up to ``most``, whole tiles at a time."""
-        assert image.wanted is not None
-        first = image.placed
+    def add(self, image: _Image, most: int) -> None:
+        """Add as many of the image's next votes as fit, up to ``most``, in whole tiles."""
+        first = image.packed
         lead = first % TILE  # only after votes that ended within a tile
         count = min(most, self.room - lead)
         rows = -(-(lead + count) // TILE) * TILE
         begin = sum(s.rows for s in self.spans) + lead
-        self.spans.append(Span(image.wanted.purpose, image.index, first - lead, rows))
-        self.shares.append(_Share(image, image.stretch, first, slice(begin, begin + count)))
-        image.placed += count
+        self.spans.append(Span(image.request.purpose, image.index, first - lead, rows))
+        self.shares.append(_Share(image, image.phase, first, slice(begin, begin + count)))
+        image.packed += count
         self.room -= rows

@@ -1,4 +1,4 @@
-"""A small self-supervised encoder, trained here: what a defense takes where no pretrained one can be had."""
+"""A small self-supervised encoder for defenses that have no pretrained one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from bench.interface import Job, Part, Schedule
 
+VERSION = 1  # raise it whenever weights trained here, or features, would change: it is part of their identity
+
 
 @dataclass(frozen=True)
 class MaskedAutoencoder(Part):
-    """A small masked autoencoder (He et al. 2021, arXiv 2111.06377) of the training images, without labels or noise."""
+    """A masked autoencoder (He et al. 2021, arXiv 2111.06377) trained on clean images without labels."""
 
     width: int = 32
     depth: int = 2
     heads: int = 4
     patch: int = 2
-    side: int = 16  # larger images are shrunk to it
-    hidden: float = 0.5  # share of patches to be guessed from the rest; the paper's 75% would leave 4 of digits' 16
+    side: int = 16  # larger images are resized to this
+    hidden: float = 0.5  # fraction of hidden patches; the paper's 75% would leave 4 of the 16 of digits
     epochs: float = 60
 
     def build(self, classes: int, shape: tuple[int, int, int]) -> nn.Module:
@@ -34,7 +36,7 @@ class MaskedAutoencoder(Part):
 
 
 class PatchEncoder(nn.Module):
-    """A small ViT: pixels to one feature vector a patch, [B, width, grid, grid]."""
+    """A small ViT: pixels [B, C, H, W] in [0, 1] to patch features [B, width, grid, grid]."""
 
     def __init__(self, part: MaskedAutoencoder, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class PatchEncoder(nn.Module):
         )
         self.blocks = nn.Sequential(*[Block(part.width, part.heads, qkv_bias=True) for _ in range(part.depth)])
         self.norm = nn.LayerNorm(part.width)
-        # What only guessing takes.
+        # Only for reconstruction.
         self.unknown = nn.Parameter(torch.zeros(1, 1, part.width))
         self.guess = nn.Sequential(
             Block(part.width, part.heads, qkv_bias=True),
@@ -65,7 +67,7 @@ class PatchEncoder(nn.Module):
         return features.mT.reshape(len(x), self.width, self.grid, self.grid)
 
     def reconstruction(self, x: Tensor) -> Tensor:
-        """Mean squared error of hidden patches, guessed from those shown."""
+        """Return the mean squared error of the hidden patches, predicted from the visible ones."""
         x = self._fit(x)
         tokens = self._tokens(x)
         rows, patches, width = tokens.shape
@@ -79,7 +81,7 @@ class PatchEncoder(nn.Module):
 
 
 def resized(x: Tensor, size: list[int] | torch.Size) -> Tensor:
-    """Bilinear, and smoothed where that shrinks; the image itself where it has that size."""
+    """Resize images [B, C, H, W] bilinearly, antialiased where they shrink; return ``x`` itself at that size."""
     if list(x.shape[-2:]) == list(size):
         return x
     shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]

@@ -1,4 +1,4 @@
-"""The one gradient training loop: seeded step by step, checkpointed, resumed to the same result."""
+"""The gradient training loop: seeded at every step, checkpointed, and resumed to the same result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.errors import BenchError, DefenseFault, note, one_line
+from bench.globalstate import fixed_rng
 from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
-from bench.io.files import file_sha256, replacing, writing
+from bench.io.files import replacing, writing
 from bench.process import watchdog
-from bench.rng import fixed_rng
 from bench.smoothing.noise import Noise, TrainDraw
-from bench.training.weights import MEND
+from bench.training.weights import FIX
 
-SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
+VERSION = 1  # raise it whenever weights trained here would change: it is part of their identity
 CHECKPOINT_SECONDS = 20.0
 
 
 class Rows(Protocol):
-    """What a training reads: a ``Split``, or features computed from one."""
+    """Training data: a ``Split``, or features computed from one."""
 
     @property
     def labels(self) -> np.ndarray[Any, np.dtype[np.int64]]: ...
@@ -37,16 +37,16 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, indices: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The given rows, [len(indices), ...]."""
+        """Return the given rows, [len(indices), ...]."""
         ...
 
 
-Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss
+Progress = Callable[[int, int, float], None]  # steps done, all steps, loss
 
 
 @dataclass
 class _Step:
-    """One step under way; satisfies ``interface.Step``."""
+    """The current step; satisfies ``interface.Step``."""
 
     number: int
     count: int
@@ -56,12 +56,13 @@ class _Step:
     progress: Progress
 
     def report(self, loss: Tensor | float) -> None:
-        """Show the loss every tenth step, so that a device is not waited for at each."""
+        """Show the loss at every tenth step: reading it waits for the device."""
         if self.number % 10 == 9 or self.number == self.count - 1:
             value = float(loss)
             if not math.isfinite(value):
                 raise DefenseFault(
-                    f"training diverged: loss {value} at step {self.number} of {self.count}; lower it with --set lr=..."
+                    f"training diverged: loss {value} at step {self.number} of {self.count}; "
+                    f"set a lower learning rate with --set lr=..."
                 )
             self.progress(self.number + 1, self.count, value)
 
@@ -78,22 +79,26 @@ class TrainingJob:
     device: torch.device
     checkpoint: Path
     progress: Progress
-    spent: list[float]  # seconds of training so far, earlier processes included, one entry a stage
-    base: Base | None = None  # whose queries are counted, and restored with a checkpoint
-    most: int | None = None  # steps a stage does at most: the conformance test's
+    spent: list[float] = field(default_factory=list)  # seconds of each finished stage, earlier processes included
+    base: Base | None = None  # its query count is restored with a checkpoint
+    most: int | None = None  # maximum steps of a stage, for the conformance test
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, all stages together."""
+        return sum(self.spent)
 
     def at(self, name: str, sigma: float | None = None) -> TrainingJob:
-        """A stage with a checkpoint, seed and perhaps noise level of its own."""
+        """Return a stage with its own checkpoint and seed, and its own noise level where ``sigma`` is given."""
         seed = np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1, np.uint64)[0] >> 1
         checkpoint = self.checkpoint.with_name(f"{self.checkpoint.stem}-{name}.pt")
         return replace(self, seed=int(seed), checkpoint=checkpoint, sigma=self.sigma if sigma is None else sigma)
 
     def train(self, module: nn.Module, loss: Loss, schedule: Schedule) -> None:
-        """Minimise ``loss`` over the parameters that require a gradient; module ends in eval mode.
+        """Minimise ``loss`` over the parameters that require a gradient; leave the module in eval mode.
 
-        Every step's batch, augmentation, noise and dropout depend on (seed, step) alone, so a run
-        resumed from its checkpoint ends in the weights of an undisturbed one. Raises BenchError
-        when the loss is not finite.
+        The batch, augmentation, noise and dropout of a step depend on (seed, step) alone, so a resumed training gives
+        the same weights as an uninterrupted one. Raises BenchError where the loss is not finite.
         """
         params = [p for p in module.parameters() if p.requires_grad]
         optimizer = _optimizer(params, schedule)
@@ -110,9 +115,9 @@ class TrainingJob:
         module.eval()
 
     def steps(self, count: int, batch: int, *state: Stateful, queries: int = 0) -> Iterator[Step]:
-        """The steps left to do, each with its randomness; what ``state`` holds between them is checkpointed.
+        """Yield the remaining steps, each with its randomness; checkpoint ``state`` between them.
 
-        Ends before the step that would take the base's queries above ``queries`` (0: no limit).
+        Ends before the step that would exceed ``queries`` queries of the base (0: no limit).
         """
         done, before, dearest = self._resume(state)
         started = saved = time.perf_counter()
@@ -122,7 +127,7 @@ class TrainingJob:
             if queries and asked + dearest > queries:
                 break
             rows = self._rows(number, batch)
-            watchdog.alive()
+            watchdog.heartbeat()
             with fixed_rng(self.seed, number):
                 x = _augment(torch.from_numpy(self.data.pixels(rows)), self.augment).to(self.device)
                 y = torch.from_numpy(self.data.labels[rows]).to(self.device)
@@ -139,7 +144,7 @@ class TrainingJob:
         return 0 if self.base is None else self.base.queries
 
     def _rows(self, step: int, batch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The step's rows: a stream of epochs, each in its own seeded order, cut into whole batches."""
+        """Return the rows of a step. Epochs, each in a seeded order, are joined and cut into full batches."""
         size = len(self.data)
         rows: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         at, wanted = step * batch, batch
@@ -152,24 +157,24 @@ class TrainingJob:
         return np.concatenate(rows)
 
     def _save(self, state: tuple[Stateful, ...], step: int, seconds: float, dearest: int) -> None:
-        """The checkpoint: sha256 of what follows, then torch's own format, whose reader notices no flipped bit."""
+        """Write the checkpoint: a sha256, then torch's format, whose reader does not detect a flipped bit."""
         parts = [s.state_dict() for s in state]
         counts = {"step": step, "seconds": seconds, "dearest": dearest, "queries": self._queries()}
         buffer = io.BytesIO()
         torch.save({"state": parts, **counts}, buffer)
-        with writing(self.checkpoint, MEND), replacing(self.checkpoint) as partial, partial.open("wb") as f:
+        with writing(self.checkpoint, FIX), replacing(self.checkpoint) as partial, partial.open("wb") as f:
             f.write(hashlib.sha256(buffer.getbuffer()).digest())
             f.write(buffer.getbuffer())
 
     def _resume(self, state: tuple[Stateful, ...]) -> tuple[int, float, int]:
-        """Steps done, seconds spent, and the queries of the dearest step: nothing without a whole checkpoint."""
+        """Load the checkpoint. Return steps done, seconds, and the most queries of a step; zeros without one."""
         if not self.checkpoint.exists():
             return 0, 0.0, 0
         try:
             data = memoryview(self.checkpoint.read_bytes())
             size = hashlib.sha256().digest_size
             if hashlib.sha256(data[size:]).digest() != data[:size]:
-                note(f"corrupt checkpoint {self.checkpoint}: not the file that was written; it is trained anew")
+                note(f"corrupt checkpoint {self.checkpoint}: it has changed since it was written; training again")
                 return 0, 0.0, 0
             saved = torch.load(io.BytesIO(data[size:]), map_location=self.device, weights_only=True)
             for one, part in zip(state, saved["state"], strict=True):
@@ -178,7 +183,7 @@ class TrainingJob:
                 self.base.queries = saved["queries"]
             return saved["step"], saved["seconds"], saved["dearest"]
         except Exception as e:
-            raise BenchError(f"checkpoint {self.checkpoint}: {one_line(e)}; delete it to train anew") from None
+            raise BenchError(f"checkpoint {self.checkpoint}: {one_line(e)}; delete it to train again") from None
 
 
 def _optimizer(params: list[nn.Parameter], s: Schedule) -> torch.optim.Optimizer:
@@ -189,7 +194,7 @@ def _optimizer(params: list[nn.Parameter], s: Schedule) -> torch.optim.Optimizer
 
 
 def _decay(s: Schedule, done: float) -> float:
-    """The factor on lr when the part ``done`` of the run is over."""
+    """Return the factor on lr at the fraction ``done`` of the training."""
     if done < s.warmup:
         return max(done, 1e-3 * s.warmup) / s.warmup
     if s.decay == "constant":
@@ -200,7 +205,7 @@ def _decay(s: Schedule, done: float) -> float:
 
 
 def _train_mode(module: nn.Module) -> None:
-    """Training mode, except that batch norms nobody trains keep their statistics."""
+    """Set training mode; batch norms without trainable parameters keep their statistics."""
     module.train()
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
@@ -208,7 +213,7 @@ def _train_mode(module: nn.Module) -> None:
 
 
 def _augment(x: Tensor, kinds: tuple[str, ...]) -> Tensor:
-    """Random crop after padding by an eighth of the side, and horizontal flips; from torch's global random state."""
+    """Crop at random after padding by an eighth of the side, and flip horizontally; by torch's global random state."""
     rows = len(x)
     if "crop" in kinds:
         height, width = x.shape[-2:]

@@ -1,45 +1,39 @@
-"""Training objectives: how a loss is made of a classifier under noise.
+"""Training objectives: losses of a classifier under noise.
 
-Each takes (logits, clean x, y, draw) and adds the noise itself, so that any trained defense can be
-trained with any of them (``--objective``). Constants are the published ones; they depend on the
-training noise level where their paper says so.
+Each takes (logits, clean x, y, draw) and adds the noise itself, so every trained defense can use any of them
+(``--objective``). Constants are the published ones, and depend on the training noise level where the paper says so.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.interface import Draw, Logits, Objective
-from bench.io.files import file_sha256
-
-SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
 
 
 def clean(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-    """Cross-entropy without noise: how base classifiers are trained."""
+    """Return the cross-entropy without noise, by which base classifiers are trained."""
     return F.cross_entropy(logits(x, draw), y)
 
 
 def gaussian(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-    """Cross-entropy on one noisy copy of each image (Cohen et al. 2019, arXiv 1902.02918)."""
+    """Return the cross-entropy on one noisy copy of each image (Cohen et al. 2019, arXiv 1902.02918)."""
     return F.cross_entropy(logits(_noisy(x, draw), draw), y)
 
 
 def stability(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-    """Cross-entropy on the clean image plus KL(clean || noisy) (Li et al. 2019, arXiv 1809.03113).
+    """Return the cross-entropy on the clean image plus KL(clean || noisy) (Li et al. 2019, arXiv 1809.03113).
 
-    The weight 2 is that of the comparison in Jeong and Shin 2020 (arXiv 2006.04062).
+    The weight 2 is from the comparison in Jeong and Shin 2020 (arXiv 2006.04062).
     """
     calm, shaken = logits(x, draw), logits(_noisy(x, draw), draw)
     return F.cross_entropy(calm, y) + 2.0 * _kl(calm.log_softmax(1), shaken.log_softmax(1)).mean()
 
 
 def consistency(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-    """Cross-entropy on m = 2 noisy copies, which must agree (Jeong and Shin 2020, arXiv 2006.04062).
+    """Return the cross-entropy on m = 2 noisy copies, regularised to agree (Jeong and Shin 2020, arXiv 2006.04062).
 
     Adds lambda * mean_i KL(p_bar || p_i) + eta * H(p_bar), eta = .5, lambda = 20 at sigma .25 and
     below, 10 above; p_bar is the mean of the copies' probabilities.
@@ -55,16 +49,16 @@ def consistency(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
 
 
 def dign(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-    """Cross-entropy on the clean image plus lambda * mean_k KL(p(x) || p(x + s eps_k)) (arXiv 2104.01231).
+    """Return the cross-entropy on the clean image plus lambda * mean_k KL(p(x) || p(x + s eps_k)) (arXiv 2104.01231).
 
-    lambda = .2 and K = 3 as released; s is uniform on (0, sigma) per image and copy, the training
-    sigma being the largest.
+    lambda = .2 and K = 3 as released; s is uniform on (0, sigma) for each image and copy, where sigma is the training
+    noise level.
     """
     calm = logits(x, draw)
     log = calm.log_softmax(1)
     parts = []
     for _ in range(3):
-        share = torch.special.ndtr(draw.normal(1, 1, 1))  # uniform on (0, 1), one an image
+        share = torch.special.ndtr(draw.normal(1, 1, 1))  # uniform on (0, 1), one for each image
         parts.append(_kl(log, logits(x + share * draw.sigma * draw.normal(*x.shape[1:]), draw).log_softmax(1)).mean())
     return F.cross_entropy(calm, y) + 0.2 * torch.stack(parts).mean()
 
@@ -75,6 +69,8 @@ OBJECTIVES: dict[str, Objective] = {
     "consistency": consistency,
     "dign": dign,
 }
+# Raise an objective's version whenever weights trained with it would change: it is part of their identity.
+VERSIONS = {"clean": 1, "gaussian": 1, "stability": 1, "consistency": 1, "dign": 1}
 
 
 def _noisy(x: Tensor, draw: Draw) -> Tensor:
@@ -82,5 +78,5 @@ def _noisy(x: Tensor, draw: Draw) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of each row, from log-probabilities."""
+    """Return KL(p || q) of each row, from log-probabilities."""
     return (p.exp() * (p - q)).sum(1)

@@ -1,8 +1,7 @@
-"""Simultaneous perturbation stochastic approximation: descent by a loss that can only be evaluated.
+"""Simultaneous perturbation stochastic approximation (SPSA): optimisation without gradients.
 
-Spall's SPSA (1992), from one side or two, and SPSA-GC, which corrects its steps by Nesterov's look-ahead
-(BlackVIP, Oh et al. 2023, arXiv 2303.14773). All randomness is torch's global CPU generator's, so the
-same state of it draws the same directions on every device.
+Spall's SPSA (1992), one-sided or two-sided, and SPSA-GC with Nesterov's look-ahead (BlackVIP, Oh et al. 2023,
+arXiv 2303.14773). Directions come from torch's global CPU generator, so they are the same on every device.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.interface import Draw
-from bench.io.files import file_sha256
 
-SOURCE = file_sha256(Path(__file__))  # read once: what runs, should the file be edited meanwhile
-RECENT = 50  # memory, in steps, of the mean loss that is compared to the first
+VERSION = 1  # raise it whenever weights trained here would change: it is part of their identity
+RECENT = 50  # steps over which the recent loss is averaged
 
 
 class Diverged(Exception):
-    """The loss is not finite, or stays far above where it began; the message says which, and at which step."""
+    """The loss is not finite, or has risen far above its first value."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +36,32 @@ class Gains:
     b: float = 0.0  # 0: plain SPSA
 
     def step(self, k: int) -> float:
-        """a_k, how far step k goes."""
+        """Return a_k, the size of step k."""
         return self.a / math.pow(k + self.o, self.alpha)
 
     def probe(self, k: int) -> float:
-        """c_k, how far from the parameters step k evaluates the loss."""
+        """Return c_k, the distance from the parameters at which step k evaluates the loss."""
         return self.c / math.pow(k, self.gamma)
 
 
 def directions(count: int) -> Tensor:
-    """One random direction: ``count`` independent values, uniform on [-1, -.5] and [.5, 1] together."""
+    """Draw a direction: ``count`` independent values, uniform on the union of [-1, -.5] and [.5, 1]."""
     size = 0.5 + 0.5 * torch.rand(count)
     return torch.where(torch.rand(count) < 0.5, -size, size)
 
 
 class SPSA:
-    """Minimises a loss over ``parameters`` without gradients; ``state_dict`` holds its schedule and momentum.
+    """A gradient-free optimiser; ``state_dict`` holds its step number and momentum.
 
-    A step averages ``probes`` estimates, each along one random direction d: the two-sided
-    (L(w + c_k d) - L(w - c_k d)) / (2 c_k d), or with ``one_sided`` (L(w + c_k d) - L(w)) / (c_k d), where
-    L(w) is evaluated once for all. That is 2 * probes or 1 + probes evaluations. Then m <- b m + g and
-    w <- w - a_k (g + b m).
+    A step averages ``probes`` gradient estimates g, each along one random direction d: two-sided
+    (L(w + c_k d) - L(w - c_k d)) / (2 c_k d), or with ``one_sided`` (L(w + c_k d) - L(w)) / (c_k d), where L(w) is
+    evaluated once. That takes 2 * probes or 1 + probes evaluations. Then m <- b m + g and w <- w - a_k (g + b m).
+
+    Args:
+        parameters: The tensors to optimise, in place.
+        gains: Step and probe sizes, and the momentum.
+        probes: Directions averaged in each step.
+        one_sided: Whether the loss at the parameters themselves replaces that on the second side.
     """
 
     def __init__(
@@ -69,25 +71,25 @@ class SPSA:
         self.gains, self.probes, self.one_sided = gains, probes, one_sided
         self.k = 0  # steps done
         self.momentum = torch.zeros_like(nn.utils.parameters_to_vector(self.parameters).detach())
-        self.start = self.recent = 0.0  # loss of the first step, and mean of late
+        self.start = self.recent = 0.0  # loss of the first step, and its recent mean
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: without k the gains begin anew."""
+        """Return the state of a checkpoint; without k a resumed run would restart its gains."""
         return {"k": self.k, "momentum": self.momentum, "start": self.start, "recent": self.recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where ``state`` was taken."""
+        """Continue from a checkpoint."""
         self.k, self.start, self.recent = state["k"], state["start"], state["recent"]
         self.momentum = state["momentum"].to(self.momentum)
 
     @torch.no_grad()
     def estimate(self, loss: Callable[[], Tensor], c: float) -> tuple[Tensor, float]:
-        """The estimated gradient at the parameters, which are left as they were, and the mean of the losses seen."""
+        """Return the estimated gradient and the mean of the evaluated losses; leave the parameters unchanged."""
         here = nn.utils.parameters_to_vector(self.parameters)
 
         def at(w: Tensor) -> float:
             nn.utils.vector_to_parameters(w, self.parameters)
-            # In double precision: the difference of two near losses is all there is.
+            # In double precision, since the gradient is a difference of two close losses.
             return float(loss().double())
 
         centre = at(here) if self.one_sided else math.nan
@@ -103,9 +105,16 @@ class SPSA:
 
     @torch.no_grad()
     def step(self, loss: Callable[[], Tensor]) -> float:
-        """One step; ``loss()`` must be the same function at each of its calls. Returns the mean of the losses seen.
+        """Do one step.
 
-        Raises Diverged.
+        Args:
+            loss: Evaluates the loss at the current parameters; must be the same function at each of its calls.
+
+        Returns:
+            The mean of the evaluated losses.
+
+        Raises:
+            Diverged: The loss is not finite, or has risen far above its first value.
         """
         k = self.k + 1
         g, value = self.estimate(loss, self.gains.probe(k))
@@ -123,24 +132,24 @@ class SPSA:
         if k == 1:
             self.start = self.recent = value
         self.recent += (value - self.recent) / RECENT
-        # A multiple of the start alone would be reached by chance where the start is near 0.
+        # + 1, since a first loss near 0 is doubled by chance.
         if self.recent > 2 * self.start + 1:
             raise Diverged(f"SPSA diverged: by step {k} its loss rose from {self.start:.3g} to {self.recent:.3g}")
 
     def check_end(self) -> None:
-        """Raise Diverged where the last steps' mean loss is clearly above the first's: a bounded loss grows no further.
+        """Raise Diverged where the final mean loss is clearly above the first.
 
-        Not asked on the way, since momentum may overshoot at first and come back.
+        A bounded loss may never exceed the limit that ``step`` checks. Checked at the end alone, since momentum may
+        overshoot at first and recover.
         """
         if self.recent > 1.25 * self.start + 0.25:
-            raise Diverged(f"SPSA ended where its loss is {self.recent:.3g}; it began at {self.start:.3g}")
+            raise Diverged(f"SPSA diverged: its loss rose from {self.start:.3g} to {self.recent:.3g}")
 
 
 class Replay:
-    """A draw whose values can be drawn again; satisfies ``interface.Draw``.
+    """A draw that can be replayed; satisfies ``interface.Draw``.
 
-    Probes of one step must differ in nothing but the parameters: noise of their own would drown the
-    difference of their losses.
+    All probes of a step need the same noise: different noise would hide the difference of their losses.
     """
 
     def __init__(self, draw: Draw) -> None:
@@ -150,15 +159,15 @@ class Replay:
         self._next = 0
 
     def rewind(self) -> None:
-        """From here on ``normal`` gives the same values again, in the same order."""
+        """Make ``normal`` return the same values again, in the same order."""
         self._next = 0
 
     def normal(self, *shape: int) -> Tensor:
-        """The next noise. Raises ValueError where that of another shape came here before."""
+        """Return the next noise. Raises ValueError where its shape differs from the one drawn before."""
         if self._next == len(self._drawn):
             self._drawn.append(self._draw.normal(*shape))
         found = self._drawn[self._next]
         if found.shape[1:] != shape:
-            raise ValueError(f"noise of shape {shape} where an earlier probe drew {tuple(found.shape[1:])}")
+            raise ValueError(f"this probe draws noise of shape {shape}, an earlier one {tuple(found.shape[1:])}")
         self._next += 1
         return found

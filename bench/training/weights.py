@@ -1,15 +1,14 @@
-"""Trained weights, kept by the hash of everything that decided them.
+"""The cache of trained weights: each training is done once, and found again by the hash of what decided it.
 
-One folder an entry: ``weights.safetensors`` and ``meta.json`` with the identity in clear, the
-weights' sha256 and what training cost. Written to a temporary name and renamed, so an entry is
-either whole or absent; ``checkpoint.pt`` holds a training that is not finished. An entry whose bytes
-are not those written is said, removed and trained anew.
+Every cache entry is a folder. ``weights.safetensors`` holds the tensors; ``meta.json`` the identity, the sha256 of
+the weights and the cost of training. Files are written under a temporary name and renamed, so an entry is complete
+or absent. ``checkpoint.pt`` holds an unfinished training. Corrupt entries are reported, deleted and retrained.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,39 +23,56 @@ from bench.process import watchdog
 from bench.process.locks import Lock
 from bench.process.runlog import log
 
-MEND = "free space there, or set CERTBENCH_CACHE to another folder; typing the command again resumes it"
+FIX = "free space there, or set CERTBENCH_CACHE to another folder; repeat the command to resume"
+
+Weights = tuple[Mapping[str, Tensor], Mapping[str, Any]]  # tensors by name, and what to record of their training
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished entry: tensors, what is recorded of them, and their hash."""
+    """Finished weights: the tensors, the record of their training, and the sha256 of their file."""
 
     state: dict[str, Tensor]
     meta: dict[str, Any]
     sha256: str
 
 
+def cached_training(label: str, identity: Mapping[str, Any], train: Callable[[Path], Weights]) -> Trained:
+    """Load the weights of ``identity`` from the cache, or train and store them.
+
+    Args:
+        label: A readable beginning for the name of the cache entry's folder.
+        identity: Everything that decides the weights, as JSON.
+        train: Trains, with its checkpoint at the given path. Called only where the cache has no weights, and never by
+            two processes at once: the second one waits.
+    """
+    entry = CacheEntry(label, identity)
+    with entry.lock():
+        return entry.load() or entry.save(*train(entry.checkpoint))
+
+
 def stored(sha256: str) -> bool:
-    """Whether weights of that hash are in the cache, as far as its entries can be read."""
+    """Return whether a readable cache entry has weights of that hash."""
     return any(f'"sha256": "{sha256}"' in f.read_text(errors="replace") for f in cache_root().glob("*/meta.json"))
 
 
-class Entry:
-    """The cache's place for one identity; ``label`` only makes the folder's name readable."""
+class CacheEntry:
+    """The folder of one identity in the cache."""
 
     def __init__(self, label: str, identity: Mapping[str, Any]) -> None:
+        """``label`` only makes the folder's name readable."""
         self.identity = dict(identity)
         self.folder = cache_root() / f"{label}-{digest(self.identity)[:16]}"
 
     @property
     def checkpoint(self) -> Path:
-        """Where an unfinished training saves itself."""
+        """Path of the checkpoint of an unfinished training."""
         return self.folder / "checkpoint.pt"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while training, so that two commands never train the same thing twice: the second waits, and says so."""
-        with writing(self.folder, MEND):
+        """Hold the entry's lock. Where another process trains this entry, log a warning and wait for it."""
+        with writing(self.folder, FIX):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.folder)
             if not lock.take():
@@ -65,16 +81,16 @@ class Entry:
                 with watchdog.paused():
                     lock.wait()
         try:
-            with writing(self.folder, MEND):
+            with writing(self.folder, FIX):
                 drop_partial(self.folder)
             yield
         finally:
             lock.release()
 
     def load(self) -> Trained | None:
-        """The entry; None where it is not finished. One whose bytes are not those written is said and removed.
+        """Read the entry, None where it is unfinished. A corrupt entry is reported and deleted.
 
-        For whoever holds the lock. Raises BenchError where a file cannot be read or removed.
+        The caller holds the lock. Raises BenchError where a file cannot be read or deleted.
         """
         meta_file, weights = self.folder / "meta.json", self.folder / "weights.safetensors"
         if not meta_file.exists():
@@ -82,23 +98,23 @@ class Entry:
         try:
             meta = json.loads(meta_file.read_text())
             if meta["identity"] != json.loads(json.dumps(self.identity)):
-                raise ValueError("meta.json is of another training")
+                raise ValueError("meta.json belongs to another training")
             if file_sha256(weights) != meta["sha256"]:
-                raise ValueError("weights.safetensors is not the file that was written")
+                raise ValueError("weights.safetensors has changed since it was written")
             return Trained(load_file(weights), meta, meta["sha256"])
         except PermissionError as e:
-            raise BenchError(f"cannot read the cache: {one_line(e)}; set CERTBENCH_CACHE") from None
+            raise BenchError(f"cannot read the cache: {one_line(e)}; set CERTBENCH_CACHE to another folder") from None
         except Exception as e:
-            note(f"corrupt cache entry {self.folder}: {one_line(e)}; it is removed and made anew")
-        with writing(self.folder, MEND):
+            note(f"corrupt cache entry {self.folder}: {one_line(e)}; deleted, training again")
+        with writing(self.folder, FIX):
             meta_file.unlink()  # first: without it there is no entry
             weights.unlink(missing_ok=True)
         return None
 
     def save(self, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Trained:
-        """Store a finished training and drop its checkpoint. Raises BenchError where it cannot be written."""
+        """Store a finished training and delete its checkpoints. Raises BenchError where it cannot be written."""
         weights = self.folder / "weights.safetensors"
-        with writing(self.folder, MEND):
+        with writing(self.folder, FIX):
             with replacing(weights) as partial:
                 # Clones, since safetensors refuses tensors that share memory (tied weights).
                 save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, partial)
@@ -107,5 +123,7 @@ class Entry:
                 checkpoint.unlink()
         trained = self.load()
         if trained is None:
-            raise BenchError(f"{self.folder} gives back other bytes than were written; set CERTBENCH_CACHE")
+            raise BenchError(
+                f"{self.folder} returns other bytes than were written; set CERTBENCH_CACHE to another disk"
+            )
         return trained

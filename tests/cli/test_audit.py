@@ -13,7 +13,8 @@ from bench.records import audit
 from bench.records.flaws import Stated
 from bench.records.importing import import_log
 from bench.records.record import read_run
-from bench.smoothing.anytime import Anytime, describe
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.helpers.commands import Result
 from tests.helpers.records import made_up, seal
 
@@ -65,7 +66,7 @@ def test_certificates_changed_after_the_run_are_refused_by_every_reader(bench: B
         (FIXED, {"top_count": 400}, "but 400 of 1000 votes give 0"),
         (LABEL, {"predicted": 7}, "the recorded prediction does not follow from"),
         (ANYTIME, {"radius": 0.5}, "radius 0.5 are recorded"),
-        (ANYTIME, {"n": 65, "top_count": 60}, "is no look of this procedure"),
+        (ANYTIME, {"n": 65, "top_count": 60}, "is not a look of this procedure"),
     ],
 )
 def test_certificates_that_do_not_follow_from_their_counts(

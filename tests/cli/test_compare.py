@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from bench.records import paired
 from bench.records.record import read_run
-from bench.smoothing.anytime import Anytime, describe
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import made_up, seal
 

@@ -1,4 +1,4 @@
-"""What ``bench run`` reports of its data: what was left out or converted, an unusual locale, no network."""
+"""``bench run`` reports what it leaves out or converts of its data; unusual locales and no network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def made(
     classes: tuple[str, ...] = ("cat2", "cat10"),
     picture: Callable[[], bytes] = png,
 ) -> Path:
-    """Writes the card and its pictures; gives the card's file."""
+    """Write the card and its pictures; return the card's file."""
     for part in ("train", "test"):
         for name in classes:
             place = root / folder / part / name
@@ -58,17 +58,19 @@ def test_the_first_lines_and_the_record_state_what_was_changed(bench: Bench, tmp
     result = bench("run", "--defense", "none", "--dataset", card, "--out", tmp_path / "runs")
     assert result.code == 0, result.err
     lines = result.err.splitlines()
-    assert "train: classes in natural order, as timm has them: class 0 is 'cat2'" in lines[0]
-    assert "test: 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; read are .bmp" in lines[1]
+    assert "train: classes in natural order, as in timm: class 0 is 'cat2'" in lines[0]
+    assert "test: 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; suffixes that are read: .bmp" in lines[1]
     assert sum("transparency dropped; reported once" in line for line in lines) == 2  # of train, of test
     (run,) = (tmp_path / "runs").glob("*/run.json")
     data = json.loads(run.read_text())["data"]
-    assert data["test"].startswith("pets/test; 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; read are ")
+    assert data["test"].startswith(
+        "pets/test; 8 pictures (7 .png, 1 .jfif), left out: 1 .avif; suffixes that are read: "
+    )
     assert data["test"].endswith("; 4 of its pictures: transparency dropped")  # of the 4 that are certified
     assert data["train"].startswith("pets/train; classes in natural order")
     log = (run.parent / "log.txt").read_text()
     assert "left out: 1 .avif" in log and "transparency dropped" in log
-    # A second run trains nothing, and states the same.
+    # A second run trains nothing, and reports the same.
     again = bench("run", "--defense", "none", "--dataset", card, "--seed", "1", "--out", tmp_path / "runs")
     assert "left out: 1 .avif" in again.err and "test/cat2/0.JFIF: transparency dropped" in again.err
 
@@ -85,11 +87,11 @@ def test_one_class_folder_is_one_line(bench: Bench, tmp_path: Path) -> None:
     result = bench("run", "--defense", "none", "--dataset", made(tmp_path, classes=("only",)))
     assert result.code == 2
     assert result.err.count("\n") == 1
-    assert "train: only one class folder, 'only'; a classifier needs two classes at least" in result.err
+    assert "train: only one class folder, 'only'; a classifier needs at least two classes" in result.err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the locale decides the encoding of file names")
-def test_names_of_any_letters_work_under_an_ascii_locale(tmp_path: Path) -> None:
+def test_names_in_any_script_work_under_an_ascii_locale(tmp_path: Path) -> None:
     made(tmp_path, folder="toy\u00e9", classes=("\u00e9t\u00e9", "hiver"))
     command = [sys.executable, "-m", "bench", "run", "--defense", "none", "--dataset", "./pets.toml"]
     found = {}
@@ -110,7 +112,7 @@ def test_names_of_any_letters_work_under_an_ascii_locale(tmp_path: Path) -> None
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An endpoint that takes connections and never answers, as a network that drops packets looks."""
+    """An endpoint that accepts connections and never answers, like a network that drops packets."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -138,9 +140,9 @@ def test_no_answer_ends_a_run_in_seconds(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", silent)
     seconds, line = timed(bench, tmp_path)
-    assert "no network (no answer in 5 s; HF_HUB_ETAG_TIMEOUT sets how long to wait)" in line
+    assert "no network (no answer in 5 s; HF_HUB_ETAG_TIMEOUT sets the timeout)" in line
     assert seconds < 10
-    assert timed(bench, tmp_path)[0] < 4  # it is not asked again at once
+    assert timed(bench, tmp_path)[0] < 4  # no retry at once
 
 
 @pytest.mark.usefixtures("nothing_cached")

@@ -1,11 +1,11 @@
-"""Envelopes over sigma: the sigma of a radius is chosen on validation images, never by what test says."""
+"""Best-sigma curves: the sigma of a radius is chosen on validation images, never on test images."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bench.records.grouping import reach
 from bench.records.record import Record, read_run
 from bench.report import envelopes
 from bench.smoothing import bounds
-from bench.smoothing.engine import Certificate
+from bench.smoothing.votes import Certificate
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import RADII, made_up
 
@@ -55,13 +55,14 @@ def test_the_choice_is_a_function_of_validation_alone(
         runs = [record(pattern, "validation", s, radii) for s, radii in zip(SIGMAS, validation, strict=True)]
         tests = [record(pattern, "test", s, radii) for s, radii in zip(SIGMAS, test, strict=True)]
         (found,) = envelopes.find([*tests, *runs])
-        (row,) = found.rows
+        (row,) = found.curves
         assert row.sigmas == list(SIGMAS) and not found.lacking
         for point in row.points:
             within = [k for k in range(3) if point.radius <= reach(tests[k])]
             counts = [sum(r >= point.radius for r in validation[k]) for k in within]
             at = within[counts.index(max(counts))]  # the smallest sigma of equals
-            assert (point.sigma, point.validation) == (SIGMAS[at], pytest.approx(max(counts) / 6))
+            assert point.sigma == SIGMAS[at]
+            assert point.validation == pytest.approx(max(counts) / 6)
             held = sum(r >= point.radius for r in test[at])
             assert (point.value, point.low, point.high) == pytest.approx((held / 6, *bounds.interval(held, 6)))
         assert {p.radius for p in row.points} == {r for r in RADII if r <= max(map(reach, tests))}
@@ -80,7 +81,7 @@ def test_a_row_needs_two_sigmas_of_the_same_method_and_seeds_on_both_splits(patt
     assert envelopes.find([]) == [] and envelopes.find(runs("validation", (0.25, 0.5))) == []
     assert envelopes.find(runs("test", (0.25,))) == []  # one sigma: nothing to choose
     (ready,) = envelopes.find(tests + runs("validation", (0.25, 0.5)))
-    assert len(ready.rows) == 1 and ready.lacking == [] and ready.validation_images == 6
+    assert len(ready.curves) == 1 and ready.lacking == [] and ready.validation_images == 6
     for others in (
         [],
         runs("validation", (0.25,)),
@@ -91,37 +92,37 @@ def test_a_row_needs_two_sigmas_of_the_same_method_and_seeds_on_both_splits(patt
         runs("validation", (0.25, 0.5), train_sigma=0.3),
     ):
         (found,) = envelopes.find(tests + others)
-        assert found.rows == [] and found.lacking == ["lora"]
+        assert found.curves == [] and found.lacking == ["lora"]
         assert "--split validation" in found.note
     # Of three sigmas on test only those two can be chosen that validation has too.
     (partly,) = envelopes.find(runs("test", SIGMAS) + runs("validation", (0.25, 0.5)))
-    assert partly.rows[0].sigmas == [0.25, 0.5]
+    assert partly.curves[0].sigmas == [0.25, 0.5]
     # Seeds are pooled.
     (seeds,) = envelopes.find(runs("test", (0.25, 0.5), (0, 1)) + runs("validation", (0.25, 0.5), (0, 1)))
-    assert seeds.rows[0].label == "lora (2 seeds)"
+    assert seeds.curves[0].label == "lora (2 seeds)"
 
 
-def runs_of(out: Path, split: str, radii: dict[float, list[float | None]], name: str = "lora_&|<b>") -> None:
-    of_split = {"split": split, "images": split}
+def runs_of(out: Path, split: str, radii: Mapping[float, Sequence[float | None]], name: str = "lora_&|<b>") -> None:
+    of_split: dict[str, Any] = {"split": split, "images": split}
     for sigma, found in radii.items():
         made_up(out, found, name=name, sigma=sigma, train_sigma=sigma, **of_split)
 
 
-def test_every_format_shows_it_and_labels_validation(bench: Bench, tmp_path: Path) -> None:
-    """On validation .25 is best at 0 and .5 at .5; on test it is the other way round."""
+def test_every_format_shows_the_curve_and_labels_validation(bench: Bench, tmp_path: Path) -> None:
+    """On validation .25 is best at 0 and .5 at .5; on test the reverse."""
     good, poor = [0.6] * 9 + [None], [0.1] * 9 + [None]
     runs_of(tmp_path / "runs", "test", {0.25: [0.3] * 4 + [None] * 6, 0.5: [0.6] * 3 + [0.1] * 7})
     lacking = bench("report", tmp_path / "runs")
-    assert "### Envelope" not in lacking.out and "--split validation, same sigmas and seeds" in lacking.out
+    assert "best-sigma curve:" not in lacking.out and "--split validation and the same sigmas and seeds" in lacking.out
     runs_of(tmp_path / "runs", "validation", {0.25: [*good[:8], 0.1, 0.1], 0.5: poor})
     shown = bench("report", tmp_path / "runs")
     assert shown.code == 0, shown.err
-    at = shown.out.index("envelope over sigma: 10 test images")
+    at = shown.out.index("best-sigma curve: 10 test images")
     (row,) = (line for line in shown.out[at:].splitlines() if line.startswith("| lora"))
     cells = [c.strip() for c in row.replace(r"\|", "/").split("|")]
     assert cells[1:3] == [r"lora_&/\<b\>", "0.25, 0.5"]
     assert cells[3].startswith("40.0% [") and cells[3].endswith("] at 0.25")
-    assert shown.out.count("These are validation images, to choose by") == 2
+    assert shown.out.count("These are validation images, for choosing settings") == 2
     assert shown.out.index("10 test images") < shown.out.index("10 validation images")
     one = next(r for r in (tmp_path / "runs").iterdir() if read_run(r).identity["split"] == "validation")
     assert bench("report", one, "--out", tmp_path / "out").code == 0
@@ -136,15 +137,15 @@ def test_every_format_shows_it_and_labels_validation(bench: Bench, tmp_path: Pat
     assert name + r" & 0.25, 0.5 & \certified{40.0 (0.25)}{[" in latex
     assert bench("report", tmp_path / "runs", "--format", "html", "--out", tmp_path / "page.html").code == 0
     page = (tmp_path / "page.html").read_text()
-    assert "<h3>Envelope over sigma</h3>" in page and "lora_&amp;|&lt;b&gt;" in page and "<b>" not in page
+    assert "<h3>Best-sigma curve</h3>" in page and "lora_&amp;|&lt;b&gt;" in page and "<b>" not in page
     assert "digits, validation images</h2>" in page
 
 
-def test_published_results_never_stand_beside_validation(bench: Bench, tmp_path: Path) -> None:
+def test_published_results_are_never_shown_with_validation_images(bench: Bench, tmp_path: Path) -> None:
     for split in ("test", "validation"):
         made_up(tmp_path / split, [0.3] * 10, dataset="cifar10", split=split)
-        said = bench("report", tmp_path / split, "--published").out
-        assert ("Cohen 2019" in said) == (split == "test")
+        shown = bench("report", tmp_path / split, "--published").out
+        assert ("Cohen 2019" in shown) == (split == "test")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_a_real_run_of_the_validation_split(bench: Bench, real: Path, tmp_path: 
     records = {(r.identity["split"], r.identity["sigma"]): r for r in map(read_run, real.iterdir())}
     assert len(records) == 4
     (found,) = envelopes.find(list(records.values()))
-    assert [row.sigmas for row in found.rows] == [[0.12, 0.25]]
+    assert [row.sigmas for row in found.curves] == [[0.12, 0.25]]
     one, other = records["test", 0.25], records["validation", 0.25]
     assert one.identity["images"] != other.identity["images"]
     assert one.identity["base"] == other.identity["base"]
@@ -194,8 +195,8 @@ def test_votes_of_two_splits_have_other_noise() -> None:
     assert (Noise(0, "test").words(key, 8) != Noise(0, "validation").words(key, 8)).any()
 
 
-def test_how_many_images_of_a_small_validation_split(bench: Bench, tmp_path: Path) -> None:
-    """A preset's number is meant for test: all of a smaller validation split. A number asked for is kept to."""
+def test_a_small_validation_split_is_taken_whole(bench: Bench, tmp_path: Path) -> None:
+    """A preset's number is meant for test: of a smaller validation split, all images are taken. --examples is exact."""
     card = tmp_path / "card.toml"
     card.write_text(Path(TINY).read_text().replace("validation = 100", "validation = 5"))
     args = ("run", "--defense", "none", "--dataset", card, "--split", "validation", "--dry-run", "--json")

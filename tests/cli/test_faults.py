@@ -55,9 +55,9 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
     said = log.read_text()
     assert process.exitcode == 0, said
     errors = [line for line in said.splitlines() if line.startswith("bench: ")]
-    # A log with gaps does not end a run; every error is one line.
-    errors = [e for e in errors if not ("log.txt has gaps: No space left" in e and str(disk) in e)]
-    assert said.count("-- ") == len(errors) + 2 >= 5  # the last size, and the line that it fits
+    # A log that has gaps ends no run; whatever does is one line.
+    errors = [e for e in errors if not ("log.txt is incomplete: No space left" in e and str(disk) in e)]
+    assert said.count("-- ") == len(errors) + 2 >= 5  # the last size, and that it fits
     assert all("cannot write" in e and str(disk) in e and "No space left" in e for e in errors)
     assert any("certificates.jsonl" in e and "all certified before is kept: free space there" in e for e in errors)
     assert certificates(tmp_path / "kept") == certificates(whole)
@@ -157,7 +157,7 @@ def test_a_corrupt_cache_entry_is_reported_and_retrained(
     result = bench(*args)
     assert result.code == 0
     (said,) = [line for line in result.err.splitlines() if line.startswith("bench: ")]
-    assert f"corrupt cache entry {folder}" in said and "made anew" in said
+    assert f"corrupt cache entry {folder}" in said and "training again" in said
     assert weights.read_bytes() == before
     assert "already complete" in result.err  # the same weights, so the same run
     assert "corrupt cache" not in bench(*args).err
@@ -187,15 +187,15 @@ def test_commands_that_share_a_training_wait_for_it(tmp_path: Path, caplog: pyte
     """The commands differ, but share a training."""
     from threading import Thread
 
-    from bench.training.weights import Entry
+    from bench.training.weights import CacheEntry
 
     order = []
 
     def second() -> None:
-        with Entry("shared", {"id": str(tmp_path)}).lock():
+        with CacheEntry("shared", {"id": str(tmp_path)}).lock():
             order.append("second")
 
-    with Entry("shared", {"id": str(tmp_path)}).lock():
+    with CacheEntry("shared", {"id": str(tmp_path)}).lock():
         waiting = Thread(target=second)
         waiting.start()
         while "another process is training shared-" not in caplog.text:
@@ -310,10 +310,10 @@ def test_a_fault_in_one_of_several_threads(
     how: str,
     words: str,
 ) -> None:
-    from bench.smoothing import engine
+    from bench.smoothing import threads
 
     set_threads(2)
-    monkeypatch.setattr(engine, "PATIENCE", 0.1)
+    monkeypatch.setattr(threads, "PATIENCE", 0.1)
     args = ("--dataset", TINY, "--n", "8000", "--set", f"how={how}", "--set", "after=85", "--timeout", "1")
     result = bench("run", "--defense", f"{FAULTY},none", *args, "--out", tmp_path)
     assert result.code == 2

@@ -19,9 +19,9 @@ from PIL import Image
 from scipy import stats
 
 from bench.smoothing import bounds, gridnoise
-from bench.smoothing.anytime import procedure_of
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote
+from bench.smoothing.procedures import procedure_of
 from tests.helpers.commands import Result, defense
 
 Bench = Callable[..., Result]
@@ -120,7 +120,7 @@ def test_rounding_to_the_grid_changes_the_chance_of_a_vote_by_less_than_1e_5() -
 
 @pytest.mark.parametrize("noise", ["grid", "float"])
 def test_pooled_counts_agree_with_the_closed_form(runs: Runs, noise: str) -> None:
-    """A binomial test of every class; false-alarm rate 1e-6 each, were the seeds drawn anew.
+    """A binomial test of every class; false-alarm rate 1e-6 each, for random seeds.
 
     The rounding's 1e-5 is a hundredth of the standard error of the 64,000 votes of a class.
     """
@@ -173,7 +173,7 @@ def test_seeds_and_splits_share_no_noise(runs: Runs, card: str, tmp_path: Path) 
     assert again[1,] == runs["grid", "validation", 1]
 
 
-def test_a_defense_is_told_the_sigma_it_is_certified_at(card: str, tmp_path: Path) -> None:
+def test_a_defense_gets_the_sigma_it_is_certified_at(card: str, tmp_path: Path) -> None:
     ((_, rows),) = certified(card, tmp_path, "--defense", defense("sure_at_sigma"), "--set", f"sigma={SIGMA}").values()
     assert {for_class_1(row) for row in rows} == {N}
 

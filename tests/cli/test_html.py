@@ -22,8 +22,9 @@ from PIL import Image
 
 from bench.data.datasets import load_split
 from bench.options import RunOptions
-from bench.records import grouping
-from bench.report import build, cells, tables
+from bench.records.flaws import Stated
+from bench.records.importing import import_log
+from bench.report import output, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Vote
@@ -36,7 +37,7 @@ NASTY = "</script><script>window.pwned=1</script><img src=x onerror=\"window.pwn
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One real run, from which the others are made up."""
+    """One real run, the pattern for the made-up ones."""
     from bench.cli import main
 
     out = tmp_path_factory.mktemp("runs")
@@ -102,7 +103,7 @@ class Seen(NamedTuple):
 
 
 def read(file: Path) -> Seen:
-    """The page as HTML says it: what is within a script or an attribute is no tag."""
+    """Parse the page as a browser does: text in scripts and attributes is not a tag."""
     tags: list[tuple[str, dict[str, str | None]]] = []
     text: list[str] = []
     scripts: dict[str, str] = {}
@@ -143,11 +144,11 @@ def read(file: Path) -> Seen:
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "deep" / "page.html"
     records, left_out = tables.load_records(runs)
-    assert build.write(records, "html", file, left_out) == [file]
+    assert output.write(tables.build(records), "html", file, left_out) == [file]
     return file
 
 
-def test_the_page_is_a_file_of_its_own_and_not_printed(bench: Bench, runs: Path, tmp_path: Path) -> None:
+def test_the_page_is_written_to_a_file_and_not_printed(bench: Bench, runs: Path, tmp_path: Path) -> None:
     printed = bench("report", runs, "--format", "html")
     assert (printed.code, printed.out) == (2, "")
     assert "--out" in printed.err and printed.err.count("\n") == 1
@@ -157,7 +158,7 @@ def test_the_page_is_a_file_of_its_own_and_not_printed(bench: Bench, runs: Path,
     assert "report.html" in folder.err
 
 
-def test_the_page_asks_for_nothing(page: Path) -> None:
+def test_the_page_loads_nothing(page: Path) -> None:
     seen = read(page)
     addresses = [(t, v) for t, attrs in seen.tags for k, v in attrs.items() if k in ("src", "href", "action", "srcset")]
     assert any(t == "img" for t, _ in addresses)
@@ -171,37 +172,40 @@ def test_the_page_asks_for_nothing(page: Path) -> None:
 
 def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     seen = read(page)
-    groups = grouping.groups(tables.load_records(runs)[0])
-    assert len(groups) == 2
+    made = tables.build(tables.load_records(runs)[0]).tables
+    assert len(made) == 2
     plots = list(seen.views.values())
     assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
     lines = {t["name"]: t for t in plots[0][""]["data"] if "name" in t}
-    for group, (costs, abstained, classes) in zip(groups, (plots[1:4], plots[4:7]), strict=True):
-        frame, shown, sigma = tables.pooled(group), cells.columns(group), group[0].identity["sigma"]
-        for i, (label, (_, row)) in enumerate(zip(shown["defense"], frame.iterrows(), strict=True)):
+    for table, (costs, abstained, classes) in zip(made, (plots[1:4], plots[4:7]), strict=True):
+        shown, sigma, reach = table.cells, table.setting.sigma, table.setting.reach
+        for i, method in enumerate(table.methods):
+            label, row = method.label, method.row
             line = lines[f"{label}, sigma {sigma:g}"]
-            assert 0 <= grouping.reach(group[0]) - line["x"][-1] < 1e-4 and line["x"][0] == 0
-            at = [100 * row[k] for k in ("certified_0", "certified_0_low", "certified_0_high")]
+            assert 0 <= reach - line["x"][-1] < 1e-4 and line["x"][0] == 0
+            at = [100 * v for v in (row.certified[0].value, row.certified[0].low, row.certified[0].high)]
             assert [line["y"][0], *line["customdata"][0]] == pytest.approx(at)
             before, after = np.searchsorted(line["x"], 0.25) - 1, np.searchsorted(line["x"], 0.25)
-            assert line["y"][before] >= 100 * row["certified_0.25"] >= line["y"][after]
-            for radius in [r for r in (0.0, 0.25, 0.5) if r <= grouping.reach(group[0])]:
+            assert line["y"][before] >= 100 * row.certified[0.25].value >= line["y"][after]
+            for radius in [r for r in (0.0, 0.25, 0.5) if r <= reach]:
                 for key in ("trained_here", "train_seconds", "flops_per_vote", "votes"):
                     view = costs[f"{radius:g}|{key}"]
                     (point,) = (t for t in view["data"] if t["name"] == label)
                     _, low, high = point["customdata"][0]
-                    expected = [100 * row[f"certified_{radius:g}{end}"] for end in ("", "_low", "_high")]
+                    share = row.certified[radius]
+                    expected = [100 * share.value, 100 * share.low, 100 * share.high]
                     assert [point["y"][0], low, high] == pytest.approx(expected)
                     if view["layout"]["xaxis"].get("type") != "log":
-                        assert point["x"] == [row[key]]
-            assert abstained[""]["data"][0]["x"][i] == pytest.approx(100 * row["abstained"])
+                        assert point["x"] == [getattr(row, key)]
+            assert row.abstained is not None
+            assert abstained[""]["data"][0]["x"][i] == pytest.approx(100 * row.abstained)
             column = [line[i] for line in classes["0"]["data"][0]["z"]]
-            assert np.mean(column) == pytest.approx(100 * row["certified_0"])  # one image a class
+            assert np.mean(column) == pytest.approx(100 * row.certified[0].value)  # one image a class
             assert [shown[k][i] for k in shown] in seen.rows
         assert "0.5" not in classes or sigma == 0.5  # no view of a radius out of reach
 
 
-def test_the_front_is_what_no_other_method_beats(page: Path) -> None:
+def test_no_method_beats_one_on_the_pareto_front(page: Path) -> None:
     costs = list(read(page).views.values())[4]  # of sigma 0.5
     view = costs["0.25|train_seconds"]["data"]
     front, *points = view
@@ -225,7 +229,7 @@ def test_looks_differ_without_colour(page: Path) -> None:
     assert len(set(looks)) == len(looks) == 6
 
 
-def test_what_a_record_says_stays_text(bench: Bench, finished: Path, tmp_path: Path) -> None:
+def test_text_of_a_record_is_escaped(bench: Bench, finished: Path, tmp_path: Path) -> None:
     def change(info: dict[str, Any]) -> None:
         info["classes"] = [f"{NASTY}{k}" for k in range(10)]
         info["environment"]["device"] = NASTY + "\ud800"
@@ -246,7 +250,7 @@ def test_what_a_record_says_stays_text(bench: Bench, finished: Path, tmp_path: P
         assert "&lt;img" in text and set(re.findall("<[^>]*>", text)) == {"<br>"} and "%" not in text
 
 
-def test_unfinished_runs_are_named_and_one_run_is_enough(bench: Bench, finished: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_are_listed_and_one_run_is_enough(bench: Bench, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     empty = bench("report", tmp_path / "none", "--format", "html", "--out", tmp_path / "page.html")
     assert empty.code == 2 and "no finished run" in empty.err and not (tmp_path / "page.html").exists()
@@ -265,7 +269,7 @@ def test_unfinished_runs_are_named_and_one_run_is_enough(bench: Bench, finished:
 
 def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Path, tmp_path: Path) -> None:
     records, _ = tables.load_records(finished)
-    (file,) = build.write(records, "html", tmp_path / "page.html")
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     uris = [str(a["src"]) for t, a in read(file).tags if t == "img"]
     indices = [int(i) for i in re.findall(r"image (\d+), <b>", file.read_text())]
     assert sorted(indices) == records[0].identity["indices"] and len(uris) == 3 * len(indices)
@@ -291,28 +295,55 @@ def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Pat
         (lambda info: info["identity"]["noise"].update(version="other"), "another version"),
     ],
 )
-def test_without_its_images_the_page_says_why(
+def test_without_its_images_the_page_explains_why(
     finished: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], why: str
 ) -> None:
     records, _ = tables.load_records(made_up(finished, tmp_path, "none", GOOD, change=change))
-    (file,) = build.write(records, "html", tmp_path / "page.html")
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     seen = read(file)
     assert why in seen.text and "img" not in [t for t, _ in seen.tags]
 
 
-def test_a_known_label_is_not_abstained_on(finished: Path, tmp_path: Path) -> None:
+def test_runs_of_a_known_label_never_abstain(finished: Path, tmp_path: Path) -> None:
     def change(info: dict[str, Any]) -> None:
         info["identity"]["procedure"]["target"] = "label"
 
     records, _ = tables.load_records(made_up(finished, tmp_path, "none", FAIR, change=change))
-    (file,) = build.write(records, "html", tmp_path / "page.html")
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     seen = read(file)
     assert "neither predict nor abstain" in seen.text and "none: not certified" in seen.text
     assert "none: abstained" not in seen.text and len(seen.views) == 3
 
 
+def test_unknown_costs_are_left_out_of_the_cost_figure(finished: Path, tmp_path: Path) -> None:
+    def unknown(info: dict[str, Any]) -> None:
+        info["cost"]["flops_per_vote"] = None
+
+    for name, change in (("known", lambda info: None), ("unknown", unknown)):
+        made_up(finished, tmp_path / "runs", name, FAIR, change=change)
+    report = tables.build(tables.load_records(tmp_path / "runs")[0])
+    (file,) = output.write(report, "html", tmp_path / "page.html")
+    costs = list(read(file).views.values())[1]
+    drawn = {key: [t["name"] for t in view["data"]] for key, view in costs.items() if key.startswith("0|")}
+    assert drawn["0|flops_per_vote"] == ["Pareto front", "known"]
+    assert drawn["0|votes"] == ["Pareto front", "known", "unknown"]
+
+
+def test_an_imported_log_has_a_page(tmp_path: Path) -> None:
+    """Its costs and class names are unknown."""
+    log = tmp_path / "log.tsv"
+    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime", *(f"{i}\t{i}\t{i}\t0.1\t1\t0:00:01" for i in range(5))]
+    log.write_text("\n".join(rows))
+    record = import_log(log, Stated("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs")
+    (file,) = output.write(tables.build([record], with_published=True), "html", tmp_path / "page.html")
+    seen = read(file)
+    assert "The costs of these runs are unknown" in seen.text
+    classes = list(seen.views.values())[-1]
+    assert classes["0"]["data"][0]["y"] == [f"{k} (1)" for k in range(5)]
+
+
 def test_the_wheel_holds_what_the_page_is_made_of(tmp_path: Path) -> None:
-    root = Path(build.__file__).parents[2]
+    root = Path(output.__file__).parents[2]
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -335,7 +366,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page; whatever it complains of or asks for fails the test."""
+    """Open a page; errors in it and requests by it fail the test."""
     complaints: list[str] = []
     tabs = []
 
@@ -431,7 +462,7 @@ def test_the_page_fits_a_narrow_screen_and_runs_nothing_of_a_record(
     for sigma in (0.25, 0.5):
         run = made_up(finished, tmp_path, "odd", POOR, sigma=sigma, settings=long)
         records += tables.load_records(run)[0]
-    (file,) = build.write(records, "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
+    (file,) = output.write(tables.build(records), "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
     tab = opened(file, width=360)
     tab.locator("details").first.evaluate("d => d.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360

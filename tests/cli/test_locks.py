@@ -16,7 +16,7 @@ from bench.errors import BenchError
 from bench.process.locks import Lock
 from bench.process.runlog import RunLog, log, recording, signature
 from bench.records.record import Run
-from bench.training.weights import Entry
+from bench.training.weights import CacheEntry
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import stated
 
@@ -44,7 +44,7 @@ def opened(out: Path) -> Run:
     return Run(out, "digits-lora-s0.25", *stated(3))
 
 
-def waiting(entry: Entry) -> str:
+def waiting(entry: CacheEntry) -> str:
     """The line by which a second process says that it waits for the entry; the lock file is removed then."""
     said: list[str] = []
 
@@ -77,7 +77,7 @@ def test_the_holder_of_a_run_is_named(tmp_path: Path) -> None:
 
 
 def test_the_holder_of_an_entry_is_named(tmp_path: Path) -> None:
-    entry = Entry("shared", {"id": str(tmp_path)})
+    entry = CacheEntry("shared", {"id": str(tmp_path)})
     with entry.lock():
         lock = Lock(entry.folder)
         assert not lock.take()
@@ -98,23 +98,23 @@ def test_the_writer_of_a_log_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_flock")
 def test_a_lock_that_outlives_its_process_is_said_at_once_and_how_to_clear_it(tmp_path: Path) -> None:
-    entry = Entry("shared", {"id": str(tmp_path)})
+    entry = CacheEntry("shared", {"id": str(tmp_path)})
     entry.folder.mkdir(parents=True)
     (entry.folder / ".lock").write_text(DEAD)
     said = waiting(entry)
     assert said.startswith(
         f"another process is training {entry.folder.name}; waiting for it (process 4242 on node-a.clu"
     )
-    assert f"if that one no longer runs, remove {entry.folder / '.lock'}" in said
+    assert f"if that process no longer runs: rm {entry.folder / '.lock'}" in said
 
 
 @pytest.mark.usefixtures("no_flock")
 def test_a_lock_file_of_a_process_that_had_flock_is_said_too(tmp_path: Path) -> None:
     """It is empty, and stays when its process has ended."""
-    entry = Entry("left", {"id": str(tmp_path)})
+    entry = CacheEntry("left", {"id": str(tmp_path)})
     entry.folder.mkdir(parents=True)
     (entry.folder / ".lock").touch()
-    assert f"if that one no longer runs, remove {entry.folder / '.lock'}" in waiting(entry)
+    assert f"if that process no longer runs: rm {entry.folder / '.lock'}" in waiting(entry)
 
 
 @pytest.mark.usefixtures("no_flock")
@@ -128,7 +128,7 @@ def test_the_same_of_a_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.Mon
     refused = bench(*args)
     assert refused.code == 2
     last = refused.err.splitlines()[-1]
-    assert "process 4242 on node-a.cluster" in last and f"remove {run.parent / '.lock'}" in last
+    assert "process 4242 on node-a.cluster" in last and f"rm {run.parent / '.lock'}" in last
     (run.parent / ".lock").unlink()
     assert bench(*args).code == 0
 

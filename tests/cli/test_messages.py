@@ -137,16 +137,22 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
 def test_latex_compiles_within_a_column(bench: Bench, tmp_path: Path) -> None:
-    """With five radii, an envelope over sigma, published rows and names that LaTeX would take for commands."""
+    """With five radii, a best-sigma curve, published rows and names that LaTeX would take for commands."""
     for name in ("denoiser objective=mse", r"[b_| \~^ <b> {}% &$#"):
         for split in ("test", "validation"):
             for sigma in (0.25, 0.5):
-                changes = {"sigma": sigma, "train_sigma": sigma, "split": split, "images": split, "dataset": "cifar10"}
+                changes: dict[str, Any] = {
+                    "sigma": sigma,
+                    "train_sigma": sigma,
+                    "split": split,
+                    "images": split,
+                    "dataset": "cifar10",
+                }
                 run = made_up(tmp_path / "runs", [0.3] * 30 + [0.1] * 10, name=name, **changes)
                 info = json.loads((run / "run.json").read_text())
                 (run / "run.json").write_text(json.dumps(info | {"radii": [0.0, 0.25, 0.5, 0.75, 1.0]}))
     table = bench("report", tmp_path / "runs", "--published", "--format", "latex").out
-    assert "Cohen" in table and "envelope over sigma" in table
+    assert "Cohen" in table and "best-sigma curve" in table
     page = "\\documentclass[twocolumn]{article}\\usepackage{booktabs}\\begin{document}\n" + table + "\\end{document}\n"
     (tmp_path / "page.tex").write_text(page)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
@@ -183,7 +189,7 @@ def test_compare_of_a_folder_without_two_runs_is_one_line(bench: Bench, tmp_path
 def test_status_of_a_missing_folder_is_exit_2(bench: Bench, tmp_path: Path) -> None:
     result = bench("status", tmp_path / "nothere")
     assert (result.code, result.out) == (2, "")
-    assert result.err == f"bench: no folder {tmp_path / 'nothere'}; bench run makes one\n"
+    assert result.err == f"bench: no folder {tmp_path / 'nothere'}; create runs with bench run\n"
     assert bench("status", tmp_path).code == 0  # an empty folder
 
 

@@ -58,7 +58,7 @@ def test_grid_noise_is_the_default_and_its_error_is_charged(bench: Bench, tmp_pa
     assert [r["top_count"] for r in rows] != [r["top_count"] for r in others]
 
 
-def test_what_differs_in_procedure_target_or_noise_never_shares_a_table(bench: Bench, tmp_path: Path) -> None:
+def test_runs_with_another_procedure_target_or_noise_share_no_table(bench: Bench, tmp_path: Path) -> None:
     for extra in ((), ("--noise", "float"), ("--target", "label"), ("--procedure", "anytime"), ("--seed", 1)):
         run(bench, tmp_path, *extra)
     tables = json.loads(bench("report", tmp_path, "--format", "json").out)["tables"]

@@ -76,13 +76,13 @@ def test_names_from_a_file_are_escaped(bench: Bench, runs: Path, tmp_path: Path,
 
 
 def test_published_rows_come_from_the_file_with_their_source() -> None:
-    rows = published.rows()
+    rows = published.facts()
     assert len(rows) > 100
     assert (rows[["paper", "arxiv", "dataset", "method", "radius", "value", "source"]] != "").all().all()
     assert pd.to_numeric(rows["value"]).between(0, 100).all()
 
 
-def test_published_rows_stand_beside_a_table_and_say_what_differs(bench: Bench, runs: Path, tmp_path: Path) -> None:
+def test_published_rows_are_below_a_table_and_say_what_differs(bench: Bench, runs: Path, tmp_path: Path) -> None:
     for run in runs.iterdir():
         info = json.loads((run / "run.json").read_text())
         info["identity"]["dataset"] = "cifar10"
@@ -92,20 +92,31 @@ def test_published_rows_stand_beside_a_table_and_say_what_differs(bench: Bench, 
     result = bench("report", tmp_path, "--published")
     assert result.code == 0
     row = next(line for line in result.out.splitlines() if "Cohen 2019" in line)
-    facts = published.rows()
+    facts = published.facts()
     facts = facts[(facts["arxiv"] == "1902.02918") & (facts["dataset"] == "cifar10") & (facts["sigma"] == "0.25")]
     assert f"{facts[facts['radius'] == '0.25']['value'].item()}%" in row
     assert "its own base; 500 images; n 100000" in row
     assert row.startswith("| *")
-    # Ours come first, and nothing published is in a machine-readable table.
+    # Our rows come first, and machine-readable tables hold nothing published.
     assert result.out.index("| none") < result.out.index("Cohen 2019")
     assert "Cohen" not in bench("report", runs, "--published").out  # nothing published for this data set
     refused = bench("report", runs, "--published", "--format", "csv")
     assert refused.code == 2 and refused.err.count("\n") == 1
 
 
+def test_published_rows_below_an_imported_log(bench: Bench, tmp_path: Path) -> None:
+    """An imported log has no base to compare with."""
+    log = tmp_path / "log.tsv"
+    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime", *(f"{i}\t{i}\t{i}\t0.1\t1\t0:00:01" for i in range(5))]
+    log.write_text("\n".join(rows))
+    flags = ("--dataset", "cifar10", "--sigma", ".25", "--alpha", ".001", "--n", "1000", "--out", tmp_path / "runs")
+    bench("import", log, *flags)
+    result = bench("report", tmp_path / "runs", "--published")
+    assert result.code == 0 and "(ours: 5 images, n 1,000, alpha 0.001, base not stated)" in result.out
+
+
 def test_rows_not_significantly_worse_than_the_best_are_marked(bench: Bench, tmp_path: Path) -> None:
-    """Of 40 images: the best holds on 30 at .25; one 4 fewer (McNemar p = .125), one 10 fewer (p = .002)."""
+    """Of 40 images the best certifies 30 at .25; one certifies 4 fewer (McNemar p = .125), one 10 fewer (p = .002)."""
     made_up(tmp_path, [0.3] * 30 + [0.1] * 10, name="best")
     made_up(tmp_path, [0.3] * 26 + [0.1] * 14, name="close")
     made_up(tmp_path, [0.3] * 20 + [0.1] * 20, name="far")
@@ -115,8 +126,8 @@ def test_rows_not_significantly_worse_than_the_best_are_marked(bench: Bench, tmp
     assert column["best"].startswith("75.0%") and column["best"].endswith("] =")
     assert column["close"].startswith("65.0%") and column["close"].endswith("] =")
     assert column["far"].startswith("50.0%") and not column["far"].endswith("=")
-    assert "best certifies the most images (75.0%); not significantly worse: close." in result.out
-    assert "Holm's correction over all 3 pairs of rows; each column is corrected by itself" in result.out
+    assert "best certifies the most images (75.0%); not significantly different: close." in result.out
+    assert "Holm's correction over all 3 pairs of rows; each column is corrected separately" in result.out
 
 
 def test_holms_correction_counts_all_pairs_of_rows(bench: Bench, tmp_path: Path) -> None:
@@ -134,16 +145,16 @@ def test_holms_correction_counts_all_pairs_of_rows(bench: Bench, tmp_path: Path)
 def test_a_reach_is_printed_rounded_up(bench: Bench, tmp_path: Path) -> None:
     run = made_up(tmp_path, [0.3] * 10)
     reach = grouping.reach(read_run(run))
-    (said,) = re.findall(r"certified beyond r = ([\d.]+) ", bench("report", tmp_path).out)
-    assert reach <= float(said) < reach + 0.001
+    (printed,) = re.findall(r"certified beyond r = ([\d.]+) ", bench("report", tmp_path).out)
+    assert reach <= float(printed) < reach + 0.001
 
 
 @pytest.mark.parametrize("format", ["md", "latex", "html"])
-def test_a_table_of_validation_images_keeps_its_warning(bench: Bench, tmp_path: Path, format: str) -> None:
+def test_a_table_of_validation_images_is_labelled(bench: Bench, tmp_path: Path, format: str) -> None:
     """With two rows, where the sentence on the best row follows."""
     for name, held in (("one", 8), ("two", 3)):
         made_up(tmp_path / "runs", [0.3] * held + [0.1] * (10 - held), name=name, split="validation")
     file = tmp_path / f"report.{'tex' if format == 'latex' else format}"
     assert bench("report", tmp_path / "runs", "--format", format, "--out", file).code == 0
     text = file.read_text()
-    assert "These are validation images, to choose by: no result of any defense. At r = 0.25 one certifies" in text
+    assert "These are validation images, for choosing settings: not a result. At r = 0.25 one certifies" in text

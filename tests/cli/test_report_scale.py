@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.records import grouping
-from bench.report import cells, tables
+from bench.report import tables
 from tests.helpers.commands import Result
 from tests.helpers.records import RADII, certificate, fewest, made_up, seal, stated
 
@@ -33,7 +32,7 @@ def edit(run: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 def rows(text: str, format: str) -> int:
-    """The lines of the report's tables, headings left out."""
+    """Count the lines of the report's tables, without headings."""
     if format == "csv":
         return len(list(csv.DictReader(io.StringIO(text))))
     if format == "json":
@@ -46,7 +45,7 @@ def rows(text: str, format: str) -> int:
 
 
 def written(bench: Bench, runs: Path, out: Path, format: str) -> tuple[Result, str]:
-    """The report: printed, but for a page."""
+    """Run the report, and return what is printed or, for html, written."""
     if format != "html":
         result = bench("report", runs, "--format", format)
         return result, result.out
@@ -81,7 +80,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_two_hundred_runs_are_reported_and_soon(bench: Bench, many: Path, tmp_path: Path, format: str) -> None:
+def test_two_hundred_runs_are_reported_quickly(bench: Bench, many: Path, tmp_path: Path, format: str) -> None:
     assert len(list(many.iterdir())) == 200
     began = time.process_time()
     result, text = written(bench, many, tmp_path, format)
@@ -91,17 +90,17 @@ def test_two_hundred_runs_are_reported_and_soon(bench: Bench, many: Path, tmp_pa
     assert spent < 30  # seconds of a processor, several times what it takes: no square of the number of runs
 
 
-def test_a_figure_of_many_rows_shows_the_first_and_says_so(many: Path, tmp_path: Path) -> None:
+def test_a_figure_of_many_rows_shows_only_the_first_and_states_it(many: Path, tmp_path: Path) -> None:
     from bench.report.figures import MOST, curves
 
     records, _ = tables.load_records(many)
-    svg = curves(grouping.groups(records)[0], tmp_path, "figure")[0].read_text()
-    said = " ".join(re.findall(r"<!-- (.*?) -->", svg))  # matplotlib draws text as paths, and says which
-    assert f"the first {MOST} of the table's 50 rows" in said
+    svg = curves(tables.build(records).tables[0], tmp_path, "figure")[0].read_text()
+    text = " ".join(re.findall(r"<!-- (.*?) -->", svg))  # matplotlib draws text as paths, with the text in comments
+    assert f"the first {MOST} of the table's 50 rows" in text
     assert len(re.findall(r"<!-- m\d+ -->", svg)) == MOST
 
 
-def test_what_is_unfinished_or_corrupt_is_named_and_left_out(bench: Bench, tmp_path: Path) -> None:
+def test_unfinished_and_corrupt_runs_are_listed_and_left_out(bench: Bench, tmp_path: Path) -> None:
     good = made_up(tmp_path / "runs", [0.3] * 10, name="good")
     spoilt = {}
     for name, change in {
@@ -137,7 +136,7 @@ def test_what_is_unfinished_or_corrupt_is_named_and_left_out(bench: Bench, tmp_p
     assert compared.code == 2 and "corrupt" in compared.err and compared.err.count("\n") == 1
 
 
-def test_runs_of_an_older_schema_stand_beside_todays(bench: Bench, tmp_path: Path) -> None:
+def test_runs_of_older_schemas_share_a_table_with_new_ones(bench: Bench, tmp_path: Path) -> None:
     """Schema 2 had one word for family and trains; 1 no settings, nothing trained elsewhere, no certificates' hash."""
 
     def old(info: dict[str, Any]) -> None:
@@ -179,8 +178,8 @@ def golden_runs(out: Path) -> None:
 
 
 @pytest.mark.parametrize(("format", "file"), [("md", "report.md"), ("latex", "report.tex")])
-def test_tables_are_as_they_were(bench: Bench, tmp_path: Path, format: str, file: str) -> None:
-    """tests/cli/golden holds what the format gave when its numbers were counted by hand (below)."""
+def test_tables_match_the_golden_files(bench: Bench, tmp_path: Path, format: str, file: str) -> None:
+    """The numbers in tests/cli/golden were counted by hand (below)."""
     golden_runs(tmp_path)
     assert bench("report", tmp_path, "--format", format).out == (HERE / "golden" / file).read_text()
 
@@ -193,25 +192,25 @@ def test_the_golden_numbers_are_those_of_the_records() -> None:
     assert [c.split("%")[0] for c in cells["lora_&_co (3 seeds)"][:3]] == ["97.5", "60.0", "12.5"]
     assert [c.split("%")[0] for c in cells["none"][:3]] == ["50.0", "0.0", "0.0"]
     head = cells["defense"]
-    said = {name: dict(zip(head, cells[name], strict=True)) for name in ("full", "lora_&_co (3 seeds)", "none")}
-    assert [c["abstained"] for c in said.values()] == ["5.0%", "0.0%", "50.0%"]
-    assert [c["train (s)"] for c in said.values()] == ["10.0", "4.0", "0.0"]
-    assert [c["trained here"] for c in said.values()] == ["100", "12,345", "100"]
-    assert [c["GFLOPs / vote"] for c in said.values()] == ["0.001", "0.001", "—"]
-    assert [c["votes"] for c in said.values()] == ["44,000"] * 3
+    cells_of = {name: dict(zip(head, cells[name], strict=True)) for name in ("full", "lora_&_co (3 seeds)", "none")}
+    assert [c["abstained"] for c in cells_of.values()] == ["5.0%", "0.0%", "50.0%"]
+    assert [c["train (s)"] for c in cells_of.values()] == ["10.0", "4.0", "0.0"]
+    assert [c["trained here"] for c in cells_of.values()] == ["100", "12,345", "100"]
+    assert [c["GFLOPs / vote"] for c in cells_of.values()] == ["0.001", "0.001", "—"]
+    assert [c["votes"] for c in cells_of.values()] == ["44,000"] * 3
     # Radii over all images, of lora those of the middle seed.
     identity, _ = stated(40)
     low, middle, high = (certificate(identity, 0, 0, fewest(identity, r)).radius for r in (0.1, 0.3, 0.5))
     sums = [30 * middle + 8 * low, 5 * high + 19 * middle + 15 * low, 20 * low]
-    assert [c["ACR"] for c in said.values()] == [f"{total / 40:.3f}" for total in sums]
+    assert [c["ACR"] for c in cells_of.values()] == [f"{total / 40:.3f}" for total in sums]
     assert RADII == [0.0, 0.25, 0.5, 0.75]
 
 
-def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
-    """Each number of the table comes from its record: another cost or certificate is another cell, and no other's."""
+def test_a_change_of_a_record_changes_its_cell_alone(tmp_path: Path) -> None:
+    """Each cost in a table comes from its record, so another cost changes one cell."""
     golden_runs(tmp_path)
     records, _ = tables.load_records(tmp_path)
-    before = cells.columns(records)
+    before = tables.build(records).tables[0].cells
     for key, title in {
         "train_seconds": "train (s)",
         "certify_seconds": "certify (s)",
@@ -224,7 +223,7 @@ def test_a_table_changes_where_a_record_does(tmp_path: Path) -> None:
     }.items():
         (record,) = (r for r in records if r.identity["defense"]["name"] == "full")
         old, record.info["cost"][key] = record.info["cost"][key], 7.5e9
-        after = cells.columns(records)
+        after = tables.build(records).tables[0].cells
         record.info["cost"][key] = old
         changed = [(row, c) for row in range(len(after)) for c in after if after[c][row] != before[c][row]]
         assert changed == [(list(before["defense"]).index("full"), title)]
@@ -244,7 +243,7 @@ print(peak * (1 if sys.platform == "darwin" else 1024), file=sys.stderr)
 
 
 def million(out: Path, name: str, images: int) -> Path:
-    """A finished run of so many images."""
+    """Make a finished run of many images."""
     run = made_up(out, range(501, 1001), name=name, counted=True)
     lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
     with (run / "certificates.jsonl").open("w") as f:

@@ -24,7 +24,7 @@ Bench = Callable[..., Result]
 ONE = ("run", "--defense", "none", "--dataset", TINY)
 
 
-def certificates(run: Path) -> list[dict[str, object]]:
+def certificates(run: Path) -> list[dict[str, Any]]:
     """As written, without their timing."""
     return [{**json.loads(line), "seconds": 0} for line in (run / "certificates.jsonl").read_text().splitlines()]
 
@@ -96,13 +96,14 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
         said = bench(*command)
         assert said.code == 2 and "bench merge" in said.err
     baseline = ("--baseline", tmp_path / "baseline.json")
-    for command in (
+    commands: list[tuple[str | Path, ...]] = [
         ("verify", shard),
         ("export", shard),
         ("compare", shard, run),
         ("check", out, "--update", *baseline),
-    ):
-        said = bench(*command)
+    ]
+    for words in commands:
+        said = bench(*words)
         assert said.code == 2 and "bench merge" in said.err
     (row,) = json.loads(bench("list", "runs", "--out", out, "--json").out)
     assert row == {"run": f"{run.name}/{shard.name}", "state": "complete", "images": "3/3"}

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bench.errors import BenchError
 from bench.process import runlog
 from bench.records import status
 from bench.smoothing import bounds
@@ -160,7 +161,7 @@ def test_a_killed_process_releases_its_log(tmp_path: Path) -> None:
     process.stdout.readline()
     (row,) = status.rows(tmp_path)
     assert row["state"] == "running"
-    with pytest.raises(runlog.BenchError, match="another process"):
+    with pytest.raises(BenchError, match="another process"):
         runlog.RunLog(file)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -182,7 +183,7 @@ def test_a_log_that_cannot_be_written_costs_no_certificate(
     monkeypatch.setattr(runlog.RunLog, "move_into", move_into)
     ran = bench(*ONE, "--out", tmp_path)
     assert ran.code == 0
-    assert ran.err.count("has gaps: No space left on device") == 1
+    assert ran.err.count("is incomplete: No space left on device") == 1
     (row,) = rows(bench, tmp_path)
     assert (row["state"], row["done"]) == ("complete", 8)
 

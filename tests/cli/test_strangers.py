@@ -26,7 +26,8 @@ from bench.io import http, hub, limits, tensors
 from bench.io.http import Client
 from bench.process.runlog import RunLog
 from bench.records.record import Run, read_run
-from bench.smoothing.anytime import Anytime, describe
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.fuzz.served import raw_server
 from tests.helpers.commands import TINY, Result
 from tests.helpers.inferenceserver import InferenceServer
@@ -42,7 +43,14 @@ class Evil(Defense):
     def logits(self, x, draw):
         return self.context.base(x)
 """
-UNTRAINED = {"name": "none", "source": "d", "config": {}, "weights": None, "parts": {}, "objective": None}
+UNTRAINED: dict[str, Any] = {
+    "name": "none",
+    "source": "d",
+    "config": {},
+    "weights": None,
+    "parts": {},
+    "objective": None,
+}
 
 
 @pytest.fixture
@@ -93,8 +101,8 @@ def test_a_records_defense_file_is_run_only_where_it_is_named(bench: Bench, tmp_
 def test_no_file_is_run_inside_of_a_defense_either(evil: Path, tmp_path: Path) -> None:
     other = tmp_path / "mine.py"
     other.write_text(EVIL)
-    with plugins.only([str(other)]):
-        assert "named by a record alone" in refused(lambda: plugins.load(str(evil)))
+    with plugins.restricted_to([str(other)]):
+        assert "code named by a record is not run" in refused(lambda: plugins.load(str(evil)))
         assert not evil.with_name("ran").exists()
         plugins.load(str(other))
     plugins.load(str(evil))
@@ -112,11 +120,11 @@ def test_arguments_that_nobody_typed(bench: Bench, tmp_path: Path, arguments: di
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("in_chans = 1 }", 'in_chans = 1, checkpoint_path = "x.pt" }'), "may not set checkpoint_path"),
-        (("in_chans = 1 }", "in_chans = 1, pretrained_cfg_overlay = {} }"), "may not set pretrained_cfg_overlay"),
+        (("in_chans = 1 }", 'in_chans = 1, checkpoint_path = "x.pt" }'), "must not set checkpoint_path"),
+        (("in_chans = 1 }", "in_chans = 1, pretrained_cfg_overlay = {} }"), "must not set pretrained_cfg_overlay"),
         (("vit_tiny_patch16_224", "hf-hub:someone/pickle"), "is an address"),
         (("vit_tiny_patch16_224", "local-dir:/tmp"), "is an address"),
-        (("img_size = 8", "img_size = 8.5"), "img_size 8.5 is no side"),
+        (("img_size = 8", "img_size = 8.5"), "img_size 8.5 must be a side"),
     ],
 )
 def test_a_card_cannot_have_timm_open_files(bench: Bench, tmp_path: Path, change: tuple[str, str], words: str) -> None:
@@ -144,7 +152,7 @@ def test_a_server_is_asked_only_where_the_user_names_it(bench: Bench, tmp_path: 
     card = tmp_path / "card.toml"
     card.write_text(Path(TINY).read_text().replace("[presets.quick]", f'[presets.quick]\nbase = "{server.url}"'))
     ran = bench("run", "--defense", "none", "--dataset", card, "--out", tmp_path)
-    assert ran.code == 2 and f"where you trust it, give --base {server.url}" in ran.err
+    assert ran.code == 2 and f"if you trust it, give --base {server.url}" in ran.err
     assert (server.requests, server.tokens) == ([], set())
 
 
@@ -156,7 +164,7 @@ def asked(most: int = 1000) -> str:
 @pytest.mark.parametrize("status", ["301", "307"])
 def test_a_token_does_not_follow_a_redirection(server: InferenceServer, status: str) -> None:
     raw_server().reply = f"HTTP/1.1 {status} x\r\nLocation: {server.url}\r\nContent-Length: 0\r\n\r\n".encode()
-    assert "give the address that it leads to" in asked()
+    assert "give the address that it redirects to" in asked()
     assert server.requests == []
 
 
@@ -199,7 +207,7 @@ def dripping() -> Iterator[str]:
 def test_a_server_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "LONGEST", 0.5)
     with dripping() as url:
-        assert "no whole answer in" in refused(lambda: Client().ask(url, lambda a: a.content))
+        assert "no complete answer in" in refused(lambda: Client().ask(url, lambda a: a.content))
 
 
 @pytest.mark.parametrize("url", ["http://[::1/v2/models/x", "http://a:99999999/v2/models/x"])
@@ -210,7 +218,7 @@ def test_addresses_that_are_none(bench: Bench, tmp_path: Path, url: str) -> None
 
 @pytest.mark.parametrize("revision", ["../../x", "a/../b", "", "/x", ".x", "a//b", "x\n"])
 def test_a_revision_is_no_path(revision: str) -> None:
-    with pytest.raises(BenchError, match="is no revision"):
+    with pytest.raises(BenchError, match="is not a revision"):
         hub.fetch("a/b", "c", revision, "model")
 
 

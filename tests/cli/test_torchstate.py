@@ -1,4 +1,4 @@
-"""What a plug-in changes of torch's process-wide settings is put back and reported; other rows never see it."""
+"""A plug-in's changes to torch's process-wide settings are reverted and reported, and do not affect other rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import torchstate
+from bench import globalstate
 from tests.helpers.commands import TINY, Result
 
 Bench = Callable[..., Result]
@@ -77,7 +77,7 @@ def plugin(file: Path, change: str, at: str) -> Path:
 
 
 def rows(bench: Bench, out: Path, monkeypatch: pytest.MonkeyPatch, defenses: str) -> tuple[dict[str, Any], str]:
-    """The run of ``none``, after the other defenses, from an empty cache; and what was said."""
+    """Run ``none`` after the other defenses with an empty cache; return its record and the output."""
     monkeypatch.setenv("CERTBENCH_CACHE", str(out / "cache"))
     ran = bench(
         "run", "--defense", defenses, "--dataset", TINY, "--examples", 2, "--n", 50, "--out", out / "runs", "--json"
@@ -87,35 +87,37 @@ def rows(bench: Bench, out: Path, monkeypatch: pytest.MonkeyPatch, defenses: str
 
 
 @pytest.mark.parametrize("setting", CHANGES)
-def test_every_setting_is_put_back_and_named(setting: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    before = torchstate.settings()
-    with torchstate.kept(str(tmp_path), "here"):
+def test_every_changed_setting_is_reverted_and_named(
+    setting: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = globalstate.torch_settings()
+    with globalstate.restored_torch_settings(str(tmp_path), "here"):
         exec(CHANGES[setting], {"torch": torch})
-        assert torchstate.settings() != before
-    assert torchstate.settings() == before
+        assert globalstate.torch_settings() != before
+    assert globalstate.torch_settings() == before
     said = capfd.readouterr().err
-    assert said.startswith(f"bench: defense {tmp_path} changed torch's {setting} here; put back")
+    assert said.startswith(f"bench: defense {tmp_path} changed torch's {setting} here; restored")
     assert said.count("\n") == 1
-    with torchstate.kept(str(tmp_path), "here"):  # reported once
+    with globalstate.restored_torch_settings(str(tmp_path), "here"):  # reported once
         exec(CHANGES[setting], {"torch": torch})
-    assert torchstate.settings() == before and not capfd.readouterr().err
+    assert globalstate.torch_settings() == before and not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_other_rows_do_not_see_what_a_plugin_changes(
+def test_other_rows_are_unaffected_by_a_plugins_settings(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    before = torchstate.settings()
+    before = globalstate.torch_settings()
     alone, _ = rows(bench, tmp_path / "alone", monkeypatch, "none")
     mine = plugin(tmp_path / "mine.py", CHANGES["default dtype"], place)
     after, said = rows(bench, tmp_path / "after", monkeypatch, f"{mine},none")
     assert after["identity"]["base"]["sha256"] == alone["identity"]["base"]["sha256"]
     assert after["metrics"] == alone["metrics"] and after["fingerprint"] == alone["fingerprint"]
     assert f"defense {mine} changed torch's default dtype {PLACES[place]}" in said
-    assert torchstate.settings() == before
+    assert globalstate.torch_settings() == before
 
 
-def test_a_shared_part_is_trained_under_the_settings_of_all(
+def test_a_shared_part_is_trained_under_the_default_settings(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
@@ -132,9 +134,9 @@ def test_a_shared_part_is_trained_under_the_settings_of_all(
     assert one == two != {}
 
 
-def test_the_settings_of_a_process_are_those_it_began_with() -> None:
-    """Nothing of the harness or of the built-in defenses counts as a change."""
-    before = torchstate.settings()
-    with torchstate.under(before):
+def test_the_settings_of_a_process_are_those_at_its_start() -> None:
+    """The harness and the built-in defenses change no settings."""
+    before = globalstate.torch_settings()
+    with globalstate.using_torch_settings(before):
         nn.Linear(2, 2)(torch.zeros(1, 2))
-    assert torchstate.settings() == before
+    assert globalstate.torch_settings() == before

@@ -1,4 +1,4 @@
-"""What pip installs, outside of a checkout: the wheel, and the sdist, each in an environment of its own."""
+"""The installed wheel and sdist, each in its own environment outside of a checkout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Installed = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def command(cwd: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    """Run in ``cwd``, with nothing of this process's import path."""
+    """Run in ``cwd``, without this process's import path."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP"))} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -59,13 +59,13 @@ def test_the_cards_are_installed_with_the_package(installed: Installed) -> None:
     assert {row["name"] for row in json.loads(listed.stdout)} == {f.stem for f in (ROOT / "datasets").glob("*.toml")}
     bases = installed("list", "bases", "--json")
     assert {row["dataset"] for row in json.loads(bases.stdout)} >= {"digits", "cifar10"}
-    # A card is loaded by its name: what is unknown of it is only its preset.
+    # The card is found by its name, so the error is about the preset.
     refused = installed("run", "--defense", "none", "--dataset", "digits", "--preset", "no-such-preset")
     assert refused.returncode == 2 and "unknown preset of digits" in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_run_a_report_and_a_check_outside_of_the_checkout(installed: Installed, tmp_path: Path) -> None:
+def test_run_report_and_check_work_outside_of_the_checkout(installed: Installed, tmp_path: Path) -> None:
     weights = ROOT / "reports" / "baselines" / "digits-vit.safetensors"
     runs, baseline = tmp_path / "runs", tmp_path / "baseline.json"
     args = ("--examples", 4, "--n0", 10, "--n", 50, "--out", runs)

@@ -29,7 +29,7 @@ from bench.process.console import ConsoleReporter
 from bench.records.record import Record
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.votes import Certificate
 from tests.helpers.commands import TINY
 
 CPU = torch.device("cpu")

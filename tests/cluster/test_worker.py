@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bench.data.datasets import load_splits
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.plugins import names
 from bench.runs import fitting
 from bench.runs.certifier import Certifier
-from bench.runs.context import Workshop
+from bench.runs.context import PartTraining
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Vote, VoteDraw
@@ -32,7 +32,7 @@ def test_every_defense_can_be_sent_to_a_worker(name: str) -> None:
     base = untrained_base(plan.card, plan.base, CPU, probe=not plan.cls.adapts)
     train, test = load_splits(plan.card, "train", "test")
     built = fitting.construct(plan, base, CPU)
-    built.context._workshop = Workshop(train, lambda *_: None)  # type: ignore[attr-defined]
+    built.context._training = PartTraining(train, lambda *_: None)  # type: ignore[attr-defined]
     built.merge()
     here = Certifier(name, built.eval(), base)
     task = make_task(plan, test, CPU)

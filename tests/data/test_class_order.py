@@ -1,4 +1,4 @@
-"""Which label each class gets: natural order of folders, names in parquet, Unicode forms; and what is left out."""
+"""The label of each class: natural order of folders, names in Parquet files, Unicode forms; entries left out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(card: Callable[[], Card]) -> str:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Callable[..., Callable[[], Card]]:
-    """Makes class folders of two pictures each in train and test; gives what loads the card."""
+    """Make class folders of two pictures each in train and test; return a function that loads the card."""
 
     def make(train: Sequence[str], classes: str = "", test: Sequence[str] | None = None) -> Callable[[], Card]:
         for part, names in (("train", train), ("test", train if test is None else test)):
@@ -76,7 +76,7 @@ def test_numbered_folders_are_in_natural_order(
             assert names[label].encode() + b"/" in images.stamp(row)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"natural order, as timm has them: class 2 is '{prefix}2' ('{prefix}10' by characters" in said
+    assert f"natural order, as in timm: class 2 is '{prefix}2' (by characters" in said and f"be '{prefix}10')" in said
     assert "natural order" in train.origin
 
 
@@ -87,7 +87,7 @@ def test_the_order_is_timms(folders: Any) -> None:
     assert list(folders(names)().classes) == sorted(names, key=natural_key)
 
 
-def test_a_cards_own_order_is_kept_and_nothing_is_said(folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cards_own_order_is_kept_without_a_remark(folders: Any, capsys: pytest.CaptureFixture[str]) -> None:
     card = folders(["c10", "c2", "c1"], 'classes = ["c10", "c1", "c2"]')()
     assert load_split(card, "train").names == ("c10", "c1", "c2")
     assert capsys.readouterr().err == ""
@@ -97,12 +97,12 @@ def test_a_cards_own_order_is_kept_and_nothing_is_said(folders: Any, capsys: pyt
     ("train", "classes", "test", "message"),
     [
         (["a", "b", "c"], "", ["a", "b"], "test: 2 class folders, the card has 3 classes; missing: 'c'"),
-        (["a", "b"], "", ["a", "b", "x"], "test: 3 class folders, the card has 2 classes; not among them: 'x'"),
-        (["a", "b"], 'classes = ["a", "B"]', None, "not among them: 'b'; missing: 'B'"),
+        (["a", "b"], "", ["a", "b", "x"], "test: 3 class folders, the card has 2 classes; not in the card: 'x'"),
+        (["a", "b"], 'classes = ["a", "B"]', None, "not in the card: 'b'; missing: 'B'"),
         (["a", "b", "c"], "classes = 2", None, "train: 3 class folders, the card has 2 classes; 'a', 'b', 'c'"),
         (["a", "b"], "classes = 3", None, "train: 2 class folders, the card has 3 classes; 'a', 'b'"),
         (["a", "b"], 'classes = ["a", "b", "c"]', None, "missing: 'c'"),
-        (["a"], "", None, "only one class folder, 'a'; a classifier needs two classes at least"),
+        (["a"], "", None, "only one class folder, 'a'; a classifier needs at least two classes"),
         ([f"k{i}" for i in range(9)], 'classes = ["a", "b"]', None, "'k0', 'k1', 'k2', 'k3', 'k4' and 4 more"),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_folder_without_pictures_is_named(folders: Any, tmp_path: Path, extra:
 
 @pytest.mark.parametrize("stored", [E_ACUTE, DECOMPOSED])
 @pytest.mark.parametrize("written", [E_ACUTE, DECOMPOSED])
-def test_unicode_forms_are_one_name(folders: Any, stored: str, written: str, tmp_path: Path) -> None:
+def test_unicode_forms_of_a_name_are_equal(folders: Any, stored: str, written: str, tmp_path: Path) -> None:
     card = folders([stored, "tea"], f'classes = ["tea", "{written}"]')
     assert load_split(card(), "test").labels.tolist() == [0, 0, 1, 1]
     os.rename(tmp_path / "data", tmp_path / stored)
@@ -133,17 +133,17 @@ def test_unicode_forms_are_one_name(folders: Any, stored: str, written: str, tmp
     assert load_split(card(), "test").labels.tolist() == [0, 0, 1, 1]
 
 
-def test_two_forms_side_by_side_are_refused(folders: Any, tmp_path: Path) -> None:
+def test_two_folders_with_forms_of_one_name_are_refused(folders: Any, tmp_path: Path) -> None:
     card = folders([E_ACUTE, "tea"])
     try:
         (tmp_path / "data" / "train" / DECOMPOSED).mkdir()
     except FileExistsError:
         pytest.skip("a file system that keeps no two forms of a name")
-    assert "which differ in their Unicode form alone" in refused(card)
+    assert "differ only in their Unicode form" in refused(card)
     (tmp_path / "mine.toml").write_text(
         CARD.format(classes=f'classes = ["{E_ACUTE}", "{DECOMPOSED}"]', reader="folder", train="train", test="test")
     )
-    assert "two at least, all different" in refused(card)
+    assert "at least two, all different" in refused(card)
 
 
 def test_what_is_left_out_is_counted(folders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,13 +163,13 @@ def test_what_is_left_out_is_counted(folders: Any, tmp_path: Path, capsys: pytes
     assert said.count("\n") == 1
     for kind in ("1 .avif", "1 .heic", "1 .txt", "2 hidden", "1 without a suffix"):
         assert kind in said
-    assert "1 nested in class folders" in said and "2 beside the class folders" in said
+    assert "1 folders in class folders" in said and "2 outside of class folders" in said
     assert "8 pictures (4 .png, 1 .jfif, 1 .jpe, 1 .jpg, 1 .pbm), left out: " in said.replace("\n", "")
     assert "left out" in train.origin
     assert train.integers(slice(None)).shape == (7, 3, 8, 8)
 
 
-def test_links_are_followed_and_nested_folders_are_no_classes(folders: Any, tmp_path: Path) -> None:
+def test_links_are_followed_and_nested_folders_are_left_out(folders: Any, tmp_path: Path) -> None:
     card = folders(["cat", "dog"])
     root = tmp_path / "data" / "train"
     os.rename(root / "cat", tmp_path / "store")
@@ -184,7 +184,7 @@ def test_links_are_followed_and_nested_folders_are_no_classes(folders: Any, tmp_
     os.rename(root / "dog", root / "x")
     (root / "dog").mkdir()
     os.rename(root / "x", root / "dog" / "puppy")
-    assert "dog: no pictures in this class folder, left out: 1 nested in class folders" in refused(card)
+    assert "dog: no pictures in this class folder, left out: 1 folders in class folders" in refused(card)
 
 
 # Parquet ---------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_links_are_followed_and_nested_folders_are_no_classes(folders: Any, tmp_
 
 @pytest.fixture
 def parquets(tmp_path: Path) -> Callable[..., Callable[[], Card]]:
-    """Writes train and test files whose ClassLabel has the given names, None: no metadata."""
+    """Write train and test files whose ClassLabel has the given names; None: no metadata."""
 
     def make(train: list[str] | None, classes: str, test: list[str] | None = None) -> Callable[[], Card]:
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -245,12 +245,12 @@ def test_class_labels_that_clash_with_the_card_are_refused(parquets: Any) -> Non
     assert "name 3 classes, the card has 3 classes" in refused(parquets(["a", "a", "b"], '["a", "b", "c"]'))
 
 
-def test_a_card_of_a_number_takes_the_names_of_the_file(parquets: Any) -> None:
+def test_a_card_that_numbers_its_classes_uses_the_names_of_the_file(parquets: Any) -> None:
     train, test = load_splits(parquets(["owl", "cat", "dog"], "3", ["owl", "cat", "dog"])(), "train", "test")
     assert train.names == ("owl", "cat", "dog")
     assert test.labels.tolist() == [0, 1, 2] * 2
     line = refused(parquets(["owl", "cat", "dog"], "3", ["cat", "owl", "dog"]))
-    assert "files name class 0 'owl' and 'cat'; list the names as classes in the card" in line
+    assert "files name class 0 'owl' and 'cat'; list the names under classes in the card" in line
     # Numbers that a folder of numbered classes gave in the order of their characters.
     split = load_split(parquets(["2", "0", "1"], "3", None)(), "train")
     assert split.names == ("0", "1", "2")

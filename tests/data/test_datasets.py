@@ -1,4 +1,4 @@
-"""Cards: what a TOML file may say, the splits it gives, and one clear line for what it must not say."""
+"""Cards: valid and invalid TOML files, and the splits of a card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_card_that_comes_with_certbench_is_valid_without_its_data(monkeypa
     cards = {name: load_card(name) for name in card_files()}
     assert {name: len(card.classes) for name, card in cards.items()} == {"cifar10": 10, "digits": 10, "imagenet": 1000}
     assert {card.name for card in cards.values()} == set(cards)
-    # Part of every record's identity: a reader may gain checks, but these must not move.
+    # Part of every record's identity: readers may change, but these hashes must not.
     assert {name: card.sha256()[:12] for name, card in cards.items()} == {
         "cifar10": "e50c4dacb626",
         "digits": "aaeb6740f84c",
@@ -46,7 +46,7 @@ def test_every_card_that_comes_with_certbench_is_valid_without_its_data(monkeypa
     }
 
 
-def test_digits_split_is_as_before_cards_had_readers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_split_of_digits_is_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     train, validation, test = load_splits(load_card("digits"), "train", "validation", "test")
     assert (len(train), len(validation), len(test)) == (997, 300, 500)
     assert train.sha256() == "10d2cdb3a192b79f1bfea81f8ab9dcc1908d3db9bbf332cf298fd1fa63fdc5fd"
@@ -58,7 +58,7 @@ def test_digits_split_is_as_before_cards_had_readers(capsys: pytest.CaptureFixtu
     np.testing.assert_array_equal(test.pixels([3]), test.integers([3]).astype(np.float32) / np.float32(16))
 
 
-def test_a_card_of_the_least_keys_has_defaults_for_the_rest(tmp_path: Path) -> None:
+def test_a_minimal_card_has_defaults(tmp_path: Path) -> None:
     card = load_card(written(tmp_path, MINE))
     assert card.classes == ("0", "1", "2")
     assert (card.levels, card.mean, card.std) == (256, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -68,7 +68,7 @@ def test_a_card_of_the_least_keys_has_defaults_for_the_rest(tmp_path: Path) -> N
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     moved = load_card(written(elsewhere, MINE.replace('"data"', '"/some/where/else"')))
-    assert moved.sha256() == card.sha256()  # where a card and its data lie is not what they are
+    assert moved.sha256() == card.sha256()  # the hash does not depend on folders
     assert load_card(written(elsewhere, MINE.replace("train.p", "other.p"))).sha256() != card.sha256()
 
 
@@ -94,14 +94,14 @@ def test_the_default_base_sees_every_pixel(tmp_path: Path, side: int, patch: int
         ('name = "mine"', 'name = "mine"\nradii = [0, inf]', "radii.1"),
         ("[3, 8, 8]", "[2, 8, 8]", "shape: pictures have 1 or 3 channels, not 2"),
         ("[3, 8, 8]", "[3, 8]", "shape"),
-        ("classes = 3", 'classes = ["a", "a"]', "classes: two at least, all different"),
+        ("classes = 3", 'classes = ["a", "a"]', "classes: at least two, all different"),
         ("classes = 3", "classes = 1000000000", "classes: 1000000000: must be 2 to 100,000"),
-        ("classes = 3", "", "classes: give the list of names, or how many there are"),
+        ("classes = 3", "", "classes: missing; give a list of names, or their number"),
         ('"parquet"', '"csv"', "source: Input tag 'csv'"),
         ('train = "train.parquet"', "", "source.parquet.train: Field required"),
         ('"train.parquet"', '"../train.parquet"', "must be a path below the data folder"),
         ('"train.parquet"', '"/etc/passwd"', "must be a path below the data folder"),
-        ('folder = "data"', 'folder = "data"\nresize = 4', "source.resize: 4 is less than the shape's side"),
+        ('folder = "data"', 'folder = "data"\nresize = 4', "source.resize: 4 is less than the shape's height or width"),
         ('folder = "data"', 'test = "t"\n[splits]\ntest = 5', "splits.test: the source has its own test part"),
         ('folder = "data"', "[presets.quick]\nn0 = 1\nn = 9\nexamples = 'every:0'", "presets.quick.examples"),
     ],
@@ -114,7 +114,7 @@ def test_a_faulty_card_is_one_line_naming_the_key(tmp_path: Path, old: str, new:
     assert "\n" not in str(e.value)
 
 
-def test_digits_are_what_they_are(tmp_path: Path) -> None:
+def test_digits_have_their_known_size_and_levels(tmp_path: Path) -> None:
     text = 'name = "d"\nshape = [3, 8, 8]\nclasses = 10\nsource = { reader = "sklearn:digits" }'
     with pytest.raises(BenchError, match="digits have shape"):
         load_split(load_card(written(tmp_path, text)), "train")
@@ -172,7 +172,7 @@ def test_cifar10_from_the_local_folder(cifar: Any) -> None:
     np.testing.assert_allclose(std, cifar.std, atol=0.03)
     images = validation.images
     assert not isinstance(images, np.ndarray)
-    assert images.done.sum() == 500  # of the 50,000, only what was asked for is decoded
+    assert images.done.sum() == 500  # of 50,000, only accessed pictures are decoded
     # Train and validation share no row, and together are the train file.
     assert not isinstance(train.images, np.ndarray)
     assert len(set(train.images.rows.tolist()) | set(images.rows.tolist())) == 50000

@@ -1,4 +1,4 @@
-"""Pictures of every kind: the stored values come back, or a line says what changed, or the picture is refused."""
+"""Pictures of every kind: the stored values are returned, a change is reported, or the picture is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ source = {{ reader = "{reader}", folder = "data", train = "train{suffix}", test 
 
 
 def saved(values: Any, form: str, mode: str | None = None, **options: Any) -> bytes:
-    """A file that Pillow writes."""
+    """Return a file written by Pillow."""
     image = Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
     out = io.BytesIO()
     (image.convert(mode) if mode else image).save(out, form, **options)
@@ -42,7 +42,7 @@ def saved(values: Any, form: str, mode: str | None = None, **options: Any) -> by
 
 @pytest.fixture(params=["folder", "parquet"])
 def read(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Split]:
-    """Stores a picture twice, in a class each, in a folder or a parquet file, and loads it as the test split."""
+    """Store a picture in two classes, in a folder or a Parquet file, and load it as the test split."""
 
     def load(data: bytes, channels: int = 3, more: str = "") -> Split:
         root = tmp_path / "data"
@@ -65,10 +65,10 @@ PALETTE = saved(COLOURS, "PNG", "P")
 _grey = np.repeat(GREYS, 3, 2)
 _small = GREYS // 64 * 85  # four greys
 _cmyk = np.dstack([255 - COLOURS, np.zeros_like(GREYS)])  # no black: RGB is 255 less each
-_animated = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}
+_animated: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}
 _exif = Image.Exif()
-_exif[0x0112] = 6  # to be turned by 90 degrees
-_DROPPED, _FIRST, _TAG = "transparency dropped", "only the first of several frames taken", "orientation tag not applied"
+_exif[0x0112] = 6  # rotate by 90 degrees
+_DROPPED, _FIRST, _TAG = "transparency dropped", "only the first of several frames used", "orientation tag not applied"
 _EXTRA = "channels beyond the colours dropped"
 
 # A file, its pixels [8, 8, 3] (None: not compared), and what must be reported ("": nothing)
@@ -114,7 +114,7 @@ KINDS: dict[str, tuple[bytes, Any, str]] = {
     "turned JPEG": (saved(_grey, "JPEG", quality=100, exif=_exif), None, _TAG),
     "turned PNG": (saved(COLOURS, "PNG", exif=_exif), COLOURS, _TAG),
     "turned WebP": (saved(COLOURS, "WEBP", lossless=True, exif=_exif), COLOURS, _TAG),
-    "turned TIFF": (encoded.tiff(COLOURS, 2, t274=3), COLOURS[::-1, ::-1], "turned as its orientation tag says"),
+    "turned TIFF": (encoded.tiff(COLOURS, 2, t274=3), COLOURS[::-1, ::-1], "rotated by its orientation tag"),
     "palette TIFF": (encoded.tiff(_small, 3, t320=[i * 257 for i in range(256)] * 3), np.repeat(_small, 3, 2), ""),
 }
 
@@ -187,9 +187,7 @@ def test_enlarging_is_reported(read: Callable[..., Split], capsys: pytest.Captur
     assert "smaller than the card's resize, enlarged" in capsys.readouterr().err
 
 
-def test_a_damaged_orientation_tag_asks_for_nothing(
-    read: Callable[..., Split], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_orientation_tag_is_ignored(read: Callable[..., Split], capsys: pytest.CaptureFixture[str]) -> None:
     split = read(encoded.png(COLOURS, encoded.RGB, eXIf=b"II*\0\xff\xff\xff\xff" + bytes(9)))
     np.testing.assert_array_equal(split.integers([0])[0].transpose(1, 2, 0), COLOURS)
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Folders of pictures, as ImageNet is: made-up ones of many sizes and modes, decoded in bounded memory."""
+"""Folders of pictures in ImageNet's layout: many sizes and modes, decoded in bounded memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ validation = 2
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A made-up folder of ImageNet's shape: pictures of many sizes, modes and formats."""
+    """Make a folder in ImageNet's layout, of pictures of many sizes, modes and formats."""
     kinds = [("RGB", (60, 40), "JPEG"), ("L", (31, 90), "JPEG"), ("CMYK", (50, 50), "JPEG"), ("RGBA", (28, 28), "PNG")]
     kinds += [("P", (24, 25), "PNG"), ("1", (100, 30), "PNG")]
     for part, each in (("train", 6), ("val", 3)):
@@ -53,11 +53,11 @@ def test_a_folder_of_photographs(photos: Path, capsys: pytest.CaptureFixture[str
     train, validation, test = load_splits(card, "train", "validation", "test")
     assert (len(train), len(validation), len(test)) == (16, 2, 9)
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    resized = "shorter side resized to 28 (bilinear), centre 24x24 cut out"
+    resized = "shorter side resized to 28 (bilinear), centre cropped to 24x24"
     assert test.origin.endswith(resized) and train.origin.endswith(resized)
     assert capsys.readouterr().err.count(resized) == 1
     assert train.pixels(slice(None)).shape == (16, 3, 24, 24)
-    # The first is 60x40: the shorter side becomes 28, the middle 24x24 is cut out.
+    # The first is 60x40: the shorter side becomes 28, and the centre is cropped to 24x24.
     image = Image.open(photos / "photos" / "val" / "n01" / "0.JPEG").resize((42, 28), Image.Resampling.BILINEAR)
     wanted = np.asarray(image.crop((9, 2, 33, 26))).transpose(2, 0, 1)
     np.testing.assert_array_equal(test.integers([0])[0], wanted)
@@ -76,13 +76,13 @@ def test_the_imagenet_card_reads_such_a_folder(photos: Path, monkeypatch: pytest
     assert test.pixels([0, 8]).shape == (2, 3, 224, 224)
 
 
-def test_only_what_is_asked_for_is_decoded_and_nothing_large_is_kept(
+def test_only_accessed_pictures_are_decoded_and_nothing_large_is_kept(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "KEEP_BYTES", 1000)
     card = load_card(str(photos / "photos.toml"))
     test = load_split(card, "test")
-    for name in ("n02", "n10"):  # would be refused if they were decoded
+    for name in ("n02", "n10"):  # refused when decoded
         for file in (photos / "photos" / "val" / name).iterdir():
             file.write_bytes(b"no picture")
     one = test.pixels([0])
@@ -113,7 +113,7 @@ def test_a_changed_file_changes_the_hash_without_being_decoded(photos: Path) -> 
         split.pixels(slice(None))
 
 
-def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
+def test_folders_that_do_not_match_the_card_are_refused(photos: Path) -> None:
     def line() -> str:
         with pytest.raises(BenchError) as e:
             load_split(load_card(str(photos / "photos.toml")), "test").pixels(slice(None))
@@ -121,11 +121,11 @@ def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
         return str(e.value)
 
     root = photos / "photos"
-    os.mkfifo(root / "val" / "n01" / "pipe.png")  # opening it would wait for ever
+    os.mkfifo(root / "val" / "n01" / "pipe.png")  # opening it would block
     assert "pipe.png: not a file" in line()
     (root / "val" / "n01" / "pipe.png").unlink()
     shutil.move(root / "val" / "n10", root / "val" / "n11")
-    assert "3 class folders, the card has 3 classes; not among them: 'n11'; missing: 'n10'" in line()
+    assert "3 class folders, the card has 3 classes; not in the card: 'n11'; missing: 'n10'" in line()
     shutil.rmtree(root / "val" / "n11")
     (root / "val" / "n10").mkdir()
     assert "n10: no pictures in this class folder" in line()
@@ -133,13 +133,13 @@ def test_folders_that_are_not_as_the_card_says(photos: Path) -> None:
     assert "no folder of pictures at" in line()
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
-    assert "each class is a folder of pictures" in line()
+    assert "make a folder of pictures for each class" in line()
     (photos / "photos.toml").write_text(PHOTOS.replace('test = "val"', 'test = "../../etc"'))
     assert "must be a path below the data folder" in line()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file system whose names are any bytes")
-def test_names_that_are_no_text(photos: Path) -> None:
+def test_names_that_are_not_utf8(photos: Path) -> None:
     for name in sorted((photos / "photos").glob("*/n01/*")):
         os.rename(name, os.fsencode(name.parent) + b"/\xff" + os.fsencode(name.name))
     split = load_split(load_card(str(photos / "photos.toml")), "test")

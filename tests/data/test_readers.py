@@ -1,9 +1,9 @@
-"""Readers on made-up data: what they give, and one clear line for what they must refuse."""
+"""Readers on made-up data: their results, and one line for data they refuse."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ train = "train.parquet"
 """
 
 
-def column(encoded: list[bytes | None]) -> Any:
-    """The hub's column: the path leads nowhere good, and must never be opened."""
+def column(encoded: Sequence[bytes | None]) -> Any:
+    """Return the hub's column; its path must never be opened."""
     return [None if b is None else {"bytes": b, "path": "/etc/passwd"} for b in encoded]
 
 
@@ -47,21 +47,21 @@ def parquet(data: dict[str, Any]) -> bytes:
 
 @pytest.fixture
 def card(tmp_path: Path) -> Callable[..., Card]:
-    """Writes the card and its train file, and loads the card; ``old, new`` changes the card's text."""
+    """Write the card and its train file, and load the card; ``old, new`` changes the card's text."""
 
     def make(data: dict[str, Any] | bytes | None = None, *change: str) -> Card:
         (tmp_path / "data").mkdir(exist_ok=True)
         if data is not None:
             (tmp_path / "data" / "train.parquet").write_bytes(data if isinstance(data, bytes) else parquet(data))
         path = tmp_path / "mine.toml"
-        path.write_text(CARD.replace(*change) if change else CARD)
+        path.write_text(CARD.replace(change[0], change[1]) if change else CARD)
         return load_card(str(path))
 
     return make
 
 
 def refusal(card: Card) -> str:
-    """The one line that reading all of the card's train split ends in."""
+    """Return the one-line error of reading the card's complete train split."""
     with pytest.raises(BenchError) as e:
         load_split(card, "train").pixels(slice(None))
     assert "\n" not in str(e.value)
@@ -85,7 +85,8 @@ def test_parquet_gives_the_pictures_that_were_put_in(card: Callable[..., Card]) 
 
 
 def test_parts_in_several_files_and_bare_bytes(tmp_path: Path, card: Callable[..., Card]) -> None:
-    one, two = rows(9), {"image": [png() for _ in range(5)], "label": [1] * 5}
+    one: dict[str, Any] = rows(9)
+    two: dict[str, Any] = {"image": [png() for _ in range(5)], "label": [1] * 5}
     names = 'train = ["train.parquet", "b.parquet"]\ntest = "b.parquet"'
     made = card(one, 'train = "train.parquet"', names)
     (tmp_path / "data" / "b.parquet").write_bytes(parquet(two))
@@ -128,7 +129,9 @@ def test_a_changed_picture_or_cut_changes_the_hash(card: Callable[..., Card]) ->
         ({"image": column([png("I;16")] * 30)}, "mode I;16, but the card's 3 channels need 8 bits"),
     ],
 )
-def test_rows_that_are_not_as_the_card_says(card: Callable[..., Card], change: dict[str, Any], message: str) -> None:
+def test_rows_that_do_not_match_the_card_are_refused(
+    card: Callable[..., Card], change: dict[str, Any], message: str
+) -> None:
     line = refusal(card(rows() | change))
     assert message in line
     assert "train.parquet" in line
@@ -148,14 +151,14 @@ def test_files_that_are_not_parquet(card: Callable[..., Card]) -> None:
     pq.write_table(twice, out := io.BytesIO())
     assert "2 columns 'image'" in refusal(card(out.getvalue()))
     assert "is empty" in refusal(card({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}))
-    assert "2 images in its train part are too few to cut off 1 for test and 1 for val" in refusal(card(rows(2)))
+    assert "the 2 images of its train part are too few for 1 for test and 1 for val" in refusal(card(rows(2)))
 
 
-def test_no_file_names_where_it_was_looked_for(card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_named_with_its_folder(card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no file" in refusal(card())
     elsewhere = card(None, 'folder = "data"', "")
     monkeypatch.delenv("CERTBENCH_DATA", raising=False)
-    assert "set CERTBENCH_DATA to the folder that holds mine/" in refusal(elsewhere)
+    assert "set CERTBENCH_DATA to the folder that contains mine/" in refusal(elsewhere)
 
 
 def test_a_decompression_bomb_is_refused(card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +173,7 @@ def test_a_decompression_bomb_is_refused(card: Callable[..., Card], monkeypatch:
 def test_one_channel_takes_grey_only(card: Callable[..., Card]) -> None:
     grey = {"image": column([png("L")] * 30), "label": [0] * 30}
     assert load_split(card(grey, "[3, 8, 8]", "[1, 8, 8]"), "train").pixels([0]).shape == (1, 1, 8, 8)
-    assert "mode RGB, but the card's 1 channels need grey" in refusal(card(rows(), "[3, 8, 8]", "[1, 8, 8]"))
+    assert "mode RGB, but the card's 1 channel needs grey" in refusal(card(rows(), "[3, 8, 8]", "[1, 8, 8]"))
 
 
 HUB_CARD = CARD.replace('folder = "data"', 'hub = "someone/pictures"')

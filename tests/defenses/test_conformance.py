@@ -1,4 +1,4 @@
-"""One conformance test over every defense, and proof that it catches what it should."""
+"""The conformance test accepts every built-in defense, and rejects unsound ones."""
 
 from __future__ import annotations
 

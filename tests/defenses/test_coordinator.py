@@ -1,4 +1,4 @@
-"""The coordinator only queries, keeps to its budget, resumes exactly, says when it diverges, has BlackVIP's size."""
+"""The coordinator: it only queries, keeps its budget, resumes exactly, reports divergence, has BlackVIP's size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.data.datasets import load_splits
 from bench.errors import BenchError
 from bench.interface import Access
 from bench.io.files import cache_root
-from bench.models.bases import load_base, untrained_base
+from bench.models.load import load_base, untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting, search
 from bench.runs.doctor import examine
@@ -44,7 +44,7 @@ def plan(*settings: str, dataset: str = TINY, **arguments: Any) -> Plan:
 
 
 def built(*settings: str, dataset: str = TINY, **arguments: Any) -> Any:
-    """The untrained defense on an untrained base."""
+    """Build the untrained defense on an untrained base."""
     made = plan(*settings, dataset=dataset, **arguments)
     defense = fitting.construct(made, base := untrained_base(made.card, made.base, CPU), CPU)
     defense.keeps_alive = base  # type: ignore[assignment]
@@ -53,7 +53,7 @@ def built(*settings: str, dataset: str = TINY, **arguments: Any) -> Any:
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder with a random timm ViT in the hub's layout; the arguments are the model's."""
+    """Make a folder with a random timm ViT in the hub's layout; the arguments are the model's."""
 
     def make(**args: Any) -> Path:
         torch.manual_seed(0)
@@ -80,14 +80,14 @@ def test_every_method_conforms(method: str) -> None:
     assert len(found) == 7
 
 
-def test_only_the_gradient_method_asks_for_more_than_queries() -> None:
+def test_only_the_gradient_method_needs_more_than_queries() -> None:
     kinds = ("spsa-gc", "spsa", "one-sided", "gradient")
     needed = [(p := plan(f"method={kind}")).cls.needs(p.config) for kind in kinds]
     assert needed == [Access.QUERY] * 3 + [Access.GRADIENT]
 
 
 def _neighbours(thing: Any) -> Iterable[Any]:
-    """What a program holding ``thing`` can reach from it by attributes, items, closures and bound methods."""
+    """Yield everything reachable from ``thing`` by attributes, items, closures and bound methods."""
     if isinstance(thing, dict):
         return [*thing.keys(), *thing.values()]
     if isinstance(thing, list | tuple | set | frozenset):
@@ -108,7 +108,7 @@ def _slots(thing: Any) -> Iterator[str]:
 
 
 def _leaks(root: Any) -> list[Any]:
-    """Modules, and tensors that are parameters or carry a gradient, reachable from ``root``."""
+    """Return the modules, parameters and tensors with a gradient that are reachable from ``root``."""
     seen: dict[int, Any] = {}
     left, found = [root], []
     while left:
@@ -136,6 +136,7 @@ def test_nothing_of_a_queried_base_can_be_reached() -> None:
 def test_the_search_for_leaks_finds_them_where_they_hide() -> None:
     class Slotted:
         __slots__: ClassVar = ("hidden",)
+        hidden: nn.Module
 
     slotted = Slotted()
     slotted.hidden = nn.Linear(1, 1)
@@ -158,7 +159,7 @@ def info(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("objective", "step"), [("gaussian", STEP), ("consistency", 2 * STEP)])
-def test_the_budget_ends_training_and_the_record_says_what_was_asked(
+def test_the_budget_ends_training_and_queries_are_recorded(
     bench: Callable[..., Result], tmp_path: Path, objective: str, step: int
 ) -> None:
     budget = 2 * step + STEP
@@ -173,11 +174,13 @@ def test_the_budget_ends_training_and_the_record_says_what_was_asked(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (f"queries={STEP - 1}", f"one step takes {STEP} queries; use --set queries={STEP} or more"),
+        (f"queries={STEP - 1}", f"one step takes {STEP} queries; set at least --set queries={STEP}"),
         ("probes=0", "probes must be above 0"),
     ],
 )
-def test_what_cannot_work_is_one_line(bench: Callable[..., Result], tmp_path: Path, setting: str, message: str) -> None:
+def test_impossible_settings_are_one_line(
+    bench: Callable[..., Result], tmp_path: Path, setting: str, message: str
+) -> None:
     arguments = ["--defense", "coordinator", "--dataset", TINY, "--sigma", 0.05, "--out", tmp_path]
     result = bench("run", *arguments, "--set", setting)
     assert result.code == 2
@@ -189,7 +192,7 @@ def test_what_cannot_work_is_one_line(bench: Callable[..., Result], tmp_path: Pa
 def test_divergence_says_what_to_tune(
     bench: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What counts as divergence is tested in test_spsa; here, losses that rise as those of too large a step do."""
+    """The rule for divergence is tested in test_spsa; here, losses rise as with too large a step."""
     monkeypatch.setattr(SPSA, "estimate", lambda self, loss, c: (self.momentum, 1.0 + self.k))
     result = bench("run", "--defense", "coordinator", "--dataset", TINY, "--out", tmp_path)
     assert result.code == 2
@@ -226,7 +229,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_queries(
             raise Killed
 
     whole = fit()
-    # All but the shared encoder is forgotten.
+    # Everything except the shared encoder is deleted.
     for folder in cache_root().glob("tiny-coordinator-*"):
         shutil.rmtree(folder)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
@@ -239,13 +242,13 @@ def test_a_killed_training_resumes_to_the_same_weights_and_queries(
 
 
 def test_all_probes_of_a_step_see_the_same_noise_and_the_encoder_sees_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan("queries=320", "p_eps=1e-30")  # too weak to be seen: the base is shown the noisy images themselves
+    made = plan("queries=320", "p_eps=1e-30")  # too weak to change a pixel: the base gets the noisy images themselves
     (train,) = load_splits(made.card, "train")
     defense = fitting.construct(made, base := untrained_base(made.card, made.base, CPU), CPU)
     shown: list[torch.Tensor] = []
     encoded: list[torch.Tensor] = []
     base.module.register_forward_pre_hook(lambda m, inputs: shown.append(inputs[0].clone()))
-    defense.encoder.register_forward_pre_hook(lambda m, inputs: encoded.append(inputs[0].clone()))  # type: ignore[union-attr,operator]
+    defense.encoder.register_forward_pre_hook(lambda m, inputs: encoded.append(inputs[0].clone()))  # type: ignore[union-attr]
     fitting.train_or_load(made, base, train.first(50), CPU, lambda *_: None, defense)
     assert len(shown) == 10
     assert all(torch.equal(x, shown[0]) for x in shown)
@@ -266,7 +269,7 @@ def test_at_paper_size_the_trained_parameters_are_those_of_blackvip(encoder: Cal
     assert paper.encoder == "timm/vit_base_patch16_224.mae"
 
 
-def test_an_encoder_from_files_trains_and_its_statistics_stand_still(encoder: Callable[..., Path]) -> None:
+def test_an_encoder_from_files_trains_and_its_statistics_stay_fixed(encoder: Callable[..., Path]) -> None:
     made = plan(f"encoder={encoder(**SMALL)}", "queries=24", "batch=4", "probes=1", "a=1e-4")
     train, validation = load_splits(made.card, "train", "validation")
     base = load_base(made.card, made.base, train.first(50), validation, CPU, lambda *_: None)
@@ -274,12 +277,13 @@ def test_an_encoder_from_files_trains_and_its_statistics_stand_still(encoder: Ca
     for steps in (1, 3):
         short = replace(made, config=replace(made.config, queries=steps * 8))
         fitted = fitting.fit(short, base, train.first(50), CPU, lambda *_: None)
-        assert fitted.elsewhere == sum(p.numel() for p in fitted.defense.encoder.parameters())  # type: ignore[union-attr,operator]
+        module = fitted.defense.get_submodule("encoder")
+        assert fitted.elsewhere == sum(p.numel() for p in module.parameters())
         statistics.append([b for n, b in fitted.defense.named_buffers() if "running" in n])
     assert all(torch.equal(a, b) for a, b in zip(*statistics, strict=True))
     assert not torch.equal(statistics[0][0], torch.zeros_like(statistics[0][0]))  # taken from a batch, not the default
     assert not fitted.defense.training
-    # Also what BlackVIP's decoder makes is a function of each image alone.
+    # The output of BlackVIP's decoder, too, is a function of each image alone.
     found = list(examine(made))
     assert [f for f in found if f.problem] == []
 
@@ -289,18 +293,18 @@ def test_the_encoder_normalises_grey_images_as_its_config_says(encoder: Callable
     x = torch.full((1, 1, 8, 8), 0.5)
     seen = defense.encoder.model.forward_features(torch.zeros(1, 3, 32, 32))[:, 0]
     assert torch.allclose(defense.encode(x), seen, atol=1e-6)
-    # The encoder is shown [0, 1] alone, and so is the base.
+    # Encoder and base only get pixels in [0, 1].
     assert torch.equal(defense.encode(x + 9), defense.encode(torch.ones_like(x)))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{}", "its config states no timm architecture"),
+        ("{}", "its config has no timm architecture"),
         (None, "has no file 'config.json'"),
     ],
 )
-def test_an_encoder_that_cannot_be_is_one_line(
+def test_an_unsuitable_encoder_is_one_line(
     bench: Callable[..., Result], tmp_path: Path, config: str | None, message: str
 ) -> None:
     (folder := tmp_path / "encoder").mkdir()
@@ -314,7 +318,7 @@ def test_an_encoder_that_cannot_be_is_one_line(
 def test_an_encoder_as_timm_saves_it_is_read_with_or_without_its_head(tmp_path: Path) -> None:
     features = []
     for classes in (0, 5):
-        model = save(tmp_path / str(classes), classes=classes, **SMALL)
+        model: Any = save(tmp_path / str(classes), classes=classes, **SMALL)
         defense = built(f"encoder={tmp_path / str(classes)}")
         assert sum(p.numel() for p in defense.encoder.parameters()) < sum(p.numel() for p in model.parameters()) + 1
         x = torch.rand(2, 1, 8, 8)
@@ -343,7 +347,7 @@ def test_an_encoder_without_class_token_is_refused_by_name(
         built(f"encoder={tmp_path / 'm'}")
 
 
-def test_the_base_is_shown_pixels_between_0_and_1() -> None:
+def test_the_base_gets_pixels_between_0_and_1() -> None:
     defense = built("p_eps=1")
     shown: list[torch.Tensor] = []
     defense.context.base = lambda x: shown.append(x) or torch.zeros(len(x), 10)

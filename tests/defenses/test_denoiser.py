@@ -1,4 +1,4 @@
-"""Denoised smoothing: the DnCNN, its objectives, what it asks of the base, and what is trained once."""
+"""Denoised smoothing: the DnCNN, its objectives, its queries to the base, and its shared parts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench import rng
+from bench import globalstate
 from bench.data.datasets import load_splits
 from bench.data.split import Split
 from bench.interface import Access, Schedule
 from bench.models.base import BaseModel
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting
-from bench.runs.context import Workshop
+from bench.runs.context import PartTraining
 from bench.runs.doctor import examine
 from bench.runs.plan import Plan, make_plans
 from bench.smoothing.noise import Noise, TrainDraw
@@ -52,13 +52,13 @@ def digits() -> tuple[Split, Split]:
 
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
-    """Untrained: it is wrong more often than not."""
-    with rng.fixed_rng(0):
+    """An untrained base, which is usually wrong."""
+    with globalstate.fixed_rng(0):
         return untrained_base(plan().card, plan().base, CPU)
 
 
 def construct(of: Plan, base: BaseModel) -> Denoiser:
-    """Untrained, its shared parts too."""
+    """Build the defense; it and its shared parts are untrained."""
     defense = fitting.construct(of, base, CPU)
     assert isinstance(defense, Denoiser)
     return defense
@@ -101,7 +101,8 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert (config.optimizer, config.lr, config.weight_decay) == ("adam", 1e-3, 1e-4)
     assert (config.epochs, config.decay, config.batch) == (90, "step", 256)
     tuning = defense.schedule()
-    assert (tuning.epochs, tuning.lr, tuning.decay) == (pytest.approx(20), 1e-5, "constant")
+    assert tuning.epochs == pytest.approx(20)
+    assert (tuning.lr, tuning.decay) == (1e-5, "constant")
 
 
 @pytest.mark.slow
@@ -180,10 +181,10 @@ def test_it_gets_the_access_it_needs(settings: tuple[str, ...], most: Access, ba
 
 
 @pytest.mark.parametrize(("objective", "asked"), [("stab", STEPS * BATCH), ("clf", 0)])
-def test_with_query_access_the_base_is_asked_for_labels_alone(objective: str, asked: int, base: BaseModel) -> None:
+def test_with_query_access_the_base_only_gives_labels(objective: str, asked: int, base: BaseModel) -> None:
     of = plan(f"objective={objective}", "access=query")
     train, _ = digits()
-    defense = fitting.construct(of, base, CPU, Workshop(train, lambda *_: None))
+    defense = fitting.construct(of, base, CPU, PartTraining(train, lambda *_: None))
     assert isinstance(defense, Denoiser)
     assert {k.partition(".")[0] for k in defense.state_dict()} == {"denoiser"}
     states = [{k: v.clone() for k, v in s.state_dict().items()} for s in defense.surrogates]
@@ -251,7 +252,7 @@ def test_killed_and_resumed_gives_the_same_weights(
     assert list((tmp_path / "parts").glob(f"tiny-{killed_in}-*/checkpoint*.pt"))
     resumed = fit(of, base)
     tuning = STEPS // 4
-    assert calls == STEPS + tuning + 1  # no step was done twice but the one that died
+    assert calls == STEPS + tuning + 1  # only the interrupted step was repeated
     assert same(resumed.defense, whole.defense)
     assert (
         (resumed.queries, resumed.parts)
@@ -274,12 +275,12 @@ def test_the_mse_denoiser_is_trained_once(bench: Bench, tmp_path: Path, monkeypa
         assert ran.code == 0, ran.err
         (info,) = json.loads(ran.out)
         assert info["status"] == "complete"
-        return info  # type: ignore[no-any-return]
+        return info
 
     tuned, plain = run("stab+mse"), run("mse")
     assert len(list((tmp_path / "cache").glob("tiny-msedenoiser-*"))) == 1
     assert plain["identity"]["defense"]["parts"] == tuned["identity"]["defense"]["parts"] != {}
-    assert 0 < plain["cost"]["train_seconds"] < tuned["cost"]["train_seconds"]  # the part's, and the part's and more
+    assert 0 < plain["cost"]["train_seconds"] < tuned["cost"]["train_seconds"]  # the part's, and more than the part's
     # One network, counted once, whether it was trained in one stage or two.
     assert plain["cost"]["trained_here"] == tuned["cost"]["trained_here"] == tuned["cost"]["trainable_updated"]
     assert (plain["cost"]["trainable_nominal"], plain["identity"]["defense"]["weights"]) == (0, None)
@@ -300,7 +301,7 @@ def test_weights_of_another_width_are_one_line(bench: Bench, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--set", "depth=1"), "depth 1 and width 32 make no DnCNN; --set depth= takes 2 or more"),
+        (("--set", "depth=1"), "depth 1 and width 32 are too small for a DnCNN; set a depth of at least 2"),
         (("--set", "objective=stability"), "objective: Input should be 'mse', 'stab', 'clf' or 'stab+mse'"),
         (("--objective", "stability"), "denoiser has a loss of its own"),
     ],

@@ -1,4 +1,4 @@
-"""Diffusion denoising: its arithmetic against closed forms, checkpoints from outside, and the model trained here."""
+"""Diffusion denoising: its arithmetic compared with closed forms, external checkpoints, and the model trained here."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from bench import rng
+from bench import globalstate
 from bench.data.datasets import load_split
 from bench.errors import BenchError
 from bench.interface import Schedule
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.doctor import examine
@@ -49,19 +49,19 @@ SMALL = {
 
 
 def unet(**change: Any) -> diffusers.UNet2DModel:
-    with rng.fixed_rng(7):
+    with globalstate.fixed_rng(7):
         return diffusers.UNet2DModel(**{**SMALL, **change})
 
 
 def saved(folder: Path, scheduler: Any = None, **change: Any) -> Path:
-    """A small checkpoint in the flat layout."""
+    """Write a small checkpoint in the flat layout."""
     unet(**change).save_pretrained(folder)
     (scheduler or diffusers.DDPMScheduler()).save_pretrained(folder)
     return folder
 
 
 def build(*settings: str, sigma: float = 0.25) -> Any:
-    """The defense on the tiny card, nothing trained."""
+    """Build the untrained defense on the tiny card."""
     (plan,) = make_plans(RunOptions(defenses="diffusion", dataset=TINY, sigma=str(sigma), settings=settings))
     return fitting.construct(plan, untrained_base(plan.card, plan.base, CPU), CPU)
 
@@ -86,7 +86,7 @@ class Exact(nn.Module):
         clean, noise = self.mean + a.sqrt() * self.variance * gain, (1 - a).sqrt() * gain
         v = a.sqrt() * noise - (1 - a).sqrt() * clean
         out = {"epsilon": noise, "v_prediction": v, "sample": clean}[self.kind]
-        # A learned variance in the second half of the channels, which must not be looked at.
+        # A learned variance in the second half of the channels, which must not be used.
         return SimpleNamespace(sample=torch.cat([out, torch.full_like(out, torch.nan)], 1).float())
 
 
@@ -111,7 +111,7 @@ def test_an_exact_model_denoises_to_the_posterior_mean(tmp_path: Path, kind: str
     made.unet = Exact(kind, scheduler)
     x = 0.5 + 0.27 * torch.randn(16, 1, 8, 8)
     out = made.denoised(x, draw(16))
-    # The noise level that the chosen step stands for, a little above .25.
+    # The noise level of the chosen step, slightly above .25.
     level = float(1 / scheduler.alphas_cumprod[made.unet.asked[0]] - 1) ** 0.5 / 2
     assert 0.25 <= level < 0.255
     wanted = 0.5 + 0.1**2 / (0.1**2 + level**2) * (x - 0.5)
@@ -122,7 +122,7 @@ def test_an_exact_model_denoises_to_the_posterior_mean(tmp_path: Path, kind: str
 def test_pixels_come_back_in_their_range(tmp_path: Path) -> None:
     made = build(f"unet={saved(tmp_path)}")
 
-    class Scaled(nn.Module):  # believes the noisy image
+    class Scaled(nn.Module):  # predicts the noisy image itself
         def forward(self, noisy: Tensor, t: int) -> Any:
             return SimpleNamespace(sample=noisy / float(diffusers.DDPMScheduler().alphas_cumprod[t]) ** 0.5)
 
@@ -173,7 +173,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield server
 
 
-def test_a_checkpoint_from_outside_is_loaded_and_said_to_be(bench: Bench, tmp_path: Path, hub: Any) -> None:
+def test_an_external_checkpoint_is_loaded_and_reported(bench: Bench, tmp_path: Path, hub: Any) -> None:
     votes = []
     for source in (str(tmp_path / "flat"), str(tmp_path / "nested"), "someone/ddpm", f"someone/ddpm@{'a' * 40}"):
         ran = bench(
@@ -279,11 +279,11 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], 
         (["steps=0"], "steps=0: from 1 to"),
         (["steps=4000"], "steps=4000: from 1 to"),
         (["width=12"], "width=12 must be a multiple of 8"),
-        ([f"classifier={defense('own_loss')}"], "trains in a way of its own"),
+        ([f"classifier={defense('own_loss')}"], "has its own training"),
         (["classifier=nobody"], "nobody"),
     ],
 )
-def test_settings_that_cannot_be(settings: list[str], message: str) -> None:
+def test_invalid_settings_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(BenchError, match=message) as e:
         build(*settings)
     assert "\n" not in str(e.value)
@@ -293,11 +293,11 @@ def test_noise_beyond_the_schedule_is_refused_in_training_and_certification(benc
     # The last step keeps .9^3 of the image: noise of .305.
     unet_ = f"unet={saved(tmp_path, diffusers.DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1] * 3))}"
     build(unet_, sigma=0.3)
-    with pytest.raises(BenchError, match=r"sigma 0.31 is beyond the schedule's last step, 0.305"):
+    with pytest.raises(BenchError, match=r"sigma 0.31 is above the schedule's last step, 0.305"):
         build(unet_, sigma=0.31)
     args = ("run", "--defense", "diffusion", "--dataset", TINY, "--out", tmp_path / "runs", "--set", unet_)
     ran = bench(*args, "--sigma", 0.5, "--train-sigma", 0.25)
-    assert (ran.code, ran.err.splitlines()[-1].count("sigma 0.5 is beyond the schedule's last step")) == (2, 1)
+    assert (ran.code, ran.err.splitlines()[-1].count("sigma 0.5 is above the schedule's last step")) == (2, 1)
 
 
 def test_the_model_trained_here_is_shared_by_noise_levels_and_takes_noise_away(bench: Bench, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_the_model_trained_here_is_shared_by_noise_levels_and_takes_noise_away(b
     noisy = clean + 0.25 * draw(len(clean)).normal(*clean.shape[1:])
     with torch.inference_mode():
         denoised = fitted.defense.denoised(noisy, draw(len(clean)))  # type: ignore[operator]
-    # 37 steps of training: already better than what clipping to [0, 1] takes away.
+    # After 37 steps of training it already removes more noise than clipping to [0, 1].
     assert (denoised - clean).square().mean() < 0.75 * (noisy.clamp(0, 1) - clean).square().mean()
 
 
@@ -356,7 +356,8 @@ def test_the_average_of_the_weights_is_used() -> None:
     part.fit(module, Steps())  # type: ignore[arg-type]
     average = first
     # The decay is (1 + n) / (10 + n) while that is below .2.
-    for value, decay in zip((first, 1.0, 2.0, 3.0), (1 / 10, 2 / 11, 0.2, 0.2), strict=True):
+    values: list[Any] = [first, 1.0, 2.0, 3.0]
+    for value, decay in zip(values, (1 / 10, 2 / 11, 0.2, 0.2), strict=True):
         average = decay * average + (1 - decay) * value
     torch.testing.assert_close(parameters_to_vector(module.net.parameters()).detach(), average)
 
@@ -377,7 +378,7 @@ def test_a_killed_training_resumes_to_the_same_average(tmp_path: Path, monkeypat
                 raise Killed
 
         (tmp_path / folder).mkdir(exist_ok=True)
-        with rng.fixed_rng(1):
+        with globalstate.fixed_rng(1):
             module = part.build(10, plan.card.shape)
         checkpoint = tmp_path / folder / "checkpoint.pt"
         part.fit(module, loop.TrainingJob(data, (), 0.0, objectives.clean, 3, CPU, checkpoint, progress, []))

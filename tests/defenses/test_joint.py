@@ -1,4 +1,4 @@
-"""Joint and two-stage adaptation, and the bases of another task that they start from."""
+"""Joint and two-stage adaptation, and bases of another task."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import plugins, rng
+from bench import globalstate, plugins
 from bench.data.datasets import load_card, load_splits
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Defense
-from bench.models import bases
+from bench.models import load as loading
+from bench.models import probe
 from bench.models.base import BaseModel, Classifier
-from bench.models.base_names import blueprint
+from bench.models.names import blueprint
 from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.runs import fitting
@@ -54,13 +55,13 @@ def quiet(done: int, total: int, loss: float) -> None:
 
 
 def untrained(a_plan: Plan) -> BaseModel:
-    """The plan's base with the same fresh weights at every call."""
-    with rng.fixed_rng(0):
-        return bases.untrained_base(a_plan.card, a_plan.base, CPU, probe=not a_plan.cls.adapts)
+    """Make the plan's base with the same random weights at every call."""
+    with globalstate.fixed_rng(0):
+        return loading.untrained_base(a_plan.card, a_plan.base, CPU, probe=not a_plan.cls.adapts)
 
 
 def train(a_plan: Plan) -> tuple[Defense, dict[str, Any], str]:
-    """A defense trained on an untrained base, what is recorded of that, and the hash of the weights."""
+    """Train a defense on an untrained base; return it, the record of its training, and the hash of its weights."""
     base = untrained(a_plan)
     data = load_splits(a_plan.card, "train")[0].first(200)
     defense = fitting.construct(a_plan, base, CPU)
@@ -78,7 +79,7 @@ def classifier(defense: Defense) -> Classifier:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["joint", "two-stage"])
-def test_a_new_head_is_trained_beside_the_method(name: str, method: str) -> None:
+def test_a_new_head_is_trained_together_with_the_method(name: str, method: str) -> None:
     a_plan = plan(name, method)
     base = untrained(a_plan)
     assert base.classes == 5
@@ -96,16 +97,16 @@ def test_a_new_head_is_trained_beside_the_method(name: str, method: str) -> None
     assert meta["updated"] == sum(p.numel() for p in before.values() if p.requires_grad)
 
 
-def test_the_head_is_new_even_where_the_classes_agree_in_number() -> None:
+def test_the_head_is_new_even_for_the_same_number_of_classes() -> None:
     a_plan = plan("joint", base="vit")
     base = untrained(a_plan)
     assert base.classes == 10
     head = classifier(fitting.construct(a_plan, base, CPU)).head()
-    assert not torch.equal(head.weight, base.module.head().weight)  # type: ignore[union-attr,operator]
+    assert not torch.equal(head.get_parameter("weight"), base.module.get_parameter("model.head.weight"))
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, cls: type[Defense], die_at: int = 0) -> list[bool]:
-    """Whether each batch that ``cls`` is trained on is clean; ends the training at the ``die_at``-th."""
+    """Record whether each training batch of ``cls`` is clean; interrupt the training at batch ``die_at``."""
     seen: list[bool] = []
     logits = cls.logits
 
@@ -146,11 +147,11 @@ def test_two_stage_killed_in_either_stage_resumes_to_the_same_weights(
     seen = spied(monkeypatch, TwoStage)
     _, _, resumed = train(plan("two-stage"))
     assert resumed == undisturbed
-    assert len(seen) == STEPS - (die_at - 1)  # nothing was done twice
+    assert len(seen) == STEPS - (die_at - 1)  # no step was repeated
     assert not list((tmp_path / "other").glob("*/*.pt"))
 
 
-def test_the_sources_of_what_is_inside_are_part_of_the_identity() -> None:
+def test_the_sources_of_inner_defenses_are_part_of_the_identity() -> None:
     defense = fitting.construct(plan("two-stage", "full"), untrained(plan("two-stage")), CPU)
     assert set(fitting.context_of(defense).used) == {"joint inside", "full inside"}
 
@@ -158,8 +159,8 @@ def test_the_sources_of_what_is_inside_are_part_of_the_identity() -> None:
 # The base --------------------------------------------------------------------------------------------
 
 
-def load(card: Any, train: Split, validation: Split, **given: bool) -> BaseModel:
-    return bases.load_base(card, "vit-0to4", train, validation, CPU, quiet, **given)
+def load(card: Any, train: Split, validation: Split, **given: Any) -> BaseModel:
+    return loading.load_base(card, "vit-0to4", train, validation, CPU, quiet, **given)
 
 
 def upside_down(split: Split, rows: Any) -> Split:
@@ -183,7 +184,7 @@ def test_a_base_of_some_classes_sees_no_image_of_the_others() -> None:
     assert right / total == base.meta["validation_clean_accuracy"] > 0.5
 
 
-def test_its_labels_are_places_in_the_recipes_list() -> None:
+def test_its_labels_are_positions_in_the_recipes_list() -> None:
     card = load_card(TINY)
     card = replace(card, bases={"vit-0to4": replace(card.bases["vit-0to4"], classes=("7", "2"))})
     train_split, validation = load_splits(card, "train", "validation")
@@ -194,15 +195,15 @@ def test_its_labels_are_places_in_the_recipes_list() -> None:
             assert (base.module(images).argmax(1) == place).float().mean() > 0.7
 
 
-def test_only_defenses_without_a_head_of_their_own_get_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_defenses_without_their_own_head_get_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
-    real = bases.linear_probe
+    real = probe.linear_probe
 
-    def spy(a_plan: Any, *rest: Any) -> dict[str, Any]:
+    def spy(a_plan: Any, *rest: Any) -> Any:
         probed.append(a_plan.name)
         return real(a_plan, *rest)
 
-    monkeypatch.setattr(bases, "linear_probe", spy)
+    monkeypatch.setattr(loading, "linear_probe", spy)
     session = Session(CPU, tmp_path / "runs", ConsoleReporter())
     for name in ("joint", "two-stage"):
         assert session.materials(plan(name)).base.classes == 5
@@ -230,7 +231,7 @@ def test_which_base_each_defense_gets() -> None:
 # The command line ------------------------------------------------------------------------------------
 
 
-def test_their_rows_stand_in_one_table_with_others_on_the_same_base(bench: Bench, tmp_path: Path) -> None:
+def test_defenses_on_the_same_base_share_one_table(bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "runs"
     ran = bench("run", "--defense", "joint,two-stage,lora", "--dataset", TINY, "--out", out)
     assert ran.code == 0, ran.err
@@ -279,7 +280,7 @@ def test_the_cost_of_training_is_estimated(bench: Bench) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["joint", "two-stage"])
-def test_a_method_that_cannot_be_is_refused(name: str, method: str, words: str) -> None:
+def test_an_unsuitable_method_is_refused(name: str, method: str, words: str) -> None:
     with pytest.raises(BenchError, match=words) as e:
         fitting.construct(plan(name, method), untrained(plan(name)), CPU)
     assert "\n" not in str(e.value)
@@ -295,7 +296,7 @@ def test_a_method_that_cannot_be_is_refused(name: str, method: str, words: str) 
         ),
         ('transfer_base = "vit-0to4"', 'transfer_base = "vit-0to9"', "unknown base 'vit-0to9'; did you mean vit-0to4"),
         ('["0", "1", "2", "3", "4"]', '["0", "ten"]', "unknown class in bases.vit-0to4.classes of card tiny 'ten'"),
-        ('["0", "1", "2", "3", "4"]', '["0", "0"]', "bases.vit-0to4: classes: two at least, all different"),
+        ('["0", "1", "2", "3", "4"]', '["0", "0"]', "bases.vit-0to4: classes: at least two, all different"),
         ("train_examples = 200", "train_examples = 1", "none of the 1 train images is of its classes; name others"),
     ],
 )
@@ -312,11 +313,15 @@ def test_a_card_that_cannot_serve_is_one_line(bench: Bench, tmp_path: Path, old:
     assert words in result.err and "Traceback" not in result.err
 
 
-def test_all_are_those_the_card_has_a_base_for(tmp_path: Path) -> None:
+def test_all_means_the_defenses_the_card_has_a_base_for(tmp_path: Path) -> None:
     bare = tmp_path / "bare.toml"
     bare.write_text(Path(TINY).read_text().replace('transfer_base = "vit-0to4"', ""))
     everything = set(plugins.names())
-    given = {"tiny": {"dataset": TINY}, "bare": {"dataset": str(bare)}, "base": {"dataset": str(bare), "base": "vit"}}
+    given: dict[str, Any] = {
+        "tiny": {"dataset": TINY},
+        "bare": {"dataset": str(bare)},
+        "base": {"dataset": str(bare), "base": "vit"},
+    }
     found = {k: {p.defense for p in make_plans(RunOptions(defenses="all", **v))} for k, v in given.items()}
     adapting = {"joint", "two-stage"}
     assert found == {"tiny": everything, "bare": everything - adapting, "base": everything}

@@ -1,4 +1,4 @@
-"""The parameter-efficient defenses: what they train, where they start, what a vote costs once they are merged."""
+"""The parameter-efficient defenses: trained parameters, initial function, and the cost of a vote after merging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import plugins, rng
+from bench import globalstate, plugins
 from bench.data.datasets import load_card, load_split
 from bench.data.split import Split
 from bench.errors import BenchError
@@ -44,8 +44,8 @@ def _one_thread() -> None:
 
 
 def classifier(arch: str, **args: Any) -> LocalBase:
-    """A base of random weights in every layer: timm's biases are zero and its matrices small, which hides mistakes."""
-    with rng.fixed_rng(1):
+    """Make a base with random weights in every layer: timm's zero biases and small matrices would hide mistakes."""
+    with globalstate.fixed_rng(1):
         model = timm.create_model(arch, num_classes=10, in_chans=1, **args)
         for p in model.parameters():
             if p.ndim == 1:
@@ -77,7 +77,7 @@ def images(rows: int = 4) -> Tensor:
 
 
 def apart(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> float:
-    """The largest difference of logits, which are of order one."""
+    """Return the largest difference of logits, which are of order one."""
     x = images()
     with torch.no_grad():
         return float((one(x) - other(x)).abs().max())
@@ -96,7 +96,7 @@ def trainable(defense: Defense) -> dict[str, nn.Parameter]:
 
 @cache
 def published(arch: str) -> Classifier:
-    """A published architecture without its memory."""
+    """Make a published architecture on the meta device."""
     with torch.device("meta"):
         return Classifier(timm.create_model(arch), (0.5,) * 3, (0.5,) * 3)
 
@@ -105,7 +105,7 @@ def count(size: str, name: str, preset: str, **settings: Any) -> int:
     base = SimpleNamespace(copy=lambda classes: copy.deepcopy(published(f"vit_{size}_patch16_224")))
     cls, _ = plugins.load(name)
     config = configured(name, cls, preset, load_card("digits"), settings)
-    defense = cls(SimpleNamespace(base=base, classes=1000, shape=(3, 224, 224)), config)  # type: ignore[arg-type]
+    defense = cls(SimpleNamespace(base=base, classes=1000, shape=(3, 224, 224)), config)
     return sum(p.numel() for p in trainable(defense).values())
 
 
@@ -114,7 +114,7 @@ def test_parameters_at_the_published_sizes(size: str, depth: int, d: int) -> Non
     per_rank = {"base": 36_864, "large": 98_304}[size]
     assert count(size, "lora", "paper", rank=1) == per_rank
     assert count(size, "lora", "paper", rank=4) == 4 * per_rank
-    # Fused, the key is adapted as well, and the three share one down-projection.
+    # In the fused layer the key is adapted too, and all three share one down-projection.
     assert count(size, "lora", "quick", targets="attention", rank=1) == depth * (d + 3 * d)
     assert count(size, "adapter", "paper") == {"base": 1_189_632, "large": 3_171_840}[size]
     assert count(size, "prompt", "paper") == {"base": 460_800, "large": 1_228_800}[size]
@@ -152,7 +152,7 @@ def test_only_what_should_be_trained_is_and_only_that_is_stored(
 
 
 @pytest.mark.parametrize(("name", "part"), [("lora", "lora_"), ("bitfit", "bias"), ("head", "fc.")])
-def test_a_convnets_statistics_stay_the_bases(name: str, part: str) -> None:
+def test_a_convnet_keeps_the_bases_statistics(name: str, part: str) -> None:
     base = resnet()
     after, _ = fit(base, name, {})
     before = build(base, name).state_dict()
@@ -162,7 +162,7 @@ def test_a_convnets_statistics_stay_the_bases(name: str, part: str) -> None:
 
 
 def fit(base: LocalBase, name: str, settings: dict[str, Any]) -> tuple[Defense, set[str]]:
-    """A defense after three steps, and the names of the tensors that its training stored."""
+    """Train a defense for three steps; return it and the names of the stored tensors."""
     (plan,) = make_plans(
         RunOptions(defenses=name, dataset=TINY, settings=tuple(f"{k}={v}" for k, v in settings.items()))
     )
@@ -201,7 +201,7 @@ def test_untrained_it_is_the_base_to_the_last_bit(name: str, settings: dict[str,
 
 
 @pytest.mark.parametrize(("name", "settings"), ROUNDED)
-def test_untrained_it_is_the_base_but_for_rounding(name: str, settings: dict[str, Any]) -> None:
+def test_untrained_it_is_the_base_up_to_rounding(name: str, settings: dict[str, Any]) -> None:
     base = vit()
     assert apart(logits(build(base, name, **settings)), base.module) <= 2e-6
 
@@ -227,7 +227,7 @@ KINDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("deep", [False, True])
 def test_no_prompts_is_the_base(args: dict[str, Any], deep: bool) -> None:
     base = vit(**args)
-    # Without a class token the patches lie otherwise in memory, and sums are rounded in another order.
+    # Without a class token the memory layout of patches differs, so sums are rounded in another order.
     assert apart(logits(build(base, "prompt", tokens=0, deep=deep)), base.module) <= (
         0 if args.get("class_token", True) else 1e-6
     )
@@ -237,23 +237,24 @@ def test_no_prompts_is_the_base(args: dict[str, Any], deep: bool) -> None:
 @pytest.mark.parametrize("pool", [{}, {"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}])
 @pytest.mark.parametrize("deep", [False, True])
 def test_prompts_do_what_timms_register_tokens_do(pool: dict[str, Any], deep: bool) -> None:
-    """Register tokens follow the class token, have no position and stay out of the average: an independent oracle."""
+    """An independent oracle: register tokens follow the class token, without position, outside of the average."""
     base = vit(no_embed_class=True, **pool)
     defense = build(base, "prompt", tokens=3, deep=deep)
     prompts = next(iter(trainable(defense).values())).detach()
     other = vit(no_embed_class=True, reg_tokens=3, **pool)
-    oracle = other.module.model
-    oracle.load_state_dict({**base.module.model.state_dict(), "reg_token": prompts[:1]})
-    for block, own in zip(oracle.blocks, prompts, strict=False):  # type: ignore[arg-type]
+    oracle: Any = other.module.model
+    of_base: Any = base.module.model
+    oracle.load_state_dict({**of_base.state_dict(), "reg_token": prompts[:1]})
+    for block, own in zip(oracle.blocks, prompts, strict=False):
 
         def replace_registers(_: nn.Module, inputs: tuple[Tensor], own: Tensor = own) -> Tensor:
-            x, first = inputs[0].clone(), int(base.module.model.has_class_token)  # type: ignore[arg-type]
+            x, first = inputs[0].clone(), int(of_base.has_class_token)
             x[:, first : first + 3] = own
             return x
 
         block.register_forward_pre_hook(replace_registers)
     assert apart(logits(defense), other.module) < 1e-5
-    # 3 x 3 prompts would do the same in another place: dim 32, patches of 1 x 2 x 2.
+    # dim 32, patches of 1 x 2 x 2.
     assert prompts.shape == (2 if deep else 1, 3, 32)
     assert 0.8 < float(prompts.abs().max()) / (6 / (4 + 32)) ** 0.5 <= 1
 
@@ -269,10 +270,10 @@ def flops(model: Callable[[Tensor], Tensor]) -> int:
 
 @pytest.mark.parametrize("targets", ["linear", "attention", "qv", "convnet"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_it_is_the_same_function_at_the_price_of_the_base(targets: str, dora: bool) -> None:
+def test_merged_it_is_the_same_function_at_the_cost_of_the_base(targets: str, dora: bool) -> None:
     base, targets = (resnet(), "linear") if targets == "convnet" else (vit(), targets)
     defense = build(base, "lora", targets=targets, dora=dora)
-    with torch.no_grad(), rng.fixed_rng(2):
+    with torch.no_grad(), globalstate.fixed_rng(2):
         for p in trainable(defense).values():
             p.add_(0.1 * torch.randn_like(p))
     x = images()
@@ -292,7 +293,7 @@ def test_merged_it_is_the_same_function_at_the_price_of_the_base(targets: str, d
 def test_qv_leaves_the_key_as_it_is() -> None:
     base = vit()
     defense = build(base, "lora", targets="qv")
-    with torch.no_grad(), rng.fixed_rng(2):
+    with torch.no_grad(), globalstate.fixed_rng(2):
         for p in trainable(defense).values():
             p.add_(0.1 * torch.randn_like(p))
     defense.merge()
@@ -385,7 +386,7 @@ def resumed_fit(defense: Defense, data: Split, checkpoint: Path, die_at: int = 1
         return objectives.gaussian(f, x, y, draw)
 
     job = loop.TrainingJob(data, (), 0.25, objective, 0, CPU, checkpoint, lambda *_: None, [])
-    with rng.fixed_rng(0):
+    with globalstate.fixed_rng(0):
         defense.fit(job)
     return {key: value.clone() for key, value in defense.state_dict().items()}
 
@@ -410,7 +411,7 @@ def test_none_clips_where_asked(bench: Bench, tmp_path: Path) -> None:
     assert len(rows) == 2
 
 
-def test_clipping_is_of_what_the_base_sees() -> None:
+def test_clipping_applies_to_the_bases_input() -> None:
     base = vit()
     x = images()
     with torch.no_grad():
@@ -419,7 +420,7 @@ def test_clipping_is_of_what_the_base_sees() -> None:
 
 
 def test_layers_that_no_image_passes_through_get_no_adapter() -> None:
-    """BEiT's projection is read, not called; an adapter there would count as trained and change nothing."""
+    """BEiT's projection is used without a call; an adapter there would count as trained and have no effect."""
     beit = classifier("beit_base_patch16_224", **VIT)
     with pytest.raises(BenchError, match="targets=attention matches no layer of this base"):
         build(beit, "lora", targets="attention")

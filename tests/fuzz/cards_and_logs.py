@@ -1,4 +1,4 @@
-"""Cards and released logs that strangers wrote."""
+"""Fuzz cards and released logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.data.datasets import card_files, load_card
-from bench.models.base_names import blueprint
+from bench.models.names import blueprint
 from bench.options import RunOptions
 from bench.records.flaws import Stated
 from bench.records.importing import import_log
@@ -35,7 +35,7 @@ CARDS.append(
 
 
 def toml(value: Any) -> str:
-    """A JSON value in one line of TOML, None (which TOML has not) as an empty string."""
+    """Write a JSON value as one line of TOML; None, which TOML lacks, as an empty string."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -60,21 +60,21 @@ def _use_card(data: bytes) -> None:
             (plan,) = make_plans(
                 RunOptions(defenses="none", dataset=str(folder / "card.toml"), base=next(iter(card.bases)))
             )
-            assert plan.procedure.most > 0
+            assert plan.procedure.max_votes > 0
 
         judge("card", read)
 
 
 @given(st.sampled_from(CARDS), edits, cuts)
 def cards(card: dict[str, Any], changes: list[Any], torn: list[Any]) -> None:
-    """A card with keys changed, and its text torn."""
+    """Read a card with changed keys and damaged text."""
     text = "\n".join(f"{json.dumps(k)} = {toml(v)}" for k, v in changed(card, changes).items())
     _use_card(cut(text.encode(errors="surrogatepass"), torn))
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode(errors="surrogatepass")))
 def random_cards(data: bytes) -> None:
-    """Any bytes for a card."""
+    """Read random bytes as a card."""
     _use_card(data)
 
 
@@ -126,7 +126,7 @@ def _text(cell: Any) -> str:
 
 @given(st.sampled_from(LOGS), fields, cuts, st.sampled_from([0.25, 1e-300, 1e29]), st.sampled_from([10, 1000, 10**9]))
 def logs(log: Any, changes: list[Any], torn: list[Any], sigma: float, n: int) -> None:
-    """A log of a known kind with fields changed, and its text torn."""
+    """Read a log of a known kind with changed fields and damaged text."""
     rows, kind, radius = log
     rows = changed(rows, changes)
     lines = (
@@ -138,6 +138,6 @@ def logs(log: Any, changes: list[Any], torn: list[Any], sigma: float, n: int) ->
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode(errors="surrogatepass")))
 def random_logs(data: bytes) -> None:
-    """Any bytes for a log, after a header or not."""
+    """Read random bytes as a log, with or without a header."""
     _use_log(data, Stated("cohen", "any-data", 0.25, 0.001, 1000))
     _use_log("\t".join(COHEN[0]).encode() + b"\n" + data, Stated("cohen", "any-data", 0.25, 0.001, 1000))

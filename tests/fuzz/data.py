@@ -1,4 +1,4 @@
-"""Pictures and weights that strangers made: parquet files, folders, encoded pictures, safetensors and their configs."""
+"""Fuzz pictures and weights: parquet files, folders, encoded pictures, safetensors and their configs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench.data.datasets import load_card, load_split
-from bench.models import base_names
+from bench.models.names import blueprint, choose_base
 from tests.fuzz.judging import changed, cut, cuts, dumped, edits, judge, scratch
 
 # Pictures --------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ reader = "{reader}"
 
 
 def _read_all(folder: Path) -> None:
-    """The train split as a run takes it: what says which pictures they are, and each of them decoded."""
+    """Load the train split as a run does, and decode each picture."""
     split = load_split(load_card(str(folder / "card.toml")), "train")
     assert len(split.sha256()) == 64
     pixels = split.images[np.arange(len(split))]
@@ -95,7 +95,7 @@ _NAMES = [
 
 @given(st.lists(st.tuples(st.sampled_from(_NAMES), pictures), min_size=1, max_size=6), looks)
 def picture_folders(files: list[tuple[bytes, bytes]], look: tuple[int, int]) -> None:
-    """Pictures with bytes torn, under names that may be no text, in a folder for each class."""
+    """Read damaged pictures, under file names that may not be valid text, in a folder for each class."""
     with scratch() as folder:
         for number, (name, data) in enumerate([*files, *(((b"z.png"), _encoded("PNG", "L", (8, 8))),) * 3]):
             place = folder / "train" / ("cat", "dog", "\udcff")[number % 3]
@@ -152,7 +152,7 @@ def _columns(images: list[bytes | None], labels: list[int | None], kind: Any, la
 def parquets(
     rows: list[Any], kind: Any, label_kind: Any, packed: str, old: bool, torn: list[Any], look: tuple[int, int]
 ) -> None:
-    """A parquet file of many kinds of columns, its bytes torn."""
+    """Read a damaged parquet file with columns of many kinds."""
     images = [None if k is None else _encoded(*KINDS[k], (8, 8)) for k, _ in rows]
     images += [_encoded("PNG", "L", (8, 8))] * 3
     table = _columns(images, [label for _, label in rows] + [0, 1, 2], kind, label_kind)
@@ -166,14 +166,14 @@ def parquets(
 
 # Weights ---------------------------------------------------------------------------------------------
 
-_ARGS = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 1, "in_chans": 1}
+_ARGS: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 4, "depth": 1, "num_heads": 1, "in_chans": 1}
 _CONFIG = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": _ARGS}
 _CONFIG["pretrained_cfg"] = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25], "num_classes": 10}
 
 
 @functools.cache
 def _tensors() -> tuple[dict[str, Any], bytes]:
-    """Header and data of a safetensors file of that model."""
+    """Return header and data of a safetensors file of the model in ``_CONFIG``."""
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **_ARGS)
@@ -189,11 +189,12 @@ def _tensors() -> tuple[dict[str, Any], bytes]:
 _DTYPES = ["F64", "BF16", "F16", "F8_E4M3", "F8_E5M2", "F4", "C64", "I64", "U64", "BOOL", "F32", "x"]
 _shapes = st.sampled_from([[0, 2**40, 2**40], [1] * 100, [], [4], [2**63], [-1]])
 _new = st.sampled_from(_DTYPES) | _shapes | st.sampled_from([[0, 0], [0, 4], [0, 2**63], [4, 0]])
-_header_edits = st.just([]) | edits | st.lists(st.tuples(st.integers(0, 2**16), st.just("replace"), _new), max_size=2)
+_no: list[tuple[int, str, Any]] = []
+_header_edits = st.just(_no) | edits | st.lists(st.tuples(st.integers(0, 2**16), st.just("replace"), _new), max_size=2)
 
 
 def _modest(value: Any) -> bool:
-    """Whether no number in a config asks for a model that takes long: docs/security.md says that none is refused."""
+    """Return whether all sizes in a config are small; large models are slow but not refused (docs/security.md)."""
     if isinstance(value, dict | list):
         return all(map(_modest, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int | float) or not value > 64
@@ -201,7 +202,7 @@ def _modest(value: Any) -> bool:
 
 @given(_header_edits, st.sampled_from(["file", "sidecar", "inside", "folder"]), st.just([]) | edits, cuts, cuts)
 def weights(changes: list[Any], where: str, others: list[Any], torn: list[Any], torn_config: list[Any]) -> None:
-    """Weights with the header changed and bytes torn, and a config beside or inside of it: finite logits' weights."""
+    """Load damaged weights with a changed header, and a config in a file or in the header."""
     header, data = _tensors()
     config = changed(_CONFIG, others)
     if isinstance(config, dict) and not _modest(config.get("model_args")):
@@ -220,8 +221,8 @@ def weights(changes: list[Any], where: str, others: list[Any], torn: list[Any], 
         card = load_card("digits")
 
         def read() -> None:
-            name = base_names.choose_base(card, card.preset, str(file.parent if where == "folder" else file))
-            module, _ = base_names.blueprint(card, name).load()
+            name = choose_base(card, card.preset, str(file.parent if where == "folder" else file))
+            module, _ = blueprint(card, name).load()
             assert all(torch.isfinite(v).all() for v in itertools.chain(module.parameters(), module.buffers()))
 
         judge("weights", read)

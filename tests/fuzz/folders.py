@@ -1,4 +1,4 @@
-"""Run folders and baselines that strangers wrote."""
+"""Fuzz run folders and baselines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from bench.records.importing import import_log
 from bench.records.logs import export_log
 from bench.records.record import Record, read_run
 from bench.records.verify import check_record
-from bench.report import build, tables
-from bench.smoothing.anytime import Anytime, describe
+from bench.report import tables, text
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.fuzz.cards_and_logs import COHEN
 from tests.fuzz.judging import SCRATCH, changed, cut, cuts, dumped, edits, judge, scratch
 from tests.helpers.records import made_up
@@ -29,7 +30,7 @@ from tests.helpers.records import made_up
 
 
 def _example_runs() -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
-    """Folder name, run.json and certificates of a run with each procedure, an unfinished one, and an imported log."""
+    """Return name, run.json and certificates of a run with each procedure, an unfinished run and an imported log."""
     anytime = Anytime(100, 1000, 0.001, (0.25, 0.5, 0.75))
     found = []
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
@@ -53,7 +54,7 @@ _BASELINE: dict[str, Any] = {}
 
 
 def in_lines(values: list[Any]) -> bytes:
-    """JSON values, one a line."""
+    """Write JSON values, one per line."""
     return b"".join(dumped(x) + b"\n" for x in values)
 
 
@@ -73,10 +74,10 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
 
         def report_all() -> None:
             records.extend(tables.load_records(folder / "a")[0])
-            if not records:  # as the command says
+            if not records:  # as the command does
                 raise BenchError("no finished run")
             for form in ("md", "csv", "json", "latex"):
-                build.render(records, form, published=form == "md").encode(errors="backslashreplace")
+                text.render(tables.build(records, form == "md"), form).encode(errors="backslashreplace")
 
         def audit() -> None:
             for finding in check_record(run):
@@ -97,7 +98,7 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
 
 @given(st.sampled_from(RUNS), edits, edits, st.sampled_from(["run", "lines", "lines", "both"]), cuts)
 def run_folders(run: Any, changes: list[Any], others: list[Any], where: str, torn: list[Any]) -> None:
-    """A run folder with fields of run.json or certificates changed, and a file torn."""
+    """Read a run folder with changed fields of run.json or certificates, and a damaged file."""
     name, info, lines = run
     info = changed(info, changes) if where != "lines" else info
     lines = changed(lines, others) if where != "run" else lines
@@ -107,13 +108,13 @@ def run_folders(run: Any, changes: list[Any], others: list[Any], where: str, tor
 
 @given(st.sampled_from(RUNS), st.binary(max_size=100), st.binary(max_size=100), st.booleans())
 def random_run_folders(run: Any, info: bytes, lines: bytes, valid: bool) -> None:
-    """Any bytes for run.json or for certificates.jsonl."""
+    """Read random bytes as run.json or certificates.jsonl."""
     _use_run(run[0], dumped(run[1]) if valid else info, lines)
 
 
 @given(edits, cuts)
 def baselines(changes: list[Any], torn: list[Any]) -> None:
-    """A baseline with fields changed under a right hash, and its text torn."""
+    """Read a damaged baseline with changed fields and a hash that fits them."""
     with scratch() as folder:
         path = folder / "runs" / RUNS[0][0]
         path.mkdir(parents=True)

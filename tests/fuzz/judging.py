@@ -1,7 +1,7 @@
-"""What the fuzzing of this folder shares: how inputs are made, and what is demanded of whoever reads them.
+"""Shared parts of the fuzz tests: strategies for inputs, and the check of each reader.
 
-Inputs are valid ones with a few things changed (``changed``, ``cut``), or bytes without any structure. ``judge``
-demands a result or one clear line, soon, and nothing written elsewhere; ``outcomes`` counts them.
+Inputs are valid ones with a few changes (``changed``, ``cut``), or bytes without structure. ``judge`` requires a
+result or one clear line, within a time limit, and nothing written elsewhere; ``outcomes`` counts both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONGEST = 10.0  # processor seconds that any input may take
 outcomes: Counter[str] = Counter()
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-")).resolve()
-_watched: list[str] = []  # files written outside of the scratch folder while a target runs
+_watched: list[str] = []  # files written outside the scratch folder while a target runs
 _watching = False
 
 
@@ -57,13 +57,13 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty folder, beside which nothing may be written."""
+    """Yield an empty folder, the only place that may be written."""
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         yield Path(folder)
 
 
 def judge(name: str, read: Callable[[], object]) -> bool:
-    """Whether ``read`` gave a result rather than refusing; any third outcome fails."""
+    """Return whether ``read`` gave a result (True) or refused (False); any other outcome fails."""
     global _watching
     _watched.clear()
     began = time.process_time()
@@ -88,7 +88,7 @@ def judge(name: str, read: Callable[[], object]) -> bool:
 
 # Strategies ------------------------------------------------------------------------------------------
 
-NASTY = [
+NASTY: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 255, 2**31, 2**53 + 1, 2**63, 10**30, 10**400),
     *(0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf")),
     *(
@@ -118,13 +118,14 @@ edits = st.lists(
     min_size=1,
     max_size=3,
 )
-# What is done to bytes: a place, how many are taken out, and what is put in.
+# A change of bytes: the place, the number of bytes removed, and the bytes inserted.
 _cut = st.tuples(st.integers(0, 2**16), st.integers(0, 64), st.binary(max_size=12))
-cuts = st.just([]) | st.just([]) | st.just([]) | st.lists(_cut, max_size=2)  # mostly whole, else nothing parses
+_no: list[tuple[int, int, bytes]] = []
+cuts = st.just(_no) | st.just(_no) | st.just(_no) | st.lists(_cut, max_size=2)  # mostly whole, else nothing parses
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container of a JSON value with each of its keys."""
+    """Yield every container of a JSON value with each of its keys."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(pairs):
         yield value, key
@@ -132,10 +133,10 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed(value: Any, changes: list[tuple[int, str, Any]]) -> Any:
-    """A copy of a JSON value with each change made somewhere in it."""
+    """Copy a JSON value and apply each change somewhere in it."""
     value = copy.deepcopy(value)
     for at, how, new in changes:
-        new = copy.deepcopy(new)  # NASTY's own lists are not to be changed by a second change
+        new = copy.deepcopy(new)  # a second change must not alter NASTY's own lists
         places = list(_places(value))
         if not places:
             return new
@@ -154,7 +155,7 @@ def changed(value: Any, changes: list[tuple[int, str, Any]]) -> Any:
 
 
 def cut(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
-    """Bytes with some replaced."""
+    """Replace some bytes."""
     for at, gone, new in changes:
         at %= len(data) + 1
         data = data[:at] + new + data[at + gone :]
@@ -162,5 +163,5 @@ def cut(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def dumped(value: Any) -> bytes:
-    """JSON text of any value, NaN and lone surrogates too."""
+    """Write any value as JSON text, also NaN and lone surrogates."""
     return json.dumps(value).encode()

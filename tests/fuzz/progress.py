@@ -1,4 +1,4 @@
-"""What the folders of unfinished runs hold: logs, shards, certificates so far."""
+"""Fuzz the folders of unfinished runs: logs, shards, certificates so far."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _write(folder: Path, info: bytes, lines: bytes, log: bytes | None = None) ->
 
 @given(st.sampled_from(RUNS), edits, edits, st.sampled_from(["run", "lines", "neither"]), cuts, _logs)
 def logs_of_runs(run: Any, changes: list[Any], others: list[Any], where: str, torn: list[Any], log: bytes) -> None:
-    """A run under way with any log, in its folder and beside it: it is shown, and the runs beside it are too."""
+    """Show a running run with any log, and the other runs of its folder."""
     name, info, lines = run
     started = {k: v for k, v in info.items() if k not in ("cost", "metrics")} | {"status": "started"}
     info = changed(started, changes) if where == "run" else started
@@ -84,7 +84,7 @@ def logs_of_runs(run: Any, changes: list[Any], others: list[Any], where: str, to
 
 
 def _shard(out: Path, shard: str, info: Any, rows: list[Any], torn: list[Any]) -> Path:
-    """A shard's folder in that of the run that its identity is of."""
+    """Write a shard into the folder of the run to which its identity belongs."""
     identity = info.get("identity") if isinstance(info, dict) else None
     run = out / f"digits-x-s0.25-{digest(identity)[:8]}"
     lines = cut(in_lines(rows), torn)
@@ -106,7 +106,7 @@ def _shard(out: Path, shard: str, info: Any, rows: list[Any], torn: list[Any]) -
 def shards(
     run: Any, changes: list[Any], others: list[Any], first: str, device: Any, both: bool, torn: list[Any]
 ) -> None:
-    """Two shards of a run, one of them or both changed: a run that can be read, or nothing is written."""
+    """Merge two shards, one or both changed: the result is a readable run, or nothing is written."""
     _, info, lines = run
     with scratch() as folder:
         for shard, altered in ((first, True), ("2/2", both)):

@@ -1,9 +1,9 @@
-"""Inputs without end: python tests/fuzz/search.py PROPERTY[,PROPERTY...] SECONDS [--guided] [--seed N]
+"""Feed random inputs to the readers of untrusted files: python tests/fuzz/search.py PROPERTY[,...]|all SECONDS
 
-Tries random inputs of a property of this folder, or with --guided such as reach new code of bench (atheris; Linux only:
-pip install atheris). Goes on after a failure. Prints how many were tried (bytes that hypothesis can make no input of
-are not counted) and what was read or refused of them, and each distinct failure with the input that showed it; exit
-code 1 where there was one.
+Options: --guided prefers inputs that reach new code of bench, one property at a time (atheris; Linux only: pip install
+atheris); --seed N repeats a search. A failure does not end the search. For each property it prints how many inputs were
+tried (bytes from which hypothesis makes no input do not count), how many were read or refused, and each distinct
+failure with its input. Exit code 1 where there was a failure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-LENGTHS = [64, 256, 1024, 4096]  # of the bytes that hypothesis makes an input of
+LENGTHS = [64, 256, 1024, 4096]  # bytes from which hypothesis makes an input
 sys.path.insert(0, str(HERE.parents[1]))
 
 failures: Counter[str] = Counter()
@@ -32,7 +32,7 @@ shown: dict[str, str] = {}
 
 
 def attempt(prop: Any, data: bytes) -> bool:
-    """Whether the bytes made an input; a failure is kept under the place that raised it."""
+    """Return whether the bytes made an input; keep a failure under the place that raised it."""
     try:
         return prop.hypothesis.fuzz_one_input(data) is not None
     except Exception as e:
@@ -45,7 +45,7 @@ def attempt(prop: Any, data: bytes) -> bool:
 
 
 def report(name: str, began: float, tried: int) -> None:
-    """What was tried, and what came of it."""
+    """Print how many inputs were tried, and with which outcomes."""
     from tests.fuzz.judging import outcomes
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process; on Linux in kilobytes
@@ -58,14 +58,14 @@ def report(name: str, began: float, tried: int) -> None:
 
 
 def main() -> None:
-    """Until the time is up."""
+    """Search until the time is up."""
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("property")
     args.add_argument("seconds", type=float)
     args.add_argument("--guided", action="store_true")
     args.add_argument("--seed", type=int, default=0)
     given = args.parse_args()
-    warnings.simplefilter("ignore")  # Pillow's, of pictures that are not whole
+    warnings.simplefilter("ignore")  # Pillow's, about damaged pictures
     logging.getLogger("timm").setLevel(logging.ERROR)
     if given.guided:
         import atheris
@@ -79,7 +79,8 @@ def main() -> None:
         for module in (cards_and_logs, data, folders, progress, served)
         for name, prop in vars(module).items()
     }
-    names = given.property.split(",")
+    every = [name for name, prop in known.items() if hasattr(prop, "hypothesis")]
+    names = every if given.property == "all" else given.property.split(",")
     began, tried = time.monotonic(), 0
     prop = known[names[0]]
 
@@ -90,7 +91,7 @@ def main() -> None:
     source = random.Random(given.seed)
     if given.guided:
         folder = tempfile.mkdtemp(prefix="fuzz-")
-        for number in range(100):  # from nothing it would take long to reach the length of any valid input
+        for number in range(100):  # an empty corpus takes long to reach a valid length
             (Path(folder) / str(number)).write_bytes(source.randbytes(source.choice(LENGTHS)))
         flags = [f"-max_len={LENGTHS[-1]}", "-len_control=0", f"-seed={given.seed + 1}", "-verbosity=0", folder]
 
@@ -99,7 +100,7 @@ def main() -> None:
             if time.monotonic() - began > given.seconds:
                 report(given.property, began, tried)
                 shutil.rmtree(folder)
-                os._exit(bool(failures))  # as libFuzzer ends: nothing that is registered for the end is called
+                os._exit(bool(failures))  # as libFuzzer exits: no exit handler may run
 
         atheris.Setup([sys.argv[0], *flags], timed)
         atheris.Fuzz()

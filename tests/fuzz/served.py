@@ -1,4 +1,4 @@
-"""Answers of a served base, which anyone may send."""
+"""Fuzz the replies of a remote base, which are untrusted."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ _MODEL = {
 
 
 class RawServer:
-    """A server on 127.0.0.1 that sends ``reply`` to every request, whatever it is, and hangs up."""
+    """A server on 127.0.0.1 that sends ``reply`` to every request and closes the connection."""
 
     def __init__(self) -> None:
         self.reply = b""
@@ -79,7 +80,7 @@ def client() -> http.Client:
 
 
 def understood(head: bytes, raw: bytes) -> Any:
-    """The logits that an answer holds, in other words than bench's: None where it holds none of ``SHAPE``."""
+    """Read the logits of an answer independently of bench; None where there are none of ``SHAPE``."""
     try:
         answer = json.loads(head)
         (output,) = answer["outputs"]
@@ -113,11 +114,9 @@ def _served() -> Served:
 
 @contextmanager
 def _no_pauses() -> Iterator[None]:
-    before, http.sleep = http.sleep, lambda _: None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "sleep", lambda _: None)
         yield
-    finally:
-        http.sleep = before
 
 
 @given(
@@ -128,7 +127,7 @@ def _no_pauses() -> Iterator[None]:
     st.booleans(),
 )
 def answers(changes: list[Any], torn: list[Any], head: int | None, binary: bool, kept: bool) -> None:
-    """An answer with fields changed and its bytes torn: what comes out is what it says, or nothing."""
+    """Read a damaged answer with changed fields: the result is what it states, or a refusal."""
     answer = _ANSWER if kept else changed(_ANSWER, changes)
     raw = b""
     if binary:
@@ -148,7 +147,7 @@ def answers(changes: list[Any], torn: list[Any], head: int | None, binary: bool,
     def read() -> None:
         try:
             got.append(served._read(reply, SHAPE))
-        except (ValueError, OverflowError) as e:  # what Client.ask takes for an answer that cannot be right
+        except (ValueError, OverflowError) as e:  # Client.ask treats these as a malformed answer
             raise BenchError(f"malformed: {one_line(e)}") from None
 
     if judge("answer", read):
@@ -159,7 +158,7 @@ def answers(changes: list[Any], torn: list[Any], head: int | None, binary: bool,
 
 
 def _reply(status: str, headers: list[tuple[bytes, bytes]], framing: str, body: bytes) -> bytes:
-    """An HTTP answer; ``framing`` says how its end is told."""
+    """Write an HTTP answer; ``framing``: how its end is marked."""
     if framing == "length":
         headers = [*headers, (b"Content-Length", b"%d" % len(body))]
     elif framing == "chunked":
@@ -174,7 +173,7 @@ _VALUES = [b"0", b"-1", b"9" * 30, b"chunked", b"gzip", b"br, gzip", b"text/x; c
 _VALUES += [b"%d" % len(dumped(_ANSWER)), b"http://127.0.0.1:9/", b"Thu, 01 Jan 0001 00:00:00 GMT", b"\xff\xfe"]
 _VALUES += ["²".encode()]
 _STATUSES = ["302 Found", "404 no", "429 busy", "500 no", "099 x", "999 x", "200", "abc"]
-# Mostly what an honest server would send, or nothing would get as far as the logits.
+# Mostly valid answers: otherwise no input would reach the logits.
 _headers = st.lists(st.tuples(st.sampled_from(_NAMES), st.sampled_from(_VALUES) | st.binary(max_size=8)), max_size=3)
 _bodies = st.sampled_from([dumped(_ANSWER)] * 4 + [b"", b"5\r\nhello\r\n0\r\n\r\n", b"[" * 5000])
 _bodies |= edits.map(lambda changes: dumped(changed(_ANSWER, changes))) | st.binary(max_size=60)
@@ -190,7 +189,7 @@ replies = _built | _built | _built | st.binary(max_size=300)
 
 
 class _Line:
-    """What http.client wants of a socket."""
+    """The part of a socket that http.client uses."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -200,7 +199,7 @@ class _Line:
 
 
 def heard(reply: bytes) -> Any:
-    """The logits in a raw answer, as http.client (which bench does not use) and ``understood`` read it."""
+    """Read the logits of a raw answer with http.client (which bench does not use) and ``understood``."""
     response = HTTPResponse(_Line(reply), method="POST")  # type: ignore[arg-type]
     response.begin()
     body = response.read()
@@ -210,7 +209,7 @@ def heard(reply: bytes) -> Any:
 
 @given(replies)
 def raw_replies(reply: bytes) -> None:
-    """Any bytes on the line: logits that the body holds, or one clear line after the tries."""
+    """Read random bytes as a reply: the logits of the body, or one clear line after the retries."""
     server = raw_server()
     server.reply = reply
     served = _served()
@@ -224,7 +223,7 @@ def raw_replies(reply: bytes) -> None:
 
 @given(edits, cuts)
 def models(changes: list[Any], torn: list[Any]) -> None:
-    """What a server says of itself and its model, changed."""
+    """Read a changed description of a server and its model."""
     server = raw_server()
     body = cut(dumped(changed(_MODEL, changes)), torn)
     server.reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body

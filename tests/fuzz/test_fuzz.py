@@ -1,4 +1,4 @@
-"""What strangers write: whatever it holds, a result or one clear line. docs/security.md says how much was tried."""
+"""Any untrusted input ends in a result or one clear line. docs/security.md says how much was tried."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ QUICK = {
     served.raw_replies: 100,
     served.models: 20,
 }
-# Bytes without any structure: nothing of them is ever read.
+# Bytes without structure: every such input is refused.
 REFUSED = {cards_and_logs.random_cards, cards_and_logs.random_logs}
 
 
-def tried(prop: Callable[..., None], examples: int, same: bool) -> None:
-    """The property on so many inputs, always the ``same`` ones or new ones each time."""
+def check(prop: Callable[..., None], examples: int, same: bool) -> None:
+    """Check a property on ``examples`` inputs: the ``same`` every time, or new ones."""
     keep = settings(
         max_examples=examples,
         derandomize=same,
         database=None,
-        deadline=None,  # each input has a limit of its own
-        # What fails is shown as it is: to shrink it takes minutes.
+        deadline=None,  # each input has its own limit
+        # Failing inputs are not shrunk, which would take minutes.
         phases=[Phase.generate] if same else list(Phase),
         suppress_health_check=list(HealthCheck),
     )
@@ -49,19 +49,19 @@ def name(prop: Any) -> str:
     return str(prop.__name__)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # of pictures that are not whole
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # about damaged pictures
 
 
 @pytest.mark.parametrize("prop", QUICK, ids=name)
 def test_a_result_or_one_clear_line(prop: Callable[..., None]) -> None:
     judging.outcomes.clear()
-    tried(prop, QUICK[prop], same=True)
-    if prop not in REFUSED:  # what refuses every input says nothing of what it reads
+    check(prop, QUICK[prop], same=True)
+    if prop not in REFUSED:  # a property that reads none of its inputs tests too little
         first = next(iter(judging.outcomes)).rpartition(": ")[0]
         assert judging.outcomes[f"{first}: read"], judging.outcomes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prop", QUICK, ids=name)
-def test_more_of_them(prop: Callable[..., None]) -> None:
-    tried(prop, 50 * QUICK[prop], same=False)
+def test_many_new_inputs(prop: Callable[..., None]) -> None:
+    check(prop, 50 * QUICK[prop], same=False)

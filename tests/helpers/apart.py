@@ -22,7 +22,7 @@ _server.set_forkserver_preload(
             "bench.cli",
             "bench.runs.session",
             "bench.process.console",
-            "bench.report.build",
+            "bench.report.output",
             "bench.compare.baseline",
             "bench.cli.github",
         ),

@@ -21,4 +21,4 @@ Bench = Callable[..., Result]  # the fixture ``bench``: words of a command line 
 
 def defense(name: str) -> str:
     """Path of one of the test defenses."""
-    return str(TESTS / "plugins" / f"{name}.py")
+    return str(TESTS / "helpers" / "defenses" / f"{name}.py")

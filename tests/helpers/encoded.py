@@ -42,7 +42,8 @@ def tiff(values: Any, photometric: int, **tags: int | list[int]) -> bytes:
     more, ifd = b"", b""
     after = 8 + len(data) + 2 + 12 * len(entries) + 4
     for tag in sorted(entries):
-        numbers = entries[tag] if isinstance(entries[tag], list) else [entries[tag]]
+        value = entries[tag]
+        numbers = value if isinstance(value, list) else [value]
         content = struct.pack(f"<{len(numbers)}H", *numbers)
         if len(content) > 4:
             content, more = struct.pack("<I", after + len(more)), more + content

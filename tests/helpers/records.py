@@ -12,8 +12,8 @@ from typing import Any
 from bench.io.files import file_sha256
 from bench.records import metrics
 from bench.records.record import Run
-from bench.smoothing.anytime import procedure_of
-from bench.smoothing.engine import Certificate
+from bench.smoothing.procedures import procedure_of
+from bench.smoothing.votes import Certificate
 
 RADII = [0.0, 0.25, 0.5, 0.75]
 

@@ -13,10 +13,7 @@ def paired(
 ) -> list[float]:
     """Ratios of seconds, the two in turn, after a warm-up of each."""
     one(), other()
-    ratios = []
-    for _ in range(rounds):
-        ratios.append(seconds(one, clock) / seconds(other, clock))
-    return ratios
+    return [seconds(one, clock) / seconds(other, clock) for _ in range(rounds)]
 
 
 def seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:

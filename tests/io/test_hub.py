@@ -57,7 +57,7 @@ def test_a_pinned_commit_in_the_cache_needs_no_network(hub: Any, monkeypatch: py
     ],
 )
 @pytest.mark.usefixtures("hub")
-def test_what_the_hub_does_not_have_is_one_line(repo: str, name: str, revision: str, message: str) -> None:
+def test_missing_repositories_and_files_are_one_line(repo: str, name: str, revision: str, message: str) -> None:
     with pytest.raises(BenchError) as e:
         fetch(repo, name, revision, "dataset")
     assert message in str(e.value)
@@ -70,7 +70,7 @@ def test_no_network_is_one_line_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     started = time.perf_counter()
     with pytest.raises(BenchError, match=r"no copy of x of hub .*no network .*: put it elsewhere") as e:
-        fetch("someone/pictures", "x", revision, "dataset", mend="put it elsewhere")
+        fetch("someone/pictures", "x", revision, "dataset", fix="put it elsewhere")
     assert time.perf_counter() - started < 5
     assert "\n" not in str(e.value)
 

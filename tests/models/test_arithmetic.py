@@ -1,4 +1,4 @@
-"""Other arithmetic than plain float32: another F, declared as such; training and default identities as they were."""
+"""Other arithmetic than float32 is another F with its own identity; training and default identities are unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def infos(out: Path) -> dict[str, dict[str, Any]]:
-    """run.json by the names of defense and arithmetic."""
+    """Return run.json by the names of defense and arithmetic."""
     found = {}
     for file in out.glob("*/run.json"):
         info = json.loads(file.read_text())
@@ -29,7 +29,7 @@ def infos(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_words_have_one_order_and_float32_is_none_of_them() -> None:
+def test_words_have_one_order_without_float32() -> None:
     assert arithmetic.parse("float32") == ()
     assert arithmetic.parse("compile, channels-last,bfloat16") == ("bfloat16", "channels-last", "compile")
     assert arithmetic.parse("float32,channels-last") == ("channels-last",)
@@ -52,13 +52,13 @@ def test_bfloat16_is_another_defense_of_the_same_weights(bench: Bench, tmp_path:
     assert set(found) == {"none", "lora", "none bfloat16 channels-last", "lora bfloat16 channels-last"}
     assert "arithmetic" not in found["lora"]["identity"]["defense"]
     plain, other = (found[name]["identity"] for name in ("lora", "lora bfloat16 channels-last"))
-    assert plain["defense"]["weights"] == other["defense"]["weights"]  # training is float32's
+    assert plain["defense"]["weights"] == other["defense"]["weights"]  # training uses float32
     assert {k: v for k, v in plain.items() if k != "defense"} == {k: v for k, v in other.items() if k != "defense"}
     for name in ("none", "lora"):
         assert (
             found[name]["cost"]["flops_per_vote"] == found[f"{name} bfloat16 channels-last"]["cost"]["flops_per_vote"]
         )
-    # One table, since all else agrees; the names say which is which.
+    # One table, since everything else is equal; the names differ.
     (table,) = json.loads(bench("report", tmp_path, "--format", "json").out)["tables"]
     assert {row["defense"] for row in table["rows"]} == set(found)
     again = bench(*command, "--arithmetic", "bfloat16,channels-last")
@@ -70,7 +70,7 @@ def test_bfloat16_is_another_defense_of_the_same_weights(bench: Bench, tmp_path:
 
 
 class Convnet(nn.Module):
-    """Notes the layout and the type that its second layer is given."""
+    """Records the layout and dtype of its second layer's input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Convnet(nn.Module):
 
 
 @pytest.mark.parametrize("words", ["float32", "bfloat16", "channels-last", "bfloat16,channels-last"])
-def test_what_is_asked_for_is_what_happens(words: str) -> None:
+def test_each_word_changes_the_arithmetic(words: str) -> None:
     net, x = Convnet().eval(), torch.rand(32, 3, 8, 8)
     with torch.inference_mode():
         expected = Convnet().eval()(x, None)
@@ -120,7 +120,7 @@ from bench.interface import Access, Defense, Draw
 
 
 class Counting(Defense):
-    """The same logits at every call, by way of a number that changes."""
+    """Gives the same logits at every call, computed with a number that changes."""
 
     access = Access.QUERY
     calls = 0
@@ -133,7 +133,7 @@ class Counting(Defense):
 
 @pytest.mark.slow
 def test_compiled_counts_are_resumed_and_drawn_again(bench: Bench, tmp_path: Path) -> None:
-    """Of a base that is queried, and of a defense that draws; what cannot be compiled once and for all is refused."""
+    """A queried base and a randomised defense compile; a defense that would recompile is refused."""
     out = tmp_path / "runs"
     for name in ("none", defense("randomised")):
         command = ("run", "--defense", name, "--dataset", TINY, "--out", out, "--arithmetic", "compile")
@@ -147,7 +147,7 @@ def test_compiled_counts_are_resumed_and_drawn_again(bench: Bench, tmp_path: Pat
         assert bench(*command).code == 0
         again = [json.loads(line) | {"seconds": 0} for line in (run / "certificates.jsonl").read_text().splitlines()]
         assert again == [json.loads(line) | {"seconds": 0} for line in lines]
-        named = ("--defense", name) if name.endswith(".py") else ()  # no file is run that nobody names
+        named = ("--defense", name) if name.endswith(".py") else ()  # a record's defense file is run only if named
         assert "exactly" in bench("verify", run, "--deep", *named).out
     (tmp_path / "counting.py").write_text(COUNTING)
     for name, words in ((defense("batch_average"), "other rows"), (str(tmp_path / "counting.py"), "recompile")):

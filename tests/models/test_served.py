@@ -1,4 +1,4 @@
-"""A base served over HTTP: the counts of the same model here, whatever the server does, or one clear line."""
+"""A base served over HTTP: the same counts as the local model, whatever faults the server has, or a one-line error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.data.datasets import load_card, load_splits
 from bench.io import http
-from bench.models import bases
+from bench.models.load import load_base
 from bench.models.served import HTTPBase
 from tests.helpers.commands import TINY, Result, defense
 from tests.helpers.inferenceserver import InferenceServer
@@ -24,24 +24,24 @@ Bench = Callable[..., Result]
 Model = Callable[[Tensor], Tensor]
 CARD = load_card(TINY)
 SHAPE, CLASSES = CARD.shape, len(CARD.classes)
-FITS = 1  # block by which the largest that fits is found
-CHECKS = 10  # blocks that check_rows asks for
-MEASURED = 1  # block whose cost is measured
+FITS = 1  # blocks to find the largest that fits
+CHECKS = 10  # blocks of check_rows
+MEASURED = 1  # blocks whose cost is measured
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """The tiny card's own base, as ``--base vit`` has it."""
+    """The tiny card's own base, as loaded by ``--base vit``."""
     torch.set_num_threads(1)
     train, validation = load_splits(CARD, "train", "validation")
     train = train.first(CARD.presets["quick"].train_examples)
-    base = bases.load_base(CARD, "vit", train, validation, torch.device("cpu"), lambda *_: None)
+    base = load_base(CARD, "vit", train, validation, torch.device("cpu"), lambda *_: None)
     return base.module.forward  # not the module: a pass in this process would be counted as the run's
 
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds the client would have slept."""
+    """The seconds the client would have waited."""
     slept: list[float] = []
     monkeypatch.setattr(http, "sleep", slept.append)
     monkeypatch.delenv(http.TOKEN, raising=False)
@@ -59,13 +59,13 @@ def command(base: str, out: Path, name: str = "none", *more: object) -> tuple[ob
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """The certificates of all runs in a folder, without their timing, in the order of the images."""
+    """Return the certificates of all runs in a folder in the order of the images, without their timing."""
     rows = [json.loads(x) for f in sorted(out.glob("*/certificates.jsonl")) for x in f.read_text().splitlines()]
     return sorted(({**r, "seconds": 0} for r in rows), key=lambda r: r["index"])
 
 
 def last_line(result: Result) -> str:
-    """What a failed command says, which is one line."""
+    """Return the one-line error of a failed command."""
     assert result.code == 2, result.out + result.err
     assert "Traceback" not in result.err
     said = result.err.strip().splitlines()
@@ -75,7 +75,7 @@ def last_line(result: Result) -> str:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Certificates of the same model with its weights at hand."""
+    """Certificates of the same model with local weights."""
     from bench.cli import main
 
     out = tmp_path_factory.mktemp("here")
@@ -115,7 +115,7 @@ def test_counts_are_those_of_the_model_here(
 def test_what_queries_alone_can_train_is_trained_the_same(
     bench: Bench, tmp_path: Path, server: InferenceServer
 ) -> None:
-    found = []
+    found: list[Any] = []
     for base in ("vit", server.url):
         ran = bench(*command(base, tmp_path / str(len(found)), defense("scaled"), "--json"))
         assert ran.code == 0, ran.err
@@ -168,7 +168,7 @@ def test_a_record_of_a_served_base_is_reported_reused_and_verified(
         assert "drawn again from the seed give the recorded counts, exactly" in verified.out
 
 
-def test_a_dry_run_asks_for_no_more_than_it_times(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
+def test_a_dry_run_sends_only_the_requests_it_times(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
     said = bench(*command(server.url, tmp_path, "none", "--dry-run"))
     assert said.code == 0, said.err
     assert "960 votes" in said.out
@@ -182,7 +182,7 @@ FAR = 2 + 1 + FITS + 1 + CHECKS + MEASURED  # the first block of votes, after fi
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_fault_that_passes_changes_nothing(
+def test_a_temporary_fault_changes_nothing(
     bench: Bench,
     tmp_path: Path,
     server: InferenceServer,
@@ -199,7 +199,7 @@ def test_a_fault_that_passes_changes_nothing(
     assert pauses == ([7.0, 7.0] if fault == "503;7" else [1.0, 2.0])
 
 
-def test_an_answer_that_never_comes_is_asked_for_again(
+def test_a_request_without_answer_is_retried(
     bench: Bench, tmp_path: Path, server: InferenceServer, here: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "TIMEOUT", 0.3)
@@ -224,7 +224,7 @@ def test_an_answer_that_never_comes_is_asked_for_again(
         ("name", "outputs ['other'], not ['logits']"),
     ],
 )
-def test_a_fault_that_stays_stops_the_run_in_one_line(
+def test_a_permanent_fault_ends_the_run_in_one_line(
     bench: Bench, tmp_path: Path, server: InferenceServer, pauses: list[float], fault: str, words: str
 ) -> None:
     server.fault = lambda number: fault if number >= FAR else ""
@@ -232,14 +232,14 @@ def test_a_fault_that_stays_stops_the_run_in_one_line(
     assert said.startswith(f"{server.url}/infer: ")
     assert words in said
     assert "tried 6 times" in said
-    assert "type the same command again" in said
+    assert "repeat the command to resume" in said
     assert len(server.bodies) == FAR + 6
     assert len(set(server.bodies[FAR:])) == 1
     assert pauses == ([2.0] * 5 if fault == "429;2" else [1.0, 2.0, 4.0, 8.0, 16.0])
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["json", "binary"])
-def test_an_outage_and_a_return_end_in_the_same_certificates(
+def test_certificates_are_the_same_after_an_outage(
     bench: Bench, tmp_path: Path, server: InferenceServer, here: list[dict[str, Any]], binary: bool
 ) -> None:
     server.binary = binary
@@ -259,8 +259,8 @@ def test_an_outage_and_a_return_end_in_the_same_certificates(
     assert lines(out) == here
 
 
-def test_a_server_that_is_not_there(bench: Bench, tmp_path: Path, pauses: list[float]) -> None:
-    with socket.socket() as taken:  # bound and not listening: whoever connects is refused
+def test_an_unreachable_server_is_one_line(bench: Bench, tmp_path: Path, pauses: list[float]) -> None:
+    with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v2/models/toy"
         said = last_line(bench(*command(url, tmp_path)))
@@ -270,7 +270,7 @@ def test_a_server_that_is_not_there(bench: Bench, tmp_path: Path, pauses: list[f
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404, 413])
-def test_a_refusal_is_not_asked_again(
+def test_a_refusal_is_not_retried(
     bench: Bench,
     tmp_path: Path,
     server: InferenceServer,
@@ -293,7 +293,7 @@ def test_a_refusal_is_not_asked_again(
     ("value", "least", "most"),
     [("0", 0, 0), ("7", 7, 7), ("3600", 60, 60), ("soon", 1, 1), (formatdate(0, usegmt=True), 0, 0), ("date", 20, 30)],
 )
-def test_how_long_a_server_is_left_alone(
+def test_retry_after_is_followed_within_bounds(
     bench: Bench,
     tmp_path: Path,
     server: InferenceServer,
@@ -311,7 +311,7 @@ def test_how_long_a_server_is_left_alone(
     assert least <= pause <= most
 
 
-# What is refused, before anything is asked ------------------------------------------------------------
+# Refusals before any query ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_how_long_a_server_is_left_alone(
     [
         ("lora", "defense lora needs WEIGHTS access"),
         ("none,full", "defense full needs WEIGHTS access"),
-        ("retrain", "no architecture to train afresh"),
+        ("retrain", "cannot be trained from scratch"),
         (defense("greedy"), "QUERY access and copies the base"),
     ],
 )
@@ -365,7 +365,7 @@ def test_a_model_that_does_not_fit_the_card_is_refused(
         ("http:///v2/models/toy", "must be http://HOST:PORT/v2/models/NAME"),
     ],
 )
-def test_an_address_that_is_none_is_refused(bench: Bench, tmp_path: Path, url: str, words: str) -> None:
+def test_an_invalid_address_is_refused(bench: Bench, tmp_path: Path, url: str, words: str) -> None:
     said = last_line(bench(*command(url, tmp_path)))
     assert words in said
     assert "s3cret" not in said
@@ -374,11 +374,11 @@ def test_an_address_that_is_none_is_refused(bench: Bench, tmp_path: Path, url: s
 def test_weights_for_a_served_base_are_refused(bench: Bench, tmp_path: Path, server: InferenceServer) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"")
     said = last_line(bench(*command(server.url, tmp_path / "runs", "none", "--weights", tmp_path / "w.safetensors")))
-    assert "is served elsewhere and takes none" in said
+    assert "is a remote model" in said
     assert server.bodies == []
 
 
-# Which model answers ---------------------------------------------------------------------------------
+# Identity of the model -------------------------------------------------------------------------------
 
 
 def test_another_model_is_another_base(bench: Bench, tmp_path: Path, server: InferenceServer, model: Model) -> None:
@@ -392,7 +392,7 @@ def test_another_model_is_another_base(bench: Bench, tmp_path: Path, server: Inf
     assert "base differ from the record's" in verified.out
 
 
-def test_last_bits_make_no_other_base(server: InferenceServer, model: Model) -> None:
+def test_last_bits_do_not_change_the_fingerprint(server: InferenceServer, model: Model) -> None:
     before = HTTPBase(CARD, server.url).identity()
     server.model = lambda x: model(x) * (1 + 1e-6)
     assert HTTPBase(CARD, server.url).identity() == before
@@ -426,7 +426,7 @@ def test_a_server_that_mixes_a_batch_is_refused(
 
 
 @pytest.mark.parametrize("how", ["json", "strict json", "binary"])
-def test_nan_is_a_vote_for_no_class(
+def test_nan_is_not_a_vote_for_any_class(
     bench: Bench, tmp_path: Path, server: InferenceServer, model: Model, how: str
 ) -> None:
     def sometimes(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What faster arithmetic gains on this machine, and what a merged adapter costs: ratios of blocks of votes.
+"""Measure the gain of faster arithmetic and the cost of a merged adapter: ratios of times of blocks of votes.
 
-Run by ``make perf``; the two of a ratio take turns, on one thread. Nothing is asserted of a gain, which is the
-machine's.
+Run by ``make perf``. Both sides of a ratio take turns on one thread. The gain is printed and not asserted, since it
+depends on the machine.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from bench.interface import Draw
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.process.environment import keep_freed_memory
 from bench.runs import fitting
 from bench.runs.plan import Plan, make_plans
-from bench.smoothing.engine import block_rows
 from bench.smoothing.noise import Noise, Vote, VoteDraw
+from bench.smoothing.task import block_rows
 from tests.helpers.turns import paired
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ ROUNDS = 15
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """So that seconds of the processor are those of an idle core, whoever else is at work."""
+    """Use one thread: its processor seconds do not depend on other work on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Alone(nn.Module):
-    """A network as a defense that draws nothing."""
+    """Wrap a network as a defense that draws no randomness."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def say(capsys: pytest.CaptureFixture[str], what: str, ratios: list[float]) -> N
 def test_float32_over_other_arithmetic(
     benchmark: Any, capsys: pytest.CaptureFixture[str], words: str, network: str
 ) -> None:
-    """Seconds of a block in plain float32 over those in another arithmetic: above 1 it is faster."""
+    """Time a block in float32 and in another arithmetic; a ratio above 1 means that the other is faster."""
     shape = (3, 32, 32) if network.startswith("ResNet") else (1, 8, 8)
     net = resnet20() if network.startswith("ResNet") else untrained_base(plan("none").card, "vit", CPU).module
     x, draw = block(shape)
@@ -90,7 +90,7 @@ def test_float32_over_other_arithmetic(
 
 
 def test_a_merged_adapter_over_the_base(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """A vote of LoRA costs what the base's does, once it is merged: within 5%."""
+    """A vote of merged LoRA costs at most 5% more than a vote of the base."""
     base = untrained_base(plan("none").card, "vit", CPU)
     none = fitting.construct(plan("none"), base, CPU)
     adapted, merged = (fitting.construct(plan("lora"), base, CPU) for _ in range(2))

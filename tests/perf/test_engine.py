@@ -1,7 +1,7 @@
-"""The engine's price: certification against bare forward passes of the same model, votes and block shape.
+"""The engine's overhead: certification compared with bare forward passes of the same model, votes and block shape.
 
-Run by ``make perf``; never part of the test suite. The two take turns and the ratio of the paired
-medians is printed, since seconds alone say little on a shared machine.
+Run by ``make perf``, not part of the test suite. The two alternate, and the ratio of the paired medians is printed,
+because seconds alone mean little on a shared machine.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from torch import Tensor
 from bench.data.datasets import load_card
 from bench.interface import Draw
 from bench.models.arithmetic import deterministic
-from bench.models.bases import untrained_base
+from bench.models.load import untrained_base
 from bench.process.environment import keep_freed_memory
-from bench.smoothing.engine import Device, Model, Task, block_rows, certify, side_by_side
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.gridnoise import GridNoise
-from bench.smoothing.noise import Noise, Vote, add_float
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.noise import Noise, Vote, VoteDraw, add_float
+from bench.smoothing.task import Model, Task, block_rows
+from bench.smoothing.threads import side_by_side
 from tests.helpers.turns import paired
 
 SHAPE = (3, 32, 32)
@@ -43,7 +45,7 @@ def as_in_a_run() -> None:
 
 
 def subject(kind: str, images: int, network: str = "ResNet-20 size") -> tuple[Model, Task, Tensor]:
-    """A network with random weights, made-up images with that noise, and a block of them without any."""
+    """Return a network with random weights, a task of random images with that noise, and a block without noise."""
     vit = network.removesuffix(" ViT")
     net = resnet20() if vit == network else untrained_base(load_card(vit), "vit", CPU).module
     shape = SHAPE if vit == network else load_card(vit).shape
@@ -54,7 +56,7 @@ def subject(kind: str, images: int, network: str = "ResNet-20 size") -> tuple[Mo
     given = pixels if kind == "float" else (255 * pixels).astype(np.uint8)
     task = Task(lambda i: given[i], lambda i: 0, noisy, shape, 10, 0.25, noise, rows, CPU)
 
-    def model(x: Tensor, draw: Draw | None) -> Tensor:
+    def model(x: Tensor, draw: Draw) -> Tensor:
         out: Tensor = net(x)
         return out
 
@@ -66,7 +68,7 @@ def run(device: Device, images: int) -> None:
         assert len(list(certify([device], lambda label: FIXED.certify(0.25, label), range(images)))) == images
 
 
-def say(capsys: pytest.CaptureFixture[str], what: str, ratios: list[float]) -> float:
+def show(capsys: pytest.CaptureFixture[str], what: str, ratios: list[float]) -> float:
     ratio = statistics.median(ratios)
     with capsys.disabled():
         print(f"\n{what}: median {ratio:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
@@ -75,25 +77,26 @@ def say(capsys: pytest.CaptureFixture[str], what: str, ratios: list[float]) -> f
 
 @pytest.mark.parametrize(("kind", "most"), [("float", 1.03), ("grid", 1.08)])
 def test_engine_over_bare_forwards(benchmark: Any, capsys: pytest.CaptureFixture[str], kind: str, most: float) -> None:
-    """At most 3% on top with float noise, 8% with grid noise, of one thread."""
+    """The overhead in one thread is at most 3% with float noise and 8% with grid noise."""
     model, task, batch = subject(kind, IMAGES)
+    unused = VoteDraw(task.noise, [], task.sigma, CPU)  # this model draws nothing
 
     def bare() -> None:
         with torch.inference_mode():
             for _ in range(IMAGES * (N0 + N) // task.block):
-                model(batch, None)
+                model(batch, unused)
 
     assert IMAGES * (N0 + N) % task.block == 0
     with deterministic():
         ratios = paired(lambda: run(Device(task, [model]), IMAGES), bare, 41)
         benchmark.pedantic(lambda: run(Device(task, [model]), IMAGES), rounds=3)
-    benchmark.extra_info["ratio"] = ratio = say(capsys, f"{kind} noise: engine / bare forwards", ratios)
+    benchmark.extra_info["ratio"] = ratio = show(capsys, f"{kind} noise: engine / bare forwards", ratios)
     assert ratio <= most
 
 
 @pytest.mark.parametrize("network", ["ResNet-20 size", "cifar10 ViT", "digits ViT"])
 def test_a_block_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str], network: str) -> None:
-    """Seconds where torch's threads share each block, over those with a block in each: the same votes."""
+    """Ratio of seconds for the same votes: threads that share each block over a block in each thread."""
     threads = torch.get_num_threads()
     if threads == 1:
         pytest.skip("one core")
@@ -105,11 +108,13 @@ def test_a_block_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[st
 
     ratios = paired(lambda: run(Device(task, [model]), images), each, 7)
     benchmark.pedantic(each, rounds=3)
-    benchmark.extra_info["ratio"] = say(capsys, f"{network}, {threads} threads on each block / on a block each", ratios)
+    benchmark.extra_info["ratio"] = show(
+        capsys, f"{network}, {threads} threads on each block / on a block each", ratios
+    )
 
 
 def test_noise_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Grid noise of 224 x 224 images: seconds of one thread over those of several that share it."""
+    """Ratio of seconds for grid noise of 224 x 224 images: one thread over several."""
     threads = torch.get_num_threads()
     if threads == 1:
         pytest.skip("one core")
@@ -124,11 +129,11 @@ def test_noise_in_each_thread(benchmark: Any, capsys: pytest.CaptureFixture[str]
 
     ratios = paired(lambda: draw(range(8 * threads), threading.Event()), each, 7)
     benchmark.pedantic(each, rounds=3)
-    benchmark.extra_info["ratio"] = say(capsys, f"noise in one thread / in {threads}", ratios)
+    benchmark.extra_info["ratio"] = show(capsys, f"noise in one thread / in {threads}", ratios)
 
 
 def test_freed_memory_is_kept(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Seconds of processes that give freed memory back over those of processes that keep it: the same votes."""
+    """Ratio of seconds for the same votes: freed memory returned to the system over kept."""
     code = (
         "import sys, time; sys.path[:0] = sys.argv[2:]; import test_engine as e\n"
         "from bench.process import environment\n"
@@ -144,5 +149,5 @@ def test_freed_memory_is_kept(benchmark: Any, capsys: pytest.CaptureFixture[str]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     ratios = [seconds("give back") / seconds("keep") for _ in range(3)]
-    benchmark.extra_info["ratio"] = say(capsys, "freed memory given back / kept", ratios)
+    benchmark.extra_info["ratio"] = show(capsys, "freed memory given back / kept", ratios)
     benchmark.pedantic(lambda: None, rounds=1)

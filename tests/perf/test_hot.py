@@ -1,6 +1,6 @@
-"""The engine's hot paths, each alone: ``make perf`` times them, ``make perf-ratio`` holds them against another commit.
+"""The engine's hot paths: ``make perf`` times them, ``make perf-ratio`` compares them with another commit.
 
-Another commit's bench may lack what a benchmark imports, so each imports for itself.
+Another commit may lack a module that a benchmark imports, so each benchmark has its own imports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROWS, PIXELS = 256, 3 * 32 * 32  # a block of CIFAR-10
 
 @pytest.fixture(autouse=True)
 def measured(benchmark: Any) -> None:
-    """Which bench it is, for whoever compares two."""
+    """Record which ``bench`` was measured, for comparisons of two."""
     import bench
 
     benchmark.extra_info["bench"] = bench.__file__
@@ -46,7 +46,7 @@ def test_grid_noise(benchmark: Any) -> None:
 
 
 def test_bound_and_radius(benchmark: Any) -> None:
-    from bench.smoothing.procedures import Fixed
+    from bench.smoothing.fixed import Fixed
 
     fixed = Fixed(100, 10_000, 0.001)
 
@@ -57,9 +57,10 @@ def test_bound_and_radius(benchmark: Any) -> None:
 
 
 def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any, images: int, n: int) -> None:
-    from bench.smoothing.engine import Device, Task, certify
+    from bench.smoothing.engine import Device, certify
+    from bench.smoothing.fixed import Fixed
     from bench.smoothing.noise import Noise
-    from bench.smoothing.procedures import Fixed
+    from bench.smoothing.task import Task
 
     noise, fixed, pixels = Noise(0, "test"), Fixed(100, n, 0.001), np.zeros((images, *shape), np.uint8)
     task = Task(lambda i: pixels[i], lambda i: 0, noisy, shape, 10, 0.25, noise, ROWS, torch.device("cpu"))
@@ -72,7 +73,7 @@ def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any
 
 
 def test_packing(benchmark: Any) -> None:
-    """All that the engine does but noise and model: twenty images' votes packed into blocks and counted."""
+    """The engine without noise and model: the votes of twenty images are packed into blocks and counted."""
     logits = torch.zeros(ROWS, 10)
     _certify(benchmark, (1, 1, 1), lambda x, draw: logits, lambda images, keys: images, images=20, n=1_000)
 

@@ -1,7 +1,7 @@
-"""What a table costs: this engine against the certification loop that papers ship.
+"""The time of a table: this engine compared with the certification loop that papers publish.
 
-That loop (the form of Cohen et al. 2019, arXiv 1902.02918): one image at a time, batches of 1000 fresh
-torch normals, n0 votes then n, each vote counted in Python. Run by ``make perf``.
+That loop has the form of Cohen et al. 2019 (arXiv 1902.02918): one image at a time, batches of 1000 fresh torch
+normals, n0 votes then n, each vote counted in Python. Run by ``make perf``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from bench.records import metrics
 from bench.runs.certifier import DeviceCertifier
 from bench.runs.plan import make_plans
 from bench.runs.session import Session
-from bench.smoothing.engine import Certificate, certify
+from bench.smoothing.engine import certify
 from bench.smoothing.noise import Noise, TrainDraw
+from bench.smoothing.votes import Certificate
 from tests.helpers.turns import paired
 
 SIGMA, N0, N, ALPHA, IMAGES, BATCH = 0.25, 100, 10_000, 0.001, 5, 1000
 
 
-def shipped_loop(model: Any, pixels: torch.Tensor, classes: int) -> tuple[int, float]:
-    """Class (-1: abstained) and radius of one image."""
+def published_loop(model: Any, pixels: torch.Tensor, classes: int) -> tuple[int, float]:
+    """Return class (-1: abstained) and radius of one image."""
 
     def count(votes: int) -> np.ndarray[Any, Any]:
         counts = np.zeros(classes, dtype=int)
@@ -50,10 +51,10 @@ def shipped_loop(model: Any, pixels: torch.Tensor, classes: int) -> tuple[int, f
 
 
 @pytest.mark.parametrize(("kind", "target"), [("fixed", "selected"), ("anytime", "selected"), ("anytime", "label")])
-def test_engine_against_the_shipped_loop(
+def test_engine_against_the_published_loop(
     benchmark: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str, target: str
 ) -> None:
-    """Wall-clock ratio of the same table on the same trained digits classifier, n = 10,000."""
+    """Ratio of seconds for the same table of the same trained digits classifier, n = 10,000."""
     (plan,) = make_plans(
         RunOptions(defenses="full", dataset="digits", sigma=str(SIGMA), n0=N0, n=N, procedure=kind, target=target)
     )
@@ -78,7 +79,7 @@ def test_engine_against_the_shipped_loop(
         with torch.inference_mode():
             for i in images:
                 x = torch.from_numpy(test.pixels([i])[0])
-                top, radius = shipped_loop(lambda z: run.fitted.defense(z, unused), x, task.classes)
+                top, radius = published_loop(lambda z: run.fitted.defense(z, unused), x, task.classes)
                 hits += (top == test.labels[i]) & (radius >= np.array(plan.card.radii))
         tables["theirs"] = (hits / len(images)).tolist()
 
@@ -88,10 +89,10 @@ def test_engine_against_the_shipped_loop(
     ratios = paired(theirs, ours, 3)
     with capsys.disabled():
         print(
-            f"\n{kind}, {target}: shipped loop / engine: median {statistics.median(ratios):.2f} "
+            f"\n{kind}, {target}: published loop / engine: median {statistics.median(ratios):.2f} "
             f"(from {min(ratios):.2f} to {max(ratios):.2f}); tables {tables}"
         )
     benchmark.extra_info["ratio"] = statistics.median(ratios)
     benchmark.pedantic(ours, rounds=1)
-    # The noise differs, so an image near a radius may fall on either side; one of the few may.
+    # The noise differs, so one image near a radius may be certified by one of them only.
     assert np.abs(np.subtract(tables["ours"], tables["theirs"])).max() <= 1 / IMAGES

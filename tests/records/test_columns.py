@@ -17,7 +17,7 @@ from bench.errors import BenchError
 from bench.records import metrics
 from bench.records.columns import NULL, Columns, column
 from bench.records.record import SCHEMA, Claim, read_run
-from bench.smoothing.engine import Certificate
+from bench.smoothing.votes import Certificate
 from tests.helpers.records import stated
 
 LARGE = st.integers(NULL + 1, 2**63 - 1)
@@ -62,7 +62,7 @@ def test_rows_come_out_as_they_went_in(rows: list[Certificate] | list[Claim]) ->
     for name in ("index", "predicted", "radius"):
         assert column(kept, name).tolist() == column(rows, name).tolist()
     if rows:
-        first = next(i for i, row in enumerate(rows) if row.index == rows[-1].index)
+        first = next(i for i, row in enumerate(kept) if row.index == rows[-1].index)
         assert kept.place("index", rows[-1].index) == first
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from bench.records import grouping, metrics, paired
+from bench.records import metrics, paired
 from bench.records.record import read_run
-from bench.report import cells, tables
+from bench.report import tables
 from bench.smoothing import bounds
 from tests.helpers.records import made_up
 
@@ -79,20 +79,19 @@ def test_more_seeds_do_not_weaken_a_clear_verdict(tmp_path: Path, seeds: int) ->
     for seed in range(seeds):
         made_up(tmp_path, [0.3] * (63 + seed) + [0.1] * (37 - seed), name="lora", seed=seed)
         made_up(tmp_path, [0.3] * (10 - seed) + [0.1] * (90 + seed), name="none", seed=seed)
-    (group,) = grouping.groups(tables.load_records(tmp_path)[0])
-    frame = tables.pooled(group).set_index("defense")
-    assert tables.level_with_best(group, tables.pooled(group), 0.25) == set()
-    assert frame["certified_0.25_low"]["lora"] > frame["certified_0.25_high"]["none"]
-    for name in ("lora", "none"):
-        low, high = (frame[f"certified_0.25_{end}"][name] for end in ("low", "high"))
-        exact = bounds.interval(frame["certified_0.25"][name] * 100, 100)
-        assert (low, high) == pytest.approx(exact) and high - low < 0.2
-    said = cells.limits(group)
+    (table,) = tables.build(tables.load_records(tmp_path)[0]).tables
+    assert not any(0.25 in method.level for method in table.methods)
+    shares = {method.row.defense: method.row.certified[0.25] for method in table.methods}
+    assert shares["lora"].low > shares["none"].high
+    for share in shares.values():
+        exact = bounds.interval(share.value * 100, 100)
+        assert (share.low, share.high) == pytest.approx(exact) and share.high - share.low < 0.2
+    said = table.notes
     if seeds == 1:
         assert "(brackets: 95% Clopper-Pearson intervals)" in said
     else:
-        assert "95% Clopper-Pearson limits at the mean over seeds" in said
-        assert "and not the choice of seeds" in said and f"differ by up to {seeds - 1}.0 points" in said
+        assert "95% Clopper-Pearson intervals at the mean over seeds" in said
+        assert "not for the choice of seeds" in said and f"differ by up to {seeds - 1}.0 points" in said
         assert "exact sign-flip (with one seed McNemar)" in said
 
 

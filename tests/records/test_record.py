@@ -9,7 +9,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.records.record import SCHEMA, Run, find_runs, read_run
-from bench.smoothing.engine import Certificate
+from bench.smoothing.votes import Certificate
 from tests.helpers.records import costs, stated
 
 IDENTITY, EXTRA = stated(3)

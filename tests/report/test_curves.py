@@ -1,4 +1,4 @@
-"""Curves claim nothing between radii that is not certified there: steps, never straight lines."""
+"""Curves are steps, never straight lines: between two radii they show no more than is certified there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.records import grouping, metrics
+from bench.records import metrics
 from bench.records.record import Record
 from bench.report import envelopes, figures, plots, tables
-from bench.smoothing.anytime import Anytime, describe
+from bench.report.tables import Table
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.procedures import describe
 from tests.helpers.records import made_up
 
 ANYTIME = describe(Anytime(100, 1000, 0.001, (0.25, 0.5)))
@@ -22,28 +24,29 @@ EVERYWHERE = np.linspace(0, 0.61, 977)
 
 
 @pytest.fixture(params=["fixed", "anytime"])
-def group(request: pytest.FixtureRequest, tmp_path: Path) -> list[Record]:
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Table:
     """Two methods, one of them with two seeds."""
     rng = np.random.default_rng(5)
     procedure, most = (FIXED, 0.6) if request.param == "fixed" else (ANYTIME, 0.5)
     for name, seed in (("one", 0), ("one", 1), ("other", 0)):
         made_up(tmp_path, rng.uniform(0, most, 30).tolist(), name=name, seed=seed, procedure=procedure)
-    (found,) = grouping.groups(tables.load_records(tmp_path)[0])
+    (found,) = tables.build(tables.load_records(tmp_path)[0]).tables
     return found
 
 
-def truth(runs: Sequence[Record], radii: Sequence[float]) -> dict[str, np.ndarray]:
+def truth(runs: Sequence[Record], radii: Sequence[float]) -> np.ndarray:
     """Certified accuracy in percent at any radii, counted image by image."""
     held = [[metrics.earned(r.certificates) >= radius for radius in radii] for r in runs]
-    return 100 * np.mean(held, axis=(0, 2))
+    found: np.ndarray = 100 * np.mean(held, axis=(0, 2))
+    return found
 
 
 def drawn(x: Sequence[float], y: Sequence[float], at: Sequence[float]) -> np.ndarray:
-    """What a step line shows at the radii: between two points the second one's value."""
+    """Return what a step line shows at the radii: between two points the second one's value."""
     return np.array([y[bisect_left(x, r)] for r in at])
 
 
-def inside(radii: Sequence[float], x: Sequence[float]) -> list[float]:
+def inside(radii: Any, x: Any) -> list[float]:
     return [r for r in radii if r <= x[-1]]
 
 
@@ -53,39 +56,35 @@ def level_or_upright(x: Sequence[float], y: Sequence[float]) -> Iterator[bool]:
         yield x[i] == x[i - 1] or y[i] == y[i - 1]
 
 
-def test_a_line_of_the_page_is_never_above_what_is_certified(group: list[Record]) -> None:
-    frame = tables.pooled(group)
-    by_run = {m[0].path.name: m for m in grouping.methods(group)}
-    found = [plots.Method(str(i), by_run[row["run"]], row, i) for i, row in frame.iterrows()]
-    figure = plots.curves({0.25: found})
+def test_a_line_of_the_page_is_never_above_what_is_certified(table: Table) -> None:
+    figure = plots.curves([table], {m.label: i for i, m in enumerate(table.methods)})
     bands, lines = figure.data[::2], figure.data[1::2]
-    for method, band, line in zip(found, bands, lines, strict=True):
+    for method, band, line in zip(table.methods, bands, lines, strict=True):
         assert line.line.shape == "vh"  # from a radius down, then level: the larger radius's value
         radii = inside(EVERYWHERE, line.x)
         assert (drawn(line.x, line.y, radii) <= truth(method.records, radii) + 1e-9).all()
         assert list(line.y) == pytest.approx(truth(method.records, line.x).tolist())
-        assert line.x[-1] <= grouping.reach(group[0])
+        assert line.x[-1] <= table.setting.reach
         corners = len(band.x) // 2
         assert all(level_or_upright(band.x[:corners], band.y[:corners]))
         assert all(level_or_upright(band.x[corners:], band.y[corners:]))
         upper = {x: min(y for u, y in zip(band.x[:corners], band.y[:corners], strict=True) if u == x) for x in line.x}
         assert all(upper[x] == pytest.approx(c[1]) for x, c in zip(line.x[1:-1], line.customdata[2:], strict=True))
-    if "radii" in group[0].identity["procedure"]:
+    if table.setting.grid_only:
         assert all(list(line.x) == [0, 0.25, 0.5] for line in lines)
 
 
 def test_a_line_of_a_figure_is_never_above_what_is_certified(
-    group: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.figure import Figure
 
     kept: dict[str, Any] = {}
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.update(figure=self), save(self, *a, **k))[1])
-    figures.curves(group, tmp_path, "figure")
+    figures.curves(table, tmp_path, "figure")
     (axes,) = kept["figure"].axes
-    by_run = {m[0].path.name: m for m in grouping.methods(group)}
-    runs = [by_run[run] for run in tables.pooled(group)["run"]]
+    runs = [m.records for m in table.methods]
     assert len(axes.lines) == len(axes.collections) == len(runs) == 2
     for seeds, line, band in zip(runs, axes.lines, axes.collections, strict=True):
         assert line.get_drawstyle() == "steps-pre"  # each value holds from the radius before up to its own
@@ -96,13 +95,13 @@ def test_a_line_of_a_figure_is_never_above_what_is_certified(
         assert all(level_or_upright(corners[:, 0], corners[:, 1]))
 
 
-def test_an_envelope_is_of_steps(tmp_path: Path) -> None:
+def test_a_best_sigma_curve_is_drawn_in_steps(tmp_path: Path) -> None:
     for split in ("test", "validation"):
         for sigma in (0.25, 0.5):
-            of_split = {"split": split, "images": split, "sigma": sigma, "train_sigma": sigma}
+            of_split: dict[str, Any] = {"split": split, "images": split, "sigma": sigma, "train_sigma": sigma}
             made_up(tmp_path, [0.1, 0.3, 0.55, 0.6], **of_split)
     (found,) = envelopes.find(tables.load_records(tmp_path)[0])
-    figure = plots.envelope([(row, i) for i, row in enumerate(found.rows)])
+    figure = plots.best_sigma(found.curves, {curve.label: i for i, curve in enumerate(found.curves)})
     assert [trace.line.shape for trace in figure.data] == ["vh"]
 
 
@@ -110,8 +109,7 @@ def test_a_curve_of_one_radius_is_a_point(tmp_path: Path) -> None:
     """No image can be certified at .25 with so few votes: one point, at 0."""
     procedure = describe(Anytime(10, 20, 0.001, (0.25, 0.5)))
     made_up(tmp_path, [0.0, None], procedure=procedure)
-    (group,) = grouping.groups(tables.load_records(tmp_path)[0])
-    method = plots.Method("one", group, tables.pooled(group).iloc[0], 0)
-    (_, line) = plots.curves({0.25: [method]}).data
+    (table,) = tables.build(tables.load_records(tmp_path)[0]).tables
+    (_, line) = plots.curves([table], {table.methods[0].label: 0}).data
     assert list(line.x) == [0] and "markers" in line.mode
-    assert figures.curves(group, tmp_path, "figure")[0].exists()
+    assert figures.curves(table, tmp_path, "figure")[0].exists()

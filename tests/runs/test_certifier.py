@@ -25,10 +25,11 @@ from bench.runs import session
 from bench.runs.certifier import Certifier, serialized
 from bench.runs.plan import make_plans
 from bench.smoothing import engine
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote, add_float
-from bench.smoothing.procedures import Fixed
-from bench.smoothing.scheduler import Certificate
+from bench.smoothing.task import Model, Task
+from bench.smoothing.votes import Certificate
 from tests.helpers.commands import TINY, defense
 
 CPU = torch.device("cpu")
@@ -114,10 +115,10 @@ def test_a_defense_that_cannot_be_copied_votes_in_one_thread(
     assert any("votes in one thread, not 3: TypeError" in line for line in reporter.said)
 
 
-def task_of(images: int) -> engine.Task:
+def task_of(images: int) -> Task:
     noise, shape = Noise(0, "test"), (1, 4, 4)
     pixels = np.zeros((images, *shape), np.float32)
-    return engine.Task(lambda i: pixels[i], lambda i: 0, add_float(noise, 0.5), shape, 3, 0.5, noise, 64, CPU)
+    return Task(lambda i: pixels[i], lambda i: 0, add_float(noise, 0.5), shape, 3, 0.5, noise, 64, CPU)
 
 
 @pytest.mark.parametrize("where", ["device", "thread"])
@@ -145,7 +146,7 @@ def test_threads_of_one_gpu_take_turns() -> None:
         time.sleep(1e-4)
         return held.pop(0).flatten(1)[:, :3]
 
-    def run(models: list[engine.Model]) -> list[Certificate]:
+    def run(models: list[Model]) -> list[Certificate]:
         found = engine.certify([engine.Device(task, models)], lambda y: fixed.certify(0.5, y), range(30))
         return sorted((replace(c, seconds=0.0) for c in found), key=lambda c: c.index)
 

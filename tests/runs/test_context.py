@@ -1,4 +1,4 @@
-"""Test the context of a defense: shared parts, hashed files, inner defenses, stages of training."""
+"""A defense's context: shared parts, hashed files, inner defenses; and the stages of a training."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def infos(out: Path) -> list[dict[str, Any]]:
     return [json.loads(f.read_text()) for f in sorted(out.glob("*/run.json"))]
 
 
-def test_a_part_is_trained_once_and_charged_to_every_user(bench: Bench, plugin: Path, tmp_path: Path) -> None:
+def test_a_part_is_trained_once_and_counted_for_every_user(bench: Bench, plugin: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin.py"
     twin.write_text(PLUGIN)
     trained: list[str] = []
@@ -141,7 +141,7 @@ def test_an_inner_defense_trains_and_merges_within(bench: Bench, plugin: Path, t
 
 
 class Counter:
-    """Keep state without a module, as SPSA does."""
+    """State that is not a module, as SPSA's."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -154,7 +154,7 @@ class Counter:
 
 
 class Asked:
-    """Stand for a base whose queries are counted."""
+    """A stand-in for a base that counts queries."""
 
     queries = 0
 
@@ -168,7 +168,7 @@ def job(folder: Path, base: Any = None) -> loop.TrainingJob:
 
 
 def run(one: loop.TrainingJob, state: Counter, steps: int, stop: int = 10**9, queries: int = 0) -> int:
-    """Sum the draws of each step; returns the steps done. ``stop`` ends it as a kill would."""
+    """Sum the draws of each step; return the number of steps. ``stop`` interrupts it as a kill would."""
     done = 0
     for step in one.steps(steps, 4, state, queries=queries):
         if done == stop:

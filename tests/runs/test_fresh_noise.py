@@ -11,9 +11,8 @@ from scipy import stats
 from bench.runs import fresh_noise
 from bench.runs.fresh_noise import Audit
 from bench.smoothing.anytime import Anytime
-from bench.smoothing.engine import Certificate
-from bench.smoothing.procedures import Fixed, Votes
-from bench.smoothing.scheduler import Batch, Span
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.votes import Batch, Certificate, Decision, Span, VoteRequest
 
 FIXED = Fixed(100, 1000, 0.001)
 ANYTIME = Anytime(100, 1000, 0.001, (0.25, 0.5, 0.75))
@@ -22,13 +21,11 @@ ANYTIME = Anytime(100, 1000, 0.001, (0.25, 0.5, 0.75))
 def certificate(procedure: Fixed | Anytime, index: int, p: float, rng: np.random.Generator) -> Certificate:
     """Certify an image whose class 0 has probability ``p``."""
     run = procedure.certify(0.5, 0)
-    wanted: Votes = next(run)
-    while True:
-        hits = int(rng.binomial(wanted.count, p))
-        try:
-            wanted = run.send(np.array([hits, wanted.count - hits, 0]))
-        except StopIteration as stop:
-            return Certificate(**vars(stop.value), index=index, label=0)
+    answer: VoteRequest | Decision = run.first()
+    while isinstance(answer, VoteRequest):
+        hits = int(rng.binomial(answer.count, p))
+        answer = run.update(np.array([hits, answer.count - hits, 0]))
+    return Certificate(**vars(answer), index=index, label=0)
 
 
 def false_alarms(procedure: Fixed | Anytime, records: int, images: int, votes: int) -> int:

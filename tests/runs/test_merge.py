@@ -1,4 +1,4 @@
-"""Test that merging keeps the trained function, also of LoRA on layers whose output is not W x."""
+"""Merging keeps the trained function; LoRA on layers whose output is not W x."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from bench import rng
+from bench import globalstate
 from bench.data.datasets import load_card, load_split, load_splits
 from bench.errors import BenchError, DefenseFault
 from bench.interface import Defense
 from bench.io.files import scratch_cache
 from bench.models.base import Classifier, LocalBase, state_sha256
-from bench.models.bases import load_base, untrained_base
+from bench.models.load import load_base, untrained_base
 from bench.options import RunOptions
 from bench.runs import doctor, fitting
-from bench.runs.context import Workshop
+from bench.runs.context import PartTraining
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Noise, TrainDraw
 from tests.helpers.commands import TINY, Result, defense
@@ -38,20 +38,20 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# Any defense that merges ---------------------------------------------------------------------------------
+# All defenses with a merge -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "settings"), [("forgets", []), ("folds", ["half=true"])])
 def test_a_merge_that_changes_logits_is_refused(name: str, settings: list[str]) -> None:
-    (plan,) = make_plans(RunOptions(defenses=defense(name), dataset=TINY, settings=settings))
+    (plan,) = make_plans(RunOptions(defenses=defense(name), dataset=TINY, settings=tuple(settings)))
     train = load_split(plan.card, "train").first(100)
-    with scratch_cache(), pytest.raises(DefenseFault, match=r"merge\(\) changes its logits: by up to .* allowed"):
+    with scratch_cache(), pytest.raises(DefenseFault, match=r"merge\(\) changes its logits by up to .* allowed"):
         fitting.fit(plan, untrained_base(plan.card, plan.base, CPU), train, CPU, lambda *_: None)
     assert "merge() changes its logits" in list(doctor.examine(plan))[-1].problem
 
 
-def test_a_sound_merge_passes(bench: Bench, tmp_path: Path) -> None:
-    (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY))
+def test_a_sound_merge_is_accepted(bench: Bench, tmp_path: Path) -> None:
+    (plan,) = make_plans(RunOptions(defenses=defense("folds"), dataset=TINY, settings=()))
     assert [f.problem for f in doctor.examine(plan)] == [""] * 7
     result = bench("run", "--defense", defense("folds"), "--dataset", TINY, "--examples", 1, "--out", tmp_path)
     assert result.code == 0, result.err
@@ -125,17 +125,17 @@ BODIES: dict[str, Callable[[], list[nn.Module]]] = {
 
 
 def based(model: nn.Module) -> LocalBase:
-    with rng.fixed_rng(0), torch.no_grad():
+    with globalstate.fixed_rng(0), torch.no_grad():
         model.eval()(torch.rand(1, 1, 8, 8))
     return LocalBase("made", Classifier(model, (0.3,), (0.4,)), lambda classes: model, 10, {}, {})
 
 
 def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
-    """Build LoRA on a base and move its adapters; returns its notes too."""
+    """Build LoRA on a base with changed adapters; return it and its notes."""
     (plan,) = make_plans(RunOptions(defenses="lora", dataset=TINY, settings=settings))
-    workshop = Workshop(load_split(plan.card, "train").first(20), lambda *_: None)
+    workshop = PartTraining(load_split(plan.card, "train").first(20), lambda *_: None)
     made = fitting.construct(plan, base, CPU, workshop)
-    with torch.no_grad(), rng.fixed_rng(2):
+    with torch.no_grad(), globalstate.fixed_rng(2):
         for p in made.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
@@ -144,8 +144,8 @@ def adapted(base: LocalBase, *settings: str) -> tuple[Defense, list[str]]:
 
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("dora", [False, True])
-def test_merging_keeps_the_function_for_every_kind_of_layer(kind: str, dora: bool) -> None:
-    with rng.fixed_rng(1):
+def test_merging_keeps_the_trained_function_for_every_layer(kind: str, dora: bool) -> None:
+    with globalstate.fixed_rng(1):
         base = based(Layers(*BODIES[kind]()))
     made, notes = adapted(base, f"dora={dora}")
     assert ("computed weight" if kind == "pruned" else kind) in " ".join(notes)
@@ -161,7 +161,7 @@ def test_merging_keeps_the_function_for_every_kind_of_layer(kind: str, dora: boo
 
 NAMED: list[tuple[str, dict[str, Any]]] = [
     ("nf_resnet26", {"depths": (1, 1, 1, 1), "channels": (16, 16, 32, 32)}),
-    ("dla46_c", {}),  # one of its layers is named base_layer, as are those that peft adapts
+    ("dla46_c", {}),  # one of its layers is called base_layer, as those that peft adapts
     ("skresnet18", {}),
     ("resnetv2_50", {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "conv_layer": timm.layers.StdConv2d}),
 ]
@@ -169,7 +169,7 @@ NAMED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "args"), NAMED)
 def test_timms_families_are_adapted_and_merged(name: str, args: dict[str, Any]) -> None:
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         model = timm.create_model(name, num_classes=10, in_chans=1, **args)
     base = LocalBase(name, Classifier(model, (0.3,), (0.4,), (32, 32)), lambda classes: model, 10, {}, {})
     made, _ = adapted(base)
@@ -180,26 +180,26 @@ def test_timms_families_are_adapted_and_merged(name: str, args: dict[str, Any]) 
         assert torch.allclose(made.eval().logits(x, DRAW), before, atol=1e-5 * float(before.abs().max()))
 
 
-def test_a_base_without_layers_to_adapt_is_refused_with_its_layers_names() -> None:
+def test_nothing_to_adapt_names_the_layers() -> None:
     with pytest.raises(BenchError, match="it cannot adapt 1 dilated Conv2d; use full or bitfit"):
         adapted(based(Layers(nn.Conv2d(1, 4, 3, dilation=2))))
 
 
-def test_a_base_that_adapters_break_is_refused_with_the_layers_name() -> None:
+def test_a_base_broken_by_adapters_is_refused_with_the_layers_name() -> None:
     class Asks(Layers):
         def forward(self, x: Tensor) -> Tensor:
             assert type(self.body[1]) is nn.Conv2d, "no plain layer"
             return super().forward(x)
 
-    with pytest.raises(BenchError, match=r"cannot take peft's layer at or after its input .*no plain layer"):
+    with pytest.raises(BenchError, match=r"does not work with peft's layer at or after its input .*no plain layer"):
         adapted(based(Asks(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1))))
 
 
-DEIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+DEIT: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
 def distilled() -> LocalBase:
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, in_chans=1, **DEIT)
     return LocalBase("dist", Classifier(model, (0.3,), (0.4,)), lambda classes: model, 10, {}, {})
 
@@ -224,8 +224,8 @@ def test_a_probe_of_two_heads_is_refused_in_one_line(tmp_path: Path) -> None:
         new_head(distilled().module, 5, CPU)  # type: ignore[arg-type]
 
 
-def test_lora_weights_on_the_digits_baseline_are_unchanged() -> None:
-    """As in commit e61c7b0: the adapted layers, their initial weights, and those after half an epoch."""
+def test_loras_weights_on_the_digits_baseline_are_unchanged() -> None:
+    """As of commit e61c7b0: the adapted layers, their initial values, and those after half an epoch."""
     file = str(Path(__file__).parents[2] / "reports" / "baselines" / "digits-vit.safetensors")
     (plan,) = make_plans(RunOptions(defenses="lora", dataset="digits", base=file))
     plan = replace(plan, config=replace(plan.config, epochs=0.5))

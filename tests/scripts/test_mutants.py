@@ -1,4 +1,4 @@
-"""The mutation program: its list fits the code, it runs the copy, and a mutant that no test finds is reported."""
+"""The mutation program: its list fits the code, it tests the copy, and surviving mutants are reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MUTANT = (
 
 
 def tree(root: Path, *entries: str) -> Path:
-    """Write a small package with one test, and a list of mutants; returns the list."""
+    """Write a small package with one test and a list of mutants; return the list's path."""
     for file, text in (("bench/__init__.py", CODE), ("tests/test_it.py", TEST), ("pyproject.toml", "[project]\n")):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text)
@@ -29,7 +29,7 @@ def test_every_mutant_fits_the_code() -> None:
     assert len(found) > 100
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_entries_that_do_not_fit_the_code_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tree(
         tmp_path,
         MUTANT.format(name="gone", old="3 * x", new="x"),
@@ -63,7 +63,7 @@ def test_survivors_and_wrong_reasons_are_reported(tmp_path: Path, capsys: pytest
     assert rows["broken"].startswith("broken the tests did not run")
     assert "2 killed, 2 survived, 1 broken\nnot as listed: alive, wrong, broken" in out
     assert "1/5 " in err and "min left" in err and "5/5 " in err
-    assert (tmp_path / "bench" / "__init__.py").read_text() == CODE  # never the checkout itself
+    assert (tmp_path / "bench" / "__init__.py").read_text() == CODE  # the checkout is unchanged
     assert mutants.main(["--list", "--only", "dead"], tmp_path, path) == 0
     assert capsys.readouterr().out == "dead: bench/__init__.py: '2 * x' -> '3 * x'\n"
     assert mutants.main(["--only", "ghost"], tmp_path, path) == 2

@@ -1,4 +1,4 @@
-"""The comparison of hot paths: what is slower by a test and a factor both, what is new, whose code was timed."""
+"""The comparison of hot paths: slower means by a test and by a factor; new paths; the right code is timed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def rounds(seed: int, factor: float = 1.0, noise: float = 0.02, name: str = "pat
     [
         (1.0, 0.02, False),
         (1.3, 0.02, True),
-        (1.05, 0.001, False),  # certain, and too little to mind
-        (1.3, 1.0, False),  # much, and no more than chance
+        (1.05, 0.001, False),  # significant, but below the factor
+        (1.3, 1.0, False),  # above the factor, but not significant
         (0.5, 0.02, False),
     ],
 )
-def test_slower_takes_a_test_and_a_factor(factor: float, noise: float, slower: bool) -> None:
+def test_slower_needs_a_test_and_a_factor(factor: float, noise: float, slower: bool) -> None:
     (found,) = ratio.compare(rounds(0, noise=noise), rounds(1, factor, noise))
     assert found.slower == slower
     assert ("SLOWER" in str(found)) == slower
@@ -34,8 +34,9 @@ def test_slower_takes_a_test_and_a_factor(factor: float, noise: float, slower: b
 
 
 def test_several_paths_are_corrected_for() -> None:
-    """Six paths, of which one is slower in every round: still seen, since 1/3432 times six is below the level."""
-    base, head = ([{} for _ in range(ratio.ROUNDS)] for _ in range(2))
+    """One of six paths is slower in every round: found, since 6/3432 is below the level."""
+    base: list[dict[str, float]] = [{} for _ in range(ratio.ROUNDS)]
+    head: list[dict[str, float]] = [{} for _ in range(ratio.ROUNDS)]
     for i in range(6):
         for side, seed, factor in ((base, 2 * i, 1.0), (head, 2 * i + 1, 1.2 if i == 3 else 1.0)):
             for one, more in zip(side, rounds(seed, factor, name=f"path{i}"), strict=True):
@@ -45,13 +46,13 @@ def test_several_paths_are_corrected_for() -> None:
     assert found[3].p == pytest.approx(6 / 3432)
 
 
-def test_equal_code_is_seldom_called_slower() -> None:
-    """Noise of 20% a round, where the factor alone would often alarm: at most one gate in a hundred does."""
+def test_equal_code_is_rarely_called_slower() -> None:
+    """With noise of 20% per round, where the factor alone would often alarm, at most one gate in a hundred does."""
     alarms = sum(ratio.compare(rounds(2 * i, noise=0.2), rounds(2 * i + 1, noise=0.2))[0].slower for i in range(300))
-    assert alarms <= 10  # of Binomial(300, .01) the chance to exceed it is below .001
+    assert alarms <= 10  # Binomial(300, .01) exceeds it with probability below .001
 
 
-def test_what_base_cannot_run_is_new_and_what_fails_now_and_then_is_an_error() -> None:
+def test_a_path_that_base_lacks_is_new_and_one_that_sometimes_fails_is_an_error() -> None:
     nothing: list[dict[str, float]] = [{} for _ in range(ratio.ROUNDS)]
     (found,) = ratio.compare(nothing, rounds(0))
     assert not found.slower and str(found).startswith("path: new, ")

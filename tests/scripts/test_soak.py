@@ -1,4 +1,4 @@
-"""The soak's own judgement: a leak is seen, a process that merely warms up is not."""
+"""The soak test tells a leak from noise and from warming up."""
 
 from __future__ import annotations
 

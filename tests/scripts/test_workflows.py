@@ -1,4 +1,4 @@
-"""The workflows in .github: they parse, take what docs/gate.md gives them, and let no input become shell text."""
+"""The workflows in .github parse, accept the inputs in docs/gate.md, and let no input become shell text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_nothing_is_interpolated_into_a_shell_and_actions_are_pinned(file: Path)
             assert f'"${name}"' in step["run"]  # quoted where it is used
 
 
-def test_the_page_calls_the_gate_with_inputs_it_has() -> None:
+def test_the_documentation_calls_the_gate_with_its_inputs() -> None:
     gate = load((ROOT / ".github" / "workflows" / "gate.yml").read_text())
     inputs = gate["on"]["workflow_call"]["inputs"]
     blocks = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "docs" / "gate.md").read_text(), re.DOTALL)
@@ -48,7 +48,7 @@ def test_the_page_calls_the_gate_with_inputs_it_has() -> None:
 
 
 def test_the_gates_steps_pass_words_and_expand_nothing(tmp_path: Path) -> None:
-    """The steps as bash runs them, with a ``bench`` that prints its arguments."""
+    """Run the steps with bash and a ``bench`` that prints its arguments."""
     gate = load((ROOT / ".github" / "workflows" / "gate.yml").read_text())
     fake = tmp_path / "bench"
     fake.write_text('#!/bin/sh\nprintf "[%s]" "$@"\n')

@@ -1,4 +1,4 @@
-"""Bounds and radii against mpmath, with every rounding on the safe side."""
+"""Bounds and radii compared with mpmath: always rounded to the safe side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 from bench.smoothing import bounds
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.fixed import Fixed
 
 
 def tail(p: float, top: int, n: int) -> mpmath.mpf:
@@ -98,7 +98,7 @@ def test_interval_agrees_with_scipy(n: int, data: st.DataObject) -> None:
     assert bounds.interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
 
 
-def test_interval_of_nothing_says_nothing() -> None:
+def test_interval_without_votes_is_all_of_0_to_1() -> None:
     assert bounds.interval(0, 0) == (0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The engine: same counts in any packing, every vote counted, unsound models refused."""
+"""The engine: equal counts in any packing, every vote counted, models with dependent rows refused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from bench.errors import BenchError
 from bench.interface import Draw
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime
-from bench.smoothing.engine import TILE, Certificate, Device, Task, block_rows, certify, check_rows
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, add_float
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.task import Task, block_rows
+from bench.smoothing.votes import TILE, Certificate
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 4)
@@ -34,7 +37,7 @@ def task(block: int = 64, sigma: float = 0.5) -> Task:
 
 
 def network() -> Callable[[Tensor, Draw], Tensor]:
-    """Hidden width 50: on some machines a row's last bits then depend on its alignment."""
+    """Make a network of hidden width 50: on some machines its last bits depend on a row's alignment."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 50), nn.ReLU(), nn.Linear(50, 3)).eval()
     return lambda x, draw: net(x)
@@ -167,7 +170,7 @@ def unseeded(x: Tensor, draw: Draw) -> Tensor:
     ("model", "words"),
     [(averaging, "other rows of its batch"), (position, "place in the batch"), (unseeded, "other logits")],
 )
-def test_models_that_are_no_function_of_one_image_are_refused(model: Callable[..., Tensor], words: str) -> None:
+def test_models_with_dependent_rows_are_refused(model: Callable[..., Tensor], words: str) -> None:
     with pytest.raises(BenchError, match=words):
         check_rows(model, task(), 0)
 
@@ -203,7 +206,7 @@ def test_a_single_row_that_depends_on_another_is_mostly_refused() -> None:
     assert found >= stats.binom.ppf(1e-4, 40, 0.75)
 
 
-def test_sound_models_pass_the_row_check() -> None:
+def test_valid_models_pass_the_row_check() -> None:
     def randomised(x: Tensor, draw: Draw) -> Tensor:
         return x.flatten(1)[:, :3] + draw.normal(3)
 
@@ -224,8 +227,8 @@ ANYTIME = Anytime(20, 3000, 0.01, (0.25, 0.5))
 
 @given(order=st.lists(st.integers(0, 29), min_size=1, max_size=12, unique=True), block=st.sampled_from([16, 64, 256]))
 @settings(max_examples=25, deadline=None)
-def test_votes_drawn_ahead_change_no_certificate(order: list[int], block: int) -> None:
-    """A model insensitive to last bits: whatever is packed and drawn ahead, an image's certificate is its own."""
+def test_speculative_votes_change_no_certificate(order: list[int], block: int) -> None:
+    """With a model insensitive to last bits, packing and speculative votes change no image's certificate."""
 
     def model(x: Tensor, draw: Draw) -> Tensor:
         side = x.double().flatten(1).mean(1) - 0.55
@@ -249,7 +252,7 @@ def test_stragglers_do_not_leave_blocks_empty(images: int) -> None:
     def model(x: Tensor, draw: Draw) -> Tensor:
         nonlocal rows
         rows += len(x)
-        # p so near to what a radius of the grid needs that neither certificate nor futility comes early.
+        # p is so close to the threshold of a radius that neither certificate nor give-up comes early.
         return torch.stack([draw.normal() + 0.55, torch.zeros(len(x)), torch.full((len(x),), -9.0)], 1)
 
     t = task(256)

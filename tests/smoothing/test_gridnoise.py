@@ -1,4 +1,4 @@
-"""Grid noise: exactly the rounded Gaussian, and F sees nothing but the integer sum."""
+"""Grid noise: exactly the rounded Gaussian, and F sees only the integer sum."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def exact_cdf(sigma: float, levels: int) -> list[mpmath.mpf]:
 
 
 def all_words(table: Thresholds) -> NDArray[np.uint64]:
-    """Where a look-up could go wrong: the ends of every cell, each threshold and its neighbours; and random words."""
+    """Return critical words (the ends of every cell, each threshold and its neighbours) and random ones."""
     cells = np.arange(2**16, dtype=np.uint64) << np.uint64(48)
     one, last = np.uint64(1), np.uint64(2**48 - 1)
     random = np.random.default_rng(0).integers(0, 2**64, 2**20, np.uint64)
@@ -50,12 +50,12 @@ def all_words(table: Thresholds) -> NDArray[np.uint64]:
 
 @cases
 def test_thresholds_against_mpmath(sigma: float, levels: int, size: int) -> None:
-    """Each is the correctly rounded 2^64 Phi((k + 1/2)/s)."""
+    """Every threshold is the correctly rounded 2^64 Phi((k + 1/2)/s)."""
     table, exact = thresholds(sigma, levels), exact_cdf(sigma, levels)
     with mpmath.workdps(40):
         worst = max(abs(int(e) - p * 2**64) for e, p in zip(table.edges, exact[1:-1], strict=True))
         assert worst <= 0.5 + 1e-15
-        assert exact[0] < mpmath.mpf(2) ** -65  # what lies beyond the reach
+        assert exact[0] < mpmath.mpf(2) ** -65  # the mass beyond the reach
 
 
 @cases
@@ -74,14 +74,14 @@ def test_tau_bounds_the_total_variation(sigma: float, levels: int, size: int) ->
 
 @cases
 def test_tau_covers_the_worst_rounding(sigma: float, levels: int, size: int) -> None:
-    """Not only that of the thresholds as they are: each may be off by half of 2^-64, as may the tails."""
+    """The bound covers any rounding: each threshold and tail may be off by half of 2^-64."""
     worst = size * (len(thresholds(sigma, levels).edges) + 2) * (2.0**-65 + 1e-39)
     assert worst <= tau(sigma, levels, size) <= 1.1 * worst
 
 
 @cases
 def test_distribution_is_the_rounded_gaussian(sigma: float, levels: int, size: int) -> None:
-    """Chi-square of 4 million draws; fixed seed, false-alarm rate 1e-6 a case were the seed drawn anew."""
+    """Chi-square of 4 million draws; fixed seed, false-alarm rate 1e-6 a case for a random seed."""
     noise = GridNoise(Noise(0, "test"), sigma, levels)
     votes = [Vote("estimate", i, i) for i in range(4_000_000 // size)]
     drawn = noise.draw(votes, size).numpy()
@@ -159,7 +159,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(noise.draw(votes, 100), whole)
 
 
-def test_values_are_fixed_for_ever() -> None:
+def test_values_never_change() -> None:
     """Changing the stream would silently change every certificate: bump gridnoise.VERSION with these values."""
     noise, votes = Noise(7, "test"), [Vote("estimate", 5, 11)]
     assert noise.words(votes, 2)[0].tolist() == WORDS
@@ -183,7 +183,7 @@ class Given(GridNoise):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("levels", [17, 256])
 def test_f_sees_nothing_but_the_sum(levels: int, device: str) -> None:
-    """Every pixel against every sum the noise can reach: the bits depend on the sum alone and are correctly rounded."""
+    """For every pixel and every sum, the bits depend on the sum alone and are correctly rounded."""
     noise = Given(Noise(0, "test"), 1.0, levels)
     reach = thresholds(1.0, levels).reach
     pixels, sums = torch.arange(levels), torch.arange(-reach, levels + reach)
@@ -218,7 +218,7 @@ def test_equal_sums_give_equal_bits(device: str, data: st.DataObject, levels: in
 
 
 def test_adding_floats_would_leak_the_image() -> None:
-    """Why integers are summed: in float32 k/255 + x/255 is another number than (k+x)/255 in a third of the pairs."""
+    """The reason for summing integers: in float32 k/255 + x/255 differs from (k+x)/255 in a third of the pairs."""
     x = np.arange(256)[:, None]
     k = np.arange(-255, 256)
     pixel, noise, total = (v.astype(np.float32) / np.float32(255) for v in (x, k, x + k))
@@ -227,7 +227,7 @@ def test_adding_floats_would_leak_the_image() -> None:
     assert not (np.arange(17, dtype=np.float32)[:, None] / 16 + k.astype(np.float32) / 16 != (x[:17] + k) / 16).any()
 
 
-def test_refusals() -> None:
+def test_invalid_arguments_raise() -> None:
     noise = GridNoise(Noise(0, "test"), 0.25, 17)
     with pytest.raises(TypeError, match="integer pixels"):
         noise.inputs(torch.zeros(1, 1, 8, 8), [Vote("estimate", 0, 0)])

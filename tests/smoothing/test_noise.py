@@ -41,7 +41,7 @@ def test_every_part_of_the_key_counts(one: Vote, other: Vote) -> None:
 
 
 def test_every_bit_of_the_key_counts() -> None:
-    """Images to 2^32, votes to 2^40, calls to 2^16 and every purpose each have a stream of their own."""
+    """Images to 2^32, votes to 2^40, calls to 2^16 and every purpose have separate streams."""
     noise, seen = Noise(0, "test"), set()
     powers = (
         [(1 << b, 0, 0) for b in range(32)] + [(0, 1 << b, 0) for b in range(40)] + [(0, 0, 1 << b) for b in range(16)]
@@ -56,7 +56,7 @@ def test_every_bit_of_the_key_counts() -> None:
     assert len(np.unique(long)) == len(long)
 
 
-def test_values_are_fixed_for_ever() -> None:
+def test_values_never_change() -> None:
     """Changing the stream would silently change every certificate: bump noise.VERSION with these values."""
     found = Noise(7, "test").normals([Vote("estimate", 5, 11)], 5)[0]
     assert found.tolist() == pytest.approx(GOLDEN, abs=1e-6)
@@ -66,7 +66,7 @@ GOLDEN = [1.1027404, 0.6980299, 1.1895381, 0.3850619, -1.7624006]
 
 
 def test_distribution_is_standard_normal() -> None:
-    """Fixed seed; false-alarm rate of each check at most 1e-6 were the seed drawn anew."""
+    """Fixed seed; false-alarm rate of each check at most 1e-6 for a random seed."""
     x = Noise(0, "test").normals([Vote("estimate", i, 0) for i in range(1000)], 2000).numpy().astype(np.float64)
     n = x.size
     assert abs(x.mean()) < 4.9 / np.sqrt(n)
@@ -120,7 +120,7 @@ def test_a_defense_never_sees_the_noise_of_its_input() -> None:
     ],
 )
 def test_a_key_out_of_range_raises(vote: Vote, call: int) -> None:
-    """Its bits would be those of another key: draw 65,536 of vote 0 was draw 0 of vote 1."""
+    """Its bits would be another key's: draw 65,536 of vote 0 equals draw 0 of vote 1."""
     for draw in (Noise(0, "test").normals, Noise(0, "test").words):
         with pytest.raises(ValueError, match="noise key out of range"):
             draw([vote], 4, call)
@@ -136,7 +136,7 @@ def test_a_defense_that_draws_too_often_is_stopped_before_keys_meet() -> None:
         draw.normal(2)
 
 
-def test_the_largest_keys_have_noise_of_their_own() -> None:
+def test_the_largest_keys_have_their_own_noise() -> None:
     noise = Noise(0, "test")
     keys = [Vote("estimate", i, v) for i in (0, 2**16, 2**32 - 1) for v in (0, 1, 2**20, 2**40 - 1)]
     rows = [noise.normals([key], 8, call) for key in keys for call in (0, 1, 2**16 - 1)]

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 
-import mpmath  # type: ignore[import-untyped]
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,25 +16,22 @@ from scipy import stats
 
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime, Floats, log_wealth, mixture, schedule, tabulate
-from bench.smoothing.procedures import Counts, Decision, Fixed, Procedure, Target, Votes
+from bench.smoothing.fixed import Fixed
+from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 CONFIG = Anytime(n0=100, n=100_000, alpha=0.001, radii=RADII)
 
 
-def play(procedure: Procedure, draw: dict[str, list[list[int]]]) -> Decision:
-    """Answer a procedure's requests from lists of counts, checking that each has as many votes as asked."""
+def play(procedure: ImageProcedure, draw: dict[str, list[list[int]]]) -> Decision:
+    """Answer a procedure's requests from lists of counts, and check that each has the requested votes."""
     queue = {purpose: iter(counts) for purpose, counts in draw.items()}
-    try:
-        wanted = next(procedure)
-        while True:
-            counts = np.array(next(queue[wanted.purpose]), np.int64)
-            assert counts.sum() == wanted.count
-            wanted = procedure.send(counts)
-    except StopIteration as stop:
-        decision = stop.value
-        assert isinstance(decision, Decision)
-        return decision
+    answer: VoteRequest | Decision = procedure.first()
+    while isinstance(answer, VoteRequest):
+        counts = np.array(next(queue[answer.purpose]), np.int64)
+        assert counts.sum() == answer.count
+        answer = procedure.update(counts)
+    return answer
 
 
 def two_class(hits: list[int], looks: list[int]) -> list[list[int]]:
@@ -93,7 +90,7 @@ def test_no_radius_above_clopper_pearson_at_the_decisive_look(n: int, sigma: flo
 
 @given(st.integers(0, 10**9), st.floats(0.3, 1.0), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0.0, 0.03]))
 @settings(max_examples=150, deadline=None)
-def test_generator_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float, tau: float) -> None:
+def test_procedure_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float, tau: float) -> None:
     config = replace(CONFIG, target="label", n=20_000)
     tables = tabulate(config, sigma, tau)
     steps = np.diff(tables.looks, prepend=0)
@@ -111,7 +108,7 @@ def test_generator_equals_simulator_and_radius_is_recomputed(seed: int, p: float
 @given(st.integers(0, 10**9), st.floats(0.5, 1.0))
 @settings(max_examples=50, deadline=None)
 def test_the_recorded_look_is_the_first_to_reach_the_level(seed: int, p: float) -> None:
-    """Later looks with more votes, at which nothing more is certified, are not what the record is about."""
+    """Later looks that certify no larger radius are not recorded."""
     config = replace(CONFIG, target="label", n=20_000)
     tables = tabulate(config, 0.5)
     hits = np.cumsum(np.random.default_rng(seed).binomial(np.diff(tables.looks, prepend=0), p)).tolist()
@@ -125,7 +122,7 @@ def test_the_recorded_look_is_the_first_to_reach_the_level(seed: int, p: float) 
 
 
 def test_a_later_look_that_certifies_nothing_more_is_not_recorded() -> None:
-    """The same on one history, in which every look certifies the least radius with no vote to spare."""
+    """The same for a history in which every look just certifies the smallest radius."""
     config = replace(CONFIG, target="label", n=20_000)
     tables = tabulate(config, 0.5)
     hits = [accept[0] for accept in tables.accept]
@@ -141,13 +138,10 @@ def test_a_later_look_that_certifies_nothing_more_is_not_recorded() -> None:
 def test_votes_that_all_agree_reach_the_largest_radius(config: Fixed | Anytime, target: Target) -> None:
     config, largest = replace(config, target=target), []
     for tau in (0.0, 0.05):
-        procedure, counts, wanted = config.certify(1.0, 0, tau), None, None
-        try:
-            while True:
-                wanted = next(procedure) if counts is None else procedure.send(counts)
-                counts = np.array([wanted.count, 0, 0])
-        except StopIteration as stop:
-            decision = stop.value
+        procedure = config.certify(1.0, 0, tau)
+        decision: VoteRequest | Decision = procedure.first()
+        while isinstance(decision, VoteRequest):
+            decision = procedure.update(np.array([decision.count, 0, 0]))
         assert decision.radius == config.largest_radius(1.0, tau)
         found = config.recompute(1.0, decision.n, decision.top_count, tau)
         assert found == (decision.p_lower, decision.radius)
@@ -157,7 +151,7 @@ def test_votes_that_all_agree_reach_the_largest_radius(config: Fixed | Anytime, 
 
 
 def test_a_radius_waits_for_all_lower_ones() -> None:
-    """On this grid the counts that W asks for fall with the radius, at 224 votes from 224 to 223 of them."""
+    """On this grid the count that W needs falls with the radius: at 224 votes from 224 to 223."""
     radii = (*(0.15 * k for k in range(1, 13)), 1.895, 1.9, 2.09, 2.095, 2.385, 2.39)
     config = replace(CONFIG, n=1000, alpha=0.05, radii=radii, target="label")
     tables, enough = tabulate(config, 1.0), math.log(1 / (0.8 * 0.05))
@@ -175,7 +169,7 @@ def test_a_radius_waits_for_all_lower_ones() -> None:
 
 
 def test_lowest_first() -> None:
-    """No count certifies a radius without certifying all lower ones at the same look."""
+    """A count that certifies a radius certifies all lower ones at the same look."""
     fine = replace(CONFIG, radii=tuple(k / 100 for k in range(1, 120)), n=5000)
     tables = tabulate(fine, 0.5)
     accept, looks = np.array(tables.accept[:-1]), np.array(tables.looks[:-1])  # at the cap Clopper-Pearson joins in
@@ -258,7 +252,7 @@ def test_selected_and_label_target() -> None:
     assert (decision.predicted, decision.radius, decision.n0, decision.runner_up) == (1, 1.5, 100, None)
     assert decision.votes == decision.n + 100 < 10_000
     label = replace(CONFIG, target="label")
-    assert next(label.certify(0.5, label=0)) == Votes("estimate", 64, CONFIG.n - 64)
+    assert label.certify(0.5, label=0).first() == VoteRequest("estimate", 64, CONFIG.n - 64)
     decision = play(label.certify(0.5, label=0), {"estimate": sure["estimate"]})
     assert (decision.predicted, decision.radius, decision.n0, decision.votes) == (None, 0.0, 0, 64)
 
@@ -273,7 +267,7 @@ def test_looks_are_those_of_the_constants() -> None:
 
 
 def test_accepted_counts_are_the_first_that_are_enough() -> None:
-    """W alone decides before the cap: at the least radius one vote less would not do, nor does giving up matter."""
+    """Before the cap W alone decides: at the smallest radius one vote fewer does not suffice."""
     tables = tabulate(CONFIG, 0.5)
     column, looks = np.array(tables.accept)[:-1, 0], np.array(tables.looks[:-1])
     p0, enough = tables.p0[0], math.log(1 / (CONFIG.ville_share * CONFIG.alpha))
@@ -284,7 +278,7 @@ def test_accepted_counts_are_the_first_that_are_enough() -> None:
 
 def test_radius_zero_is_the_first_threshold() -> None:
     tables = tabulate(replace(CONFIG, radii=(2.0,)), 0.5)
-    assert tables.radii == (0.0,)  # 2.0 at sigma .5 is out of reach: dropped, not chased
+    assert tables.radii == (0.0,)  # 2.0 at sigma .5 is out of reach, so it is dropped
     config = replace(CONFIG, radii=(2.0,), target="label")
     hits = [round(0.6 * look) for look in tables.looks]
     decision = play(config.certify(0.5, 0), {"estimate": two_class(hits, tables.looks)})
@@ -293,7 +287,7 @@ def test_radius_zero_is_the_first_threshold() -> None:
 
 
 def test_radii_are_the_nominal_ones() -> None:
-    radii = tuple(0.1 * k for k in range(1, 8))  # .30000000000000004: what the report holds, not a recomputed .3
+    radii = tuple(0.1 * k for k in range(1, 8))  # .30000000000000004, as in the report, not a recomputed .3
     tables = tabulate(replace(CONFIG, radii=radii), 0.25)
     assert tables.radii == (0.0, *radii)
 
@@ -308,10 +302,10 @@ def test_few_votes(n: int) -> None:
     assert config.recompute(0.5, decision.n, decision.top_count) == (decision.p_lower, decision.radius)
 
 
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match="no look"):
+def test_invalid_arguments_raise() -> None:
+    with pytest.raises(ValueError, match="not a look"):
         CONFIG.recompute(0.5, 65, 60)
-    with pytest.raises(ValueError, match="no look"):
+    with pytest.raises(ValueError, match="not a look"):
         CONFIG.recompute(0.5, 64, 65)
     with pytest.raises(ValueError, match="rising"):
         replace(CONFIG, radii=(0.5, 0.25))

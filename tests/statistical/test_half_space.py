@@ -14,9 +14,11 @@ from scipy import stats
 from torch import Tensor
 
 from bench.interface import Draw
-from bench.smoothing.engine import Certificate, Device, Task, certify
+from bench.smoothing.engine import Device, certify
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, add_float
-from bench.smoothing.procedures import Fixed
+from bench.smoothing.task import Task
+from bench.smoothing.votes import Certificate
 
 SHAPE = (1, 8, 8)
 SIGMA = 0.5
@@ -48,7 +50,7 @@ def test_false_certificates_are_no_more_frequent_than_alpha() -> None:
     """400 images at alpha .1: at most 64 false certificates.
 
     Were every image's chance exactly .1, P(Bin(400, .1) > 64) = 8e-5: the test's false-alarm rate, for a
-    seed drawn anew.
+    random seed.
     """
     alpha, images, allowed = 0.1, 400, 64
     assert stats.binom.sf(allowed, images, alpha) < 1e-4
@@ -56,7 +58,7 @@ def test_false_certificates_are_no_more_frequent_than_alpha() -> None:
     found = run(radii, 500, alpha)
     false = sum(c.predicted == 1 and c.radius > 0.5 for c in found) + sum(c.predicted == 0 for c in found)
     assert false <= allowed
-    # And the bound is not idle: a one-sided bound at alpha should fail at close to alpha.
+    # The bound is not too conservative: a one-sided bound at alpha should fail at close to alpha.
     assert false >= stats.binom.ppf(1e-4, images, 0.06)
 
 

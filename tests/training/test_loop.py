@@ -1,4 +1,4 @@
-"""Training: resumed in mid-run it ends in the same weights; divergence is said."""
+"""The training loop: a resumed training gives the same weights, and divergence is reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import rng
+from bench import globalstate
 from bench.data.split import Split
 from bench.errors import BenchError
 from bench.interface import Draw, Schedule
@@ -22,7 +22,7 @@ DATA = Split("train", RNG.integers(0, 17, (100, 1, 8, 8)).astype(np.uint8), RNG.
 
 
 def network() -> nn.Module:
-    with rng.fixed_rng(1):
+    with globalstate.fixed_rng(1):
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 3))
 
 
@@ -57,23 +57,23 @@ def train(folder: Path, *, die_at: int = 10**9, **schedule: object) -> nn.Module
 
 
 def test_global_random_states_are_seeded_and_restored() -> None:
-    """Of torch, numpy and Python, also where what runs within raises."""
+    """Those of torch, numpy and Python, also after an error."""
 
     def drawn() -> tuple[float, float, float]:
         return float(torch.rand(())), float(np.random.rand()), random.random()
 
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()
     found = []
     for _ in range(2):
-        with rng.fixed_rng(3):
+        with globalstate.fixed_rng(3):
             found.append(drawn())
-    with rng.fixed_rng(4):
+    with globalstate.fixed_rng(4):
         other = drawn()
-    with pytest.raises(ZeroDivisionError), rng.fixed_rng(3):
+    with pytest.raises(ZeroDivisionError), globalstate.fixed_rng(3):
         1 // int(drawn() is None)
     assert found[0] == found[1] and not set(found[0]) & set(other)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert (np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()) == before[1:]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -105,7 +105,7 @@ def test_divergence_is_one_line_that_says_what_to_change(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut short", "empty"])
-def test_a_corrupt_checkpoint_is_said_and_trained_anew(
+def test_a_corrupt_checkpoint_is_reported_and_training_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     undisturbed = train(tmp_path)
@@ -115,7 +115,7 @@ def test_a_corrupt_checkpoint_is_said_and_trained_anew(
         train(tmp_path, die_at=14)
     data = bytearray((tmp_path / "checkpoint.pt").read_bytes())
     data[len(data) // 2] ^= 1
-    kept = {"one bit": data, "cut short": data[:100], "empty": b""}[damage]
+    kept = {"one bit": bytes(data), "cut short": bytes(data[:100]), "empty": b""}[damage]
     (tmp_path / "checkpoint.pt").write_bytes(kept)
     again = train(tmp_path)
     assert f"bench: corrupt checkpoint {tmp_path}/checkpoint.pt" in capsys.readouterr().err
@@ -151,13 +151,13 @@ def test_a_constant_rate_does_not_decay(tmp_path: Path) -> None:
 
 def test_frozen_batch_norms_keep_their_statistics(tmp_path: Path) -> None:
     module = network()
-    module[1].requires_grad_(False)
-    before = module[1].running_mean.clone()  # type: ignore[union-attr,operator]
+    norm = module.get_submodule("1").requires_grad_(False)
+    before = norm.get_buffer("running_mean").clone()
     job = loop.TrainingJob(
         DATA, (), 0.25, objectives.gaussian, 0, torch.device("cpu"), tmp_path / "c", lambda *_: None, []
     )
     job.train(module, lambda x, y, d: objectives.gaussian(lambda z, _: module(z), x, y, d), Schedule(epochs=1))
-    assert torch.equal(module[1].running_mean, before)  # type: ignore[arg-type]
+    assert torch.equal(norm.get_buffer("running_mean"), before)
 
 
 def test_gaussian_adds_noise_of_sigma_to_clean_pixels() -> None:

@@ -1,4 +1,4 @@
-"""Objectives: their formulas against plain computations, and one row of a table each."""
+"""Objectives: their formulas compared with plain computations, and a table row for each."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_each_objective_is_a_row_of_its_own(bench: Callable[..., Result], tmp_pa
     assert rows == ["lora", "lora + consistency", "lora + dign", "lora + stability", "none"]
 
 
-def test_gaussian_said_aloud_is_the_default(bench: Callable[..., Result], tmp_path: Path) -> None:
+def test_gaussian_is_the_default_objective(bench: Callable[..., Result], tmp_path: Path) -> None:
     args = ("run", "--defense", "lora", "--dataset", TINY, "--out", tmp_path, "--json")
     (silent,) = json.loads(bench(*args).out)
     (said,) = json.loads(bench(*args, "--objective", "gaussian").out)

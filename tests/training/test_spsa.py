@@ -60,7 +60,7 @@ def test_the_two_sided_estimate_of_a_quadratic_is_unbiased() -> None:
     assert ((1 - EVEN) * true.abs() / deviation).max() > 10
 
 
-def test_a_cubic_biases_both_estimates_alike_and_one_side_adds_variance() -> None:
+def test_a_cubic_biases_both_estimates_equally_and_one_side_adds_variance() -> None:
     torch.manual_seed(2)
     n, c, w = 4000, 0.5, weights(1.0)
     kinds = {one_sided: SPSA([w], FLAT, one_sided=one_sided) for one_sided in (False, True)}
@@ -76,7 +76,7 @@ def test_a_cubic_biases_both_estimates_alike_and_one_side_adds_variance() -> Non
         assert float(values.var()) == pytest.approx(variance[kind], rel=0.1)
 
 
-def test_at_the_bottom_two_sides_see_that_it_is_flat_and_one_side_does_not() -> None:
+def test_at_a_minimum_two_sides_estimate_zero_and_one_side_does_not() -> None:
     torch.manual_seed(3)
     w = weights(0.0, 0.0)
     assert SPSA([w], FLAT).estimate(lambda: w.square().sum(), 0.1)[0].abs().max() == 0
@@ -127,7 +127,7 @@ def test_it_descends_a_noisy_quadratic(b: float, one_sided: bool) -> None:
     assert float(w.detach().norm()) < 0.1 * math.sqrt(27)
 
 
-def test_restored_it_goes_on_to_the_last_bit() -> None:
+def test_a_restored_optimiser_continues_to_the_last_bit() -> None:
     def run(w: nn.Parameter, spsa: SPSA, begin: int, end: int) -> None:
         for k in range(begin, end):
             torch.manual_seed(k)
@@ -166,7 +166,7 @@ def test_a_bounded_loss_that_ends_above_its_start_is_divergence(late: float, div
     for k in range(300):
         spsa.step(lambda k=k: torch.tensor(1.0 if k == 0 else late))  # type: ignore[misc]
     if diverged:
-        with pytest.raises(Diverged, match="began at 1"):
+        with pytest.raises(Diverged, match="its loss rose from 1"):
             spsa.check_end()
     else:
         spsa.check_end()
@@ -187,5 +187,5 @@ def test_a_replayed_draw_gives_the_same_noise_to_every_probe() -> None:
     assert first[0].shape == (3, 2)
     replay.rewind()
     assert torch.equal(replay.normal(2), first[0])
-    with pytest.raises(ValueError, match="an earlier probe drew"):
+    with pytest.raises(ValueError, match="an earlier one"):
         replay.normal(2)

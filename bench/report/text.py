@@ -1,0 +1,75 @@
+"""A report as markdown, LaTeX, csv or json text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pandas as pd
+
+from bench.report import latex
+from bench.report.envelopes import Envelope
+from bench.report.published import heading as published_heading
+from bench.report.tables import Report, Table
+from bench.text import escape
+
+FORMATS = ("md", "latex", "csv", "json")
+_FROM_RECORDS = ["defense", "family", "trains", "extra data"]  # columns whose text is untrusted
+
+
+def render(report: Report, format: str) -> str:
+    """Write all tables, then the best-sigma curves (not in csv, which has a line a run). ``format``: of ``FORMATS``."""
+    return {"md": _markdown, "latex": latex.render, "csv": _csv, "json": _json}[format](report)
+
+
+def _markdown(report: Report) -> str:
+    parts = [_table(table) for table in report.tables]
+    if len(parts) > 1:
+        parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
+    return "\n".join([*parts, *map(_envelope, report.envelopes)])
+
+
+def _table(table: Table) -> str:
+    shown = table.cells.copy()
+    shown[_FROM_RECORDS] = shown[_FROM_RECORDS].map(escape)
+    flagged = [escape(f"{m.label}: {m.row.flags}") for m in table.methods if m.row.flags]
+    text = "\n\n".join([f"### {escape(table.setting.heading)}", _grid(shown), table.notes, *flagged]) + "\n"
+    if len(table.published):
+        italic = table.published.assign(published=[f"*{p}*" for p in table.published["published"]])
+        text += f"\n{published_heading(table.setting)}\n\n{_grid(italic)}\n"
+    return text
+
+
+def _envelope(envelope: Envelope) -> str:
+    if not envelope.curves:
+        return f"{escape(envelope.note)}\n"
+    shown = envelope.cells()
+    shown["defense"] = shown["defense"].map(escape)
+    return "\n\n".join([f"### {escape(envelope.heading)}", _grid(shown), escape(envelope.note)]) + "\n"
+
+
+def _grid(cells: pd.DataFrame) -> str:
+    return str(cells.to_markdown(index=False, disable_numparse=True))
+
+
+def _csv(report: Report) -> str:
+    frames = [table.frame().assign(table=i) for i, table in enumerate(report.tables)]
+    return str(pd.concat(frames, ignore_index=True).to_csv(index=False)) if frames else ""
+
+
+def _json(report: Report) -> str:
+    tables = [
+        {"heading": table.setting.heading, "rows": json.loads(table.frame().to_json(orient="records"))}
+        for table in report.tables
+    ]
+    envelopes = [
+        {
+            "heading": envelope.heading,
+            "note": envelope.note,
+            "validation_images": envelope.validation_images,
+            "rows": [asdict(curve) for curve in envelope.curves],
+            "lacking": envelope.lacking,
+        }
+        for envelope in report.envelopes
+    ]
+    return json.dumps({"tables": tables, "envelopes": envelopes}, indent=1) + "\n"

@@ -1,0 +1,67 @@
+"""A certification task: the images, the noise, the sigma and the shape of a compute block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.interface import Draw
+from bench.smoothing.noise import Noise, Vote
+from bench.smoothing.votes import TILE
+
+Model = Callable[[Tensor, Draw], Tensor]  # noisy pixels [B, C, H, W] -> logits [B, classes]
+Noisy = Callable[[Tensor, Sequence[Vote]], Tensor]  # images and their votes -> float32 noisy pixels, unclipped
+
+
+@dataclass(frozen=True)
+class Task:
+    """The images to certify, by index, with their labels and noise, and the shape of the compute block."""
+
+    images: Callable[[list[int]], NDArray[Any]]  # indices -> [len, C, H, W], as ``noisy`` takes them
+    labels: Callable[[int], int]
+    noisy: Noisy
+    shape: tuple[int, int, int]
+    classes: int
+    sigma: float
+    noise: Noise  # for a defense's own draws
+    block: int  # rows
+    device: torch.device
+
+    def repeated(self, index: int) -> Tensor:
+        """Return a block with one image in every row."""
+        image = torch.from_numpy(self.images([index])).to(self.device)
+        return image.expand(self.block, *self.shape).contiguous()
+
+
+class ImageCache:
+    """A task's images in memory, each read once. For one thread."""
+
+    def __init__(self, task: Task) -> None:
+        self._read = task.images
+        self._held: dict[int, NDArray[Any]] = {}
+
+    def get(self, indices: Iterable[int]) -> dict[int, NDArray[Any]]:
+        """Return the images [C, H, W] by index."""
+        found = {}
+        for index in indices:
+            if index not in self._held:
+                self._held[index] = self._read([index])[0]
+            found[index] = self._held[index]
+        return found
+
+    def drop(self, index: int) -> None:
+        """Free an image's memory."""
+        self._held.pop(index, None)
+
+
+def block_rows(shape: tuple[int, int, int], device: torch.device) -> int:
+    """Return the rows of a block: about a cache's worth of pixels on a CPU, enough to fill an accelerator."""
+    budget, most = (2**18, 256) if device.type == "cpu" else (2**24, 1024)
+    rows = min(most, budget // int(np.prod(shape)))
+    return int(max(TILE, 2 ** int(np.log2(max(rows, 1)))))
