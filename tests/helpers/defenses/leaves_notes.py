@@ -9,9 +9,10 @@ from bench.interface import Access, Defense, Draw
 
 class LeavesNotes(Defense):
     access = Access.QUERY
+    note: Tensor | None
 
     def build(self) -> None:
-        self.note: Tensor | None = None
+        self.note = None
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         kept, self.note = self.note, x
