@@ -246,7 +246,7 @@ def test_no_log_is_written_through_a_link(tmp_path: Path) -> None:
     assert "is a link" in refused(lambda: RunLog(file))
     file.unlink()
     os.mkfifo(file)
-    assert "no file" in refused(lambda: RunLog(file))
+    assert "not a regular file" in refused(lambda: RunLog(file))
     assert kept.read_text() == "precious"
 
 
@@ -339,7 +339,7 @@ train = "train.parquet"
 
 @pytest.mark.parametrize(
     ("size", "rows", "words"),
-    [(2**20, 2000, "take more than the"), (0, 10**6, "take more than the"), (0, 11_000_000, "more than 10,000,000")],
+    [(2**20, 2000, "take more than "), (0, 10**6, "take more than "), (0, 11_000_000, "more than 10,000,000")],
     ids=["pictures", "labels", "rows"],
 )
 def test_a_parquet_bomb_is_refused_before_it_takes_the_memory(
