@@ -55,9 +55,9 @@ def _bases() -> list[dict[str, Any]]:
 def _runs(out: Path) -> list[dict[str, Any]]:
     return [
         {
-            "run": shown(r["run"]),
-            "state": r["state"],
-            "images": "" if r["images"] is None else f"{r['done']}/{r['images']}",
+            "run": shown(r.run),
+            "state": r.state,
+            "images": status.images_done(r),
         }
         for r in status.rows(out)
     ]

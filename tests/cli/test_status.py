@@ -49,7 +49,7 @@ def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monk
     seen: list[dict[str, Any]] = []
 
     def look() -> BaseException:  # while the run lives: its lock is held
-        seen.extend(status.rows(tmp_path))
+        seen.extend(row.as_json() for row in status.rows(tmp_path))
         return KeyboardInterrupt()
 
     with monkeypatch.context() as patch:
@@ -127,7 +127,7 @@ def test_training_is_seen_before_there_is_a_folder(
         def watched(done: int, total: int, loss: float) -> None:
             progress(done, total, loss)
             if not seen:
-                seen.extend(status.rows(tmp_path))
+                seen.extend(row.as_json() for row in status.rows(tmp_path))
 
         return real(plan, base, train, device, watched)
 
@@ -156,13 +156,13 @@ def test_a_killed_process_lets_go_of_its_log(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    (row,) = status.rows(tmp_path)
+    (row,) = (r.as_json() for r in status.rows(tmp_path))
     assert row["state"] == "running"
     with pytest.raises(runlog.BenchError, match="another process"):
         runlog.RunLog(file)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (row,) = status.rows(tmp_path)
+    (row,) = (r.as_json() for r in status.rows(tmp_path))
     assert row["state"] == "stopped"
 
 

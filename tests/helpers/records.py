@@ -12,6 +12,7 @@ from typing import Any
 from bench.io.files import file_sha256
 from bench.records import metrics, schema
 from bench.records.schema import Cost, Identity, RunInfo
+from bench.records.stored import parse_json
 from bench.records.writer import RunFolder
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.engine import Certificate
@@ -51,7 +52,7 @@ def begun(count: int, name: str = "lora", **changes: Any) -> RunInfo:
             **{"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
         },
     }
-    return schema.started(Identity.of(schema.parse_json(json.dumps(identity | changes))), about)
+    return schema.started(Identity.of(parse_json(json.dumps(identity | changes))), about)
 
 
 def costs(votes: int) -> dict[str, Any]:
