@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import shutil
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bench.cli import main
-from bench.compare import power
-from bench.compare.baseline import read
 from bench.records import paired
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import made_up
@@ -447,63 +440,6 @@ def test_a_resumed_run_has_no_calibration(bench: Bench, tmp_path: Path, monkeypa
     assert json.loads(file.read_text())["cost"]["calibration_seconds"] is None
 
 
-# What the gate finds and misses --------------------------------------------------------------------------
-
-
-@given(lost=st.integers(0, 120), won=st.integers(0, 120))
-def test_the_test_is_one_sided_and_exact(lost: int, won: int) -> None:
-    tail = Fraction(sum(math.comb(lost + won, k) for k in range(lost, lost + won + 1)), 2 ** (lost + won))
-    assert paired.loss(lost, won) == pytest.approx(float(tail), rel=1e-9)
-
-
-@given(
-    images=st.integers(1, 25),
-    lost=st.integers(0, 10),
-    won=st.integers(0, 10),
-    level=st.sampled_from([0.01, 0.05, 0.3]),
-    points=st.sampled_from([0.0, 2.0, 20.0]),
-)
-@settings(max_examples=30, deadline=None)
-def test_power_is_the_sum_over_every_outcome(images: int, lost: int, won: int, level: float, points: float) -> None:
-    a, b = lost / 20, won / 20
-    expected = 0.0
-    for x in range(images + 1):
-        for y in range(images + 1 - x):
-            if paired.regresses(x, y, images, paired.loss(x, y), level, points):
-                ways = math.comb(images, x) * math.comb(images - x, y)
-                expected += ways * a**x * b**y * (1 - a - b) ** (images - x - y)
-    assert paired.power(images, a, b, level, points) == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("loss", [0.0, 0.12, 0.2])
-def test_simulated_gates_alarm_as_often_as_computed(loss: float) -> None:
-    """Six independent tests of 100 images, one of which loses; Holm over all six, as check does it."""
-    rounds, tests, images, churn = 4000, 6, 100, 0.1
-    rng = np.random.default_rng(1)
-    alarms = seen = 0
-    for _ in range(rounds):
-        rows = []
-        for k in range(tests):
-            lost, won = churn / 2 + (loss if k == 0 else 0), churn / 2
-            x, y, _ = rng.multinomial(images, [lost, won, 1 - lost - won])
-            rows.append((int(x), int(y), paired.loss(int(x), int(y))))
-        adjusted = paired.holm([p for _, _, p in rows])
-        found = [paired.regresses(x, y, images, p, LEVEL, POINTS) for (x, y, _), p in zip(rows, adjusted, strict=True)]
-        alarms += any(found[1:] if loss else found)
-        seen += found[0]
-    gate = power.sensitivity([images] * tests, POINTS)
-    # Four and a half standard errors: one wrong failure in 300,000 runs of the test.
-    most = gate.false_alarm if not loss else LEVEL
-    assert gate.false_alarm <= gate.false_alarm_at_most <= LEVEL
-    assert alarms / rounds <= most + 4.5 * math.sqrt(most * (1 - most) / rounds)
-    # A test may be rejected at a later step of Holm's, where another was before: at most that much oftener.
-    computed = paired.power(images, churn / 2 + loss, churn / 2, LEVEL / tests, POINTS)
-    error = 4.5 * math.sqrt(max(computed, 1e-3) * (1 - computed) / rounds)
-    assert computed - error <= seen / rounds <= computed + LEVEL + error
-    if loss == 0.2:
-        assert computed > 0.5  # and not met by never alarming
-
-
 def test_the_gate_says_what_it_sees(bench: Bench, baseline: Path, tmp_path: Path) -> None:
     found = json.loads(bench("check", tmp_path / "old", "--baseline", baseline, "--json").out)
     gate = found["gate"]
@@ -519,16 +455,3 @@ def test_the_gate_says_what_it_sees(bench: Bench, baseline: Path, tmp_path: Path
         text := bench("check", tmp_path / "old", "--baseline", baseline).out
     )
     assert f"or {second} points where 10% of the images also change" in text
-    assert power.sensitivity([5], POINTS).seen[0].points is None
-
-
-def test_this_repository_gates_what_its_makefile_runs() -> None:
-    found = read(ROOT / "reports" / "baselines" / "digits.json")
-    flags = re.search(r"^GATE := --defense (\S+) (.*)$", (ROOT / "Makefile").read_text(), re.M)
-    assert flags
-    typed = set(zip(*[iter(shlex.split(flags[2]))] * 2, strict=True))
-    assert sorted(e.method.name for e in found.entries) == sorted(flags[1].split(","))
-    for one in found.entries:
-        words = shlex.split(one.command)[2:]
-        assert typed <= set(zip(*[iter(words)] * 2, strict=True))
-    assert not found.any_base

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from bench.io.files import digest
 from bench.records.schema import Identity
-from bench.records.shards import Shard, shards_in
+from bench.records.shards import shards_in
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import costs, made_up
 
@@ -238,14 +238,6 @@ def shares(out: Path, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
         sha256 = hashlib.sha256(lines.encode()).hexdigest()
         (shard / "run.json").write_text(json.dumps(told | {"shard": f"{i}/2", "certificates_sha256": sha256}))
     return run, [info(shard) for shard in shards_in(run).values()]
-
-
-def test_every_image_is_in_one_shard() -> None:
-    for count, of in ((1, 1), (7, 3), (9, 9), (10, 4)):
-        indices = list(range(100, 100 + count))
-        parts = [Shard(i, of).part(indices) for i in range(1, of + 1)]
-        assert sorted(i for part in parts for i in part) == indices
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_a_missing_or_unfinished_shard_is_named(bench: Bench, tmp_path: Path) -> None:

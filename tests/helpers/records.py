@@ -126,3 +126,11 @@ def certificate(identity: Identity, index: int, label: int, top: int, wrong: boo
     predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
     second = None if top == n else 9
     return Certificate(predicted, radius, n0, n, top, second, n - top, p_lower, n0 + n, index, label, 0.5)
+
+
+def edit(run: Path, **changes: Any) -> Path:
+    """Change fields of the record's second certificate."""
+    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
+    lines[1] |= changes
+    (run / "certificates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
