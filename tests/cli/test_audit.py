@@ -62,7 +62,7 @@ def test_certificates_changed_after_the_run_are_refused_by_every_reader(bench: B
 def test_certificates_that_do_not_follow_from_their_counts(
     bench: Bench, tmp_path: Path, procedure: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
-    """Whoever edits a record can also write its hash: the numbers themselves are recomputed."""
+    """An edited record can have an edited hash, so the numbers themselves are recomputed."""
     good = made_up(tmp_path / "good", [0.25, 0.25, 0.0], procedure=procedure)
     assert bench("report", tmp_path / "good").code == 0
     bad = seal(edit(good, **changes))

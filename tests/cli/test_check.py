@@ -1,4 +1,4 @@
-"""bench check: what worsens fails, chance and improvements pass, the incomparable is refused, nothing is forged."""
+"""bench check: losses fail, chance and improvements pass, runs that are not comparable or forged are refused."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ GOOD, POOR = 950, 300  # votes of 1000: certified at .25, and abstained
 
 
 def votes(good: int, images: int = 100, shift: int = 0) -> list[int]:
-    """Counts of a run that certifies so many images at .25, the first ones but ``shift``."""
+    """Return counts of a run that certifies ``good`` images at .25, from the image ``shift`` on."""
     return [GOOD if shift <= i < shift + good else POOR for i in range(images)]
 
 
 def edit(run: Path, **change: Any) -> Path:
-    """Change what run.json says beside the identity."""
+    """Change fields of run.json other than the identity."""
     info = json.loads((run / "run.json").read_text())
     for key, value in change.items():
         info[key] = {**info[key], **value} if isinstance(value, dict) else value
@@ -133,7 +133,7 @@ def test_costs_are_exact(bench: Bench, tmp_path: Path, key: str, more: bool) -> 
     assert ("not judged" in other.out) == (key == "flops_per_vote")
 
 
-def test_seconds_only_warn_and_only_beside_a_calibration(bench: Bench, tmp_path: Path) -> None:
+def test_seconds_only_warn_and_only_with_a_calibration(bench: Bench, tmp_path: Path) -> None:
     def made(out: str, seconds: float, unit: float | None) -> None:
         cost = {"certify_seconds": seconds, "calibration_seconds": unit}
         made_up(tmp_path / out, votes(80), counted=True, cost=cost)
@@ -198,7 +198,7 @@ def test_what_is_not_comparable_is_exit_3_with_what_differs(
     assert "A regression is" not in result.out
 
 
-def test_a_regression_beside_a_missing_run_is_a_regression(bench: Bench, tmp_path: Path) -> None:
+def test_a_regression_and_a_missing_run_are_a_regression(bench: Bench, tmp_path: Path) -> None:
     for name in ("none", "lora"):
         made_up(tmp_path / "old", votes(80), name=name, counted=True)
     bench("check", tmp_path / "old", "--baseline", tmp_path / "b.json", "--update")
@@ -225,7 +225,7 @@ def test_the_baseline_is_as_it_was(bench: Bench, tmp_path: Path) -> None:
     assert sum(bool(re.fullmatch(r" +\[\d, (null|[\d.]+), 1000, \d+\],?", line)) for line in lines) == 4
 
 
-def test_update_says_what_changed_and_round_trips(bench: Bench, baseline: Path, tmp_path: Path) -> None:
+def test_update_lists_what_changed_and_round_trips(bench: Bench, baseline: Path, tmp_path: Path) -> None:
     again = bench("check", tmp_path / "old", "--baseline", baseline, "--update")
     assert again.out.startswith("unchanged: lora, digits, sigma 0.25, seed 0\n")
     made_up(tmp_path / "new", votes(60), counted=True, defense=EDITED)
@@ -317,7 +317,7 @@ def test_a_forged_run_is_refused(bench: Bench, baseline: Path, tmp_path: Path) -
     assert result.code == 2 and "bench verify" in result.err
 
 
-def test_a_base_trained_anew_is_a_statement_of_the_baseline(bench: Bench, baseline: Path, tmp_path: Path) -> None:
+def test_a_retrained_base_is_allowed_by_the_baseline(bench: Bench, baseline: Path, tmp_path: Path) -> None:
     made_up(tmp_path / "new", votes(80), counted=True, base={"name": "vit", "sha256": "a" * 64})
     again = ("check", tmp_path / "new", "--baseline", baseline)
     assert bench(*again).code == 3
@@ -400,7 +400,7 @@ def test_a_worsened_defense_is_caught_and_an_improved_one_accepted(bench: Bench,
     assert dearer.code == 1 and "costs more: forwards per vote: 2, was 1" in dearer.out
 
 
-def test_a_missing_run_is_made_by_the_command_that_is_said(bench: Bench, tmp_path: Path) -> None:
+def test_a_missing_run_is_created_by_the_command_in_the_message(bench: Bench, tmp_path: Path) -> None:
     args = ("--dataset", TINY, "--sigma", "0.5", "--n", 150, "--set", "clip=true", "--noise", "float")
     assert bench("run", "--defense", "none", *args, "--out", tmp_path / "old").code == 0
     info = json.loads(next((tmp_path / "old").glob("*/run.json")).read_text())
@@ -440,7 +440,7 @@ def test_a_resumed_run_has_no_calibration(bench: Bench, tmp_path: Path, monkeypa
     assert json.loads(file.read_text())["cost"]["calibration_seconds"] is None
 
 
-def test_the_gate_says_what_it_sees(bench: Bench, baseline: Path, tmp_path: Path) -> None:
+def test_the_gate_states_what_it_finds(bench: Bench, baseline: Path, tmp_path: Path) -> None:
     found = json.loads(bench("check", tmp_path / "old", "--baseline", baseline, "--json").out)
     gate = found["gate"]
     assert (gate["tests"], gate["images"]) == (3, 100)

@@ -98,7 +98,7 @@ def test_what_must_agree_does_or_nothing_is_compared(
     assert words in result.err and result.err.count("\n") == 1
 
 
-def test_base_and_defense_may_differ_and_it_is_said(bench: Bench, tmp_path: Path) -> None:
+def test_base_and_defense_may_differ_and_are_listed(bench: Bench, tmp_path: Path) -> None:
     one = made_up(tmp_path, [0.1, 0.2])
     base = {"name": "other|base", "sha256": "a" * 64}
     two = made_up(tmp_path, [0.1, 0.2], name="evil|<b>`x`", base=base, seed=3, train_sigma=0.5)

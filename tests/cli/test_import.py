@@ -123,7 +123,7 @@ DEFECTS = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_what_a_log_gets_wrong_is_found_kept_and_shown(bench: Bench, tmp_path: Path, defect: str) -> None:
+def test_defects_of_a_log_are_found_kept_and_shown(bench: Bench, tmp_path: Path, defect: str) -> None:
     log, words = DEFECTS[defect]
     result, info = imported(bench, tmp_path, log)
     assert result.code == 1, result.err
@@ -140,14 +140,14 @@ def test_what_a_log_gets_wrong_is_found_kept_and_shown(bench: Bench, tmp_path: P
 
 
 def test_one_defect_is_one_flag(bench: Bench, tmp_path: Path) -> None:
-    """What is said of a log is not said of its other rows: all but two of the logs have a single flag."""
+    """A defect of one row is not reported for others: all but two of the logs have a single flag."""
     for defect, (log, _) in DEFECTS.items():
         if defect not in ("coarse", "nearest", "torn", "not a number", "infinite"):
             _, info = imported(bench, tmp_path / defect.replace(" ", "-"), log)
             assert len(info["flags"]) == 1, (defect, info["flags"])
 
 
-def test_a_log_that_ends_early_is_told_where_the_size_is_known(bench: Bench, tmp_path: Path) -> None:
+def test_a_log_that_ends_early_is_reported_where_the_size_is_known(bench: Bench, tmp_path: Path) -> None:
     rows = [[str(20 * i), *ROWS[0][1:]] for i in range(427)]
     _, info = imported(bench, tmp_path, text(rows), *("--dataset", "cifar10"), *STATED[2:])
     assert info["flags"] == ["images missing where every 20 of 10,000 are expected: 73, image 8540 first"]
@@ -201,7 +201,7 @@ def test_files_that_are_absent_or_too_large(bench: Bench, tmp_path: Path, monkey
 HORVATH = "idx\tlabel\tpredict\tradius proved\tcorrect\tlevels_needed\testimated_pr\tsamples_needed\ttime"
 
 
-def test_an_adaptive_log_that_says_only_proved_or_not(bench: Bench, tmp_path: Path) -> None:
+def test_an_adaptive_log_that_states_only_proved_or_not(bench: Bench, tmp_path: Path) -> None:
     """As smoothing-ensembles writes them (arXiv 2106.06946): 1 or -1 in place of a radius."""
     rows = [
         *(
@@ -402,7 +402,7 @@ def test_a_log_that_does_not_state_them_needs_sigma_alpha_and_n(bench: Bench, tm
     assert json.loads(noise.out)["identity"]["noise"]["kind"] == "grid"
 
 
-def test_imports_compare_and_their_flags_are_said(bench: Bench, tmp_path: Path) -> None:
+def test_imports_compare_and_their_flags_are_shown(bench: Bench, tmp_path: Path) -> None:
     _, one = imported(bench, tmp_path, text(ROWS), name="one.tsv")
     _, two = imported(bench, tmp_path, DEFECTS["above"][0], name="a|<i>two.tsv")
     result = bench("compare", one["path"], two["path"])

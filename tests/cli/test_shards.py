@@ -93,8 +93,8 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
     (run,) = out.iterdir()
     shard = run / "shard-1-of-3"
     for command in (("report", out), ("report", run)):
-        said = bench(*command)
-        assert said.code == 2 and "bench merge" in said.err
+        result = bench(*command)
+        assert result.code == 2 and "bench merge" in result.err
     baseline = ("--baseline", tmp_path / "baseline.json")
     for command in (
         ("verify", shard),
@@ -102,8 +102,8 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
         ("compare", shard, run),
         ("check", out, "--update", *baseline),
     ):
-        said = bench(*command)
-        assert said.code == 2 and "bench merge" in said.err
+        result = bench(*command)
+        assert result.code == 2 and "bench merge" in result.err
     (row,) = json.loads(bench("list", "runs", "--out", out, "--json").out)
     assert row == {"run": f"{run.name}/{shard.name}", "state": "complete", "images": "3/3"}
 
@@ -182,14 +182,14 @@ def test_shards_that_do_not_belong_together_are_refused(
     [("0/2", "i from 1 to k"), ("3/2", "i from 1 to k"), ("1", "write i/k"), ("1/9", "there are 8 images")],
 )
 def test_bad_shards_are_one_line(bench: Bench, tmp_path: Path, shard: str, words: str) -> None:
-    said = bench(*ONE, "--out", tmp_path, "--shard", shard)
-    assert said.code == 2 and words in said.err.splitlines()[-1]
+    result = bench(*ONE, "--out", tmp_path, "--shard", shard)
+    assert result.code == 2 and words in result.err.splitlines()[-1]
     assert not list(tmp_path.glob("*/*"))
 
 
 def test_nothing_to_merge(bench: Bench, tmp_path: Path) -> None:
-    said = bench("merge", tmp_path)
-    assert said.code == 2 and "bench run --shard" in said.err
+    result = bench("merge", tmp_path)
+    assert result.code == 2 and "bench run --shard" in result.err
 
 
 def test_dry_run_is_of_the_shard(bench: Bench, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_dry_run_is_of_the_shard(bench: Bench, tmp_path: Path) -> None:
     assert (row["images"], row["votes"]) == (2, 240)
 
 
-def test_one_trains_and_the_others_wait_and_say_so(bench: Bench, tmp_path: Path) -> None:
+def test_one_trains_and_the_others_wait_and_log_it(bench: Bench, tmp_path: Path) -> None:
     from bench.io.files import cache_root
 
     run = ("run", "--defense", "lora", "--dataset", TINY, "--seed", 77, "--out")
@@ -208,7 +208,7 @@ def test_one_trains_and_the_others_wait_and_say_so(bench: Bench, tmp_path: Path)
     other = FileLock(entry / ".lock")
     other.acquire()
 
-    class Done(logging.Handler):  # the other process is, as soon as this one has said that it waits
+    class Done(logging.Handler):  # the other process ends once this one has logged that it waits
         def emit(self, record: logging.LogRecord) -> None:
             other.release()
 

@@ -25,14 +25,14 @@ ONE = ("run", "--defense", "none", "--dataset", TINY)
 
 
 def rows(bench: Bench, out: Path) -> list[dict[str, Any]]:
-    said = bench("status", out, "--json")
-    assert said.code == 0
-    found: list[dict[str, Any]] = json.loads(said.out)
+    result = bench("status", out, "--json")
+    assert result.code == 0
+    found: list[dict[str, Any]] = json.loads(result.out)
     return found
 
 
 def stop(monkeypatch: pytest.MonkeyPatch, after: int, error: Callable[[], BaseException]) -> None:
-    """Let every run end by ``error`` once it has certified so many images."""
+    """End every run with ``error`` after that many images."""
     from bench.records.writer import RunFolder
 
     real = RunFolder.append
@@ -83,7 +83,7 @@ def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monk
     assert "finished: 8 images" in log.splitlines()[-1]
 
 
-def test_a_failure_is_shown_until_it_is_mended(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_shown_until_it_is_fixed(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop(patch, 2, lambda: RuntimeError("the disk is\non fire"))
         with pytest.raises(RuntimeError):
@@ -94,8 +94,8 @@ def test_a_failure_is_shown_until_it_is_mended(bench: Bench, tmp_path: Path, mon
     (log,) = tmp_path.glob("*/log.txt")
     assert "    Traceback (most recent call last):" in log.read_text()
     assert bench(*ONE, "--out", tmp_path).code == 0
-    (mended,) = rows(bench, tmp_path)
-    assert (mended["state"], mended["note"]) == ("complete", "")
+    (fixed,) = rows(bench, tmp_path)
+    assert (fixed["state"], fixed["note"]) == ("complete", "")
 
 
 def test_a_run_that_fails_before_it_has_a_folder(bench: Bench, tmp_path: Path) -> None:
