@@ -179,7 +179,7 @@ def test_shards_that_do_not_belong_together_are_refused(
 
 @pytest.mark.parametrize(
     ("shard", "words"),
-    [("0/2", "i from 1 to k"), ("3/2", "i from 1 to k"), ("1", "write i/k"), ("1/9", "there are 8 images")],
+    [("0/2", "i from 1 to k"), ("3/2", "i from 1 to k"), ("1", "write i/k"), ("1/9", "more shards than images (8)")],
 )
 def test_bad_shards_are_one_line(bench: Bench, tmp_path: Path, shard: str, words: str) -> None:
     result = bench(*ONE, "--out", tmp_path, "--shard", shard)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from bench.runs import fingerprint, recheck
+from bench.records import fingerprint
+from bench.runs import recheck
 from bench.runs.recheck import Audit
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.engine import Certificate
