@@ -69,11 +69,10 @@ def status(
         raise BenchError(f"no folder {runs}; create runs with bench run")
     rows = status.rows(runs)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([row.as_json() for row in rows], indent=1))
     else:
-        table, notes = status.readable(rows)
-        print_table(table, f"no runs in {runs}")
-        print("".join(f"{note}\n" for note in notes), end="")
+        print_table(status.table(rows), f"no runs in {runs}")
+        print("".join(f"{line}\n" for line in status.notes(rows)), end="")
 
 
 @app.command()

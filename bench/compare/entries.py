@@ -12,7 +12,8 @@ from bench.io.files import digest
 from bench.options import command
 from bench.records import grouping
 from bench.records.record import Record
-from bench.records.schema import Amount, BaseIdentity, Cost, Positive, Sampling, Stored, Votes, Whole
+from bench.records.schema import BaseIdentity, Cost, Sampling
+from bench.records.stored import Amount, Positive, Stored, Votes, Whole
 
 # Where these agree, the same identity must give the same counts. Threads may change the order of a sum.
 MACHINE = ("device", "platform", "packages", "threads")

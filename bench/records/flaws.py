@@ -94,7 +94,7 @@ class Row:
         return self.label, self.predicted, self.radius
 
 
-def some(rows: Sequence[Row]) -> str:
+def affected(rows: Sequence[Row]) -> str:
     """Describe how many rows, and which image is the first."""
     return f"{len(rows)} of the rows, image {rows[0].index} first"
 
@@ -103,7 +103,7 @@ def structure(rows: Sequence[Row], dataset: str, classes: int) -> Iterator[str]:
     """Find missing rows, classes that do not exist, and a wrong column ``correct``."""
     yield from _missing(sorted(r.index for r in rows), SIZES.get(dataset, 0))
     if classes and (beyond := [r for r in rows if max(r.label, r.predicted) >= classes]):
-        yield f"classes from {classes} on, of which the data set has {classes}: {some(beyond)}"
+        yield f"classes from {classes} on, of which the data set has {classes}: {affected(beyond)}"
     if not all("correct" in r.fields for r in rows):
         return
     right = [int(r.predicted == r.label) for r in rows]
@@ -114,7 +114,7 @@ def structure(rows: Sequence[Row], dataset: str, classes: int) -> Iterator[str]:
         numbers = [int(s) if re.fullmatch(r"\d{1,9}", s) else -1 for s in given]
         rising = min(numbers) >= 0 and max(numbers) > 1 and numbers == sorted(numbers)
         kind = "column correct is a running total, and not that of predict == label" if rising else "correct is wrong"
-        yield f"{kind}: {some(wrong)}"
+        yield f"{kind}: {affected(wrong)}"
 
 
 _TRUTH = ({"0", "0.0", "false"}, {"1", "1.0", "true"})
@@ -139,9 +139,9 @@ def _missing(indices: Sequence[int], size: int) -> Iterator[str]:
 def abstentions(rows: Sequence[Row]) -> Iterator[str]:
     """Find abstentions with a radius, and predictions with a negative one."""
     if odd := [r for r in rows if r.predicted < 0 and r.radius != 0]:
-        yield f"abstentions with a radius, taken as 0: {some(odd)}"
+        yield f"abstentions with a radius, taken as 0: {affected(odd)}"
     if odd := [r for r in rows if r.predicted >= 0 > r.radius]:
-        yield f"predictions with a radius below 0, taken as abstentions: {some(odd)}"
+        yield f"predictions with a radius below 0, taken as abstentions: {affected(odd)}"
 
 
 def units(rows: Sequence[Row]) -> Floats:
@@ -161,7 +161,7 @@ def support(rows: Sequence[Row], radii: Floats, unit: Floats, parameters: LogPar
         fits = f"; alpha {alpha:.2g} would allow it" if alpha < 0.5 else ""
         yield (
             f"radii above {bounds.printed_reach(parameters.reach, 4)}, the largest possible at n {parameters.n:,} "
-            f"and alpha {parameters.alpha:g}: {some([rows[i] for i in above.tolist()])}, the largest "
+            f"and alpha {parameters.alpha:g}: {affected([rows[i] for i in above.tolist()])}, the largest "
             f"{float(radii[at])}{fits}"
         )
     shares = [r.fields.get("estimated_pr", "") for r in rows]
@@ -170,7 +170,7 @@ def support(rows: Sequence[Row], radii: Floats, unit: Floats, parameters: LogPar
     # More votes at the same share only raise the bound, so none gives more than the cap does.
     top = np.clip(np.ceil(np.array(shares, np.float64) * parameters.n - 1e-6), 0, parameters.n)
     if len(above := np.flatnonzero(least > _radii(top, parameters))):
-        yield f"radii above what estimated_pr supports: {some([rows[i] for i in above.tolist()])}"
+        yield f"radii above what estimated_pr supports: {affected([rows[i] for i in above.tolist()])}"
 
 
 def _radii(counts: Floats, parameters: LogParameters) -> Floats:
@@ -195,14 +195,15 @@ def counts(rows: Sequence[Row], radii: Floats, unit: Floats, parameters: LogPara
     if up.any():
         at = int(np.flatnonzero(up)[np.argmax((radii - below)[up])])
         yield (
-            f"radii rounded up: {some([rows[i] for i in np.flatnonzero(up).tolist()])}; image {rows[at].index} has "
+            f"radii rounded up: {affected([rows[i] for i in np.flatnonzero(up).tolist()])}; image {rows[at].index} has "
             f"{float(radii[at])} where n {parameters.n:,} and alpha {parameters.alpha:g} give "
             f"{bounds.printed_radius(below[at], 6)}"
         )
     within = radii - unit / 2 - slack <= parameters.reach
     if (none := ~down & ~up & within).any():
         odd = [rows[i] for i in np.flatnonzero(none).tolist()]
-        yield f"radii that no count of votes gives at n {parameters.n:,} and alpha {parameters.alpha:g}: {some(odd)}"
+        settings = f"n {parameters.n:,} and alpha {parameters.alpha:g}"
+        yield f"radii that no count of votes gives at {settings}: {affected(odd)}"
 
 
 def coarse(rows: Sequence[Row], radii: Floats, unit: Floats, sigma: float, grid: Sequence[float]) -> Iterator[str]:
@@ -211,4 +212,4 @@ def coarse(rows: Sequence[Row], radii: Floats, unit: Floats, sigma: float, grid:
         near = (radii >= g) & (radii - unit / 2 < g) & (unit > TOLERANCE * sigma)
         if g and near.any():
             odd = [rows[i] for i in np.flatnonzero(near).tolist()]
-            yield f"rounded to {unit[near].max():g}, which may decide at radius {g:g}: {some(odd)}"
+            yield f"rounded to {unit[near].max():g}, which may decide at radius {g:g}: {affected(odd)}"

@@ -109,7 +109,7 @@ def read_log(data: bytes, parameters: LogParameters, radii: Sequence[float], cla
         found = [_certificate(r, parameters, r.radius) for r in rows]
     unread = [r for r, c in zip(rows, found, strict=True) if c.seconds is None and r.fields.get("time")]
     if unread:
-        flags.append(f"times that cannot be read: {flaws.some(unread)}")
+        flags.append(f"times that cannot be read: {flaws.affected(unread)}")
     return Log(sorted(found, key=lambda c: c.index), flags)
 
 
@@ -217,7 +217,7 @@ def _rows(lines: Sequence[str], header: _Header, flags: list[str]) -> list[Row]:
         flags.append(f"lines that are no image's, left out: {len(bad)}, line {bad[0]} first")
     if again:
         differ = sum(r.values != rows[r.index].values for r in again)
-        flags.append(f"images twice, the first row kept: {flaws.some(again)}; {differ} of them say something else")
+        flags.append(f"images twice, the first row kept: {flaws.affected(again)}; {differ} of them say something else")
     return list(rows.values())
 
 

@@ -21,7 +21,13 @@ SUMMED = ("certify_seconds", "votes", "base_forwards")
 LARGEST = ("train_seconds", "queries", "peak_memory")  # paid or measured by each shard for the whole run
 OF_ONE_PROCESS = ("calibration_seconds",)
 OF_ONE_SHARD = ("shard", "audit")  # fields of run.json about a shard itself
-OF_THE_RUN = ("status", "identity", "certificates_sha256", "cost", "metrics")  # fields that the merged run states anew
+OF_THE_RUN = (
+    "status",
+    "identity",
+    "certificates_sha256",
+    "cost",
+    "metrics",
+)  # stated by the merged run itself
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import numpy as np
 
 from bench.errors import BenchError, one_line
 from bench.io import limits
-from bench.records import schema
-from bench.records.columns import Columns
+from bench.records.columns import NULL, Columns
 from bench.records.migration import migrate
 from bench.records.schema import Cost, Identity, RunInfo
 from bench.records.shards import Shard, shards_in
+from bench.records.stored import parse_json
 from bench.smoothing.votes import Certificate
 
 
@@ -102,7 +102,7 @@ def read_run(path: Path, shard: Shard | None = None) -> Record:
 def _read_info(path: Path, shard: Shard | None) -> RunInfo:
     file = path / "run.json"
     try:
-        found = schema.parse_json(limits.contents(file, limits.RUN))
+        found = parse_json(limits.contents(file, limits.RUN))
     except (FileNotFoundError, NotADirectoryError):
         if shards_in(path):
             raise BenchError(f"{path}: only shards of a run; bench merge {path} joins them") from None
@@ -146,10 +146,28 @@ def _certificates(file: Path, info: RunInfo) -> Columns[Line]:
     if len(again):
         raise BenchError(f"{file}:{again.min() + 1}: image {indices[again.min()]} is certified twice")
     try:
-        schema.check_lines(found, kind is Certificate, len(info.classes))
+        _check_lines(found, kind is Certificate, len(info.classes))
     except BenchError as e:
         raise BenchError(f"{file}: {e}") from None
     return found
+
+
+def _check_lines(lines: Columns[Line], counted: bool, classes: int) -> None:
+    """Raise BenchError where a line holds what no image can have; ``classes``: 0 where not known."""
+    names = ["index", "label", "predicted", "votes"]
+    names += ["n0", "n", "top_count", "runner_up", "runner_up_count"] if counted else []
+    for name in names:
+        values = lines.column(name)
+        wrong = (values < 0) & (values != NULL)
+        if counted and classes and name in ("label", "predicted"):
+            wrong |= values >= classes
+        if wrong.any():
+            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")
+    for name in ("radius", "seconds", *(["p_lower"] if counted else [])):
+        values = lines.column(name)
+        wrong = (np.abs(values) >= 1e30) | ((values < 0) & (name == "radius"))
+        if wrong.any():
+            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -8,76 +8,35 @@ is true is checked by ``bench verify``.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Field, WrapValidator
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
 
-from bench.errors import BenchError, one_line
+from bench.errors import one_line
 from bench.io.files import digest
-from bench.records.columns import NULL, Columns
+from bench.records.stored import (
+    Amount,
+    Number,
+    Open,
+    Positive,
+    Radii,
+    Share,
+    Stored,
+    Votes,
+    Whole,
+    parse_json,
+    unchanged,
+)
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.procedures import procedure_of
 from bench.smoothing.votes import MAX_VOTES
 
 SCHEMA = 3
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-def _unchanged(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """Validate a number and keep it as given: 1 and 1.0 have different hashes."""
-    validate(value)
-    return value
-
-
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
-Votes = Annotated[int, Field(ge=1, le=MAX_VOTES)]
-Number = Annotated[float, WrapValidator(_unchanged)]
-Amount = Annotated[float, Field(ge=0, le=1e30), WrapValidator(_unchanged)]
-Positive = Annotated[float, Field(gt=0, le=1e30), WrapValidator(_unchanged)]
-Open = Annotated[float, Field(gt=0, lt=1), WrapValidator(_unchanged)]
-Share = Annotated[float, Field(ge=0, le=1), WrapValidator(_unchanged)]
-Radii = Annotated[list[Amount], Field(min_length=1, max_length=100)]
-
-
-class Stored(BaseModel):
-    """A validated JSON object. ``as_json`` returns it with the same keys and values, unknown ones included."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow", frozen=True)
-
-    @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Self:
-        """Validate a JSON object. Raises BenchError naming the first field that is wrong."""
-        try:
-            return cls.model_validate(value)
-        except ValidationError as e:
-            first = e.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BenchError(f"{where}: {first['msg']}" if where else first["msg"]) from None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the JSON object that was validated; fields that it does not have stay absent."""
-        fields = type(self).model_fields
-        known = {f.alias or name: getattr(self, name) for name, f in fields.items() if name in self.model_fields_set}
-        return {k: _as_json(v) for k, v in (known | (self.model_extra or {})).items()}
-
-    def replace(self, **changes: Any) -> Self:
-        """Return the object with other values for some keys, validated. Raises BenchError as ``of`` does."""
-        return self.of(self.as_json() | {k: _as_json(v) for k, v in changes.items()})
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Stored):
-        return value.as_json()
-    if isinstance(value, list) and value and isinstance(value[0], Stored):
-        return [v.as_json() for v in value]
-    return value
 
 
 class Sampling(Stored):
@@ -87,16 +46,16 @@ class Sampling(Stored):
     n0: Votes | None
     n: Votes
     alpha: Open
-    radii: Annotated[list[Positive], Field(max_length=100)] = []
+    radii: Annotated[list[Positive], Field(max_length=100)] = Field(default_factory=list)
     target: Literal["selected", "label"] = "selected"
     # Of the anytime procedure: bounds within which its tables are small and soon made.
     ville_share: Open = 0.5
     components: Annotated[int, Field(ge=1, le=1000)] = 1
     fastest: Votes = 1
-    slowest: Annotated[float, Field(gt=0, le=1), WrapValidator(_unchanged)] = 1
+    slowest: Annotated[float, Field(gt=0, le=1), WrapValidator(unchanged)] = 1
     futility: Share = 0
     step: Annotated[int, Field(ge=1, le=MAX_VOTES)] = 1
-    growth: Annotated[float, Field(ge=0.005, le=1), WrapValidator(_unchanged)] = 1
+    growth: Annotated[float, Field(ge=0.005, le=1), WrapValidator(unchanged)] = 1
 
     @property
     def on_grid(self) -> bool:
@@ -130,7 +89,7 @@ class DefenseIdentity(Stored):
     weights: str | None
     parts: dict[str, Any]
     objective: str | None
-    arithmetic: list[str] = []
+    arithmetic: list[str] = Field(default_factory=list)
 
 
 class ImportedFrom(Stored):
@@ -206,18 +165,18 @@ class SearchResult(Stored):
 
 
 class DefenseInfo(Stored):
-    """What tables say about a defense beside its identity."""
+    """What tables say about a defense besides its identity."""
 
     family: str
     trains: str
     paper: str = ""
     access: str | None = None
     trained_elsewhere: list[str]
-    commits: dict[str, str] = {}
+    commits: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any]
     search: list[SearchResult]
     weights_file: str | None
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
 
 class Cost(Stored):
@@ -260,16 +219,16 @@ class RunInfo(Stored):
     radii: Radii
     preset: str | None
     classes: list[str]
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default_factory=dict)
     base: BaseInfo | None
     defense: DefenseInfo
-    flags: list[str] = []
+    flags: list[str] = Field(default_factory=list)
     fingerprint: Fingerprint | None = None
-    audit: dict[str, Any] | None = None
-    shards: list[dict[str, Any]] = []
+    audit: dict[str, Any] | None = None  # like shards and metrics: for readers of the file
+    shards: list[dict[str, Any]] = Field(default_factory=list)
     certificates_sha256: str | None = None
     cost: Cost | None = None
-    metrics: dict[str, Any] | None = None  # written for readers of the file; only verify compares it
+    metrics: dict[str, Any] | None = None  # only verify compares it
 
     @property
     def complete(self) -> bool:
@@ -325,35 +284,3 @@ def started(identity: Identity, about: Mapping[str, Any]) -> RunInfo:
     return RunInfo.of(
         {"schema": SCHEMA, "status": "started", "identity": identity.as_json(), **parse_json(json.dumps(about))}
     )
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON, and escape half a surrogate pair, which no file or table can hold. Raises ValueError."""
-    value = json.loads(text)
-    return _escape_surrogates(value) if _SURROGATE.search(text if isinstance(text, bytes) else text.encode()) else value
-
-
-def _escape_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()
-    if isinstance(value, dict):
-        return {_escape_surrogates(k): _escape_surrogates(v) for k, v in value.items()}
-    return [_escape_surrogates(v) for v in value] if isinstance(value, list) else value
-
-
-def check_lines(lines: Columns[Any], counted: bool, classes: int) -> None:
-    """Raise BenchError where a line holds what no image can have; ``classes``: 0 where not known."""
-    names = ["index", "label", "predicted", "votes"]
-    names += ["n0", "n", "top_count", "runner_up", "runner_up_count"] if counted else []
-    for name in names:
-        values = lines.column(name)
-        wrong = (values < 0) & (values != NULL)
-        if counted and classes and name in ("label", "predicted"):
-            wrong |= values >= classes
-        if wrong.any():
-            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")
-    for name in ("radius", "seconds", *(["p_lower"] if counted else [])):
-        values = lines.column(name)
-        wrong = (np.abs(values) >= 1e30) | ((values < 0) & (name == "radius"))
-        if wrong.any():
-            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")

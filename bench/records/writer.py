@@ -84,7 +84,7 @@ class RunFolder:
         return record.info, record.counted
 
     def update(self, info: RunInfo | None = None, **changes: Any) -> None:
-        """Write run.json with these fields changed; ``info``: in place of all that it said."""
+        """Write run.json with these fields changed; ``info``: in place of all its fields."""
         self.info = (info or self.info).replace(**changes)
         with writing(self.path, SPACE):
             write_json(self.path / "run.json", self.info.as_json())

@@ -16,7 +16,8 @@ from bench.data.datasets import choose
 from bench.data.split import Split
 from bench.interface import Defense
 from bench.models.base import BaseModel
-from bench.records.schema import Identity, parse_json
+from bench.records.schema import Identity
+from bench.records.stored import parse_json
 from bench.runs.fitting import Fitted
 from bench.runs.plan import Plan
 from bench.smoothing import gridnoise, noise

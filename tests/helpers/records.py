@@ -12,6 +12,7 @@ from typing import Any
 from bench.io.files import file_sha256
 from bench.records import metrics, schema
 from bench.records.schema import Cost, Identity, RunInfo
+from bench.records.stored import parse_json
 from bench.records.writer import RunFolder
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.fixed import Fixed
@@ -51,7 +52,7 @@ def begun(count: int, name: str = "lora", **changes: Any) -> RunInfo:
             **{"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
         },
     }
-    return schema.started(Identity.of(schema.parse_json(json.dumps(identity | changes))), about)
+    return schema.started(Identity.of(parse_json(json.dumps(identity | changes))), about)
 
 
 def costs(votes: int) -> dict[str, Any]:
@@ -125,3 +126,11 @@ def certificate(identity: Identity, index: int, label: int, top: int, wrong: boo
     predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
     second = None if top == n else 9
     return Certificate(predicted, radius, n0, n, top, second, n - top, p_lower, n0 + n, index, label, 0.5)
+
+
+def edit(run: Path, **changes: Any) -> Path:
+    """Change fields of the record's second certificate."""
+    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
+    lines[1] |= changes
+    (run / "certificates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run

@@ -99,7 +99,7 @@ GOOD = vars(Certificate(1, 0.1, 10, 100, 90, None, 0, 0.8, 110, index=1, label=1
 
 
 def _begun(folder: Path, count: int) -> None:
-    """A run.json of so many images, none of them done."""
+    """Write a run.json of ``count`` images, none of them done."""
     (folder / "run.json").write_text(json.dumps(begun(count).as_json()))
 
 
