@@ -200,7 +200,7 @@ def test_a_worker_with_another_fingerprint_is_refused(cluster: Cluster) -> None:
         if method != "load":
             return value
         measured, fingerprint = value
-        return measured, {**fingerprint, "sha256": "0", "logits": [2 * v for v in fingerprint["logits"]]}
+        return measured, fingerprint.replace(sha256="0", logits=[2 * v for v in fingerprint.logits])
 
     cluster.hire()
     cluster.hire(change=other)
