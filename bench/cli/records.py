@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bench.cli.options import AsJson, Out, print_findings, print_table
+from bench.cli.options import RUNS, AsJson, print_findings, print_table, with_options
 from bench.errors import BenchError, NotComparable, note, shown
+from bench.options import option
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -157,48 +159,42 @@ def check(
         raise NotComparable(check_text.headline(found))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What ``bench import`` takes."""
+
+    log: Path = option("A released log: tab-separated, with a header and one line per image.", positional=True)  # noqa: RUF009
+    dataset: str = option("A card's name, ./card.toml, or the name of any other data set.")
+    sigma: float | None = option(
+        "Noise of the certificates, in pixels of [0, 1]. Default of this and the next six: as the log states.", None
+    )
+    alpha: float | None = option("Failure probability of each certificate.", None)
+    n: int | None = option("Votes that bound the probability; with adaptive sampling their maximum.", None)
+    n0: int | None = option("Votes that select the class; not stated: unknown.", None)
+    noise: str | None = option("float, or grid: rounded to the pixel grid; not stated: float.", None)
+    target: str | None = option(
+        "selected: the class chosen on n0 votes, or label: the known label; not stated: selected.", None
+    )
+    format: str | None = option("cohen: n votes an image; adaptive: their number varies; not stated: cohen.", None)
+    radius: float | None = option("The tested radius, if an adaptive log states only whether it was certified.", None)
+    out: Path = option("Folder of run folders.", RUNS)  # noqa: RUF009 - it makes a field
+    as_json: bool = option("Print JSON to stdout.", False, flag="--json")
+
+
 @app.command("import")
-def import_(
-    log: Annotated[Path, typer.Argument(help="A released log: tab-separated, with a header and one line per image.")],
-    dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
-    sigma: Annotated[
-        float | None,
-        typer.Option(
-            help="Noise of the certificates, in pixels of [0, 1]. Default of this and the next six: as the log states."
-        ),
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Failure probability of each certificate.")] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", help="Votes that bound the probability; with adaptive sampling their maximum.")
-    ] = None,
-    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; not stated: unknown.")] = None,
-    noise: Annotated[
-        str | None, typer.Option(help="float, or grid: rounded to the pixel grid; not stated: float.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="selected: the class chosen on n0 votes, or label: the known label; not stated: selected."),
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="cohen: n votes an image; adaptive: their number varies; not stated: cohen.")
-    ] = None,
-    radius: Annotated[
-        float | None, typer.Option(help="The tested radius, if an adaptive log states only whether it was certified.")
-    ] = None,
-    out: Out = Path("runs"),
-    as_json: AsJson = False,
-) -> None:
+@with_options(ImportOptions)
+def import_(options: ImportOptions) -> None:
     """Import a released log as a run folder. Exit 1: the log has defects; it is imported nevertheless."""
     from bench.records import importing
     from bench.report import tables, text
     from bench.runs.plan import LARGE, large
 
-    given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
-    parameters = importing.parameters_of(log, dataset, radius=radius, **given)
+    given = {k: getattr(options, k) for k in ("sigma", "alpha", "n", "n0", "noise", "target", "format", "radius")}
+    parameters = importing.parameters_of(options.log, options.dataset, **given)
     if parameters.sigma > LARGE:
         note(large("--sigma", parameters.sigma))
-    record = importing.import_log(log, parameters, out)
-    if as_json:
+    record = importing.import_log(options.log, parameters, options.out)
+    if options.as_json:
         print(json.dumps({"path": str(record.path), **record.info.as_json()}, indent=1))
     else:
         print(text.render(tables.build([record]), "md"))
