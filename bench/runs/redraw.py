@@ -68,9 +68,10 @@ def draw_again(
     """Certify a sample of the images (all of them when ``deep``) from the seed, and compare counts.
 
     Exactly where machine and versions are the record's, else by a two-sample test. ``fresh``: also test certified
-    images on noise of a new random seed (see ``fresh_noise``). Without ``deep`` nothing is trained: weights that are
-    not in the cache are reported as missing. A record is untrusted input: no file is run and no server asked because a
-    record names it. ``defense`` and ``base`` are those that the user names.
+    images on noise of a new random seed (see ``fresh_noise``). Without ``deep`` nothing is trained, and
+    weights that are not in the cache, or code of a defense that has changed, are reported. A record is untrusted input:
+    no file is run and no server asked because a record names it; ``defense`` and ``base`` are those that the user
+    names.
     """
     if not record.counted:
         why = "the log comes without its model" if record.imported else "there are none"
@@ -83,7 +84,14 @@ def draw_again(
     if why := _not_named(record.info.arguments, defense, base):
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
-    rebuilt = _rebuild(record, session, defense, base)
+    with plugins.restricted_to([defense] if defense else []):
+        plan = _plan(record, defense, base)
+    if not deep and plan.source != record.identity.defense.source:
+        made_by = f"; certbench {record.info.environment.certbench} made this record"
+        why = f"the code of defense {plan.defense} has changed since{made_by}; --deep compares nevertheless"
+        yield Finding(f"(not drawn again: {why}) {CHECK}")
+        return
+    rebuilt = _rebuild(record, session, plan, defense)
     if isinstance(rebuilt, str):
         yield Finding(CHECK, rebuilt)
         return
@@ -92,10 +100,10 @@ def draw_again(
         yield _audit(record, rebuilt)
 
 
-def _rebuild(record: Record, session: Session, defense: str | None, base: str | None) -> _Rebuilt | str:
+def _rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -> _Rebuilt | str:
     """Prepare the record's run; where that is not possible here, return what differs from the record."""
     with plugins.restricted_to([defense] if defense else []):
-        run = session.prepare(_plan(record, defense, base))
+        run = session.prepare(plan)
     recorded = record.identity.as_json()
     if different := [k for k, v in run.identity.as_json().items() if recorded.get(k) != v]:
         return f"cannot be rebuilt here: {', '.join(different)} differ from the record's"

@@ -133,6 +133,19 @@ def test_weights_that_are_not_here_are_said(
     assert "not drawn again" in result.out
 
 
+def test_a_defense_whose_code_has_changed_is_not_drawn_again(bench: Bench, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(Path(defense("half_space")).read_text())
+    assert bench("run", "--defense", mine, "--dataset", TINY, "--out", tmp_path / "runs").code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    mine.write_text(mine.read_text() + "\n# another version\n")
+    verified = bench("verify", run, "--defense", mine)
+    assert verified.code == 0
+    assert "not drawn again: the code of defense" in verified.out and "has changed since" in verified.out
+    deep = bench("verify", run, "--defense", mine, "--deep")
+    assert deep.code == 1 and "defense differ from the record's" in deep.out
+
+
 @pytest.mark.parametrize("made", [made_up, started])
 def test_a_record_without_its_certificates_is_one_line(bench: Bench, tmp_path: Path, made: Any) -> None:
     run = made(tmp_path, [0.1, 0.2, None])
