@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.records.writer import RunFolder
-from tests.helpers.commands import TINY, Result
+from tests.helpers.commands import TINY, Result, defense
 from tests.helpers.records import begun, made_up
 
 Bench = Callable[..., Result]
