@@ -11,14 +11,13 @@ from typing import Any
 from bench.errors import BenchError
 
 
-def option(
-    help: str, default: Any = MISSING, flag: str | None = None, metavar: str | None = None, minimum: float | None = None
-) -> Any:
+def option(help: str, default: Any = MISSING, flag: str | None = None, **details: Any) -> Any:
     """Make a dataclass field that is an option of the command line.
 
-    ``help`` is its text for ``--help``; ``flag`` its name, by default the field's; ``metavar`` stands for its value.
+    ``help`` is its text for ``--help``; ``flag`` its name, by default the field's. Details: ``metavar`` stands for its
+    value, ``minimum`` is the least one, and ``positional`` makes it an argument without a flag.
     """
-    metadata = {"help": help, "flag": flag, "metavar": metavar, "minimum": minimum}
+    metadata = {"help": help, "flag": flag, "metavar": None, "minimum": None, "positional": False, **details}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -80,6 +79,8 @@ class RunOptions:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> RunOptions:
         """Read the arguments of a record. Raises BenchError naming the first that ``bench run`` does not take."""
+        if unknown := sorted(arguments.keys() - {one.name for one in fields(cls)}):
+            raise BenchError(f"arguments: {unknown[0]}: bench run has no such option")
         from pydantic import TypeAdapter, ValidationError  # here, so that bench --help need not load it
 
         try:

@@ -87,8 +87,8 @@ def _fail(message: str, code: int) -> None:
 @with_options(RunOptions, Execution)
 def run(options: RunOptions, execution: Execution) -> None:
     """Train (or load) defenses and certify them. Repeat the command to resume."""
-    from bench.records.record import check_writable
     from bench.records.shards import Shard
+    from bench.records.writer import check_writable
     from bench.runs.plan import check_effects, make_plans
 
     shard = Shard.parse(execution.shard) if execution.shard else None
@@ -142,7 +142,7 @@ def _on_cluster(plans: list[Plan], execution: Execution) -> Iterator[Record | De
 
 def _print_records(records: list[Record], execution: Execution, shard: Shard | None) -> None:
     if execution.as_json:
-        print(json.dumps([{"path": str(r.path), **r.info} for r in records], indent=1))
+        print(json.dumps([{"path": str(r.path), **r.info.as_json()} for r in records], indent=1))
     elif shard:
         for r in records:
             print(f"{r.path}: complete, {len(r.certificates)} images")

@@ -56,9 +56,9 @@ def _bases() -> Rows:
 def _runs(out: Path) -> Rows:
     return [
         {
-            "run": shown(r["run"]),
-            "state": r["state"],
-            "images": "" if r["images"] is None else f"{r['done']}/{r['images']}",
+            "run": shown(r.run),
+            "state": r.state,
+            "images": status.images_done(r),
         }
         for r in status.rows(out)
     ]

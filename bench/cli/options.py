@@ -43,7 +43,7 @@ class Execution:
 def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function that takes one object of each dataclass of ``option`` fields.
 
-    Every field is an option of the command.
+    Every field is an option or a positional argument of the command.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +61,10 @@ def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[
 def _parameter(one: Field[Any], type_: Any) -> inspect.Parameter:
     repeatable = type_ == tuple[str, ...]
     metadata = one.metadata
-    described = typer.Option(flag(one), help=metadata["help"], metavar=metadata["metavar"], min=metadata["minimum"])
+    if metadata["positional"]:
+        described = typer.Argument(help=metadata["help"])
+    else:
+        described = typer.Option(flag(one), help=metadata["help"], metavar=metadata["metavar"], min=metadata["minimum"])
     if one.default is MISSING:
         default: Any = inspect.Parameter.empty
     else:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bench.cli.options import AsJson, Out, print_findings, print_table
+from bench.cli.options import RUNS, AsJson, print_findings, print_table, with_options
 from bench.errors import BenchError, NotComparable, note, shown
+from bench.options import option
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -69,11 +71,10 @@ def status(
         raise BenchError(f"no folder {runs}; create runs with bench run")
     rows = status.rows(runs)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([row.as_json() for row in rows], indent=1))
     else:
-        table, notes = status.readable(rows)
-        print_table(table, f"no runs in {runs}")
-        print("".join(f"{note}\n" for note in notes), end="")
+        print_table(status.table(rows), f"no runs in {runs}")
+        print("".join(f"{line}\n" for line in status.notes(rows)), end="")
 
 
 @app.command()
@@ -84,15 +85,15 @@ def merge(
     """Join the shards of bench run --shard into whole runs. Exit 1: shards are missing or unfinished."""
     from bench.records import merge
 
-    whole, missing = merge.merge(runs)
-    for line in missing:
+    found = merge.merge(runs)
+    for line in found.missing:
         print(f"bench: {shown(line)}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"whole": [str(p) for p in whole], "missing": missing}, indent=1))
+        print(json.dumps({"whole": [str(p) for p in found.whole], "missing": found.missing}, indent=1))
     else:
-        for path in whole:
+        for path in found.whole:
             print(shown(f"{path}: complete"))
-    if missing:
+    if found.missing:
         raise typer.Exit(1)
 
 
@@ -102,13 +103,14 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
-    from bench.compare import pairs
+    from bench.compare import pairs, pairs_text
 
     found = [pairs.compare(paths) for paths in pairs.groups(runs)]
     if as_json:
-        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+        objects = [one.as_json() for one in found]
+        print(json.dumps(objects[0] if len(objects) == 1 else objects, indent=1))
     else:
-        print("\n".join(map(pairs.markdown, found)), end="")
+        print("\n".join(map(pairs_text.markdown, found)), end="")
 
 
 @app.command()
@@ -137,69 +139,63 @@ def check(
     Exit 1: a run regresses or is not reproduced; 3: one is missing or not comparable.
     """
     from bench.cli import github
-    from bench.compare import check
-    from bench.compare.baseline import update as written
+    from bench.compare import check, check_text
+    from bench.compare.baseline import update as write_baseline
 
     if update:
-        lines = check.changes(*written(baseline, runs, any_base))
+        lines = check_text.changes(write_baseline(baseline, runs, any_base))
         print(json.dumps(lines, indent=1) if as_json else "\n".join([*lines, f"wrote {baseline}"]))
         return
     if any_base is not None:
         raise BenchError("--any-base and --same-base are saved in the baseline; give them with --update")
     found = check.check(baseline, runs, points, factor)
-    text = check.markdown(found)
-    print(json.dumps(found, indent=1) if as_json else text, end="\n" if as_json else "")
-    github.publish(text, check.findings(found))
-    verdicts = {one["verdict"] for one in found["entries"]}
+    text = check_text.markdown(found)
+    print(json.dumps(found.as_json(), indent=1) if as_json else text, end="\n" if as_json else "")
+    github.publish(text, check_text.for_reviewers(found))
+    verdicts = {one.verdict for one in found.entries}
     if check.REGRESSES in verdicts:
         raise typer.Exit(1)
     if check.NOT_COMPARABLE in verdicts:
-        raise NotComparable(check.headline(found))
+        raise NotComparable(check_text.headline(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What ``bench import`` takes."""
+
+    log: Path = option("A released log: tab-separated, with a header and one line per image.", positional=True)  # noqa: RUF009
+    dataset: str = option("A card's name, ./card.toml, or the name of any other data set.")
+    sigma: float | None = option(
+        "Noise of the certificates, in pixels of [0, 1]. Default of this and the next six: as the log states.", None
+    )
+    alpha: float | None = option("Failure probability of each certificate.", None)
+    n: int | None = option("Votes that bound the probability; with adaptive sampling their maximum.", None)
+    n0: int | None = option("Votes that select the class; not stated: unknown.", None)
+    noise: str | None = option("float, or grid: rounded to the pixel grid; not stated: float.", None)
+    target: str | None = option(
+        "selected: the class chosen on n0 votes, or label: the known label; not stated: selected.", None
+    )
+    format: str | None = option("cohen: n votes an image; adaptive: their number varies; not stated: cohen.", None)
+    radius: float | None = option("The tested radius, if an adaptive log states only whether it was certified.", None)
+    out: Path = option("Folder of run folders.", RUNS)  # noqa: RUF009 - it makes a field
+    as_json: bool = option("Print JSON to stdout.", False, flag="--json")
 
 
 @app.command("import")
-def import_(
-    log: Annotated[Path, typer.Argument(help="A released log: tab-separated, with a header and one line per image.")],
-    dataset: Annotated[str, typer.Option(help="A card's name, ./card.toml, or the name of any other data set.")],
-    sigma: Annotated[
-        float | None,
-        typer.Option(
-            help="Noise of the certificates, in pixels of [0, 1]. Default of this and the next six: as the log states."
-        ),
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Failure probability of each certificate.")] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", help="Votes that bound the probability; with adaptive sampling their maximum.")
-    ] = None,
-    n0: Annotated[int | None, typer.Option("--n0", help="Votes that select the class; not stated: unknown.")] = None,
-    noise: Annotated[
-        str | None, typer.Option(help="float, or grid: rounded to the pixel grid; not stated: float.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="selected: the class chosen on n0 votes, or label: the known label; not stated: selected."),
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="cohen: n votes an image; adaptive: their number varies; not stated: cohen.")
-    ] = None,
-    radius: Annotated[
-        float | None, typer.Option(help="The tested radius, if an adaptive log states only whether it was certified.")
-    ] = None,
-    out: Out = Path("runs"),
-    as_json: AsJson = False,
-) -> None:
+@with_options(ImportOptions)
+def import_(options: ImportOptions) -> None:
     """Import a released log as a run folder. Exit 1: the log has defects; it is imported nevertheless."""
     from bench.records import importing
     from bench.report import tables, text
     from bench.runs.plan import LARGE, large
 
-    given = {"sigma": sigma, "alpha": alpha, "n": n, "n0": n0, "noise": noise, "target": target, "format": format}
-    stated = importing.stated_by(log, dataset, radius=radius, **given)
-    if stated.sigma > LARGE:
-        note(large("--sigma", stated.sigma))
-    record = importing.import_log(log, stated, out)
-    if as_json:
-        print(json.dumps({"path": str(record.path), **record.info}, indent=1))
+    given = {k: getattr(options, k) for k in ("sigma", "alpha", "n", "n0", "noise", "target", "format", "radius")}
+    parameters = importing.parameters_of(options.log, options.dataset, **given)
+    if parameters.sigma > LARGE:
+        note(large("--sigma", parameters.sigma))
+    record = importing.import_log(options.log, parameters, options.out)
+    if options.as_json:
+        print(json.dumps({"path": str(record.path), **record.info.as_json()}, indent=1))
     else:
         print(text.render(tables.build([record]), "md"))
         print(f"imported as {record.path}")

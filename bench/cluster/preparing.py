@@ -61,7 +61,7 @@ class Preparations:
             then(number, packed)
             return
         header: RunHeader = unpack(packed)
-        self._pool.check_versions(header.extra["environment"])
+        self._pool.check_versions(header.info.environment.as_json())
         then(number, self._open(number, header, certifier))
 
     def _open(self, number: int, header: RunHeader, certifier: Any) -> ClusterRun | Record:
@@ -73,7 +73,7 @@ class Preparations:
             if writer.complete:
                 return read_run(writer.record.path)
             failed.pop_all()
-        split, device = load_split(header.plan.card, header.identity["split"]), self._session.device
+        split, device = load_split(header.plan.card, header.info.identity.split), self._session.device
         task = header.task(split, device)
         # Put here, so that a node which is removed takes no copy with it that is needed.
         sent = ray.put(ray.get(certifier)), ray.put(pack(replace(task, images=not_here, labels=not_here)))

@@ -22,7 +22,7 @@ from bench.smoothing.task import ImageCache, Task
 from bench.smoothing.votes import Batch, Certificate, Voted
 
 # Phases. A resumed run first certifies some images again; a certified run is checked, then released by its workers.
-REDRAW, CERTIFY, CHECK, FINISH = range(4)
+REDRAW, CERTIFY, CHECK, AUDIT, FINISH = range(5)
 # Share of a batch's votes that may differ when another kind of machine draws it again: last bits of logits change.
 CHANGED = 0.05
 
@@ -95,9 +95,13 @@ class ClusterRun:
         self._open(self.writer.left)
 
     def plan_checks(self) -> None:
-        """Plan the checks at the end: a batch of each worker, present or lost, is drawn again; then fresh noise."""
+        """Plan to draw a batch of each worker again, present or lost."""
         self.phase = CHECK
         self.checks = [self._again(actor, *s.kept) for actor, s in self.samples.items() if s.kept is not None]
+
+    def plan_audit(self) -> None:
+        """Plan the audit on fresh noise. It comes last, since a batch drawn again also names its worker."""
+        self.phase = AUDIT
         if (audit := self.writer.audit(self.task.block)) is not None:
             self.checks.append(self._audit(audit))
 

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from bench.cluster.pool import LOSSES, Actor, When, WorkerPool, reason
-from bench.cluster.run import CERTIFY, CHECK, FINISH, Check, ClusterRun
+from bench.cluster.run import AUDIT, CERTIFY, CHECK, FINISH, Check, ClusterRun
 from bench.cluster.worker import Place
 from bench.errors import BenchError, DefenseFault
 from bench.records.record import Record, read_run
@@ -134,10 +134,11 @@ class Voting:
         except RayTaskError:
             raise
         except RayError as e:
+            if run is not None:
+                run.log.write(f"a worker died, its batches are drawn again: {reason(e)}", logging.WARNING)
             self.pool.lose(actor)
-            if run is None:
+            if run is None or number not in self.runs:  # the worker was the last to finish the run
                 return None
-            run.log.write(f"a worker died, its batches are drawn again: {reason(e)}", logging.WARNING)
             if self._timeout and silence > self._timeout:
                 self.fail(number, DefenseFault(f"no answer for {silence:.0f} s; {reason(e)}", run.defense))
             elif max(run.losses.values(), default=0) >= LOSSES:
@@ -199,7 +200,7 @@ class Voting:
     def _check(self, run: ClusterRun) -> None:
         """Send the checks of a run, preferably not to the worker whose votes are checked; then finish the run."""
         workers = cast(list[Actor], self._dispatcher.workers)
-        if run.phase != CHECK or not workers:
+        if run.phase not in (CHECK, AUDIT) or not workers:
             return
         for number, check in enumerate(run.checks):
             others = [w for w in workers if w is not check.by] or workers
@@ -208,12 +209,17 @@ class Voting:
             self._load(actor, run)
             check.send(actor, partial(self._checked, actor, run.number, check))
         run.checks = []
-        if not run.checking:
-            run.phase = FINISH
-            run.holders = {a for a in self.pool.actors if run.number in a.holds}
-            for holder in run.holders:
-                holder.call(holder.handle.finish, run.number, then=partial(self._finished, holder, run.number))
-            self._released(run, None)
+        if run.checking:
+            return
+        if run.phase == CHECK:
+            run.plan_audit()
+            self._check(run)
+            return
+        run.phase = FINISH
+        run.holders = {a for a in self.pool.actors if run.number in a.holds}
+        for holder in run.holders:
+            holder.call(holder.handle.finish, run.number, then=partial(self._finished, holder, run.number))
+        self._released(run, None)
 
     def _checked(self, actor: Actor, number: int, check: Check, future: Any) -> None:
         value = self._value(actor, number, future)

@@ -1,114 +1,93 @@
-"""Baselines of ``bench check``: what finished runs said, in one file that diffs well.
+"""Baselines of ``bench check``: the results of finished runs, in one file that diffs well.
 
-Sorted keys, one short line an image (index, certified radius or null where it is not right, n,
-top_count). An entry is found again by its method and all that makes two runs comparable; the hash at
-its end shows edits by hand and half-merged conflicts.
+Keys are sorted, and an image is one short line (index, certified radius or null where it is not right, n,
+top_count). An entry is matched to a run by its method and all that makes two runs comparable; the hash at its end
+shows edits by hand and half-merged conflicts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from bench.compare.entries import Entry, entry_of
 from bench.errors import BenchError, one_line
 from bench.io import files, limits
 from bench.io.files import digest
-from bench.options import command
-from bench.records import grouping, schema, verify
+from bench.records import verify
 from bench.records.record import Record, find_runs, read_run
 
 VERSION = 1
 LARGEST = 256 * limits.MB
-# Where these agree, the same identity must give the same counts. Threads may change the order of a sum.
-MACHINE = ("device", "platform", "packages", "threads")
-COSTS = ("votes", "forwards_per_vote", "parameters", "trained_here", "flops_per_vote")
-ANY_BASE, SAME_BASE = "trained anew", "same weights"
+ANY_BASE, SAME_BASE = "trained anew", "same weights"  # values of the file's field "base"
 
 
-def entry(record: Record) -> dict[str, Any]:
-    """What a baseline keeps of a finished run."""
-    identity, info = record.identity, record.info
-    defense, searched = identity["defense"], grouping.searched(record)
-    comparable = grouping.comparable(record)
-    del comparable["indices"]  # those of the images below
-    return {
-        "name": f"{grouping.method_name(record)}, {identity['dataset']}, sigma {identity['sigma']:g}, "
-        f"seed {identity['seed']}" + ("" if identity["split"] == "test" else f", {identity['split']} images"),
-        "command": command(info["arguments"]),
-        "method": {
-            "name": defense["name"],
-            "config": {k: v for k, v in defense["config"].items() if k not in searched},
-            "searched": sorted(searched),
-            "objective": defense["objective"],
-            "train_sigma": identity["train_sigma"],
-            "seed": identity["seed"],
-            **{k: defense[k] for k in ("arithmetic",) if k in defense},  # none: plain float32
-        },
-        "comparable": comparable,
-        "identity": {"sha256": digest(identity), **{k: defense[k] for k in ("source", "weights", "parts")}},
-        "environment": {k: info["environment"].get(k) for k in MACHINE},
-        "radii": [r for r in info["radii"] if r <= grouping.reach(record)],
-        "cost": _cost(info["cost"]),
-        "images": sorted(
-            [c.index, c.radius if c.predicted == c.label else None, c.n, c.top_count] for c in record.certificates
-        ),
-    }
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline file. ``any_base``: its base may be retrained, so that other weights are accepted."""
+
+    any_base: bool
+    entries: list[Entry]
+
+    @property
+    def base(self) -> str:
+        """The value of the file's field."""
+        return ANY_BASE if self.any_base else SAME_BASE
 
 
-def _cost(cost: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared. Seconds are in units of the calibration timed before them, None where there was none."""
-    kept = {k: cost.get(k) for k in COSTS}
-    votes, forwards, unit = cost["votes"], cost["base_forwards"], cost.get("calibration_seconds")
-    # Per vote, since an anytime procedure draws fewer votes by chance; rounded, as the record's total is.
-    kept["forwards_per_vote"] = None if forwards is None else round(forwards / votes, 4)
-    seconds = cost["certify_seconds"] / votes / unit if unit else None
-    return kept | {"vote_in_calibrations": None if seconds is None else float(f"{seconds:.3g}")}
+@dataclass(frozen=True)
+class Update:
+    """A baseline before (None: there was none) and after it was written."""
+
+    old: Baseline | None
+    new: Baseline
 
 
-def terms(one: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """By what an entry is found again; the base's hash is left out where the baseline says it is trained anew."""
-    comparable = dict(one["comparable"])
-    if base == ANY_BASE:
-        comparable["base"] = {k: v for k, v in comparable["base"].items() if k != "sha256"}
-    return {**comparable, **one["method"], "indices": [image[0] for image in one["images"]]}
-
-
-def read(file: Path) -> dict[str, Any]:
-    """The baseline at ``file``. Raises BenchError where there is none, it is newer, or was edited."""
+def read(file: Path) -> Baseline:
+    """Read the baseline at ``file``. Raises BenchError where there is none, it is newer, or was edited."""
     try:
-        found: dict[str, Any] = json.loads(limits.contents(file, LARGEST))
+        found = json.loads(limits.contents(file, LARGEST))
     except FileNotFoundError:
-        raise BenchError(f"no baseline at {file}; bench check --baseline {file} RUNS --update makes one") from None
+        raise BenchError(f"no baseline at {file}; create it with bench check --baseline {file} RUNS --update") from None
     except (OSError, ValueError, RecursionError) as e:
         raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
     version = found.get("certbench_baseline") if isinstance(found, dict) else None
     if type(version) is not int:
-        raise BenchError(f"{file} is no baseline of bench check; name another file with --baseline")
+        raise BenchError(f"{file} is not a baseline of bench check; name another file with --baseline")
     if version > VERSION:
         raise BenchError(f"{file}: version {version} is newer than this bench reads ({VERSION}); upgrade certbench")
     if found.get("base") not in (ANY_BASE, SAME_BASE) or not isinstance(found.get("runs"), list):
-        raise BenchError(f"{file}: no base or runs in it; delete it, and --update makes it anew")
-    for one in found["runs"]:
-        if not isinstance(one, dict) or digest({k: v for k, v in one.items() if k != "sha256"}) != one.get("sha256"):
-            name = one.get("name") if isinstance(one, dict) else one
-            raise BenchError(
-                f"{file}: the entry {str(name)!r:.80} was edited by hand; restore it, or delete the file and --update"
-            )
+        raise BenchError(f"{file}: no base or runs in it; delete it, and create it again with --update")
     try:
-        schema.check_entries(found["runs"])
+        return Baseline(found["base"] == ANY_BASE, [_entry(file, one) for one in found["runs"]])
+    except RecursionError as e:
+        raise BenchError(f"{file}: unreadable: {one_line(e)}") from None
+
+
+def _entry(file: Path, stored: object) -> Entry:
+    fields = {k: v for k, v in stored.items() if k != "sha256"} if isinstance(stored, dict) else {}
+    if not isinstance(stored, dict) or digest(fields) != stored.get("sha256"):
+        name = stored.get("name") if isinstance(stored, dict) else stored
+        raise BenchError(
+            f"{file}: the entry {str(name)!r:.80} was edited by hand; restore it, or delete the file and --update"
+        )
+    try:
+        return Entry.of(fields)
     except BenchError as e:
-        raise BenchError(f"{file}: not as bench check writes it: {e}; delete it, and --update makes it anew") from None
-    return found
+        raise BenchError(
+            f"{file}: not as bench check writes it: {e}; delete it, and create it again with --update"
+        ) from None
 
 
-def write(file: Path, base: str, entries: list[dict[str, Any]]) -> None:
-    """Atomically, innermost lists on one line each."""
-    entries = [one | {"sha256": digest(one)} for one in sorted(entries, key=lambda e: (e["name"], digest(e)))]
-    text = json.dumps({"certbench_baseline": VERSION, "base": base, "runs": entries}, indent=1, sort_keys=True)
-    # A raw newline is never inside a JSON string, so only white space between values is taken out.
+def write(file: Path, baseline: Baseline) -> None:
+    """Write a baseline atomically, innermost lists on one line each."""
+    entries = [e.as_json() | {"sha256": e.sha256} for e in sorted(baseline.entries, key=lambda e: (e.name, e.sha256))]
+    content = {"certbench_baseline": VERSION, "base": baseline.base, "runs": entries}
+    text = json.dumps(content, indent=1, sort_keys=True)
+    # A raw newline is never inside a JSON string, so only white space between values is removed.
     text = re.sub(r"\[\n[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]).replace("[ ", "[")[:-2] + "]", text)
     with files.writing(file, "choose another file with --baseline"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,31 +95,35 @@ def write(file: Path, base: str, entries: list[dict[str, Any]]) -> None:
 
 
 def trusted(path: Path) -> Record:
-    """The finished run at ``path`` whose numbers follow from its counts. Raises BenchError for any other."""
+    """Read the finished run at ``path`` whose numbers follow from its counts. Raises BenchError for any other."""
     record = read_run(path)
     if not record.complete:
-        raise BenchError(f"{path}: unfinished; type its bench run again to finish it")
+        raise BenchError(f"{path}: unfinished; repeat its bench run command to finish it")
     if record.imported:
-        raise BenchError(f"{path}: imported, with neither counts nor cost; a baseline is of runs made here")
+        raise BenchError(f"{path}: imported, with neither counts nor cost; a baseline needs runs made here")
     if wrong := [finding.problem for finding in verify.check_record(path) if finding.problem]:
-        raise BenchError(f"{path}: {wrong[0]}; bench verify {path} says more")
+        raise BenchError(f"{path}: {wrong[0]}; for details: bench verify {path}")
     return record
 
 
-def update(file: Path, runs: Path, any_base: bool | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Write all finished runs in ``runs`` as the baseline, the old one's statement of the base kept unless given.
+def update(file: Path, runs: Path, any_base: bool | None) -> Update:
+    """Write all finished runs in ``runs`` as the baseline; ``any_base`` None: as the old one has it.
 
-    The old baseline (None where there was none) and the new. Raises BenchError where a run is unfinished, does
-    not hold, or is there twice.
+    Raises BenchError where a run is unfinished, does not hold, or is there twice.
     """
     old = read(file) if file.exists() else None
-    base = (old or {"base": SAME_BASE})["base"] if any_base is None else ANY_BASE if any_base else SAME_BASE
-    entries: dict[str, dict[str, Any]] = {}
-    for path in find_runs(runs):
-        one = entry(trusted(path))
-        if entries.setdefault(digest(terms(one, base)), one) is not one:
-            raise BenchError(f"{path}: {one['name']} is in {runs} twice; give bench run a new --out, or move one away")
+    loose = (old is not None and old.any_base) if any_base is None else any_base
+    entries = _entries(runs, find_runs(runs), loose)
     if not entries:
-        raise BenchError(f"no finished run in {runs}; bench run makes one")
-    write(file, base, list(entries.values()))
-    return old, read(file)
+        raise BenchError(f"no finished run in {runs}; create one with bench run")
+    write(file, Baseline(loose, entries))
+    return Update(old, read(file))
+
+
+def _entries(runs: Path, paths: Sequence[Path], any_base: bool) -> list[Entry]:
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        one = entry_of(trusted(path))
+        if entries.setdefault(digest(one.key(any_base)), one) is not one:
+            raise BenchError(f"{path}: {one.name} is in {runs} twice; give bench run a new --out, or move one away")
+    return list(entries.values())

@@ -1,302 +1,221 @@
-"""``bench check``: do these runs do as well as the baseline's, for no more than they cost?
+"""``bench check``: compare runs with a saved baseline, in accuracy and in cost.
 
-Accuracy regresses where an exact paired test and a least effect both say so; what does not vary
-(votes, forward passes, parameters) is compared exactly; where nothing that decides counts has
-changed, they must be equal. One timing a side allows no test, so seconds only warn.
+Accuracy regresses where an exact paired test and a least effect agree on it. What does not vary (votes, forward
+passes, parameters) is compared exactly, and where nothing that decides counts has changed, counts must be equal. One
+timing on each side allows no test, so seconds only warn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from bench.compare.baseline import ANY_BASE, COSTS, entry, read, terms, trusted
-from bench.compare.pairs import flat, short
+from bench.compare.baseline import Baseline, read, trusted
+from bench.compare.differences import differing
+from bench.compare.entries import Entry, entry_of
+from bench.compare.power import LEVEL, Sensitivity, sensitivity
 from bench.errors import BenchError
-from bench.io.files import digest
 from bench.records import paired
 from bench.records.record import Record, find_runs, read_run
-from bench.text import escape
 
-LEVEL = 0.01  # of a false alarm in any of a baseline's tests
-POINTS = 2.0  # the least loss that counts
+POINTS = 2.0  # the smallest loss that counts
 FACTOR = 1.5  # of seconds, before a warning
-CHURN = 0.1  # the share of images that change by chance, for which power is shown
-SEEN = 0.8  # the power at which a loss is said to be seen
 
 PASSES, REGRESSES, NOT_COMPARABLE = "passes", "regresses", "not comparable"
 
 
-def check(file: Path, runs: Path, points: float = POINTS, factor: float = FACTOR) -> dict[str, Any]:
-    """Each entry of the baseline against its run in ``runs``.
+@dataclass
+class RadiusTest:
+    """The images certified at one radius, before and now, and the test of whether more were lost than by chance."""
 
-    Raises BenchError where the baseline cannot be read or two runs answer one entry.
+    radius: float
+    images: int
+    before: int
+    now: int
+    lost: int
+    won: int
+    p: float
+    p_holm: float = 1.0
+    regresses: bool = False
+
+
+@dataclass
+class Judgement:
+    """An entry of the baseline and what was found of its run; ``run`` is None where there is none."""
+
+    name: str
+    verdict: str = PASSES
+    run: str | None = None
+    wrong: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    radii: list[RadiusTest] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check`` found. ``gate`` is None where there was nothing to test."""
+
+    baseline: str
+    base: str
+    level: float
+    points: float
+    entries: list[Judgement]
+    not_in_baseline: list[str]
+    gate: Sensitivity | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as ``--json`` prints it."""
+        return asdict(self)
+
+
+def check(file: Path, runs: Path, points: float = POINTS, factor: float = FACTOR) -> Report:
+    """Compare each entry of the baseline with its run in ``runs``.
+
+    Raises BenchError where the baseline cannot be read or two runs match one entry.
     """
     if not 0 <= points <= 100 or not factor >= 1:
         raise BenchError("--points must lie from 0 to 100, --factor from 1")
     baseline = read(file)
     records = [r for r in map(read_run, find_runs(runs)) if not r.imported]
-    finished = [(r, entry(r)) for r in records if r.complete]
-    unfinished = [r for r in records if not r.complete]
-    answered: set[Path] = set()
-    entries = []
-    for old in baseline["runs"]:
-        wanted = terms(old, baseline["base"])
-        same = [(r, new) for r, new in finished if terms(new, baseline["base"]) == wanted]
-        if len(same) > 1:
-            raise BenchError(f"{' and '.join(str(r.path) for r, _ in same)} are both {old['name']}; move one away")
-        if not same:
-            new_entries = [new for _, new in finished]
-            entries.append(_absent(old, new_entries, unfinished, baseline["base"]))
-            continue
-        record, new = same[0]
-        trusted(record.path)
-        answered.add(record.path)
-        entries.append(_judged(old, new, factor) | {"run": str(record.path)})
-    tests = [row for one in entries for row in one["radii"]]
-    for row, adjusted in zip(tests, paired.holm([row["p"] for row in tests]), strict=True):
-        row["p_holm"] = adjusted
-        row["regresses"] = paired.regresses(row["lost"], row["won"], row["images"], adjusted, LEVEL, points)
+    finished = [(r, entry_of(r)) for r in records if r.complete]
+    entries = [_judge(old, baseline, finished, records, factor) for old in baseline.entries]
+    tests = [test for one in entries for test in one.radii]
+    for test, adjusted in zip(tests, paired.holm([test.p for test in tests]), strict=True):
+        test.p_holm = adjusted
+        test.regresses = paired.regresses(test.lost, test.won, test.images, adjusted, LEVEL, points)
     for one in entries:
-        one["wrong"] += [_lost(row) for row in one["radii"] if row["regresses"]]
-        if one["wrong"] and one["verdict"] == PASSES:
-            one["verdict"] = REGRESSES
-    return {
-        "baseline": str(file),
-        "base": baseline["base"],
-        "level": LEVEL,
-        "points": points,
-        "entries": entries,
-        "not_in_baseline": [str(r.path) for r in records if r.complete and r.path not in answered],
-        "gate": sensitivity([row["images"] for row in tests], points) if tests else None,
-    }
+        one.wrong += [_loss(test) for test in one.radii if test.regresses]
+        if one.wrong and one.verdict == PASSES:
+            one.verdict = REGRESSES
+    matched = {one.run for one in entries}
+    return Report(
+        baseline=str(file),
+        base=baseline.base,
+        level=LEVEL,
+        points=points,
+        entries=entries,
+        not_in_baseline=[str(r.path) for r, _ in finished if str(r.path) not in matched],
+        gate=sensitivity([test.images for test in tests], points) if tests else None,
+    )
 
 
-def sensitivity(images: Sequence[int], points: float) -> dict[str, Any]:
-    """What tests on so many images each find and miss, exactly, at Holm's first and strictest step.
+def _judge(
+    old: Entry, baseline: Baseline, finished: Sequence[tuple[Record, Entry]], records: Sequence[Record], factor: float
+) -> Judgement:
+    """Compare one entry with its run: all but the correction of the tests, which is over all entries."""
+    wanted = old.key(baseline.any_base)
+    same = [(r, new) for r, new in finished if new.key(baseline.any_base) == wanted]
+    if len(same) > 1:
+        raise BenchError(f"{' and '.join(str(r.path) for r, _ in same)} both match {old.name}; move one away")
+    if not same:
+        return _missing(old, baseline, [new for _, new in finished], [r for r in records if not r.complete])
+    record, new = same[0]
+    trusted(record.path)
+    found = Judgement(old.name, run=str(record.path))
+    equal = _check_counts(old, new, found)
+    _compare_costs(old, new, equal, found)
+    _compare_seconds(old, new, factor, found)
+    now = {one.image: one.radius for one in new.images}
+    pairs = [(one.radius, now[one.image]) for one in old.images]
+    found.radii = [_test(radius, pairs) for radius in old.radii]
+    return found
 
-    A false alarm needs a test that falls to the first step's level, so the sum of their chances bounds it.
-    """
-    level, least = LEVEL / len(images), min(images)
-    return {
-        "tests": len(images),
-        "images": least,
-        "false_alarm_at_most": sum(paired.largest_size(n, level) for n in images),
-        "false_alarm": sum(paired.power(n, CHURN / 2, CHURN / 2, level, 0.0) for n in images),
-        "seen": [{"churn": churn, "points": _seen(least, churn, level, points)} for churn in (0.0, CHURN)],
-    }
 
-
-def _seen(images: int, churn: float, level: float, points: float) -> int | None:
-    """The smallest loss, in whole points, found with a chance of at least ``SEEN``; None: not even the largest."""
-    for lost in range(1, 101 - round(100 * churn)):
-        if paired.power(images, lost / 100 + churn / 2, churn / 2, level, points) >= SEEN:
-            return lost
-    return None
-
-
-def _absent(
-    old: dict[str, Any], finished: Sequence[dict[str, Any]], unfinished: Sequence[Record], base: str
-) -> dict[str, Any]:
-    """No run answers the entry: which is nearest and how it differs, or how to make one."""
-    wanted = terms(old, base)
-    others = [_differing(wanted, terms(n, base)) for n in finished if n["method"]["name"] == old["method"]["name"]]
+def _missing(old: Entry, baseline: Baseline, finished: Sequence[Entry], unfinished: Sequence[Record]) -> Judgement:
+    """Report how the nearest run differs from an entry without a run, and the command that creates one."""
+    wanted, loose = old.key(baseline.any_base), baseline.any_base
+    others = [differing(wanted, new.key(loose)) for new in finished if new.method.name == old.method.name]
     nearest = sorted(others, key=len)[:1]
-    reasons = [f"the nearest run differs: {'; '.join(fields)}" for fields in nearest] or ["no run of it"]
-    names = [r.path for r in unfinished if r.identity["defense"]["name"] == old["method"]["name"]]
-    reasons += [f"{path} is unfinished" for path in names]
-    reasons.append(f"make it with: {old['command']}")
-    found = {"name": old["name"], "verdict": NOT_COMPARABLE, "run": None, "wrong": reasons}
-    return found | {"warnings": [], "notes": [], "radii": []}
+    reasons = [f"the nearest run differs: {'; '.join(fields)}" for fields in nearest] or ["No matching run found."]
+    paths = [r.path for r in unfinished if r.identity.defense.name == old.method.name]
+    reasons += [f"{path} is unfinished" for path in paths]
+    reasons.append(f"Create it with: {old.command}")
+    return Judgement(old.name, NOT_COMPARABLE, wrong=reasons)
 
 
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The fields that differ, those of inner dictionaries by name."""
-    a, b = flat(one), flat(other)
-    keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
-    return [f"{k} is {_short(b.get(k))}, was {_short(a.get(k))}" for k in keys]
+def _test(radius: float, pairs: Sequence[tuple[float | None, float | None]]) -> RadiusTest:
+    held = [tuple(r is not None and r >= radius for r in pair) for pair in pairs]
+    lost, won = held.count((True, False)), held.count((False, True))
+    return RadiusTest(
+        radius=radius,
+        images=len(held),
+        before=sum(a for a, _ in held),
+        now=sum(b for _, b in held),
+        lost=lost,
+        won=won,
+        p=paired.loss(lost, won),
+    )
 
 
-def _short(value: Any) -> str:
-    return f"{len(value)} images" if isinstance(value, list) and len(value) > 4 else short(value)
-
-
-def _judged(old: dict[str, Any], new: dict[str, Any], factor: float) -> dict[str, Any]:
-    """All but the tests' correction, which is over all entries."""
-    wrong: list[str] = []
-    notes: list[str] = []
-    warnings: list[str] = []
-    equal = _reproduced(old, new, wrong, notes)
-    _costs(old, new, equal, wrong, notes)
-    _seconds(old, new, factor, warnings, notes)
-    first, second = ({image[0]: image[1] for image in one["images"]} for one in (old, new))
-    rows = []
-    for radius in old["radii"]:
-        held = [tuple(r is not None and r >= radius for r in (first[x], second[x])) for x in first]
-        lost, won = held.count((True, False)), held.count((False, True))
-        rows.append(
-            {
-                "radius": radius,
-                "images": len(held),
-                "before": sum(a for a, _ in held),
-                "now": sum(b for _, b in held),
-                "lost": lost,
-                "won": won,
-                "p": paired.loss(lost, won),
-            }
-        )
-    return {"name": old["name"], "verdict": PASSES, "wrong": wrong, "warnings": warnings, "notes": notes, "radii": rows}
-
-
-def _reproduced(old: dict[str, Any], new: dict[str, Any], wrong: list[str], notes: list[str]) -> bool:
-    """Whether counts must be equal, and if so, are."""
-    if old["identity"]["sha256"] != new["identity"]["sha256"]:
-        other = [k for k in ("source", "weights", "parts") if old["identity"][k] != new["identity"][k]]
-        other += ["base"] if old["comparable"]["base"] != new["comparable"]["base"] else []
-        notes.append(f"counts need not be equal: other {', '.join(other) or 'settings found by search'}")
+def _check_counts(old: Entry, new: Entry, found: Judgement) -> bool:
+    """Return whether counts must be equal, and are."""
+    if old.identity.sha256 != new.identity.sha256:
+        other = [k for k in ("source", "weights", "parts") if getattr(old.identity, k) != getattr(new.identity, k)]
+        other += ["base"] if old.comparable.base != new.comparable.base else []
+        found.notes.append(f"counts may differ: other {', '.join(other) or 'settings found by search'}")
         return False
-    if other := [k for k in old["environment"] if old["environment"][k] != new["environment"][k]]:
-        notes.append(f"same identity, but equal counts not checked: versions or machine differ ({', '.join(other)})")
+    machine, machine_now = old.environment.as_json(), new.environment.as_json()
+    if other := [k for k in machine if machine[k] != machine_now[k]]:
+        found.notes.append(f"same identity, but counts not compared: versions or machine differ ({', '.join(other)})")
         return False
-    for was, now in zip(old["images"], new["images"], strict=True):
+    for was, now in zip(old.images, new.images, strict=True):
         if was != now:
-            wrong.append(
-                f"not reproduced: image {now[0]} has {now[3]} of {now[2]} votes and radius {now[1]}, had {was[3]} of "
-                f"{was[2]} and {was[1]}, by the same identity on the same machine and versions"
+            found.wrong.append(
+                f"not reproduced: image {now.image} has {now.top_count} of {now.n} votes and radius {now.radius}, had "
+                f"{was.top_count} of {was.n} and {was.radius}, by the same identity on the same machine and versions"
             )
             return False
-    notes.append("counts are equal on every image, as the same identity on the same machine and versions must give")
+    found.notes.append("counts are equal on every image, as they must be for the same identity, machine and versions")
     return True
 
 
-def _costs(old: dict[str, Any], new: dict[str, Any], equal: bool, wrong: list[str], notes: list[str]) -> None:
-    """Exactly, but for what chance or another version of torch may move."""
-    drawn = not equal and old["comparable"]["procedure"]["kind"] != "fixed"
-    same_machine = old["environment"] == new["environment"]
-    for key in old["cost"]:
-        before, now = old["cost"][key], new["cost"][key]
-        if key not in COSTS or before == now:
+def _compare_costs(old: Entry, new: Entry, equal: bool, found: Judgement) -> None:
+    """Compare costs exactly, except for what chance or another version of torch may change."""
+    drawn = not equal and old.comparable.sampling.kind != "fixed"
+    same_machine = old.environment == new.environment
+    was, is_now = old.cost.as_json(), new.cost.as_json()
+    for key, before in was.items():
+        now = is_now[key]
+        if key == "vote_in_calibrations" or before == now:
             continue
-        said = f"{key.replace('_', ' ')}: {_number(now)}, was {_number(before)}"
+        change = f"{key.replace('_', ' ')}: {number(now)}, was {number(before)}"
         if before is None or now is None:
-            notes.append(f"{said}: not compared")
+            found.notes.append(f"{change}: not compared")
         elif key == "votes" and drawn:
-            notes.append(f"{said}: not judged, since this procedure's votes follow from its counts")
+            found.notes.append(f"{change}: not judged, since the votes of this procedure follow from its counts")
         elif key == "flops_per_vote" and not same_machine:
-            notes.append(f"{said}: not judged, since other versions may count other operations")
+            found.notes.append(f"{change}: not judged, since other versions may count other operations")
         elif now > before:
-            wrong.append(f"costs more: {said}")
+            found.wrong.append(f"costs more: {change}")
         else:
-            notes.append(f"costs less: {said}")
+            found.notes.append(f"costs less: {change}")
 
 
-def _seconds(old: dict[str, Any], new: dict[str, Any], factor: float, warnings: list[str], notes: list[str]) -> None:
-    """A calibration makes up for the load of a machine, not for another one's instructions."""
-    before, now = old["cost"]["vote_in_calibrations"], new["cost"]["vote_in_calibrations"]
+def _compare_seconds(old: Entry, new: Entry, factor: float, found: Judgement) -> None:
+    """Compare seconds a vote. A calibration corrects for the load of a machine, not for another processor."""
+    before, now = old.cost.vote_in_calibrations, new.cost.vote_in_calibrations
     unit = "in units of a calibration timed with it"
-    if any(old["environment"][k] != new["environment"][k] for k in ("device", "threads")):
-        notes.append("seconds not compared: another processor or number of threads")
+    one, other = old.environment, new.environment
+    if (one.device, one.threads) != (other.device, other.threads):
+        found.notes.append("seconds not compared: another processor or number of threads")
     elif before is None or now is None:
-        notes.append("seconds not compared: one of the runs has no calibration (it was resumed, or is older)")
+        found.notes.append("seconds not compared: one of the runs has no calibration (it was resumed, or is older)")
     elif now > factor * before:
-        warnings.append(f"a vote takes {now / before:.2f} times as long as it did, {unit}")
+        found.warnings.append(f"a vote takes {now / before:.2f} times as long as before, {unit}")
     elif before > factor * now:
-        notes.append(f"a vote takes {now / before:.2f} of the time it did, {unit}")
+        found.notes.append(f"a vote takes {now / before:.2f} of the time before, {unit}")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a cost as text."""
     return "unknown" if value is None else f"{value:,.10g}"
 
 
-def _lost(row: dict[str, Any]) -> str:
+def _loss(test: RadiusTest) -> str:
     return (
-        f"certified at r = {row['radius']:g}: {row['now']} of {row['images']} images, were {row['before']}: "
-        f"{row['lost']} lost, {row['won']} won, p {row['p_holm']:.2g} after Holm's correction"
+        f"certified at r = {test.radius:g}: {test.now} of {test.images} images, were {test.before}: "
+        f"{test.lost} lost, {test.won} won, p {test.p_holm:.2g} after Holm's correction"
     )
-
-
-def headline(found: dict[str, Any]) -> str:
-    """How many entries got which verdict."""
-    counts = {v: sum(one["verdict"] == v for one in found["entries"]) for v in (PASSES, REGRESSES, NOT_COMPARABLE)}
-    said = ", ".join(f"{verdict} {n}" for verdict, n in counts.items() if n)
-    return f"{said}; of {len(found['entries'])} in {found['baseline']}"
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """What ``check`` found, for people."""
-    parts = [f"## bench check: {escape(headline(found))}"]
-    for one in found["entries"]:
-        lines = [f"- wrong: {escape(w)}" if one["run"] else f"- {escape(w)}" for w in one["wrong"]]
-        lines += [f"- warning: {escape(w)}" for w in one["warnings"]] + [f"- {escape(n)}" for n in one["notes"]]
-        parts.append("\n".join([f"### {one['verdict']}: {escape(one['name'])}", "", *lines]))
-        if one["radii"]:
-            parts.append(_table(one["radii"]))
-    if found["not_in_baseline"]:
-        parts.append("Not in the baseline (--update would add them): " + escape(", ".join(found["not_in_baseline"])))
-    if found["base"] == ANY_BASE:
-        parts.append(
-            "This baseline says that its base is trained anew: weights are not required to be the same, so each "
-            "entry tests base and defense together. How far a training run moves by itself is in no p-value."
-        )
-    if found["gate"]:
-        parts.append(_gate(found))
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    columns = ("radius", "before", "now", "lost", "won", "p", "p_holm")
-    shown = [{k: f"{row[k]:{'g' if k == 'radius' else '.3g'}}" for k in columns} for row in rows]
-    return str(pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True))
-
-
-def _gate(found: dict[str, Any]) -> str:
-    gate = found["gate"]
-    seen = " or ".join(
-        f"{'more than any' if s['points'] is None else s['points']} points where besides it {s['churn']:.0%} of the "
-        "images change by chance"
-        for s in gate["seen"]
-    )
-    return (
-        f"A regression is a loss of at least {found['points']:g} points with p at most {found['level']:g}, by "
-        f"McNemar's exact one-sided test, Holm's correction over all {gate['tests']} tests. Were every change a fair "
-        f"coin, the chance of any false alarm is at most {gate['false_alarm_at_most']:.2g} "
-        f"({gate['false_alarm']:.2g} where {CHURN:.0%} of the images change). On {gate['images']} images a true loss "
-        f"is seen with a chance of at least {SEEN:.0%} from {seen}; smaller ones may pass."
-    )
-
-
-def findings(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Level, title and message of each thing a reviewer should see."""
-    rows = []
-    for one in found["entries"]:
-        rows += [("error", f"{one['verdict']}: {one['name']}", escape(w)) for w in one["wrong"]]
-        rows += [("warning", one["name"], escape(w)) for w in one["warnings"]]
-    return rows
-
-
-def changes(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
-    """What ``--update`` changed, a line an entry."""
-    before, after = ({digest(terms(e, ANY_BASE)): e for e in b["runs"]} if b else {} for b in (old, new))
-    lines = [f"removed: {one['name']}" for key, one in before.items() if key not in after]
-    for key, one in after.items():
-        was = before.get(key)
-        if was is None:
-            lines.append(f"added: {one['name']}: {_summary(one)}")
-        elif was["sha256"] != one["sha256"]:
-            fields = [{k: v for k, v in e.items() if k not in ("images", "sha256")} for e in (was, one)]
-            said = [f"{_summary(one)}; was {_summary(was)}"] if was["images"] != one["images"] else []
-            lines.append("; ".join([f"changed: {one['name']}: ", *said, *_differing(*fields)]).replace(": ; ", ": "))
-        else:
-            lines.append(f"unchanged: {one['name']}")
-    if old and old["base"] != new["base"]:
-        lines.append(f"base: {new['base']}, was {old['base']}")
-    return [escape(line) for line in lines]
-
-
-def _summary(one: dict[str, Any]) -> str:
-    held = [(r, sum(i[1] is not None and i[1] >= r for i in one["images"])) for r in one["radii"]]
-    shares = ", ".join(f"{n} at r = {r:g}" for r, n in held)
-    return f"of {len(one['images'])} images {shares}; {_number(one['cost']['votes'])} votes"

@@ -1,8 +1,8 @@
-"""Rows of numbers kept as one array a field: a million certificates in about 100 MB, where objects take 500.
+"""Rows of numbers stored as one array per field: a million certificates take about 100 MB, as objects 500 MB.
 
 A row is a dataclass whose fields are annotated ``int``, ``float``, either ``| None``, or ``None`` alone (a field
-that is never known, of which nothing is kept). ``Columns`` behaves as the list of such rows, which are made as
-they are asked for; whatever is computed over all of them takes a field at a time.
+that is never known, and not stored). ``Columns`` behaves as a list of such rows, which it creates on access;
+computations over all rows take one field at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = TypeVar("Row", covariant=True)
 
 
 class Columns(Sequence[Row], Generic[Row]):
-    """The rows of one dataclass, in the order in which they were added."""
+    """Rows of one dataclass, in the order in which they were added."""
 
     def __init__(self, kind: type[Row]) -> None:
         self._kind = kind
@@ -38,7 +38,7 @@ class Columns(Sequence[Row], Generic[Row]):
         self._arrays = {name: array(code) for name, (code, _) in self._types.items() if code}
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Append the row of these values; ValueError where a field lacks, is unknown or of another type."""
+        """Append a row of these values. Raises ValueError where a field is missing, unknown or of another type."""
         if values.keys() != self._types.keys():
             names = [*(self._types.keys() - values.keys()), *(values.keys() - self._types.keys())]
             raise ValueError(f"fields are missing or unknown: {', '.join(sorted(map(str, names)))}")
@@ -47,15 +47,15 @@ class Columns(Sequence[Row], Generic[Row]):
             kept.append(row[name])
 
     def append(self, row: Any) -> None:
-        """``add`` a row of the columns' own kind."""
+        """Append a row of the columns' own kind."""
         self.add(vars(row))
 
     def column(self, name: str) -> NDArray[Any]:
-        """A field of every row, int64 or float64, a copy; None is ``NULL`` or NaN."""
+        """Return a copy of a field of every row, int64 or float64; None is ``NULL`` or NaN."""
         return np.array(self._arrays[name])
 
     def place(self, name: str, value: int) -> int:
-        """The first row whose integer field is ``value``; ValueError where none is."""
+        """Return the first row whose integer field is ``value``. Raises ValueError where there is none."""
         return self._arrays[name].index(value)
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ def _stored(name: str, value: Any, code: str, optional: bool) -> Any:
 
 
 def column(rows: Sequence[Any], name: str) -> NDArray[Any]:
-    """``Columns.column`` of any rows: a field of every one of them as an array, None as ``NULL``."""
+    """Return a field of any rows as an array, None as ``NULL``."""
     if isinstance(rows, Columns):
         return rows.column(name)
     return np.array([NULL if (value := getattr(row, name)) is None else value for row in rows])

@@ -1,7 +1,9 @@
-"""What released logs get wrong, found and named: pure functions of what a log says.
+"""Defects of released logs: pure functions of a log's rows.
 
-Radii are held against Cohen et al.'s formula (arXiv 1902.02918) at the stated sigma, n and alpha: the largest
+Radii are compared with Cohen et al.'s formula (arXiv 1902.02918) at the given sigma, n and alpha: the largest
 possible, those that a count of votes gives, and what rounding when printed may have added.
+
+Records store these texts and ``bench verify`` compares them, so rewording one makes old records fail.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from bench.smoothing import bounds
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.votes import MAX_VOTES
 
-# Images of test parts that have one size wherever they are from: a log that ends before it is cut short.
+# Images of test splits that have one size everywhere: a log that ends earlier is incomplete.
 SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "imagenet": 50_000}
-# What a radius may differ from the formula's before that is held against it, in sigma: other libraries' rounding.
+# How much a radius may differ from the formula's, in sigma, because other libraries round differently.
 TOLERANCE = 1e-6
 HUGE = 1e30  # no radius, sigma or time is so large; sums of such numbers may overflow
 FORMATS = ("cohen", "adaptive")
@@ -35,8 +37,8 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What the log does not say."""
+class LogParameters:
+    """What a log's certificates were made with, as far as a log does not state it."""
 
     format: str
     dataset: str
@@ -45,12 +47,12 @@ class Stated:
     n: int
     n0: int | None = None
     radius: float | None = None
-    noise: str | None = None  # None, like the others: as the log states, else the first of CHOICES
+    noise: str | None = None  # None, here and below: as the log states, else the first of CHOICES
     target: str | None = None
     split: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no certificate can have been made with."""
+        """Refuse values that no certificate can have been made with. Raises BenchError."""
         if self.format not in FORMATS:
             raise unknown("format", self.format, FORMATS)
         for name, known in CHOICES.items():
@@ -62,7 +64,9 @@ class Stated:
             raise BenchError(f"--alpha {self.alpha:g}: must lie strictly between 0 and 1")
         if not bounds.smallest_n(self.alpha) <= self.n <= MAX_VOTES:
             least = bounds.smallest_n(self.alpha)
-            raise BenchError(f"--n {self.n}: no certificate at alpha {self.alpha:g} has so many; the least is {least}")
+            raise BenchError(
+                f"--n {self.n}: no certificate at alpha {self.alpha:g} has as many; n must be {least} to {MAX_VOTES}"
+            )
         if self.n0 is not None and not 1 <= self.n0 <= MAX_VOTES:
             raise BenchError(f"--n0 {self.n0}: must be at least 1 and at most {MAX_VOTES:,}")
         if self.radius is not None and (self.format != "adaptive" or not 0 < self.radius < HUGE):
@@ -70,13 +74,13 @@ class Stated:
 
     @property
     def reach(self) -> float:
-        """The largest radius that ``n`` votes which all agree can give."""
+        """The largest radius that ``n`` unanimous votes can give."""
         return Fixed(self.n0 or 1, self.n, self.alpha).largest_radius(self.sigma)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the log that is an image's; ``predicted`` -1 where it abstains."""
+    """A line of the log for one image; ``predicted`` -1 where it abstains."""
 
     fields: dict[str, str]
     index: int
@@ -84,35 +88,40 @@ class Row:
     predicted: int
     radius: float
 
+    @property
+    def values(self) -> tuple[int, int, float]:
+        """Label, prediction and radius."""
+        return self.label, self.predicted, self.radius
 
-def some(rows: Sequence[Row]) -> str:
-    """How many, and where to look."""
+
+def affected(rows: Sequence[Row]) -> str:
+    """Describe how many rows, and which image is the first."""
     return f"{len(rows)} of the rows, image {rows[0].index} first"
 
 
 def structure(rows: Sequence[Row], dataset: str, classes: int) -> Iterator[str]:
-    """Rows that are absent, classes that do not exist, and a column ``correct`` that is something else."""
+    """Find missing rows, classes that do not exist, and a wrong column ``correct``."""
     yield from _missing(sorted(r.index for r in rows), SIZES.get(dataset, 0))
     if classes and (beyond := [r for r in rows if max(r.label, r.predicted) >= classes]):
-        yield f"classes from {classes} on, of which the data set has {classes}: {some(beyond)}"
+        yield f"classes from {classes} on, of which the data set has {classes}: {affected(beyond)}"
     if not all("correct" in r.fields for r in rows):
         return
     right = [int(r.predicted == r.label) for r in rows]
-    said = [r.fields["correct"] for r in rows]
-    if said == [str(v) for v in np.cumsum(right)] and said != [str(v) for v in right]:
+    given = [r.fields["correct"] for r in rows]
+    if given == [str(v) for v in np.cumsum(right)] and given != [str(v) for v in right]:
         yield "column correct is a running total, not 0 or 1"
-    elif wrong := [r for r, s, v in zip(rows, said, right, strict=True) if s.lower() not in _TRUTH[v]]:
-        numbers = [int(s) if re.fullmatch(r"\d{1,9}", s) else -1 for s in said]
+    elif wrong := [r for r, s, v in zip(rows, given, right, strict=True) if s.lower() not in _TRUTH[v]]:
+        numbers = [int(s) if re.fullmatch(r"\d{1,9}", s) else -1 for s in given]
         rising = min(numbers) >= 0 and max(numbers) > 1 and numbers == sorted(numbers)
         kind = "column correct is a running total, and not that of predict == label" if rising else "correct is wrong"
-        yield f"{kind}: {some(wrong)}"
+        yield f"{kind}: {affected(wrong)}"
 
 
 _TRUTH = ({"0", "0.0", "false"}, {"1", "1.0", "true"})
 
 
 def _missing(indices: Sequence[int], size: int) -> Iterator[str]:
-    """Gaps in indices that run in even steps but for a few; a random subset of the images has none."""
+    """Find gaps in indices that run in mostly even steps; a random subset of the images has none."""
     steps = Counter(b - a for a, b in itertools.pairwise(indices))
     if len(indices) < 10:
         return
@@ -128,78 +137,79 @@ def _missing(indices: Sequence[int], size: int) -> Iterator[str]:
 
 
 def abstentions(rows: Sequence[Row]) -> Iterator[str]:
-    """Report abstentions with a radius and predictions with a negative one."""
+    """Find abstentions with a radius, and predictions with a negative one."""
     if odd := [r for r in rows if r.predicted < 0 and r.radius != 0]:
-        yield f"abstentions with a radius, taken as 0: {some(odd)}"
+        yield f"abstentions with a radius, taken as 0: {affected(odd)}"
     if odd := [r for r in rows if r.predicted >= 0 > r.radius]:
-        yield f"predictions with a radius below 0, taken as abstentions: {some(odd)}"
+        yield f"predictions with a radius below 0, taken as abstentions: {affected(odd)}"
 
 
 def units(rows: Sequence[Row]) -> Floats:
-    """The last place each radius was printed to, from all of them, since zeros at the end may have been dropped."""
+    """Return the last place each radius was printed to; from all radii, since trailing zeros may have been dropped."""
     numbers = [Decimal(r.fields["radius"]) for r in rows]
     digits = max((len(d.as_tuple().digits) for d in numbers), default=0)
     decimals = max((-int(d.as_tuple().exponent) for d in numbers), default=0)
     return np.array([10.0 ** max(-decimals, d.adjusted() - digits + 1) for d in numbers], np.float64)
 
 
-def support(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) -> Iterator[str]:
-    """Radii that no votes can give, rounding granted."""
-    least = radii - unit / 2 - TOLERANCE * stated.sigma
-    if len(above := np.flatnonzero(least > stated.reach)):
+def support(rows: Sequence[Row], radii: Floats, unit: Floats, parameters: LogParameters) -> Iterator[str]:
+    """Find radii that no votes can give, allowing for rounding."""
+    least = radii - unit / 2 - TOLERANCE * parameters.sigma
+    if len(above := np.flatnonzero(least > parameters.reach)):
         at = int(above[np.argmax(radii[above])])
-        alpha = math.exp(stated.n * float(special.log_ndtr(least[at] / stated.sigma)))
+        alpha = math.exp(parameters.n * float(special.log_ndtr(least[at] / parameters.sigma)))
         fits = f"; alpha {alpha:.2g} would allow it" if alpha < 0.5 else ""
         yield (
-            f"radii above {bounds.printed_reach(stated.reach, 4)}, the largest possible at n {stated.n:,} and alpha "
-            f"{stated.alpha:g}: "
-            f"{some([rows[i] for i in above.tolist()])}, the largest {float(radii[at])}{fits}"
+            f"radii above {bounds.printed_reach(parameters.reach, 4)}, the largest possible at n {parameters.n:,} "
+            f"and alpha {parameters.alpha:g}: {affected([rows[i] for i in above.tolist()])}, the largest "
+            f"{float(radii[at])}{fits}"
         )
     shares = [r.fields.get("estimated_pr", "") for r in rows]
     if not rows or not all(re.fullmatch(r"[01](\.\d+)?(e-?\d+)?", s) for s in shares):
         return
-    # More votes at the same share only raise the bound, so the cap's is the most that fewer can give.
-    top = np.clip(np.ceil(np.array(shares, np.float64) * stated.n - 1e-6), 0, stated.n)
-    if len(above := np.flatnonzero(least > _radii(top, stated))):
-        yield f"radii above what estimated_pr supports: {some([rows[i] for i in above.tolist()])}"
+    # More votes at the same share only raise the bound, so none gives more than the cap does.
+    top = np.clip(np.ceil(np.array(shares, np.float64) * parameters.n - 1e-6), 0, parameters.n)
+    if len(above := np.flatnonzero(least > _radii(top, parameters))):
+        yield f"radii above what estimated_pr supports: {affected([rows[i] for i in above.tolist()])}"
 
 
-def _radii(counts: Floats, stated: Stated) -> Floats:
-    """Return sigma Phi^-1 of the Clopper-Pearson bound at those counts of n, -inf for 0; not rounded down."""
-    p = special.betaincinv(np.maximum(counts, 1), np.maximum(stated.n - counts + 1, 1), stated.alpha)
-    return np.asarray(np.where(counts < 1, -np.inf, stated.sigma * special.ndtri(p)), np.float64)
+def _radii(counts: Floats, parameters: LogParameters) -> Floats:
+    """Compute sigma Phi^-1 of the Clopper-Pearson bound at those counts of n, -inf for 0; not rounded down."""
+    p = special.betaincinv(np.maximum(counts, 1), np.maximum(parameters.n - counts + 1, 1), parameters.alpha)
+    return np.asarray(np.where(counts < 1, -np.inf, parameters.sigma * special.ndtri(p)), np.float64)
 
 
-def counts(rows: Sequence[Row], radii: Floats, unit: Floats, stated: Stated) -> Iterator[str]:
-    """Radii of fixed n that follow from no count of votes, or only when rounded up."""
-    slack = TOLERANCE * stated.sigma
-    # The fewest votes that give the radius or more, by halving, all rows at once.
-    low, high = np.zeros(len(rows)), np.full(len(rows), stated.n + 1.0)
+def counts(rows: Sequence[Row], radii: Floats, unit: Floats, parameters: LogParameters) -> Iterator[str]:
+    """Find radii of fixed n that follow from no count of votes, or only when rounded up."""
+    slack = TOLERANCE * parameters.sigma
+    # The fewest votes that give the radius or more, by bisection of all rows at once.
+    low, high = np.zeros(len(rows)), np.full(len(rows), parameters.n + 1.0)
     while (high - low > 1).any():
         middle = np.floor((low + high) / 2)
-        enough = _radii(np.minimum(middle, stated.n), stated) >= radii - slack
+        enough = _radii(np.minimum(middle, parameters.n), parameters) >= radii - slack
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    below = _radii(low, stated)
-    above = np.where(high > stated.n, np.inf, _radii(np.minimum(high, stated.n), stated))
+    below = _radii(low, parameters)
+    above = np.where(high > parameters.n, np.inf, _radii(np.minimum(high, parameters.n), parameters))
     down = above <= radii + unit + slack
     up = ~down & (radii - below <= unit / 2 + slack)
     if up.any():
         at = int(np.flatnonzero(up)[np.argmax((radii - below)[up])])
         yield (
-            f"radii rounded up: {some([rows[i] for i in np.flatnonzero(up).tolist()])}; image {rows[at].index} has "
-            f"{float(radii[at])} where n {stated.n:,} and alpha {stated.alpha:g} give "
+            f"radii rounded up: {affected([rows[i] for i in np.flatnonzero(up).tolist()])}; image {rows[at].index} has "
+            f"{float(radii[at])} where n {parameters.n:,} and alpha {parameters.alpha:g} give "
             f"{bounds.printed_radius(below[at], 6)}"
         )
-    within = radii - unit / 2 - slack <= stated.reach
+    within = radii - unit / 2 - slack <= parameters.reach
     if (none := ~down & ~up & within).any():
         odd = [rows[i] for i in np.flatnonzero(none).tolist()]
-        yield f"radii that no count of votes gives at n {stated.n:,} and alpha {stated.alpha:g}: {some(odd)}"
+        settings = f"n {parameters.n:,} and alpha {parameters.alpha:g}"
+        yield f"radii that no count of votes gives at {settings}: {affected(odd)}"
 
 
 def coarse(rows: Sequence[Row], radii: Floats, unit: Floats, sigma: float, grid: Sequence[float]) -> Iterator[str]:
-    """Images that count at a radius of the table only if their own was not rounded up to it."""
+    """Find images that count at a radius of the table only if their own was not rounded up to it."""
     for g in grid:
         near = (radii >= g) & (radii - unit / 2 < g) & (unit > TOLERANCE * sigma)
         if g and near.any():
             odd = [rows[i] for i in np.flatnonzero(near).tolist()]
-            yield f"rounded to {unit[near].max():g}, which may decide at radius {g:g}: {some(odd)}"
+            yield f"rounded to {unit[near].max():g}, which may decide at radius {g:g}: {affected(odd)}"

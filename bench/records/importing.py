@@ -1,4 +1,4 @@
-"""Released per-image logs made into run folders, which keep a copy of the log."""
+"""Import released per-image logs into run folders, which keep a copy of the log."""
 
 from __future__ import annotations
 
@@ -14,105 +14,123 @@ from bench.data.datasets import card_files, load_card
 from bench.errors import BenchError
 from bench.io import limits
 from bench.io.files import replacing, writing
-from bench.records import metrics
-from bench.records.flaws import CHOICES, Stated
-from bench.records.logs import read_log, statements
-from bench.records.record import ELSEWHERE, Claim, Record, Run, read_run
+from bench.records import metrics, schema
+from bench.records.flaws import CHOICES, LogParameters
+from bench.records.logs import Log, read_log, stated_in
+from bench.records.record import ImportedCertificate, Record, read_run
+from bench.records.schema import Cost, Identity, RunInfo
+from bench.records.writer import ELSEWHERE, RunFolder
 
 SOURCE = "source.tsv"  # the log, in the run folder
 LARGEST = 64 * 2**20  # bytes read: a million images
-RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # the table's, where no card says which
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the table, where no card states them
 
 
-def import_log(log: Path, stated: Stated, out: Path) -> Record:
-    """The log's run folder below ``out``, made now unless it is there. Raises BenchError where it cannot be read."""
+def import_log(log: Path, parameters: LogParameters, out: Path) -> Record:
+    """Create the log's run folder below ``out``, unless it exists. Raises BenchError where it cannot be read."""
     data = _read(log)
-    stated = _filled(stated, data)
-    card = _card(stated.dataset)
-    dataset = card.name if card else stated.dataset
-    radii = [stated.radius] if stated.radius else list(card.radii if card else RADII)
+    parameters = _completed(parameters, data)
+    card = _card(parameters.dataset)
+    dataset = card.name if card else parameters.dataset
+    radii = [parameters.radius] if parameters.radius else list(card.radii if card else RADII)
     classes = list(card.classes) if card else []
     try:
-        claims, flags = read_log(data, stated, radii, len(classes))
+        found = read_log(data, parameters, radii, len(classes))
     except BenchError as e:
         raise BenchError(f"{log}: {e}") from None
-    # A stranger's file name becomes the name of a folder and a row of tables.
+    # A file name is untrusted input, and becomes the name of a folder and of a row in tables.
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", log.stem).strip("-.")[:60] or "log"
-    procedure = {"kind": "fixed" if stated.format == "cohen" else "adaptive", "n0": stated.n0, "n": stated.n}
-    sha256 = hashlib.sha256(data).hexdigest()
-    identity: dict[str, Any] = {
-        "dataset": dataset,
-        "card": None,
-        "split": stated.split,
-        "indices": [c.index for c in claims],
-        "images": None,
-        "base": None,
-        "defense": {"name": name, "source": sha256, "config": {}, "weights": None, "parts": {}, "objective": None},
-        "train_sigma": None,
-        "sigma": stated.sigma,
-        "noise": {"kind": stated.noise, "version": None, "tau": 0.0},
-        "procedure": procedure
-        | {"alpha": stated.alpha, "target": stated.target}
-        | ({"radii": radii} if stated.radius else {}),
-        "bound": "clopper-pearson",
-        "seed": None,
-        "imported": {"format": stated.format, "sha256": sha256},
-    }
-    extra: dict[str, Any] = {
-        "environment": {},
-        "arguments": {"log": log.name, "dataset": stated.dataset},
-        "radii": radii,
-        "preset": None,
-        "classes": classes,
-        "data": {},
-        "base": None,
-        "defense": {
-            "family": "imported",
-            "trains": "imported",
-            "paper": "",
-            "access": None,
-            "trained_elsewhere": [],
-            "settings": {},
-            "search": [],
-            "weights_file": None,
-        },
-        "flags": flags,
-    }
-    run = Run(out, f"{dataset}-{name}-s{stated.sigma:g}", identity, extra)
+    identity = _identity(name, dataset, parameters, hashlib.sha256(data).hexdigest(), found)
+    arguments = {"log": log.name, "dataset": parameters.dataset}
+    run = RunFolder(out, f"{dataset}-{name}-s{parameters.sigma:g}", _info(identity, arguments, radii, classes, found))
     try:
-        if run.info["status"] != "complete":
+        if not run.info.complete:
             with writing(run.path, ELSEWHERE), replacing(run.path / SOURCE) as partial:
                 partial.write_bytes(data)
-            run.write(claims)
-            run.finish(_cost(claims), metrics.summarise(claims, radii))
+            run.write(found.certificates)
+            run.finish(_cost(found.certificates), metrics.summarise(found.certificates, radii))
     finally:
         run.close()
     return read_run(run.path)
 
 
-def stated_by(log: Path, dataset: str, **given: Any) -> Stated:
-    """What decides the log's certificates: what is ``given``, else what the log states. Raises BenchError."""
-    said = statements(_read(log)) | {k: v for k, v in given.items() if v is not None}
-    if lacking := [k for k in ("sigma", "alpha", "n") if k not in said]:
+def _identity(name: str, dataset: str, parameters: LogParameters, sha256: str, log: Log) -> Identity:
+    return Identity.of(
+        {
+            "dataset": dataset,
+            "card": None,
+            "split": parameters.split,
+            "indices": [c.index for c in log.certificates],
+            "images": None,
+            "base": None,
+            "defense": {"name": name, "source": sha256, "config": {}, "weights": None, "parts": {}, "objective": None},
+            "train_sigma": None,
+            "sigma": parameters.sigma,
+            "noise": {"kind": parameters.noise, "version": None, "tau": 0.0},
+            "procedure": {
+                "kind": "fixed" if parameters.format == "cohen" else "adaptive",
+                **{"n0": parameters.n0, "n": parameters.n, "alpha": parameters.alpha, "target": parameters.target},
+                **({"radii": [parameters.radius]} if parameters.radius else {}),
+            },
+            "bound": "clopper-pearson",
+            "seed": None,
+            "imported": {"format": parameters.format, "sha256": sha256},
+        }
+    )
+
+
+def _info(
+    identity: Identity, arguments: dict[str, str], radii: Sequence[float], classes: Sequence[str], log: Log
+) -> RunInfo:
+    defense: dict[str, Any] = {"family": "imported", "trains": "imported", "paper": "", "access": None}
+    return schema.started(
+        identity,
+        {
+            "environment": {},
+            "arguments": arguments,
+            "radii": radii,
+            "preset": None,
+            "classes": classes,
+            "data": {},
+            "base": None,
+            "defense": defense | {"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
+            "flags": log.flags,
+        },
+    )
+
+
+def parameters_of(log: Path, dataset: str, **given: Any) -> LogParameters:
+    """Return what decides the log's certificates: what is ``given``, else what the log states. Raises BenchError."""
+    known = stated_in(_read(log)) | {k: v for k, v in given.items() if v is not None}
+    if lacking := [k for k in ("sigma", "alpha", "n") if k not in known]:
         raise BenchError(f"{log} does not state {', '.join(lacking)}: give {' '.join(f'--{k}' for k in lacking)}")
-    return Stated(**{"format": "cohen", "dataset": dataset, **said})
+    return LogParameters(**{"format": "cohen", "dataset": dataset, **known})
 
 
-def _filled(stated: Stated, data: bytes) -> Stated:
-    """The same with what it leaves open as the log states it, or by default."""
-    said = {k: words[0] for k, words in CHOICES.items()} | statements(data)
-    left: dict[str, Any] = {k: said.get(k) for k in ("n0", *CHOICES) if getattr(stated, k) is None}
-    return replace(stated, **left)
+def _completed(parameters: LogParameters, data: bytes) -> LogParameters:
+    """Fill what is left open with what the log states, else with the default."""
+    known = {k: words[0] for k, words in CHOICES.items()} | stated_in(data)
+    left: dict[str, Any] = {k: known.get(k) for k in ("n0", *CHOICES) if getattr(parameters, k) is None}
+    return replace(parameters, **left)
 
 
-def read_again(record: Record) -> tuple[list[Claim], list[str]]:
-    """What the log in an imported run's folder gives: claims and flags. Raises BenchError where it cannot be read."""
-    procedure = record.identity["procedure"]
-    (radius,) = procedure.get("radii", [None])
-    numbers = (record.identity["sigma"], procedure["alpha"], procedure["n"], procedure["n0"], radius)
-    words = (record.identity["noise"]["kind"], procedure.get("target", "selected"), record.identity["split"])
-    stated = Stated(record.identity["imported"]["format"], record.identity["dataset"], *numbers, *words)
-    return read_log(_read(record.path / SOURCE), stated, record.info["radii"], len(record.info["classes"]))
+def read_again(record: Record) -> Log:
+    """Read the log in an imported run's folder once more. Raises BenchError where it cannot be read."""
+    identity, sampling = record.identity, record.identity.sampling
+    assert identity.imported is not None
+    parameters = LogParameters(
+        format=identity.imported.format,
+        dataset=identity.dataset,
+        sigma=identity.sigma,
+        alpha=sampling.alpha,
+        n=sampling.n,
+        n0=sampling.n0,
+        radius=sampling.radii[0] if sampling.radii else None,
+        noise=identity.noise.kind,
+        target=sampling.target,
+        split=identity.split,
+    )
+    return read_log(_read(record.path / SOURCE), parameters, record.info.radii, len(record.info.classes))
 
 
 def _read(log: Path) -> bytes:
@@ -126,14 +144,17 @@ def _card(dataset: str) -> Card | None:
     if dataset in card_files() or dataset.endswith(".toml"):
         return load_card(dataset)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", dataset):
-        raise BenchError(f"--dataset {dataset!r}: letters, digits and _ . - make a name")
+        raise BenchError(f"--dataset {dataset!r}: a name has letters, digits and _ . - only")
     return None
 
 
-def _cost(claims: Sequence[Claim]) -> dict[str, Any]:
+def _cost(certificates: Sequence[ImportedCertificate]) -> Cost:
     unknown = "train_seconds base_forwards queries trainable_nominal trainable_updated trained_here trained_elsewhere "
     unknown += "parameters flops_per_vote peak_memory"
-    return dict.fromkeys(unknown.split()) | {
-        "certify_seconds": metrics.total(c.seconds for c in claims),
-        "votes": metrics.total(c.votes for c in claims),
-    }
+    return Cost.of(
+        dict.fromkeys(unknown.split())
+        | {
+            "certify_seconds": metrics.total(c.seconds for c in certificates),
+            "votes": metrics.total(c.votes for c in certificates),
+        }
+    )

@@ -1,4 +1,4 @@
-"""Released per-image logs: read, with all that is found wrong with them, and written.
+"""Read released per-image logs with their defects, and write logs.
 
 Formats, both tab-separated under a header, one line an image (other columns are flagged):
 
@@ -9,9 +9,9 @@ an image, the radius that of Clopper-Pearson.
 column ``radius proved`` of 1 and -1 (whether the one radius tested was proved; the log does not say which: give it)
 with ``levels_needed``, ``estimated_pr``, ``samples_needed``; and those of Chen et al. (``pA samplesize radius``).
 
-No log holds counts, which stay unknown. Those of others hold neither sigma, n, n0 and alpha: the user who imports
-one states them. ``export_log`` adds them as columns, the same in every row (``STATEMENTS``), so that a reader which
-takes columns by name is not disturbed. Nothing of a file is trusted or executed.
+No log holds counts, which stay unknown. Logs of other tools state neither sigma, n, n0 nor alpha: the user gives them
+when importing. ``export_log`` adds them as columns, the same in every row (``PARAMETERS``), which readers that take
+columns by name ignore. A log is untrusted input: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -26,13 +27,13 @@ import numpy as np
 
 from bench.errors import BenchError
 from bench.records import audit, flaws
-from bench.records.flaws import HUGE, Row, Stated
-from bench.records.record import Claim, Record
+from bench.records.flaws import HUGE, LogParameters, Row
+from bench.records.record import ImportedCertificate, Record
 from bench.smoothing.votes import MAX_VOTES
 
 VOTES = "samples_needed"  # the column with an image's votes, of adaptive logs
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
-STATEMENTS: dict[str, type] = {  # columns of one value each, and its type
+PARAMETERS: dict[str, type] = {  # columns of one value each, and its type
     **{"sigma": float, "alpha": float, "n": int, "n0": int},
     **{"noise": str, "target": str, "split": str, "format": str},
 }
@@ -48,10 +49,27 @@ LONGEST = 10_000  # characters of a line
 ALIASES = {"samplesize": VOTES, "time_forward": "time"}
 
 
-def read_log(data: bytes, stated: Stated, radii: Sequence[float], classes: int) -> tuple[list[Claim], list[str]]:
-    """What a log says of each image, by index, and a line for each thing wrong with it.
+@dataclass(frozen=True)
+class Log:
+    """A log as read: its images by index, and a line for each defect."""
 
-    ``radii`` are the table's; ``classes`` is 0 where not known. Raises BenchError where it is no such log at all.
+    certificates: list[ImportedCertificate]
+    flags: list[str]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Where the rows start, what separates their fields (None: any blanks), and the names of the columns."""
+
+    start: int
+    separator: str | None
+    columns: list[str]
+
+
+def read_log(data: bytes, parameters: LogParameters, radii: Sequence[float], classes: int) -> Log:
+    """Read a log. Raises BenchError where it is no such log at all.
+
+    ``radii`` are the table's; ``classes`` is 0 where not known.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -59,54 +77,54 @@ def read_log(data: bytes, stated: Stated, radii: Sequence[float], classes: int) 
         raise BenchError("not a text file; import takes tab-separated logs") from None
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     flags: list[str] = []
-    start, separator, columns = _header(lines, stated.format, flags)
-    rows = _rows(lines, start, separator, columns, flags)
+    header = _header(lines, parameters.format, flags)
+    rows, columns = _rows(lines, header, flags), header.columns
     if not rows:
         raise BenchError("none of its lines is an image's: idx, label, predict and radius must be numbers")
-    said = _statements(rows)
-    if varied := [c for c in STATEMENTS if c in columns and c not in said and any(r.fields[c] for r in rows)]:
+    known = _same_in_all(rows)
+    if varied := [c for c in PARAMETERS if c in columns and c not in known and any(r.fields[c] for r in rows)]:
         flags.append(f"unknown columns, left out: {', '.join(varied)}")
-    for column, value in said.items():
-        if getattr(stated, column) not in (None, value):
-            flags.append(f"its column {column} says {value}; {getattr(stated, column)} was given")
-    flags += flaws.structure(rows, stated.dataset, classes)
+    for column, value in known.items():
+        if getattr(parameters, column) not in (None, value):
+            flags.append(f"its column {column} says {value}; {getattr(parameters, column)} was given")
+    flags += flaws.structure(rows, parameters.dataset, classes)
     predicted = [r for r in rows if r.predicted >= 0]
-    if stated.format == "adaptive" and ("radius proved" in columns or {r.radius for r in rows} == {-1.0, 1.0}):
-        if stated.radius is None:
+    if parameters.format == "adaptive" and ("radius proved" in columns or {r.radius for r in rows} == {-1.0, 1.0}):
+        if parameters.radius is None:
             raise BenchError("it says only whether a radius was proved, not which: give the radius with --radius")
         proved = [r for r in predicted if r.radius > 0]
-        flags += flaws.support(proved, np.full(len(proved), stated.radius), np.zeros(len(proved)), stated)
-        claims = [_claim(r, stated, stated.radius if r.radius > 0 else -1) for r in rows]
+        flags += flaws.support(proved, np.full(len(proved), parameters.radius), np.zeros(len(proved)), parameters)
+        found = [_certificate(r, parameters, parameters.radius if r.radius > 0 else -1) for r in rows]
     else:
-        if stated.radius is not None:
+        if parameters.radius is not None:
             raise BenchError("it has radii of its own; leave --radius out")
         flags += flaws.abstentions(rows)
         certified = [r for r in predicted if r.radius > 0]
         sizes = np.array([r.radius for r in certified], np.float64)
         units = flaws.units(certified)
-        flags += flaws.support(certified, sizes, units, stated)
-        if stated.format == "cohen":
-            flags += flaws.counts(certified, sizes, units, stated)
-        flags += flaws.coarse(certified, sizes, units, stated.sigma, radii)
-        claims = [_claim(r, stated, r.radius) for r in rows]
-    unread = [r for r, c in zip(rows, claims, strict=True) if c.seconds is None and r.fields.get("time")]
+        flags += flaws.support(certified, sizes, units, parameters)
+        if parameters.format == "cohen":
+            flags += flaws.counts(certified, sizes, units, parameters)
+        flags += flaws.coarse(certified, sizes, units, parameters.sigma, radii)
+        found = [_certificate(r, parameters, r.radius) for r in rows]
+    unread = [r for r, c in zip(rows, found, strict=True) if c.seconds is None and r.fields.get("time")]
     if unread:
-        flags.append(f"times that cannot be read: {flaws.some(unread)}")
-    return sorted(claims, key=lambda c: c.index), flags
+        flags.append(f"times that cannot be read: {flaws.affected(unread)}")
+    return Log(sorted(found, key=lambda c: c.index), flags)
 
 
-def statements(data: bytes) -> dict[str, Any]:
-    """What a log states of itself as a whole, by ``STATEMENTS``; nothing where it is no log that can be read."""
+def stated_in(data: bytes) -> dict[str, Any]:
+    """Return the ``PARAMETERS`` that a log states; none where it cannot be read."""
     try:
         lines = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        return _statements(_rows(lines, *_header(lines, "adaptive", []), []))
+        return _same_in_all(_rows(lines, _header(lines, "adaptive", []), []))
     except (BenchError, UnicodeDecodeError):
-        return {}  # read_log says why
+        return {}  # read_log reports why
 
 
-def _statements(rows: Sequence[Row]) -> dict[str, Any]:
+def _same_in_all(rows: Sequence[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for column, kind in STATEMENTS.items():
+    for column, kind in PARAMETERS.items():
         values = {r.fields.get(column, "") for r in rows}
         if len(values) != 1 or not (text := values.pop()):
             continue
@@ -120,7 +138,7 @@ def _statements(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _possible(column: str, value: Any) -> bool:
-    """Whether a statement can be one of any certificate."""
+    """Return whether any certificate can have this value of a parameter."""
     if isinstance(value, str):
         return value in {**flaws.CHOICES, "format": flaws.FORMATS}[column]
     if isinstance(value, int):
@@ -128,8 +146,7 @@ def _possible(column: str, value: Any) -> bool:
     return bool(0 < value < (1 if column == "alpha" else HUGE))
 
 
-def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, str | None, list[str]]:
-    """Where the rows start, what separates their fields (None: any blanks), and the columns' names."""
+def _header(lines: Sequence[str], format: str, flags: list[str]) -> _Header:
     start = next((i for i, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise BenchError("it is empty")
@@ -139,7 +156,7 @@ def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, s
     columns = [c.strip().lower() for c in lines[start].strip().split(separator)]
     if columns[0].isdecimal() and len(columns) == len(COLUMNS):
         flags.append(f"no header: the columns are taken for {' '.join(COLUMNS)}")
-        return start, separator, list(COLUMNS)
+        return _Header(start, separator, list(COLUMNS))
     columns = [ALIASES.get(c, c) if format == "adaptive" else c for c in columns]
     if "radius proved" in columns and format == "cohen":
         raise BenchError("its column 'radius proved' is that of an adaptive log; import it with --format adaptive")
@@ -152,28 +169,29 @@ def _header(lines: Sequence[str], format: str, flags: list[str]) -> tuple[int, s
         flags.append(f"no column {', '.join(lacking)}")
     if twice := [c for c, count in Counter(columns).items() if count > 1]:
         raise BenchError(f"column {_safe(twice[0])} is there twice")
-    if others := [c for c in columns if c not in {*COLUMNS, *STATEMENTS, *EXTRA[format]}]:
+    if others := [c for c in columns if c not in {*COLUMNS, *PARAMETERS, *EXTRA[format]}]:
         flags.append(f"unknown columns, left out: {', '.join(map(_safe, others[:10]))}")
-    return start + 1, separator, columns
+    return _Header(start + 1, separator, columns)
 
 
 def _safe(text: str) -> str:
-    """A name from a stranger's file, fit for a message."""
+    """Return a name from an untrusted file, fit for a message."""
     return re.sub(r"[^A-Za-z0-9_. -]", "?", text)[:30] or "(no name)"
 
 
-def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list[str], flags: list[str]) -> list[Row]:
-    """The first row of every image."""
+def _rows(lines: Sequence[str], header: _Header, flags: list[str]) -> list[Row]:
+    """Return the first row of every image."""
+    columns = header.columns
     rows: dict[int, Row] = {}
     bad: list[int] = []
     again: list[Row] = []
-    for number, line in enumerate(lines[start:], start + 1):
+    for number, line in enumerate(lines[header.start :], header.start + 1):
         if not line.strip():
             continue
         if len(line) > LONGEST:
             bad.append(number)
             continue
-        values = [v.strip() for v in line.split(separator)]
+        values = [v.strip() for v in line.split(header.separator)]
         fields = dict(zip(columns, values, strict=False))
         try:
             if len(values) < len(columns) or any(values[len(columns) :]):
@@ -198,13 +216,9 @@ def _rows(lines: Sequence[str], start: int, separator: str | None, columns: list
     if bad:
         flags.append(f"lines that are no image's, left out: {len(bad)}, line {bad[0]} first")
     if again:
-        differ = sum((r.label, r.predicted, r.radius) != _said(rows[r.index]) for r in again)
-        flags.append(f"images twice, the first row kept: {flaws.some(again)}; {differ} of them say something else")
+        differ = sum(r.values != rows[r.index].values for r in again)
+        flags.append(f"images twice, the first row kept: {flaws.affected(again)}; {differ} of them say something else")
     return list(rows.values())
-
-
-def _said(row: Row) -> tuple[int, int, float]:
-    return row.label, row.predicted, row.radius
 
 
 def _whole(text: str, least: int) -> int:
@@ -214,13 +228,13 @@ def _whole(text: str, least: int) -> int:
     return int(value)
 
 
-def _claim(row: Row, stated: Stated, radius: float) -> Claim:
+def _certificate(row: Row, parameters: LogParameters, radius: float) -> ImportedCertificate:
     abstained = row.predicted < 0 or radius < 0
     samples = row.fields.get(VOTES, "")
     votes = int(samples) if re.fullmatch(r"\d{1,15}", samples) else None
-    if stated.format == "cohen" and (stated.n0 or stated.target == "label"):
-        votes = stated.n + (stated.n0 or 0 if stated.target != "label" else 0)
-    return Claim(
+    if parameters.format == "cohen" and (parameters.n0 or parameters.target == "label"):
+        votes = parameters.n + (parameters.n0 or 0 if parameters.target != "label" else 0)
+    return ImportedCertificate(
         index=row.index,
         label=row.label,
         predicted=None if abstained else row.predicted,
@@ -231,7 +245,7 @@ def _claim(row: Row, stated: Stated, radius: float) -> Claim:
 
 
 def _seconds(text: str) -> float | None:
-    """Seconds, or [D days, ]H:MM:SS[.ffffff]; None where it is neither."""
+    """Parse seconds, or [D days, ]H:MM:SS[.ffffff]; None where it is neither."""
     days, hours, minutes, seconds = 0, 0, 0, text
     if found := re.fullmatch(r"(?:(\d{1,6}) days?, )?(\d{1,6}):(\d{1,2}):([\d.]+)", text):
         days, hours, minutes = (int(v or 0) for v in found.groups()[:3])
@@ -244,15 +258,14 @@ def _seconds(text: str) -> float | None:
 
 
 def export_log(record: Record) -> str:
-    """A finished run in the common format, radii with all their digits, times in seconds, and ``STATEMENTS``."""
+    """Write a finished run in the common format: radii with all their digits, times in seconds, ``PARAMETERS``."""
     if problem := audit.problem(record):
         raise BenchError(problem)
-    identity, procedure = record.identity, record.identity["procedure"]
-    fixed = procedure["kind"] == "fixed"
-    stated = {**procedure, "target": procedure.get("target", "selected"), "format": "cohen" if fixed else "adaptive"}
-    stated |= {"sigma": identity["sigma"], "noise": identity["noise"]["kind"], "split": identity["split"]}
-    same = [stated[column] for column in STATEMENTS]
-    lines = ["\t".join([*COLUMNS, *STATEMENTS, *([] if fixed else [VOTES])])]
+    identity, sampling = record.identity, record.identity.sampling
+    fixed = sampling.kind == "fixed"
+    same: list[Any] = [identity.sigma, sampling.alpha, sampling.n, sampling.n0]  # in the order of PARAMETERS
+    same += [identity.noise.kind, sampling.target, identity.split, "cohen" if fixed else "adaptive"]
+    lines = ["\t".join([*COLUMNS, *PARAMETERS, *([] if fixed else [VOTES])])]
     for c in sorted(record.certificates, key=lambda c: c.index):
         predict = -1 if c.predicted is None else c.predicted
         # Trailing zeros stay, since readers take the digits of a log for its precision.

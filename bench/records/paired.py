@@ -1,8 +1,8 @@
-"""Statistics of classifiers judged on the same images: pure functions of counts.
+"""Statistics of classifiers on the same images: pure functions of counts.
 
-Of ``n`` images, ``first`` are right by the first classifier only and ``second`` by the second only; images
-that both or neither get right say nothing about which is better. A method with several seeds has, on each
-image, the number of its seeds that are right.
+Of ``n`` images, only the first classifier gets ``first`` right, and only the second gets ``second`` right; images
+that both or neither get right do not show which is better. A method with several seeds has, on each image, the
+number of its seeds that are right.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Z = float(stats.norm.ppf(0.975))
 
 
 def mcnemar(first: int, second: int) -> float:
-    """P-value of McNemar's exact test: discordant images fall either way like a fair coin."""
+    """Compute the p-value of McNemar's exact test: a discordant image goes either way like a fair coin."""
     return min(1.0, 2 * float(special.bdtr(min(first, second), first + second, 0.5)))
 
 
 def sign_flip(differences: NDArray[np.int64]) -> float:
-    """P-value of the exact paired permutation test on the images' differences, two-sided.
+    """Compute the two-sided p-value of the exact paired permutation test on the images' differences.
 
     If two methods are interchangeable on every image, each difference is as likely to have the other sign, the
     images independently. With one seed each, this is McNemar's exact test.
@@ -39,7 +39,7 @@ def sign_flip(differences: NDArray[np.int64]) -> float:
 
 @lru_cache(maxsize=2**14)
 def _flipped(total: int, sizes: tuple[tuple[int, int], ...]) -> float:
-    """P(abs(S) >= total) for S the sum of ``number`` independent random signs times ``size``, for each of ``sizes``.
+    """Compute P(abs(S) >= total), S the sum of ``number`` random signs times ``size`` for each of ``sizes``.
 
     S is a whole number in [-most, most], so the discrete Fourier transform of its characteristic function,
     the product of cos(size t)^number, is its distribution.
@@ -58,10 +58,10 @@ def _flipped(total: int, sizes: tuple[tuple[int, int], ...]) -> float:
 
 
 def worse_than_best(right: Sequence[NDArray[np.int64]], seeds: Sequence[int], best: int) -> list[float]:
-    """P-value of each method against the ``best``, after Holm's correction over all pairs of methods.
+    """Compute the p-value of each method against the ``best``, after Holm's correction over all pairs of methods.
 
-    ``right[m]`` holds how many of method m's ``seeds[m]`` are right on each image. The best is chosen from the
-    same images, so that a pair with it is as good as any pair; only all of them bound the chance of a false claim.
+    ``right[m]`` has the number of method m's ``seeds[m]`` that are right on each image. The best is chosen on the
+    same images, so only a correction over all pairs bounds the chance of a false claim.
     """
     pairs = list(itertools.combinations(range(len(right)), 2))
     adjusted = holm([sign_flip(right[a] * seeds[b] - right[b] * seeds[a]) for a, b in pairs])
@@ -70,7 +70,7 @@ def worse_than_best(right: Sequence[NDArray[np.int64]], seeds: Sequence[int], be
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: rejecting those at most a, the chance of any false rejection is at most a."""
+    """Adjust p-values by Holm: rejecting those up to a, the chance of any false rejection is at most a."""
     adjusted = [0.0] * len(pvalues)
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(pvalues)), key=pvalues.__getitem__)):
@@ -80,7 +80,7 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
 
 def score_interval(first: int, second: int, n: int) -> tuple[float, float]:
-    """95% score interval of (second - first) / n, the difference of two paired proportions.
+    """Compute the 95% score interval of (second - first) / n, the difference of two paired proportions.
 
     Tango, Statistics in Medicine 17 (1998) 891-908: the differences that the score test does not reject at 5%,
     with the other parameter at its maximum likelihood given the difference.
@@ -106,17 +106,17 @@ def _crossing(excess: Callable[[float], float], end: float, estimate: float) -> 
 
 
 def loss(lost: int, won: int) -> float:
-    """One-sided exact McNemar: the chance of at least ``lost`` losses among these changes, each a fair coin."""
+    """Compute McNemar's exact one-sided p-value: P(at least ``lost`` losses), each change a fair coin."""
     return float(stats.binom.sf(lost - 1, lost + won, 0.5))
 
 
 def regresses(lost: int, won: int, images: int, adjusted: float, level: float, points: float) -> bool:
-    """Whether more is lost than chance explains (``adjusted``, a p-value of ``loss``) and than anyone would mind."""
+    """Return whether the loss is significant (``adjusted``: a p-value of ``loss``) and at least ``points`` large."""
     return adjusted <= level and 100 * (lost - won) >= points * images
 
 
 def power(images: int, lost: float, won: float, level: float, points: float) -> float:
-    """The exact chance that ``regresses``, where each image is lost or won with these chances on its own.
+    """Compute the exact chance that ``regresses``, where images are lost or won independently with these chances.
 
     Summed over the number of changes; given that, losses are binomial.
     """
@@ -130,6 +130,6 @@ def power(images: int, lost: float, won: float, level: float, points: float) -> 
 
 
 def largest_size(images: int, level: float) -> float:
-    """The largest chance that ``loss`` falls to ``level`` by chance alone, over every number of changes."""
+    """Compute the largest probability that ``loss`` is at most ``level`` by chance, over all numbers of changes."""
     changes = np.arange(images + 1)
     return float(np.max(stats.binom.sf(stats.binom.isf(level, changes, 0.5), changes, 0.5)))

@@ -1,268 +1,286 @@
-"""What a run folder must say to be read: it may be anybody's, and what reads records does not look again.
+"""The schema of run.json: typed models that a record is validated into, once, when it is read or begun.
 
-Only types and what arithmetic needs are checked here, so that no record ends in a traceback, a loop without
-end or more memory than there is. Whether a record is true is the question of ``bench verify``.
+A record is untrusted input, and what reads it does not check it again: types, ranges and what one field demands of
+another are checked here, so that no record ends in a traceback, an endless loop or exhausted memory. Whether a record
+is true is checked by ``bench verify``.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, WrapValidator
+from pydantic import model_validator as validator
+from pydantic_core import PydanticCustomError
 
-from bench.errors import BenchError, one_line
-from bench.records.columns import NULL, Columns
+from bench.errors import one_line
+from bench.io.files import digest
+from bench.records.stored import (
+    Amount,
+    Number,
+    Open,
+    Positive,
+    Radii,
+    Share,
+    Stored,
+    Votes,
+    Whole,
+    parse_json,
+    unchanged,
+)
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.procedures import procedure_of
 from bench.smoothing.votes import MAX_VOTES
 
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
-Votes = Annotated[int, Field(ge=1, le=MAX_VOTES)]
-Amount = Annotated[float, Field(ge=0, le=1e30)]
-Positive = Annotated[float, Field(gt=0, le=1e30)]
-Open = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Radii = Annotated[list[Amount], Field(min_length=1, max_length=100)]
+SCHEMA = 3
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+class Sampling(Stored):
+    """How votes are drawn and what they prove: a procedure's kind and all its constants."""
 
-
-class _Procedure(_Part):
     kind: Literal["fixed", "anytime", "adaptive"]
     n0: Votes | None
     n: Votes
     alpha: Open
+    radii: Annotated[list[Positive], Field(max_length=100)] = Field(default_factory=list)
     target: Literal["selected", "label"] = "selected"
-    radii: Annotated[list[Positive], Field(max_length=100)] = []
     # Of the anytime procedure: bounds within which its tables are small and soon made.
     ville_share: Open = 0.5
     components: Annotated[int, Field(ge=1, le=1000)] = 1
     fastest: Votes = 1
-    slowest: Annotated[float, Field(gt=0, le=1)] = 1
+    slowest: Annotated[float, Field(gt=0, le=1), WrapValidator(unchanged)] = 1
     futility: Share = 0
     step: Annotated[int, Field(ge=1, le=MAX_VOTES)] = 1
-    growth: Annotated[float, Field(ge=0.005, le=1)] = 1
+    growth: Annotated[float, Field(ge=0.005, le=1), WrapValidator(unchanged)] = 1
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether only the radii of a grid are certified."""
+        return self.kind == "anytime" or bool(self.radii)
 
 
-class _Noise(_Part):
+class NoiseKind(Stored):
+    """The noise of the votes; ``tau`` is its total-variation distance from Gaussian noise, charged to the bound."""
+
     kind: Literal["float", "grid"]
+    version: str | int | None = None  # compared only
     tau: Share = 0
+    grid_version: str | int | None = None
+    levels: int | None = None
 
 
-class _Base(_Part):
+class BaseIdentity(Stored):
+    """What identifies a base classifier."""
+
     name: str
     sha256: str
 
 
-class _Defense(_Part):
+class DefenseIdentity(Stored):
+    """What identifies a trained defense; an imported log's name and hash."""
+
     name: str
     source: str
     config: dict[str, Any]
     weights: str | None
     parts: dict[str, Any]
     objective: str | None
-    arithmetic: list[str] = []
+    arithmetic: list[str] = Field(default_factory=list)
 
 
-class _Imported(_Part):
+class ImportedFrom(Stored):
+    """The released log that a record was imported from."""
+
     format: str
     sha256: str
 
 
-class _Identity(_Part):
+class Identity(Stored):
+    """All that determines the certificates; None where an imported log does not state it."""
+
     dataset: str
     card: str | None
-    split: str
+    split: Literal["test", "validation"]
     indices: Annotated[list[Whole], Field(min_length=1)]
-    device: str | None = None
     images: str | None
-    base: _Base | None
-    defense: _Defense
+    base: BaseIdentity | None
+    defense: DefenseIdentity
     train_sigma: Positive | None
     sigma: Positive
-    noise: _Noise
-    procedure: _Procedure
+    noise: NoiseKind
+    sampling: Sampling = Field(alias="procedure")
     bound: str
     seed: Whole | None
-    imported: _Imported | None = None
+    block: list[Whole] | None = None
+    dtype: str | None = None
+    device: str | None = None
+    imported: ImportedFrom | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the JSON object, independent of the order of its keys."""
+        return digest(self.as_json())
+
+    @property
+    def folder_suffix(self) -> str:
+        """The end of the name of its run folder: the first 32 bits of the hash."""
+        return f"-{self.sha256[:8]}"
+
+    @cached_property
+    def procedure(self) -> Fixed | Anytime:
+        """The procedure; that of an adaptive log is the fixed one at its cap. Validated with the whole run.json."""
+        return procedure_of({"procedure": self.sampling.as_json()})
 
 
-class _BaseCost(_Part):
-    images: Annotated[int, Field(ge=1)]
+class Environment(Stored):
+    """The machine and its versions, which should not change a certificate; None where shards differ."""
+
+    certbench: str | None = None
+    commit: str | None = None
+    python: str | None = None
+    platform: str | None = None
+    device: str | None = None
+    cores: int | None = None
+    threads: int | None = None
+    packages: dict[str, str | None] | None = None
+    workers: dict[str, int] | None = None
+
+
+class BaseInfo(Stored):
+    """How the base does on the certified images, and how it was made."""
+
     clean_correct: Whole | None = None
+    images: Annotated[int, Field(ge=1)]
     before_probe: str = ""
 
 
-class _Searched(_Part):
+class SearchResult(Stored):
+    """One candidate of a search for settings."""
+
     values: dict[str, Any]
 
 
-class _Made(_Part):
+class DefenseInfo(Stored):
+    """What tables say about a defense besides its identity."""
+
     family: str
     trains: str
-    settings: dict[str, Any]
-    search: list[_Searched]
+    paper: str = ""
+    access: str | None = None
     trained_elsewhere: list[str]
+    commits: dict[str, str] = Field(default_factory=dict)
+    settings: dict[str, Any]
+    search: list[SearchResult]
     weights_file: str | None
+    notes: list[str] = Field(default_factory=list)
 
 
-class _Cost(_Part):
+class Cost(Stored):
+    """What a finished run cost; None where it is not known."""
+
     train_seconds: Amount | None
-    certify_seconds: Amount | None
-    calibration_seconds: Amount | None = None
-    votes: Annotated[int, Field(ge=1, lt=2**63)] | None
-    base_forwards: Amount | None
     queries: Amount | None
     trainable_nominal: Amount | None
     trainable_updated: Amount | None
     trained_here: Amount | None
     trained_elsewhere: Amount | None
+    certify_seconds: Amount | None
+    calibration_seconds: Amount | None = None
+    votes: Annotated[int, Field(ge=1, lt=2**63)] | None
+    base_forwards: Amount | None
     parameters: Amount | None
     flops_per_vote: Amount | None
     peak_memory: Amount | None
 
 
-class _Fingerprint(_Part):
+class Fingerprint(Stored):
+    """The logits of a fixed block of the run's first image: what identifies the certified function."""
+
     index: Whole
-    machine: dict[str, Any]
+    machine: Environment
     sha256: str
     classes: Annotated[list[Whole], Field(min_length=1, max_length=64)]
-    logits: Annotated[list[float], Field(min_length=1, max_length=64)]
+    logits: Annotated[list[Number], Field(min_length=1, max_length=64)]
 
 
-class _Run(_Part):
+class RunInfo(Stored):
+    """run.json. Cost, metrics and the hash of the certificates are there once the run is complete."""
+
+    version: Literal[3] = Field(alias="schema")
     status: str
-    identity: _Identity
-    environment: dict[str, Any]
+    identity: Identity
+    shard: str | None = None
+    environment: Environment
     arguments: dict[str, Any]
     radii: Radii
     preset: str | None
     classes: list[str]
-    base: _BaseCost | None
-    defense: _Made
-    flags: list[str] = []
-    fingerprint: _Fingerprint | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+    base: BaseInfo | None
+    defense: DefenseInfo
+    flags: list[str] = Field(default_factory=list)
+    fingerprint: Fingerprint | None = None
+    audit: dict[str, Any] | None = None  # like shards and metrics: for readers of the file
+    shards: list[dict[str, Any]] = Field(default_factory=list)
+    certificates_sha256: str | None = None
+    cost: Cost | None = None
+    metrics: dict[str, Any] | None = None  # only verify compares it
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image was certified."""
+        return self.status == "complete"
+
+    @property
+    def imported(self) -> bool:
+        """Whether it was made from a released log."""
+        return self.identity.imported is not None
+
+    @property
+    def base_sha256(self) -> str | None:
+        """The hash of the base, before a linear probe was added to it; None where it is not known."""
+        base = self.identity.base
+        return None if base is None else (self.base.before_probe if self.base else "") or base.sha256
+
+    @validator(mode="after")
+    def _consistent(self) -> Self:
+        """Check what one field demands of another."""
+        identity, sampling = self.identity, self.identity.sampling
+        counted = "imported" not in identity.model_fields_set
+        _demand(counted or self.imported, "identity.imported: null; it says what the log was, or is not there")
+        _demand(len(set(identity.indices)) == len(identity.indices), "identity.indices: an image is there twice")
+        _demand(len({f"{r:g}" for r in self.radii}) == len(self.radii), "radii: two of them are printed alike")
+        if counted:
+            known = None not in (identity.base, self.base, identity.seed, sampling.n0)
+            _demand(known, "identity: a run that is not imported has a base, a seed and an n0")
+            _demand(sampling.kind != "adaptive", "identity.procedure: only an imported log is adaptive")
+        else:
+            usual = sampling.kind == "fixed" or (sampling.kind == "adaptive" and len(sampling.radii) <= 1)
+            _demand(usual, "identity.procedure: an imported log is fixed, or adaptive with at most one radius")
+        if self.complete:
+            for name in ("cost", "metrics", "certificates_sha256"):
+                _demand(name in self.model_fields_set, f"{name}: Field required")
+            _demand(self.metrics is not None, "metrics: null")
+            votes = self.cost and None not in (self.cost.votes, self.cost.certify_seconds)
+            _demand(votes or (self.imported and self.cost), "cost: a finished run has counted its votes and seconds")
+        try:
+            _ = identity.procedure  # its constants, and no others
+        except (KeyError, TypeError, ValueError) as e:
+            _demand(False, f"identity.procedure: {one_line(e)}")
+        return self
 
 
-class _Complete(_Run):
-    cost: _Cost
-    metrics: dict[str, Any]
-    certificates_sha256: str | None
+def _demand(met: object, problem: str) -> None:
+    if not met:
+        raise PydanticCustomError("record", "{problem}", {"problem": problem})
 
 
-def check(info: dict[str, Any]) -> None:
-    """Raise BenchError naming the first thing in a run.json that is not as bench writes it."""
-    try:
-        run = (_Complete if info.get("status") == "complete" else _Run).model_validate(info)
-        _together(run)
-        procedure_of(info["identity"])  # its constants, and no others
-    except ValidationError as e:
-        raise BenchError(_first(e)) from None
-    except (KeyError, TypeError, ValueError) as e:
-        raise BenchError(f"identity.procedure: {one_line(e)}") from None
-
-
-class _Method(_Part):
-    name: str
-    config: dict[str, Any]
-    searched: list[str]
-    objective: str | None
-    train_sigma: Positive | None
-    seed: Whole
-
-
-class _Comparable(_Part):
-    base: _Base
-    procedure: _Procedure
-
-
-class _Sources(_Part):
-    sha256: str
-    source: str
-    weights: str | None
-    parts: dict[str, Any]
-
-
-class _Machine(_Part, extra="forbid"):
-    device: Any
-    platform: Any
-    packages: Any
-    threads: Any
-
-
-class _EntryCost(_Part, extra="forbid"):
-    votes: Annotated[int, Field(ge=1, lt=2**63)]
-    forwards_per_vote: Amount | None
-    parameters: Amount | None
-    trained_here: Amount | None
-    flops_per_vote: Amount | None
-    vote_in_calibrations: Amount | None
-
-
-class _Entry(_Part):
-    """What a baseline keeps of a run; an image is its index, certified radius, n and top_count."""
-
-    name: str
-    command: str
-    method: _Method
-    comparable: _Comparable
-    identity: _Sources
-    environment: _Machine
-    radii: Annotated[list[Amount], Field(max_length=100)]
-    cost: _EntryCost
-    images: Annotated[list[tuple[Whole, Amount | None, Votes, Whole]], Field(min_length=1)]
-
-
-def check_entries(entries: list[Any]) -> None:
-    """Raise BenchError naming the first thing in a baseline's entries that is not as bench writes it."""
-    try:
-        for entry in entries:
-            _Entry.model_validate_json(json.dumps(entry))  # as JSON, where a list may be a tuple
-    except ValidationError as e:
-        raise BenchError(_first(e)) from None
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def _together(run: _Run) -> None:
-    """What one field demands of another."""
-    identity = run.identity
-    procedure, counted = identity.procedure, "imported" not in identity.model_fields_set
-    if not counted and identity.imported is None:
-        raise BenchError("identity.imported: null; it says what the log was, or is not there")
-    if len(set(identity.indices)) < len(identity.indices):
-        raise BenchError("identity.indices: an image is there twice")
-    if len({f"{r:g}" for r in run.radii}) < len(run.radii):
-        raise BenchError("radii: two of them are printed alike")
-    if counted and (identity.base is None or run.base is None or identity.seed is None or procedure.n0 is None):
-        raise BenchError("identity: a run that is not imported has a base, a seed and an n0")
-    if counted and procedure.kind == "adaptive":
-        raise BenchError("identity.procedure: only an imported log is adaptive")
-    if not counted and (procedure.kind == "anytime" or (procedure.kind == "adaptive" and len(procedure.radii) > 1)):
-        raise BenchError("identity.procedure: an imported log has a fixed procedure, or an adaptive one of one radius")
-    if counted and isinstance(run, _Complete) and None in (run.cost.votes, run.cost.certify_seconds):
-        raise BenchError("cost: a run that is not imported has counted its votes and seconds")
-
-
-def check_lines(lines: Columns[Any], counted: bool, classes: int) -> None:
-    """Raise BenchError where certificates or claims hold what no image can have; ``classes`` 0: not known."""
-    names = ["index", "label", "predicted", "votes"]
-    names += ["n0", "n", "top_count", "runner_up", "runner_up_count"] if counted else []
-    for name in names:
-        values = lines.column(name)
-        wrong = (values < 0) & (values != NULL)
-        if counted and classes and name in ("label", "predicted"):
-            wrong |= values >= classes
-        if wrong.any():
-            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")
-    for name in ("radius", "seconds", *(["p_lower"] if counted else [])):
-        values = lines.column(name)
-        wrong = (np.abs(values) >= 1e30) | ((values < 0) & (name == "radius"))
-        if wrong.any():
-            raise BenchError(f"image {lines.column('index')[wrong.argmax()]}: {name} is {values[wrong.argmax()]}")
+def started(identity: Identity, about: Mapping[str, Any]) -> RunInfo:
+    """Return the run.json of a run that begins; ``about``: the other fields, JSON-able."""
+    return RunInfo.of(
+        {"schema": SCHEMA, "status": "started", "identity": identity.as_json(), **parse_json(json.dumps(about))}
+    )

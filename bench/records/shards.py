@@ -1,7 +1,7 @@
-"""Shares of one run: ``--shard 2/4`` certifies every fourth image from the second on, in a folder of its own.
+"""Shards of one run: ``--shard 2/4`` certifies every fourth image from the second on, in a folder of its own.
 
-A shard's folder lies in the run's, so that nothing which looks for runs takes one for a run. Its identity is
-the whole run's: only the images done differ.
+A shard's folder lies inside the run's folder, so that it is not mistaken for a run. Its identity is the whole run's:
+only the images done differ.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Of ``i/k``. Raises BenchError unless 1 <= i <= k."""
+        """Parse ``i/k``. Raises BenchError unless 1 <= i <= k."""
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
             raise BenchError(f"--shard {text}: write i/k, the i-th of k shards, with i from 1 to k")
@@ -38,17 +38,17 @@ class Shard:
         return f"shard-{self.number}-of-{self.of}"
 
     def part(self, indices: Sequence[int]) -> list[int]:
-        """Its images. Raises BenchError where a shard would have none."""
+        """Return its images. Raises BenchError where a shard would have none."""
         if self.of > len(indices):
-            raise BenchError(f"--shard {self}: there are {len(indices)} images; at most so many shards")
+            raise BenchError(f"--shard {self}: more shards than images ({len(indices)}); use fewer")
         return list(indices[self.number - 1 :: self.of])
 
 
 def shards_in(run: Path) -> dict[Shard, Path]:
-    """The folders of shards in a run's folder, in order."""
+    """Return the folders of shards in a run's folder, in order."""
     found = {}
     for file in run.glob("shard-*-of-*/run.json"):
-        # No zeros in front, so that a shard has one name.
+        # No leading zeros, so that a shard has one name.
         numbers = re.fullmatch(r"shard-([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})", file.parent.name)
         if numbers and int(numbers[1]) <= int(numbers[2]):
             found[Shard(int(numbers[1]), int(numbers[2]))] = file.parent

@@ -16,7 +16,7 @@ import pandas as pd
 
 from bench.io.files import digest
 from bench.records import metrics
-from bench.records.grouping import beside_sigma, common, method_key, method_name, reach
+from bench.records.grouping import common, comparable_but_sigma, method_key, method_name, reach
 from bench.records.record import Record
 from bench.text import DASH
 
@@ -94,13 +94,13 @@ def find(records: Sequence[Record]) -> list[Envelope]:
     """Find the best-sigma curves of all methods with several sigmas on test images, by section."""
     families: dict[str, dict[str, list[Record]]] = {"test": defaultdict(list), "validation": defaultdict(list)}
     for record in records:
-        if record.identity["split"] in families and not record.imported:
-            families[record.identity["split"]][digest(beside_sigma(record))].append(record)
+        if record.identity.split in families and not record.imported:
+            families[record.identity.split][digest(comparable_but_sigma(record))].append(record)
     found = []
     for section, tests in families["test"].items():
         mates = [f for f in families["validation"].values() if _apart_from_split(f[0]) == _apart_from_split(tests[0])]
         # Of several sets of validation images the largest.
-        most = max(mates, key=lambda f: (len(f[0].certificates), digest(beside_sigma(f[0]))), default=[])
+        most = max(mates, key=lambda f: (len(f[0].certificates), digest(comparable_but_sigma(f[0]))), default=[])
         if envelope := _envelope(section, tests, most):
             found.append(envelope)
     return found
@@ -124,8 +124,8 @@ def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[R
     curves.sort(key=lambda curve: ([-p.value for p in curve.points], curve.label))
     return Envelope(
         section=section,
-        heading=f"{tests[0].identity['dataset']}, best-sigma curve: {common(tests[0])}",
-        radii=tests[0].info["radii"],
+        heading=f"{tests[0].identity.dataset}, best-sigma curve: {common(tests[0])}",
+        radii=tests[0].info.radii,
         validation_images=len(validation_runs[0].certificates) if validation_runs else 0,
         curves=curves,
         lacking=sorted(lacking),
@@ -137,42 +137,43 @@ def choose(validation: Mapping[float, Sequence[Record]], radius: float) -> tuple
 
     None where the radius is out of every sigma's reach.
     """
-    within = {s: _pooled(r, radius)["value"] for s, r in validation.items() if radius <= reach(r[0])}
+    within = {s: _pooled(r, radius).value for s, r in validation.items() if radius <= reach(r[0])}
     return max(within.items(), key=lambda at: (at[1], -at[0]), default=None)
 
 
 def _curve(label: str, test: BySigma, validation: BySigma) -> Curve:
     points = []
-    for radius in next(iter(test.values()))[0].info["radii"]:
+    for radius in next(iter(test.values()))[0].info.radii:
         chosen = choose(validation, radius)
         if chosen:
             sigma, value = chosen
-            points.append(Point(radius, sigma, value, **_pooled(test[sigma], radius)))
+            rate = _pooled(test[sigma], radius)
+            points.append(Point(radius, sigma, value, rate.value, rate.low, rate.high))
     return Curve(label, sorted(test), points)
 
 
-def _pooled(records: Sequence[Record], radius: float) -> dict[str, float]:
-    """Certified accuracy at a radius over seeds: value, low, high."""
+def _pooled(records: Sequence[Record], radius: float) -> metrics.Rate:
+    """Certified accuracy at a radius over seeds."""
     return metrics.pooled([r.certificates for r in records], [radius])[0]
 
 
 def _methods(records: Sequence[Record]) -> dict[str, BySigma]:
     """Sort runs by method and sigma; a method trained at the sigma it is certified at is one method at all sigmas."""
     found: dict[str, BySigma] = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda r: (r.identity["sigma"], r.identity["seed"])):
-        sigma, trained = record.identity["sigma"], record.identity["train_sigma"]
+    for record in sorted(records, key=lambda r: (r.identity.sigma, r.identity.seed or 0)):
+        sigma, trained = record.identity.sigma, record.identity.train_sigma
         key = digest({"method": method_key(record), "train_sigma": None if trained == sigma else trained})
         found[key][sigma].append(record)
     # Two runs of one seed, such as a training done twice, are ambiguous: the method is dropped.
     return {k: m for k, m in found.items() if all(len(_seeds(r)) == len(r) for r in m.values())}
 
 
-def _seeds(records: Sequence[Record]) -> set[int]:
-    return {r.identity["seed"] for r in records}
+def _seeds(records: Sequence[Record]) -> set[int | None]:
+    return {r.identity.seed for r in records}
 
 
 def _apart_from_split(record: Record) -> dict[str, Any]:
-    return {k: v for k, v in beside_sigma(record).items() if k not in ("split", "indices", "images")}
+    return {k: v for k, v in comparable_but_sigma(record).items() if k not in ("split", "indices", "images")}
 
 
 def _label(runs: BySigma, names: Sequence[str]) -> str:

@@ -31,12 +31,12 @@ def curves(table: Table, out: Path, name: str) -> list[Path]:
     fig, ax = _axes(table)
     for i, (label, method) in enumerate(_drawn(table)):
         points = metrics.pooled([r.certificates for r in method.records], grid)
-        values = [100 * p["value"] for p in points]
+        values = [100 * p.value for p in points]
         marker = MARKERS[i % len(MARKERS)] if table.setting.grid_only else ""
         (line,) = ax.plot(
             grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker, drawstyle="steps-pre"
         )
-        low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
+        low, high = [100 * p.low for p in points], [100 * p.high for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0, step="pre")
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
     _legend(ax, "bands: 95% interval")
@@ -67,9 +67,9 @@ def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
     for i, (label, method) in enumerate(_drawn(table)):
         (p,) = metrics.pooled([r.certificates for r in method.records], [radius])
         cost = (method.row.flops_per_vote or 0.0) / 1e6
-        bars = [[100 * (p["value"] - p["low"])], [100 * (p["high"] - p["value"])]]
+        bars = [[100 * (p.value - p.low)], [100 * (p.high - p.value)]]
         marker = MARKERS[i % len(MARKERS)]
-        ax.errorbar([cost], [100 * p["value"]], bars, fmt=marker, color=colour(i), capsize=2, label=label)
+        ax.errorbar([cost], [100 * p.value], bars, fmt=marker, color=colour(i), capsize=2, label=label)
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
     ax.xaxis.set_major_formatter("{x:g}")

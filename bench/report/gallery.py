@@ -24,12 +24,12 @@ def local_split(record: Record) -> Split:
     """Load the split that the run certified, without downloads. Raises BenchError where it is absent or different."""
     identity = record.identity
     with _offline():
-        card = load_card(record.info.get("arguments", {}).get("dataset", identity["dataset"]))
-        if card.sha256() != identity["card"]:
+        card = load_card(record.info.arguments.get("dataset", identity.dataset))
+        if card.sha256() != identity.card:
             raise BenchError(f"the card {card.name} on this machine is not the one of these runs")
-        split = load_split(card, identity["split"])
-    indices = identity["indices"]
-    if max(indices) >= len(split) or split.sha256(indices) != identity["images"]:
+        split = load_split(card, identity.split)
+    indices = identity.indices
+    if max(indices) >= len(split) or split.sha256(indices) != identity.images:
         raise BenchError(f"the images of {card.name} on this machine are not those of these runs")
     return split
 
@@ -52,11 +52,11 @@ def pictures(record: Record, split: Split, index: int, votes: Sequence[int]) -> 
     Raises BenchError where this version of bench draws other noise than the run's.
     """
     identity = record.identity
-    kind, sigma = identity["noise"]["kind"], identity["sigma"]
-    drawn_with = [identity["noise"]["version"], identity["noise"].get("grid_version")]
+    kind, sigma = identity.noise.kind, identity.sigma
+    drawn_with = [identity.noise.version, identity.noise.grid_version]
     if drawn_with != [noise.VERSION, gridnoise.VERSION if kind == "grid" else None]:
         raise BenchError("the noise of these runs was drawn by another version of bench")
-    source = Noise(identity["seed"], identity["split"])
+    source = Noise(identity.seed or 0, identity.split)
     keys, rows = [Vote("estimate", index, v) for v in votes], [index] * len(votes)
     if kind == "grid":
         integers = split.integers(rows)

@@ -208,7 +208,7 @@ def _gallery(table: Table) -> str:
         return f"<p>No pictures: {escape(str(e))}. {why}</p>"
     about = (
         f"{len(chosen)} of {len(first.certificates)} images, from the largest radius of {best.label} to its errors. "
-        f"Each is shown clean and with the noise of {len(NOISY)} votes of seed {first.identity['seed']}, clipped to "
+        f"Each is shown clean and with the noise of {len(NOISY)} votes of seed {first.identity.seed}, clipped to "
         "[0, 1]. For pooled seeds, the outcome of each is listed."
     )
     return f'<p class="note">{escape(about)}</p><div class="gallery">{shown}</div>'
@@ -244,10 +244,10 @@ def _outcomes(method: Method, index: int, setting: Setting) -> str:
 
 def _identity(label: str, record: Record) -> str:
     """Show run.json, with each list of numbers on one line and long lists of images shortened."""
-    indices, shown = record.identity["indices"], record.info
+    indices, shown = record.identity.indices, record.info.as_json()
     if len(indices) > LISTED:
         few = [*indices[:3], f"... all {len(indices)} are in run.json ...", indices[-1]]
-        shown = shown | {"identity": record.identity | {"indices": few}}
+        shown["identity"]["indices"] = few
     text = json.dumps(shown, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
     return f"<details><summary>{escape(label)}: {escape(record.path.name)}</summary><pre>{escape(text)}</pre></details>"

@@ -222,7 +222,7 @@ def _cost_axis(values: list[float]) -> tuple[list[float], _Axis]:
 def abstention(methods: Sequence[Method], looks: Looks) -> go.Figure:
     """Draw the share of images on which each method abstains, with its interval."""
     shares = [metrics.pooled_abstention([r.certificates for r in m.records]) for m in methods]
-    points = [(100 * s["value"], 100 * s["low"], 100 * s["high"]) for s in shares]
+    points = [(100 * s.value, 100 * s.low, 100 * s.high) for s in shares]
     names = [_text(m.label, 18) for m in methods]
     tall = max(32, 15 * max(_lines(names)) + 5)
     fig = _figure(120 + tall * len(methods), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})

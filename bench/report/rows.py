@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.io.files import digest
 from bench.records import metrics
-from bench.records.grouping import beside_sigma, comparable, heading, method_name, reach, selects
+from bench.records.grouping import comparable, comparable_but_sigma, heading, method_name, reach, selects
 from bench.records.record import Record
 
 
@@ -110,56 +110,57 @@ class Setting:
 def read_setting(record: Record) -> Setting:
     """Read what the runs of a record's table have in common."""
     identity, info = record.identity, record.info
-    procedure, head = identity["procedure"], heading(record)
+    sampling, head = identity.sampling, heading(record)
     return Setting(
         key=digest(comparable(record)),
-        section=digest(beside_sigma(record)),
+        section=digest(comparable_but_sigma(record)),
         heading=head,
         terms=head.partition(": ")[2],
-        dataset=identity["dataset"],
-        split=identity["split"],
-        sigma=identity["sigma"],
-        images=len(identity["indices"]),
-        base="not stated" if record.imported else identity["base"]["name"],
-        radii=info["radii"],
+        dataset=identity.dataset,
+        split=identity.split,
+        sigma=identity.sigma,
+        images=len(identity.indices),
+        base="not stated" if identity.base is None else identity.base.name,
+        radii=info.radii,
         reach=reach(record),
-        grid_only="radii" in procedure,
-        noise=identity["noise"]["kind"],
-        n=procedure["n"],
-        alpha=procedure["alpha"],
-        preset=info["preset"],
-        classes=info["classes"],
+        grid_only=sampling.on_grid,
+        noise=identity.noise.kind,
+        n=sampling.n,
+        alpha=sampling.alpha,
+        preset=info.preset,
+        classes=info.classes,
         imported=record.imported,
     )
 
 
 def read_row(record: Record) -> Row:
     """Read the row of one run; accuracies are recomputed from its certificates."""
-    info, cost, base = record.info, record.info["cost"], record.info["base"] or {}
-    right = base.get("clean_correct")
-    found = metrics.summarise(record.certificates, info["radii"])
+    info, cost, base = record.info, record.cost, record.info.base
+    found = metrics.summarise(record.certificates, info.radii)
     return Row(
         run=record.path.name,
         defense=method_name(record),
-        seed=record.identity["seed"],
-        certified={p["radius"]: Share(p["value"], p["low"], p["high"]) for p in found["certified_accuracy"]},
-        family=info["defense"]["family"],
-        trains=info["defense"]["trains"],
-        extra_data=", ".join(info["defense"]["trained_elsewhere"]),
-        images=found["images"],
-        base_clean_accuracy=None if right is None else right / base["images"],
-        abstained=found["abstained"]["value"] if selects(record) else None,
-        train_seconds=cost["train_seconds"],
-        certify_seconds=cost["certify_seconds"],
-        votes=cost["votes"],
-        flops_per_vote=cost["flops_per_vote"],
-        trainable_nominal=cost["trainable_nominal"],
-        trainable_updated=cost["trainable_updated"],
-        trained_here=cost["trained_here"],
-        trained_elsewhere=cost["trained_elsewhere"],
-        parameters=cost["parameters"],
-        peak_memory=cost["peak_memory"],
-        acr=found["acr"],
+        seed=record.identity.seed,
+        certified={
+            r: Share(p.value, p.low, p.high) for r, p in zip(found.radii, found.certified_accuracy, strict=True)
+        },
+        family=info.defense.family,
+        trains=info.defense.trains,
+        extra_data=", ".join(info.defense.trained_elsewhere),
+        images=found.images,
+        base_clean_accuracy=None if base is None or base.clean_correct is None else base.clean_correct / base.images,
+        abstained=found.abstained.value if selects(record) else None,
+        train_seconds=cost.train_seconds,
+        certify_seconds=cost.certify_seconds,
+        votes=cost.votes,
+        flops_per_vote=cost.flops_per_vote,
+        trainable_nominal=cost.trainable_nominal,
+        trainable_updated=cost.trainable_updated,
+        trained_here=cost.trained_here,
+        trained_elsewhere=cost.trained_elsewhere,
+        parameters=cost.parameters,
+        peak_memory=cost.peak_memory,
+        acr=found.acr,
         flags="; ".join(record.flags),
     )
 
@@ -171,7 +172,7 @@ def pool(seeds: Sequence[Row], records: Sequence[Record]) -> Row:
     certified = {}
     for radius, share in zip(radii, shares, strict=True):
         values = [seed.certified[radius].value for seed in seeds]
-        certified[radius] = Share(**share, spread=max(values) - min(values))
+        certified[radius] = Share(share.value, share.low, share.high, spread=max(values) - min(values))
     changes: Any = {"certified": certified, "seeds": len(seeds)}
     for one in fields(Row):
         known = [v for row in seeds if isinstance(v := getattr(row, one.name), int | float)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.errors import BenchError, one_line
+from bench.errors import BenchError
 from bench.records import audit, grouping, metrics, paired
 from bench.records.record import Record, find_runs, read_run
 from bench.report import envelopes, published, rows
@@ -54,21 +54,11 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
         except BenchError as e:
             left_out.append(str(e))
             continue
-        if problem := audit.problem(record) or _unusable(record):
+        if problem := audit.problem(record):
             left_out.append(problem)
         else:
             records.append(record)
     return records, left_out
-
-
-def _unusable(record: Record) -> str:
-    """Name what keeps a finished run out of tables: a missing or mistyped entry of run.json."""
-    try:
-        rows.read_row(record), rows.read_setting(record), grouping.method_key(record)
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        what = f"{type(e).__name__}: {one_line(e)}"
-        return f"{record.path}: corrupt: an entry of run.json that a table needs is missing or of a wrong type ({what})"
-    return ""
 
 
 def build(records: Sequence[Record], with_published: bool = False) -> Report:

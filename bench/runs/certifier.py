@@ -21,7 +21,7 @@ from bench.models.base import BaseModel, LocalBase
 from bench.process import environment
 from bench.process.runlog import log
 from bench.records import fingerprint
-from bench.records.fingerprint import Fingerprint
+from bench.records.schema import Fingerprint
 from bench.runs import fitting
 from bench.runs.costs import Measured, cost_per_vote, distinct
 from bench.smoothing import blocks

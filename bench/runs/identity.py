@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +16,8 @@ from bench.data.datasets import choose
 from bench.data.split import Split
 from bench.interface import Defense
 from bench.models.base import BaseModel
+from bench.records.schema import Identity
+from bench.records.stored import parse_json
 from bench.runs.fitting import Fitted
 from bench.runs.plan import Plan
 from bench.smoothing import gridnoise, noise
@@ -81,12 +84,10 @@ def _noise(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def identity(
-    plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task
-) -> dict[str, Any]:
-    """Collect all that determines the certificates of ``indices`` of ``split``, JSON-able."""
+def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task) -> Identity:
+    """Collect all that determines the certificates of ``indices`` of ``split``."""
     uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
-    return {
+    found = {
         "dataset": plan.card.name,
         "card": plan.card.sha256(),
         "split": plan.split,
@@ -112,3 +113,4 @@ def identity(
         "dtype": "float32",
         "device": task.device.type,
     }
+    return Identity.of(parse_json(json.dumps(found)))

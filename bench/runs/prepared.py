@@ -12,6 +12,8 @@ from bench.data.split import Split
 from bench.models.base import BaseModel
 from bench.process import environment
 from bench.process.runlog import log
+from bench.records import schema
+from bench.records.schema import Identity, RunInfo
 from bench.runs.certifier import Certifier
 from bench.runs.costs import TrainingCost
 from bench.runs.fitting import Fitted
@@ -41,8 +43,7 @@ class RunHeader:
 
     plan: Plan  # with its searched settings chosen
     name: str  # of the run's folder, without its hash
-    identity: dict[str, Any]
-    extra: dict[str, Any]  # the rest of run.json
+    info: RunInfo  # run.json before the first vote
     training_cost: TrainingCost
 
     @property
@@ -50,9 +51,15 @@ class RunHeader:
         """The short name of the defense."""
         return plugins.short_name(self.plan.defense)
 
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        assert self.info.identity.block is not None
+        return self.info.identity.block[0]
+
     def task(self, split: Split, device: torch.device, noise: Noise | None = None) -> Task:
         """Make the run's task, in the blocks of its identity; ``noise`` replaces the run's own."""
-        return make_task(self.plan, split, device, noise, self.identity["block"][0])
+        return make_task(self.plan, split, device, noise, self.rows)
 
 
 @dataclass(frozen=True)
@@ -64,14 +71,13 @@ class PreparedRun:
     tried: list[dict[str, Any]]  # candidates of the search and their scores
     materials: Materials
     fitted: Fitted
-    identity: dict[str, Any]
+    identity: Identity
     task: Task
 
     @property
     def indices(self) -> list[int]:
         """The images of the whole run."""
-        indices: list[int] = self.identity["indices"]
-        return indices
+        return self.identity.indices
 
     @property
     def split(self) -> Split:
@@ -90,11 +96,11 @@ class PreparedRun:
     def warn_of_unused_options(self) -> None:
         """Log the options of training that had no effect, as training has shown."""
         plan = self.plan
-        if plan.objective != "gaussian" and self.identity["defense"]["objective"] is None:
+        if plan.objective != "gaussian" and self.identity.defense.objective is None:
             log.warning(
                 "--objective %s has no effect on %s: its training does not use it", plan.objective, plan.defense
             )
-        if plan.train_sigma != self.identity["train_sigma"]:
+        if plan.train_sigma != self.identity.train_sigma:
             log.warning("--train-sigma %g has no effect on %s: it trains nothing", plan.train_sigma, plan.defense)
 
     def header(self) -> RunHeader:
@@ -103,7 +109,7 @@ class PreparedRun:
         correct = None  # the labels are not classes of a base with other classes
         if base.classes == len(plan.card.classes):
             correct, _ = base.accuracy(self.split, self.indices)
-        extra = {
+        about = {
             "environment": environment.describe(self.task.device),
             "arguments": plan.options.record(),
             "radii": list(plan.card.radii),
@@ -132,4 +138,4 @@ class PreparedRun:
             trained_here=fitted.here,
             trained_elsewhere=fitted.elsewhere,
         )
-        return RunHeader(plan, self.name, self.identity, extra, cost)
+        return RunHeader(plan, self.name, schema.started(self.identity, about), cost)

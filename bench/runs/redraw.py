@@ -5,7 +5,6 @@ Data, base and defense are rebuilt from the arguments on record.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,22 +68,30 @@ def draw_again(
     """Certify a sample of the images (all of them when ``deep``) from the seed, and compare counts.
 
     Exactly where machine and versions are the record's, else by a two-sample test. ``fresh``: also test certified
-    images on noise of a new random seed (see ``fresh_noise``). Without ``deep`` nothing is trained: weights that are
-    not in the cache are reported as missing. A record is untrusted input: no file is run and no server asked because a
-    record names it. ``defense`` and ``base`` are those that the user names.
+    images on noise of a new random seed (see ``fresh_noise``). Without ``deep`` nothing is trained, and
+    weights that are not in the cache, or code of a defense that has changed, are reported. A record is untrusted input:
+    no file is run and no server asked because a record names it; ``defense`` and ``base`` are those that the user
+    names.
     """
     if not record.counted:
         why = "the log comes without its model" if record.imported else "there are none"
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
-    weights = record.identity["defense"]["weights"]
+    weights = record.identity.defense.weights
     if not deep and weights is not None and not stored(weights):
         yield Finding(f"(not drawn again: its trained weights are not in this cache; --deep retrains them) {CHECK}")
         return
-    if why := _not_named(record.info["arguments"], defense, base):
+    if why := _not_named(record.info.arguments, defense, base):
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
-    rebuilt = _rebuild(record, session, defense, base)
+    with plugins.restricted_to([defense] if defense else []):
+        plan = _plan(record, defense, base)
+    if not deep and plan.source != record.identity.defense.source:
+        made_by = f"; certbench {record.info.environment.certbench} made this record"
+        why = f"the code of defense {plan.defense} has changed since{made_by}; --deep compares nevertheless"
+        yield Finding(f"(not drawn again: {why}) {CHECK}")
+        return
+    rebuilt = _rebuild(record, session, plan, defense)
     if isinstance(rebuilt, str):
         yield Finding(CHECK, rebuilt)
         return
@@ -93,19 +100,20 @@ def draw_again(
         yield _audit(record, rebuilt)
 
 
-def _rebuild(record: Record, session: Session, defense: str | None, base: str | None) -> _Rebuilt | str:
+def _rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -> _Rebuilt | str:
     """Prepare the record's run; where that is not possible here, return what differs from the record."""
     with plugins.restricted_to([defense] if defense else []):
-        run = session.prepare(_plan(record, defense, base))
-    if different := [k for k, v in json.loads(json.dumps(run.identity)).items() if record.identity.get(k) != v]:
+        run = session.prepare(plan)
+    recorded = record.identity.as_json()
+    if different := [k for k, v in run.identity.as_json().items() if recorded.get(k) != v]:
         return f"cannot be rebuilt here: {', '.join(different)} differ from the record's"
     wrong = next((c.index for c in record.counted if run.task.labels(c.index) != c.label), None)
     if wrong is not None:
         return f"image {wrong}: the data set's label is {run.task.labels(wrong)}"
     certifier = DeviceCertifier(run.certifier, run.task, run.indices[0])
     certifier.use_threads(session.threads)
-    recorded = record.info.get("fingerprint")  # older records have none
-    if recorded and (problem := fingerprint.differs(recorded, certifier.fingerprint, run.plan.arithmetic)):
+    before = record.info.fingerprint  # older records have none
+    if before and (problem := fingerprint.differs(before, certifier.fingerprint, run.plan.arithmetic)):
         return f"the function built here is not the one certified: {problem}"
     return _Rebuilt(run, certifier)
 
@@ -113,9 +121,9 @@ def _rebuild(record: Record, session: Session, defense: str | None, base: str | 
 def _compare(record: Record, rebuilt: _Rebuilt, deep: bool) -> Finding:
     every = max(1, len(record.counted) // SAMPLE)
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
-    again = rebuilt.certify(list(kept), record.identity["noise"].get("tau", 0.0))
+    again = rebuilt.certify(list(kept), record.identity.noise.tau)
     here = environment.describe(rebuilt.run.task.device)
-    exactly = environment.same_machine(here, record.info["environment"])
+    exactly = environment.same_machine(here, record.info.environment.as_json())
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
     level, procedure = FALSE_ALARM / len(again), rebuilt.run.plan.procedure
     problems = (fresh_noise.contradiction(kept[new.index], new, procedure, exactly, level) for new in again)
@@ -148,7 +156,7 @@ def _plan(record: Record, defense: str | None, base: str | None) -> Plan:
     """Make the plan of the record's arguments, with the file and server that the user names in place of its own."""
     named = {k: v for k, v in (("defenses", defense), ("base", base)) if v is not None}
     try:
-        plans = make_plans(RunOptions.of(record.info["arguments"] | named))
+        plans = make_plans(RunOptions.of(record.info.arguments | named))
     except BenchError as e:
         raise BenchError(f"{record.path}: cannot be drawn again: {e}") from None
     if len(plans) != 1:

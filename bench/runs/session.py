@@ -20,8 +20,10 @@ from bench.models.load import load_base, untrained_base
 from bench.models.summary import report_base
 from bench.process import environment
 from bench.process.runlog import STARTED, LoggingReporter, Reporter, log, recording, signature
-from bench.records.record import Record, read_run, run_folder
+from bench.records.record import Record, read_run
+from bench.records.schema import Identity
 from bench.records.shards import Shard
+from bench.records.writer import run_folder
 from bench.runs import fitting, fresh_noise, search
 from bench.runs.certifier import DeviceCertifier, NotOneFunction, check_independent
 from bench.runs.identity import examples, identity, make_task, run_name
@@ -90,8 +92,8 @@ class Session:
         task = make_task(plan, split, self.device)
         largest = identity(plan, materials.base, split, fitted, indices, task)
 
-        def with_rows(rows: int) -> dict[str, Any]:
-            return largest | {"block": [rows, *task.shape]}
+        def with_rows(rows: int) -> Identity:
+            return largest.replace(block=[rows, *task.shape])
 
         # A run that has begun keeps the size of its blocks, whatever fits into memory now.
         shard = self.shard.folder if self.shard else ""
@@ -177,7 +179,7 @@ class Session:
         try:
             with deterministic(), torch.inference_mode():
                 again = list(certify(devices, writer.start, writer.to_redraw()))
-                writer.check_redrawn(again, writer.drawn_on(writer.header.extra["environment"]))
+                writer.check_redrawn(again, writer.drawn_on(writer.header.info.environment.as_json()))
             measured = first.measure(calibrate=not writer.resumed)
             writer.announce(measured, len(places))
             with writer.progress() as update, deterministic(), torch.inference_mode():

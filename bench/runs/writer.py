@@ -16,9 +16,9 @@ from bench.process import environment
 from bench.process.console import duration
 from bench.process.runlog import CERTIFY, PERIOD, LoggingReporter, Reporter, RunLog
 from bench.records import fingerprint, metrics
-from bench.records.fingerprint import Fingerprint
-from bench.records.record import Run
+from bench.records.schema import Cost, Fingerprint
 from bench.records.shards import Shard
+from bench.records.writer import RunFolder
 from bench.runs import fresh_noise
 from bench.runs.certifier import NotOneFunction
 from bench.runs.costs import Measured
@@ -38,9 +38,9 @@ class RunWriter:
         Raises BenchError where another process writes it.
         """
         self.header, self._reporter, self._log = header, LoggingReporter(reporter, own_log.write), own_log
-        self.record = Run(out, header.name, header.identity, header.extra, shard)
+        self.record = RunFolder(out, header.name, header.info, shard)
         done = {c.index for c in self.record.done}
-        self.indices: list[int] = header.identity["indices"]
+        self.indices = header.info.identity.indices
         self.first = self.indices[0]  # of the whole run: the fingerprint is of this image
         if shard:
             self.indices = shard.part(self.indices)
@@ -48,7 +48,7 @@ class RunWriter:
         self.resumed = bool(done)
         self._correct = sum(c.predicted == c.label for c in self.record.done)
         self._noted = -math.inf  # when progress was last logged
-        self.complete = self.record.info["status"] == "complete"
+        self.complete = self.record.info.complete
         try:
             if self.complete:
                 own_log.discard()
@@ -66,9 +66,9 @@ class RunWriter:
 
         Raises DefenseFault naming ``adder``.
         """
-        before = self.record.info.get("fingerprint")
+        before = self.record.info.fingerprint
         if before is None:
-            self.record.state(fingerprint=found)
+            self.record.update(fingerprint=found)
         elif problem := fingerprint.differs(before, found, self.header.plan.arithmetic):
             raise DefenseFault(
                 f"{adder} computes another function than {self.record.path} was begun with: {problem}; what decides "
@@ -87,16 +87,18 @@ class RunWriter:
 
     def note_workers(self, machines: Mapping[str, int]) -> None:
         """Record new kinds of device that draw votes; ``machines``: number of workers by the device's name."""
-        before = self.record.info["environment"].get("workers") or {}
-        if set(machines) - set(before):
-            self.record.info["environment"]["workers"] = {**before, **machines}
-            self.record.state()
+        if set(machines) - set(self.record.info.environment.workers or {}):
+            self._write_workers(machines)
+
+    def _write_workers(self, machines: Mapping[str, int]) -> None:
+        known = self.record.info.environment
+        self.record.update(environment=known.replace(workers={**(known.workers or {}), **machines}))
 
     def drawn_on(self, here: Mapping[str, Any]) -> bool:
         """Whether all certificates so far were drawn on the kind of machine with the environment ``here``."""
-        before = self.record.info["environment"]
-        workers = before.get("workers") or {here["device"]: 1}
-        return environment.same_machine(here, before) and set(workers) == {here["device"]}
+        before = self.record.info.environment
+        workers = before.workers or {here["device"]: 1}
+        return environment.same_machine(here, before.as_json()) and set(workers) == {here["device"]}
 
     def check_redrawn(self, again: Sequence[Certificate], exactly: bool) -> None:
         """Raise NotOneFunction where images that were drawn again contradict the counts on record.
@@ -125,16 +127,16 @@ class RunWriter:
                 "and draws alone",
                 self.header.plan.defense,
             )
-        self.record.info["audit"] = done.record()
+        self.record.update(audit=done.record())
 
     def start(self, label: int) -> ImageProcedure:
         """Start the procedure of one image."""
         plan = self.header.plan
-        return plan.procedure.certify(plan.sigma, label, self.record.info["identity"]["noise"]["tau"])
+        return plan.procedure.certify(plan.sigma, label, self.record.info.identity.noise.tau)
 
     def announce(self, measured: Measured, devices: int) -> None:
         """Report what is left to do, and how long it may take on ``devices`` devices."""
-        rows, procedure = self.header.identity["block"][0], self.header.plan.procedure
+        rows, procedure = self.header.rows, self.header.plan.procedure
         if measured.nan_rows:
             self._reporter.say(f"{measured.nan_rows} of {rows} rows of logits hold NaN: such votes count for no class")
         votes = len(self.left) * procedure.max_votes
@@ -189,9 +191,8 @@ class RunWriter:
             "peak_memory": peak_memory,
         }
         if workers is not None:
-            before = self.record.info["environment"].get("workers") or {}
-            self.record.info["environment"]["workers"] = {**before, **workers}
-        self.record.finish(cost, metrics.summarise(done, self.header.plan.card.radii))
+            self._write_workers(workers)
+        self.record.finish(Cost.of(cost), metrics.summarise(done, self.header.plan.card.radii))
         self._log.write(f"finished: {len(done)} images")
 
     def close(self) -> None:

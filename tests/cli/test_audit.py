@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,18 @@ from typing import Any
 import pytest
 
 from bench.records import audit
-from bench.records.flaws import Stated
+from bench.records.flaws import LogParameters
 from bench.records.importing import import_log
 from bench.records.record import read_run
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.procedures import describe
 from tests.helpers.commands import Result
-from tests.helpers.records import made_up, seal
+from tests.helpers.records import edit, made_up, seal
 
 Bench = Callable[..., Result]
 ANYTIME = describe(Anytime(100, 1000, 0.001, (0.25, 0.5)))
 FIXED = {"kind": "fixed", "n0": 100, "n": 1000, "alpha": 0.001, "target": "selected"}
 LABEL = FIXED | {"target": "label"}
-
-
-def edit(run: Path, **changes: Any) -> Path:
-    """Change fields of the record's second certificate."""
-    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
-    lines[1] |= changes
-    (run / "certificates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return run
 
 
 def test_certificates_changed_after_the_run_are_refused_by_every_reader(bench: Bench, tmp_path: Path) -> None:
@@ -72,7 +63,7 @@ def test_certificates_changed_after_the_run_are_refused_by_every_reader(bench: B
 def test_certificates_that_do_not_follow_from_their_counts(
     bench: Bench, tmp_path: Path, procedure: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
-    """Whoever edits a record can also write its hash: the numbers themselves are recomputed."""
+    """An edited record can have an edited hash, so the numbers themselves are recomputed."""
     good = made_up(tmp_path / "good", [0.25, 0.25, 0.0], procedure=procedure)
     assert bench("report", tmp_path / "good").code == 0
     bad = seal(edit(good, **changes))
@@ -82,32 +73,10 @@ def test_certificates_that_do_not_follow_from_their_counts(
     assert words in bench("export", bad).err
 
 
-def test_an_abstention_with_a_class_is_refused(tmp_path: Path) -> None:
-    run = made_up(tmp_path, [0.3, None])
-    assert audit.problem(read_run(run)) == ""
-    assert "prediction does not follow" in audit.problem(read_run(seal(edit(run, predicted=1))))
-
-
-def test_a_last_bit_of_another_scipy_is_no_edit(tmp_path: Path) -> None:
-    run = made_up(tmp_path, [0.3, 0.2])
-    radius = read_run(run).counted[1].radius
-    assert audit.problem(read_run(seal(edit(run, radius=radius * (1 + 1e-13))))) == ""
-    assert audit.problem(read_run(seal(edit(run, radius=radius * (1 + 1e-6)))))
-
-
-def test_without_a_hash_the_counts_still_decide(tmp_path: Path) -> None:
-    """Schema 1 had no hash of the certificates."""
-    run = made_up(tmp_path, [0.3, 0.2])
-    info = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(info | {"certificates_sha256": None}))
-    assert audit.problem(read_run(run)) == ""
-    assert "image 1" in audit.problem(read_run(edit(run, radius=0.6)))
-
-
 def test_an_imported_log_is_read_though_its_radii_follow_from_no_counts(bench: Bench, tmp_path: Path) -> None:
     log = tmp_path / "log.tsv"
     log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.123\t1\t1.0\n1\t2\t2\t0.9\t1\t1.0\n")
-    run = import_log(log, Stated("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs").path
+    run = import_log(log, LogParameters("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs").path
     shown = bench("report", tmp_path / "runs")
     assert shown.code == 0 and "†" in shown.out
     edit(run, radius=0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +33,12 @@ def pattern(tmp_path_factory: pytest.TempPathFactory) -> Record:
 
 def record(pattern: Record, split: str, sigma: float, radii: Sequence[float], seed: int = 0) -> Record:
     """The pattern certified on another split at another sigma, with these radii."""
-    info = copy.deepcopy(pattern.info)
     of_split = {"split": split, "images": split, "indices": list(range(len(radii)))}
-    info["identity"] |= {"sigma": sigma, "train_sigma": sigma, "seed": seed} | of_split
+    identity = pattern.identity.replace(sigma=sigma, train_sigma=sigma, seed=seed, **of_split)
     certificates = Columns(Certificate)
     for i, radius in enumerate(radii):
         certificates.append(replace(pattern.counted[0], index=i, label=1, predicted=1, radius=radius))
-    return replace(pattern, info=info, certificates=certificates)
+    return replace(pattern, info=pattern.info.replace(identity=identity), certificates=certificates)
 
 
 SHARES = st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.6, 0.9]), min_size=6, max_size=6)
@@ -73,9 +71,7 @@ def test_the_choice_is_a_function_of_validation_alone(
 def test_a_row_needs_two_sigmas_of_the_same_method_and_seeds_on_both_splits(pattern: Record) -> None:
     def runs(split: str, sigmas: Sequence[float], seeds: Sequence[int] = (0,), **change: Any) -> list[Record]:
         made = [record(pattern, split, s, [0.3] * 6, seed) for s in sigmas for seed in seeds]
-        for one in made:
-            one.info["identity"] |= change
-        return made
+        return [replace(r, info=r.info.replace(identity=r.identity.replace(**change))) for r in made]
 
     tests = runs("test", (0.25, 0.5))
     assert envelopes.find([]) == [] and envelopes.find(runs("validation", (0.25, 0.5))) == []
@@ -88,7 +84,7 @@ def test_a_row_needs_two_sigmas_of_the_same_method_and_seeds_on_both_splits(patt
         runs("validation", (0.25, 0.5), seeds=(1,)),
         runs("validation", (0.25, 0.5), bound="another"),
         runs("validation", (0.25, 0.5), base={"name": "vit", "sha256": "a" * 64}),
-        runs("validation", (0.25, 0.5), defense=pattern.identity["defense"] | {"config": {"rank": 8}}),
+        runs("validation", (0.25, 0.5), defense=pattern.identity.defense.replace(config={"rank": 8})),
         runs("validation", (0.25, 0.5), train_sigma=0.3),
     ):
         (found,) = envelopes.find(tests + others)
@@ -124,7 +120,7 @@ def test_every_format_shows_the_curve_and_labels_validation(bench: Bench, tmp_pa
     assert cells[3].startswith("40.0% [") and cells[3].endswith("] at 0.25")
     assert shown.out.count("These are validation images, for choosing settings") == 2
     assert shown.out.index("10 test images") < shown.out.index("10 validation images")
-    one = next(r for r in (tmp_path / "runs").iterdir() if read_run(r).identity["split"] == "validation")
+    one = next(r for r in (tmp_path / "runs").iterdir() if read_run(r).identity.split == "validation")
     assert bench("report", one, "--out", tmp_path / "out").code == 0
     assert {f.name.partition("-s0")[0] for f in (tmp_path / "out").glob("*.svg")} == {"digits-validation"}
 
@@ -163,13 +159,13 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_real_run_of_the_validation_split(bench: Bench, real: Path, tmp_path: Path) -> None:
-    records = {(r.identity["split"], r.identity["sigma"]): r for r in map(read_run, real.iterdir())}
+    records = {(r.identity.split, r.identity.sigma): r for r in map(read_run, real.iterdir())}
     assert len(records) == 4
     (found,) = envelopes.find(list(records.values()))
     assert [row.sigmas for row in found.curves] == [[0.12, 0.25]]
     one, other = records["test", 0.25], records["validation", 0.25]
-    assert one.identity["images"] != other.identity["images"]
-    assert one.identity["base"] == other.identity["base"]
+    assert one.identity.images != other.identity.images
+    assert one.identity.base == other.identity.base
     verified = bench("verify", other.path)
     assert verified.code == 0 and "drawn again from the seed give the recorded counts, exactly" in verified.out
     refused = bench("compare", one.path, other.path)

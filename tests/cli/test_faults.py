@@ -211,21 +211,21 @@ def test_commands_that_share_a_training_wait_for_it(tmp_path: Path, caplog: pyte
 def test_out_of_memory_halves_the_block_and_keeps_its_size(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.records.record import Run
+    from bench.records.writer import RunFolder
 
     args = ("run", "--defense", FAULTY, "--set", "how=greedy", "--dataset", TINY, "--out", tmp_path, "--json")
-    real = Run.append
+    real = RunFolder.append
 
-    def append(self: Run, certificate: object) -> None:
+    def append(self: RunFolder, certificate: object) -> None:
         if len(self.done) == 3:
             raise KeyboardInterrupt
         real(self, certificate)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     stopped = bench(*args, "--set", "rows=100")
     assert stopped.code == 130
     assert "blocks of 64 rows; 256 do not fit into memory" in stopped.err
-    monkeypatch.setattr(Run, "append", real)
+    monkeypatch.setattr(RunFolder, "append", real)
     # With more memory, the run that has begun keeps its blocks.
     from bench.smoothing import blocks
 

@@ -22,8 +22,9 @@ from PIL import Image
 
 from bench.data.datasets import load_split
 from bench.options import RunOptions
-from bench.records.flaws import Stated
+from bench.records.flaws import LogParameters
 from bench.records.importing import import_log
+from bench.records.schema import Identity
 from bench.report import output, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
@@ -72,8 +73,9 @@ def made_up(
     (run / "run.json").write_text(json.dumps(info))
     with (run / "certificates.jsonl").open("w") as file:
         for line, radius in zip((finished / "certificates.jsonl").read_text().splitlines(), radii, strict=True):
-            old, votes = json.loads(line), fewest(info["identity"], abs(radius) or None)
-            new = certificate(info["identity"], old["index"], old["label"], votes, wrong=radius < 0)
+            identity = Identity.of(info["identity"])
+            old, votes = json.loads(line), fewest(identity, abs(radius) or None)
+            new = certificate(identity, old["index"], old["label"], votes, wrong=radius < 0)
             file.write(json.dumps(vars(new)) + "\n")
     return seal(run)
 
@@ -272,10 +274,10 @@ def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Pat
     (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     uris = [str(a["src"]) for t, a in read(file).tags if t == "img"]
     indices = [int(i) for i in re.findall(r"image (\d+), <b>", file.read_text())]
-    assert sorted(indices) == records[0].identity["indices"] and len(uris) == 3 * len(indices)
+    assert sorted(indices) == records[0].identity.indices and len(uris) == 3 * len(indices)
     shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))) for uri in uris]
 
-    (plan,) = make_plans(RunOptions(**records[0].info["arguments"]))
+    (plan,) = make_plans(RunOptions(**records[0].info.arguments))
     split = load_split(plan.card, "test")
     task = make_task(plan, split, torch.device("cpu"))
     for place, index in enumerate(indices):
@@ -334,7 +336,7 @@ def test_an_imported_log_has_a_page(tmp_path: Path) -> None:
     log = tmp_path / "log.tsv"
     rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime", *(f"{i}\t{i}\t{i}\t0.1\t1\t0:00:01" for i in range(5))]
     log.write_text("\n".join(rows))
-    record = import_log(log, Stated("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs")
+    record = import_log(log, LogParameters("cohen", "any-data", 0.25, 0.001, 1000), tmp_path / "runs")
     (file,) = output.write(tables.build([record], with_published=True), "html", tmp_path / "page.html")
     seen = read(file)
     assert "The costs of these runs are unknown" in seen.text

@@ -1,4 +1,4 @@
-"""The holder of a lock is named, and how to clear one that outlives its process is said at once."""
+"""A message names the holder of a lock, and how to remove one that outlives its process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 from bench.errors import BenchError
 from bench.process.locks import Lock
 from bench.process.runlog import RunLog, log, recording, signature
-from bench.records.record import Run
+from bench.records.writer import RunFolder
 from bench.training.weights import CacheEntry
 from tests.helpers.commands import TINY, Result
-from tests.helpers.records import stated
+from tests.helpers.records import begun
 
 Bench = Callable[..., Result]
 ME = f"process {os.getpid()} on {socket.gethostname()} since 20"
@@ -35,13 +35,13 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-class Nobody:
+class SilentReporter:
     def say(self, text: str) -> None:
         pass
 
 
-def opened(out: Path) -> Run:
-    return Run(out, "digits-lora-s0.25", *stated(3))
+def opened(out: Path) -> RunFolder:
+    return RunFolder(out, "digits-lora-s0.25", begun(3))
 
 
 def waiting(entry: CacheEntry) -> str:
@@ -66,7 +66,7 @@ def waiting(entry: CacheEntry) -> str:
 
 def test_the_holder_of_a_run_is_named(tmp_path: Path) -> None:
     run = opened(tmp_path)
-    with recording(run.path / "log.txt", Nobody()):  # type: ignore[arg-type]
+    with recording(run.path / "log.txt", SilentReporter()):  # type: ignore[arg-type]
         log.info("on this and that, %s", signature())
     with pytest.raises(BenchError) as refused:
         opened(tmp_path)
@@ -88,7 +88,7 @@ def test_the_holder_of_an_entry_is_named(tmp_path: Path) -> None:
 
 
 def test_the_writer_of_a_log_is_named(tmp_path: Path) -> None:
-    with recording(tmp_path / "run.log", Nobody()):  # type: ignore[arg-type]
+    with recording(tmp_path / "run.log", SilentReporter()):  # type: ignore[arg-type]
         log.info("on this and that, %s", signature())
         with pytest.raises(BenchError) as refused:
             RunLog(tmp_path / "run.log")

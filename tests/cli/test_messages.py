@@ -220,7 +220,7 @@ def test_a_run_has_one_name_before_and_after_it_has_a_folder(
     real = fitting.fit
 
     def fit(*args: Any) -> Any:
-        seen.extend(status.rows(tmp_path))
+        seen.extend(row.as_json() for row in status.rows(tmp_path))
         return real(*args)
 
     monkeypatch.setattr(fitting, "fit", fit)

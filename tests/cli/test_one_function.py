@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.records.record import Run
+from bench.records.writer import RunFolder
 from bench.runs import writer
 from tests.helpers.commands import TINY, Result, defense
 
@@ -37,14 +37,14 @@ def info(out: Path) -> dict[str, Any]:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Interrupt a run after a number of images, as Ctrl-C does."""
-    real = Run.append
+    real = RunFolder.append
 
-    def append(self: Run, certificate: Any) -> None:
+    def append(self: RunFolder, certificate: Any) -> None:
         if len(self.done) == after:
             raise KeyboardInterrupt
         real(self, certificate)
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
 
 
 # Threads ----------------------------------------------------------------------------------------------

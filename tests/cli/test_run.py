@@ -88,20 +88,20 @@ def test_a_repeated_command_reuses_the_run_and_more_images_never_retrain(bench: 
 def test_an_interrupted_run_resumes_to_the_same_counts(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.records.record import Run
+    from bench.records.writer import RunFolder
 
     args = ("run", "--defense", "none", "--dataset", TINY, "--out")
     assert bench(*args, tmp_path / "whole").code == 0
-    real, calls = Run.append, 0
+    real, calls = RunFolder.append, 0
 
-    def append(self: Run, certificate: object) -> None:
+    def append(self: RunFolder, certificate: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
         real(self, certificate)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     stopped = bench(*args, tmp_path / "parts")
     assert stopped.code == 130
     assert "resume" in stopped.err
@@ -109,7 +109,7 @@ def test_an_interrupted_run_resumes_to_the_same_counts(
     unfinished = bench("report", tmp_path / "parts")
     assert unfinished.code == 2
     assert "3 of 8 images" in unfinished.err
-    monkeypatch.setattr(Run, "append", real)
+    monkeypatch.setattr(RunFolder, "append", real)
     assert bench(*args, tmp_path / "parts").code == 0
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 

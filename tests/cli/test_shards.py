@@ -15,8 +15,8 @@ import pytest
 from filelock import FileLock
 
 from bench.io.files import digest
-from bench.records import merge
-from bench.records.shards import Shard, shards_in
+from bench.records.schema import Identity
+from bench.records.shards import shards_in
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import costs, made_up
 
@@ -93,8 +93,8 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
     (run,) = out.iterdir()
     shard = run / "shard-1-of-3"
     for command in (("report", out), ("report", run)):
-        said = bench(*command)
-        assert said.code == 2 and "bench merge" in said.err
+        result = bench(*command)
+        assert result.code == 2 and "bench merge" in result.err
     baseline = ("--baseline", tmp_path / "baseline.json")
     commands: list[tuple[str | Path, ...]] = [
         ("verify", shard),
@@ -112,19 +112,19 @@ def test_a_shard_is_not_taken_for_a_run(bench: Bench, tmp_path: Path) -> None:
 def test_another_k_and_a_run_in_one_process_share_the_folder(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench.records.record import Run
+    from bench.records.writer import RunFolder
 
-    real = Run.append
+    real = RunFolder.append
 
-    def append(self: Run, certificate: object) -> None:
+    def append(self: RunFolder, certificate: object) -> None:
         if len(self.done) == 2:
             raise KeyboardInterrupt
         real(self, certificate)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     assert bench(*ONE, "--out", tmp_path).code == 130
     assert bench(*ONE, "--out", tmp_path, "--shard", "1/3").code == 130
-    monkeypatch.setattr(Run, "append", real)
+    monkeypatch.setattr(RunFolder, "append", real)
     (run,) = tmp_path.iterdir()
     lacking = bench("merge", tmp_path)
     assert lacking.code == 1
@@ -180,17 +180,17 @@ def test_shards_that_do_not_belong_together_are_refused(
 
 @pytest.mark.parametrize(
     ("shard", "words"),
-    [("0/2", "i from 1 to k"), ("3/2", "i from 1 to k"), ("1", "write i/k"), ("1/9", "there are 8 images")],
+    [("0/2", "i from 1 to k"), ("3/2", "i from 1 to k"), ("1", "write i/k"), ("1/9", "more shards than images (8)")],
 )
 def test_bad_shards_are_one_line(bench: Bench, tmp_path: Path, shard: str, words: str) -> None:
-    said = bench(*ONE, "--out", tmp_path, "--shard", shard)
-    assert said.code == 2 and words in said.err.splitlines()[-1]
+    result = bench(*ONE, "--out", tmp_path, "--shard", shard)
+    assert result.code == 2 and words in result.err.splitlines()[-1]
     assert not list(tmp_path.glob("*/*"))
 
 
 def test_nothing_to_merge(bench: Bench, tmp_path: Path) -> None:
-    said = bench("merge", tmp_path)
-    assert said.code == 2 and "bench run --shard" in said.err
+    result = bench("merge", tmp_path)
+    assert result.code == 2 and "bench run --shard" in result.err
 
 
 def test_dry_run_is_of_the_shard(bench: Bench, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_dry_run_is_of_the_shard(bench: Bench, tmp_path: Path) -> None:
     assert (row["images"], row["votes"]) == (2, 240)
 
 
-def test_one_trains_and_the_others_wait_and_say_so(bench: Bench, tmp_path: Path) -> None:
+def test_one_trains_and_the_others_wait_and_log_it(bench: Bench, tmp_path: Path) -> None:
     from bench.io.files import cache_root
 
     run = ("run", "--defense", "lora", "--dataset", TINY, "--seed", 77, "--out")
@@ -209,7 +209,7 @@ def test_one_trains_and_the_others_wait_and_say_so(bench: Bench, tmp_path: Path)
     other = FileLock(entry / ".lock")
     other.acquire()
 
-    class Done(logging.Handler):  # the other process is, as soon as this one has said that it waits
+    class Done(logging.Handler):  # the other process ends once this one has logged that it waits
         def emit(self, record: logging.LogRecord) -> None:
             other.release()
 
@@ -241,14 +241,6 @@ def shares(out: Path, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
     return run, [info(shard) for shard in shards_in(run).values()]
 
 
-def test_every_image_is_in_one_shard() -> None:
-    for count, of in ((1, 1), (7, 3), (9, 9), (10, 4)):
-        indices = list(range(100, 100 + count))
-        parts = [Shard(i, of).part(indices) for i in range(1, of + 1)]
-        assert sorted(i for part in parts for i in part) == indices
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 def test_a_missing_or_unfinished_shard_is_named(bench: Bench, tmp_path: Path) -> None:
     run, told = shares(tmp_path, cost=costs(300))
     second = run / "shard-2-of-2"
@@ -276,12 +268,12 @@ def test_costs_that_are_not_known_stay_so(bench: Bench, tmp_path: Path) -> None:
 def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, told = shares(tmp_path, cost=costs(2**62))
     wrong = bench("merge", run)
-    assert wrong.code == 2 and "its shards together make no run: cost.votes" in wrong.err
+    assert wrong.code == 2 and "its shards together make no run: votes" in wrong.err
     second = run / "shard-2-of-2" / "run.json"
     other = told[1] | {"identity": told[1]["identity"] | {"seed": 1}}
     second.write_text(json.dumps(other))
     with monkeypatch.context() as patch:  # 32 bits are soon found
-        patch.setattr(merge, "digest", lambda _: run.name[-8:])
+        patch.setattr(Identity, "folder_suffix", run.name[-9:])
         wrong = bench("merge", run)
     assert wrong.code == 2 and "a shard of another run than shard-1-of-2" in wrong.err
     for i, name in enumerate(("shard-0-of-0", "shard-2-of-1", "shard-02-of-2")):
@@ -294,5 +286,5 @@ def test_shards_that_bench_did_not_write(bench: Bench, tmp_path: Path, monkeypat
     (run / "shard-1-of-1").mkdir(parents=True)
     (run / "shard-1-of-1" / "run.json").write_text(json.dumps(told[0] | {"identity": identity, "shard": "1/1"}))
     wrong = bench("merge", run)
-    assert wrong.code == 2 and "of which there are no shards" in wrong.err
+    assert wrong.code == 2 and "which has no shards" in wrong.err
     assert not list(tmp_path.glob("runs/*/run.json"))

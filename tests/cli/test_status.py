@@ -26,31 +26,31 @@ ONE = ("run", "--defense", "none", "--dataset", TINY)
 
 
 def rows(bench: Bench, out: Path) -> list[dict[str, Any]]:
-    said = bench("status", out, "--json")
-    assert said.code == 0
-    found: list[dict[str, Any]] = json.loads(said.out)
+    result = bench("status", out, "--json")
+    assert result.code == 0
+    found: list[dict[str, Any]] = json.loads(result.out)
     return found
 
 
 def stop(monkeypatch: pytest.MonkeyPatch, after: int, error: Callable[[], BaseException]) -> None:
-    """End every run with ``error`` after a number of images."""
-    from bench.records.record import Run
+    """End every run with ``error`` after that many images."""
+    from bench.records.writer import RunFolder
 
-    real = Run.append
+    real = RunFolder.append
 
-    def append(self: Run, certificate: object) -> None:
+    def append(self: RunFolder, certificate: object) -> None:
         if len(self.done) == after:
             raise error()
         real(self, certificate)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
 
 
 def test_a_run_under_way_stopped_and_finished(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def look() -> BaseException:  # while the run holds its lock
-        seen.extend(status.rows(tmp_path))
+    def look() -> BaseException:  # while the run lives: its lock is held
+        seen.extend(row.as_json() for row in status.rows(tmp_path))
         return KeyboardInterrupt()
 
     with monkeypatch.context() as patch:
@@ -130,7 +130,7 @@ def test_training_is_shown_before_there_is_a_folder(
         def watched(done: int, total: int, loss: float) -> None:
             progress(done, total, loss)
             if not seen:
-                seen.extend(status.rows(tmp_path))
+                seen.extend(row.as_json() for row in status.rows(tmp_path))
 
         return real(plan, base, train, device, watched)
 
@@ -159,13 +159,13 @@ def test_a_killed_process_releases_its_log(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    (row,) = status.rows(tmp_path)
+    (row,) = (r.as_json() for r in status.rows(tmp_path))
     assert row["state"] == "running"
     with pytest.raises(BenchError, match="another process"):
         runlog.RunLog(file)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (row,) = status.rows(tmp_path)
+    (row,) = (r.as_json() for r in status.rows(tmp_path))
     assert row["state"] == "stopped"
 
 

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 
-from bench.records.record import Run
-from tests.helpers.commands import TINY, Result
-from tests.helpers.records import made_up, stated
+from bench.records.writer import RunFolder
+from tests.helpers.commands import TINY, Result, defense
+from tests.helpers.records import begun, made_up
 
 Bench = Callable[..., Result]
 
 
 def started(out: Path, radii: list[float | None]) -> Path:
     """A run before its first certificate."""
-    identity, extra = stated(len(radii))
-    run = Run(out, "digits-lora-s0.25", identity, extra)
+    run = RunFolder(out, "digits-lora-s0.25", begun(len(radii)))
     run.close()
     return run.path
 
@@ -132,6 +131,19 @@ def test_weights_that_are_not_here_are_said(
     result = bench("verify", records["fixed"])
     assert result.code == 0
     assert "not drawn again" in result.out
+
+
+def test_a_defense_whose_code_has_changed_is_not_drawn_again(bench: Bench, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(Path(defense("half_space")).read_text())
+    assert bench("run", "--defense", mine, "--dataset", TINY, "--out", tmp_path / "runs").code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    mine.write_text(mine.read_text() + "\n# another version\n")
+    verified = bench("verify", run, "--defense", mine)
+    assert verified.code == 0
+    assert "not drawn again: the code of defense" in verified.out and "has changed since" in verified.out
+    deep = bench("verify", run, "--defense", mine, "--deep")
+    assert deep.code == 1 and "defense differ from the record's" in deep.out
 
 
 @pytest.mark.parametrize("made", [made_up, started])

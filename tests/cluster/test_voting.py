@@ -46,6 +46,8 @@ class Call:
 
     def future(self) -> Future[Any]:
         answer: Future[Any] = Future()
+        if self.name == self.handle.dies_in:
+            self.handle.calls_left = 0
         if self.handle.calls_left == 0:
             answer.set_exception(RayError("it was killed"))
         else:
@@ -57,10 +59,14 @@ class Call:
 
 @dataclass
 class Handle:
-    """A worker in this process: it dies after ``calls_left`` calls, and ``change`` alters its answers."""
+    """A worker in this process.
+
+    It dies after ``calls_left`` calls, or in the method ``dies_in``; ``change`` alters its answers.
+    """
 
     worker: VoteWorker
     calls_left: int = -1
+    dies_in: str = ""
     change: Change = lambda _, value: value
 
     def __getattr__(self, name: str) -> Any:
@@ -96,10 +102,10 @@ class Cluster:
         assert isinstance(outcome, ClusterRun)
         self.voting.open(outcome)
 
-    def hire(self, calls_left: int = -1, change: Change | None = None) -> None:
+    def hire(self, calls_left: int = -1, dies_in: str = "", change: Change | None = None) -> None:
         """Start a worker."""
         self.workers.append(VoteWorker(self.place))
-        handle = Handle(self.workers[-1], calls_left)
+        handle = Handle(self.workers[-1], calls_left, dies_in)
         if change is not None:
             handle.change = change
         actor = Actor(handle, self.voting._send, lambda call, then: self.answers.append((call, then)))
@@ -158,7 +164,7 @@ def test_two_workers_certify_as_one_process(cluster: Cluster, local: dict[int, C
     cluster.hire()
     record = cluster.work()
     assert certificates(record) == local
-    assert isinstance(record, Record) and sum(record.info["environment"]["workers"].values()) == 2
+    assert isinstance(record, Record) and sum((record.info.environment.workers or {}).values()) == 2
 
 
 @pytest.mark.parametrize("calls", [1, 3, 10])
@@ -194,7 +200,7 @@ def test_a_worker_with_another_fingerprint_is_refused(cluster: Cluster) -> None:
         if method != "load":
             return value
         measured, fingerprint = value
-        return measured, {**fingerprint, "sha256": "0", "logits": [2 * v for v in fingerprint["logits"]]}
+        return measured, fingerprint.replace(sha256="0", logits=[2 * v for v in fingerprint.logits])
 
     cluster.hire()
     cluster.hire(change=other)
@@ -209,3 +215,14 @@ def test_nodes_with_other_versions_are_refused(cluster: Cluster) -> None:
     packages = described["packages"]
     with pytest.raises(BenchError, match=r"nodes of the Ray cluster have torch .* and 0\.1: install one"):
         cluster.voting.pool.check_versions({**described, "packages": {**packages, "torch": "0.1"}})
+
+
+@pytest.mark.parametrize("method", ["load", "audit", "finish"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_worker_lost_at_any_stage_changes_nothing(
+    cluster: Cluster, local: dict[int, Certificate], method: str, both: bool
+) -> None:
+    """``both``: there is no other worker then, and a new one takes over."""
+    cluster.hire(dies_in=method)
+    cluster.hire(dies_in=method if both else "")
+    assert certificates(cluster.work()) == local

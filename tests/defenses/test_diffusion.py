@@ -239,7 +239,7 @@ def test_shards_and_rounded_variants_are_read(tmp_path: Path, layout: dict[str, 
 def test_a_variant_that_may_hold_other_weights_is_named(tmp_path: Path) -> None:
     unet().save_pretrained(saved(tmp_path), variant="non_ema")
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(BenchError, match=r"it has diffusion_pytorch_model.non_ema.safetensors: save the one"):
+    with pytest.raises(BenchError, match=r"it has diffusion_pytorch_model.non_ema.safetensors: save the right one"):
         build(f"unet={tmp_path}")
 
 
@@ -276,8 +276,8 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["steps=0"], "steps=0: from 1 to"),
-        (["steps=4000"], "steps=4000: from 1 to"),
+        (["steps=0"], "steps=0: must be 1 to"),
+        (["steps=4000"], "steps=4000: must be 1 to"),
         (["width=12"], "width=12 must be a multiple of 8"),
         ([f"classifier={defense('own_loss')}"], "has its own training"),
         (["classifier=nobody"], "nobody"),

@@ -292,12 +292,16 @@ def test_an_unsuitable_method_is_refused(name: str, method: str, words: str) -> 
         (
             'transfer_base = "vit-0to4"',
             "",
-            "for preset quick: set transfer_base in its [presets.quick], or give --base",
+            "for preset quick; set transfer_base in its [presets.quick], or give --base",
         ),
         ('transfer_base = "vit-0to4"', 'transfer_base = "vit-0to9"', "unknown base 'vit-0to9'; did you mean vit-0to4"),
         ('["0", "1", "2", "3", "4"]', '["0", "ten"]', "unknown class in bases.vit-0to4.classes of card tiny 'ten'"),
         ('["0", "1", "2", "3", "4"]', '["0", "0"]', "bases.vit-0to4: classes: at least two, all different"),
-        ("train_examples = 200", "train_examples = 1", "none of the 1 train images is of its classes; name others"),
+        (
+            "train_examples = 200",
+            "train_examples = 1",
+            "none of the 1 train images is of its classes; list other classes",
+        ),
     ],
 )
 def test_a_card_that_cannot_serve_is_one_line(bench: Bench, tmp_path: Path, old: str, new: str, words: str) -> None:

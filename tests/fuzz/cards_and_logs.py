@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bench.data.datasets import card_files, load_card
 from bench.models.names import blueprint
 from bench.options import RunOptions
-from bench.records.flaws import Stated
+from bench.records.flaws import LogParameters
 from bench.records.importing import import_log
 from bench.records.verify import check_record
 from bench.runs.plan import make_plans
@@ -106,7 +106,7 @@ fields = edits | st.lists(
 )
 
 
-def _use_log(data: bytes, stated: Stated) -> None:
+def _use_log(data: bytes, stated: LogParameters) -> None:
     with scratch() as folder:
         (folder / "log.tsv").write_bytes(data)
 
@@ -133,11 +133,11 @@ def logs(log: Any, changes: list[Any], torn: list[Any], sigma: float, n: int) ->
         ["\t".join(map(_text, r)) if isinstance(r, list) else _text(r) for r in rows] if isinstance(rows, list) else []
     )
     data = cut("\n".join(lines).encode(errors="surrogatepass"), torn)
-    _use_log(data, Stated(kind, "any-data", sigma, 0.001 if n > 10 else 0.5, n, None, radius))
+    _use_log(data, LogParameters(kind, "any-data", sigma, 0.001 if n > 10 else 0.5, n, None, radius))
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode(errors="surrogatepass")))
 def random_logs(data: bytes) -> None:
-    """Read random bytes as a log, with or without a header."""
-    _use_log(data, Stated("cohen", "any-data", 0.25, 0.001, 1000))
-    _use_log("\t".join(COHEN[0]).encode() + b"\n" + data, Stated("cohen", "any-data", 0.25, 0.001, 1000))
+    """Any bytes for a log, after a header or not."""
+    _use_log(data, LogParameters("cohen", "any-data", 0.25, 0.001, 1000))
+    _use_log("\t".join(COHEN[0]).encode() + b"\n" + data, LogParameters("cohen", "any-data", 0.25, 0.001, 1000))

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cli import listing
-from bench.compare import baseline, check, pairs
+from bench.compare import baseline, check, check_text, pairs, pairs_text
 from bench.errors import BenchError
 from bench.io.files import digest
-from bench.records.flaws import Stated
+from bench.records.flaws import LogParameters
 from bench.records.importing import import_log
 from bench.records.logs import export_log
 from bench.records.record import Record, read_run
@@ -38,7 +38,7 @@ def _example_runs() -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
         paths = [made_up(out, [990, 1000, 700, 400, 995], wrong=[2], counted=True)]
         paths.append(made_up(out, [0.25, 0.5, None], name="none", procedure=describe(anytime)))
         (out / "log.tsv").write_text("\n".join("\t".join(r) for r in COHEN))
-        paths.append(import_log(out / "log.tsv", Stated("cohen", "any-data", 0.25, 0.001, 1000), out).path)
+        paths.append(import_log(out / "log.tsv", LogParameters("cohen", "any-data", 0.25, 0.001, 1000), out).path)
         for path in paths:
             info = json.loads((path / "run.json").read_text())
             found.append((path.name, info, [json.loads(x) for x in (path / "certificates.jsonl").open()]))
@@ -85,13 +85,13 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
 
         def gate() -> None:
             baseline.update(folder / "base.json", good, None)
-            check.markdown(check.check(folder / "base.json", folder / "a"))
+            check_text.markdown(check.check(folder / "base.json", folder / "a"))
             baseline.update(folder / "other.json", run, True)
 
         judge("run folder", lambda: read_run(run))
         judge("run folder, report", report_all)
         judge("run folder, verify", audit)
-        judge("run folder, compare", lambda: pairs.markdown(pairs.compare([run, good])))
+        judge("run folder, compare", lambda: pairs_text.markdown(pairs.compare([run, good])))
         judge("run folder, check", gate)
         judge("run folder, export", lambda: export_log(read_run(run)))
 
@@ -122,8 +122,9 @@ def baselines(changes: list[Any], torn: list[Any]) -> None:
         (path / "certificates.jsonl").write_bytes(in_lines(RUNS[0][2]))
         file = folder / "base.json"
         if not _BASELINE:
-            _BASELINE.update(baseline.update(file, folder / "runs", None)[1])
+            baseline.update(file, folder / "runs", None)
+            _BASELINE.update(json.loads(file.read_text()))
         made = changed({k: v for k, v in _BASELINE["runs"][0].items() if k != "sha256"}, changes)
         entry = made | {"sha256": digest(made)} if isinstance(made, dict) else made
         file.write_bytes(cut(dumped(_BASELINE | {"runs": [entry]}), torn))
-        judge("baseline", lambda: check.markdown(check.check(file, folder / "runs")))
+        judge("baseline", lambda: check_text.markdown(check.check(file, folder / "runs")))

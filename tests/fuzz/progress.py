@@ -65,17 +65,16 @@ def logs_of_runs(run: Any, changes: list[Any], others: list[Any], where: str, to
         _write(folder / name, cut(dumped(info), torn), in_lines(rows if isinstance(rows, list) else [rows]), log)
         _write(folder / "whole", dumped(RUNS[0][1]), in_lines(RUNS[0][2]))
         (folder / "begun.log").write_bytes(log)
-        found: list[dict[str, Any]] = []
+        found: list[status.RunStatus] = []
 
         def look() -> None:
             found.extend(status.rows(folder))
-            table, notes = status.readable(found)
-            json.dumps([found, table])
-            assert all(note.isprintable() for note in notes)
+            json.dumps([[row.as_json() for row in found], status.table(found)])
+            assert all(note.isprintable() for note in status.notes(found))
             listing.rows("runs", folder)
 
         assert judge("status", look), "one run hides the others"
-        states = {row["run"]: row["state"] for row in found}
+        states = {row.run: row.state for row in found}
         assert states["whole"] == "complete"
         assert states[name] != "unreadable" or where != "neither" or torn
 
@@ -117,8 +116,8 @@ def shards(
                 said, rows = changed(said, changes), changed(kept, others)
             path = _shard(folder, shard, said, rows if isinstance(rows, list) else [rows], torn if altered else [])
         whole: list[Path] = []
-        if not judge("merge", lambda: whole.extend(merge.merge(folder)[0])):
+        if not judge("merge", lambda: whole.extend(merge.merge(folder).whole)):
             assert not list(folder.glob("*/run.json"))
         for path in whole:
             assert read_run(path).whole
-        judge("status of shards", lambda: status.readable(status.rows(folder)))
+        judge("status of shards", lambda: status.table(status.rows(folder)))

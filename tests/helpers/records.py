@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.io.files import file_sha256
-from bench.records import metrics
-from bench.records.record import Run
-from bench.smoothing.procedures import procedure_of
+from bench.records import metrics, schema
+from bench.records.schema import Cost, Identity, RunInfo
+from bench.records.stored import parse_json
+from bench.records.writer import RunFolder
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.fixed import Fixed
 from bench.smoothing.votes import Certificate
 
 RADII = [0.0, 0.25, 0.5, 0.75]
 
 
-def stated(count: int, name: str = "lora") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Identity of a run of ``name`` on so many images of 8x8, and what else run.json says of it."""
+def begun(count: int, name: str = "lora", **changes: Any) -> RunInfo:
+    """Return run.json of a run of ``name`` on ``count`` images of 8x8 before its first vote; ``changes``: identity."""
     identity: dict[str, Any] = {
         "dataset": "digits",
         "card": "c" * 64,
@@ -41,7 +44,7 @@ def stated(count: int, name: str = "lora") -> tuple[dict[str, Any], dict[str, An
         "dtype": "float32",
         "device": "cpu",
     }
-    extra = {
+    about = {
         **{"environment": {}, "arguments": {}, "radii": RADII, "preset": "quick", "classes": list("0123456789")},
         **{"data": {}, "base": {"clean_correct": 9, "images": 10}},
         "defense": {
@@ -49,11 +52,11 @@ def stated(count: int, name: str = "lora") -> tuple[dict[str, Any], dict[str, An
             **{"trained_elsewhere": [], "settings": {}, "search": [], "weights_file": None},
         },
     }
-    return identity, extra
+    return schema.started(Identity.of(parse_json(json.dumps(identity | changes))), about)
 
 
 def costs(votes: int) -> dict[str, Any]:
-    """The cost that a finished run states."""
+    """Return the cost of a finished run."""
     keys = ("base_forwards", "queries", "trainable_nominal", "trainable_updated", "trained_elsewhere", "parameters")
     return {
         **dict.fromkeys(keys, 1),
@@ -71,18 +74,18 @@ def made_up(
     counted: bool = False,
     **changes: Any,
 ) -> Path:
-    """A finished run; image i is certified at ``radii[i]`` (None: abstained), predicted right but those ``wrong``.
+    """Write a finished run; image i is certified at ``radii[i]`` (None: abstained), right except those ``wrong``.
 
-    A radius is that of the fewest votes that certify it, so at least ``radii[i]``. ``counted``: ``radii`` are how
-    many of the procedure's votes were for the class instead. ``changes`` are of the identity. Every other one is as
-    a run of ``name`` on 8x8 images would have it.
+    A radius is that of the fewest votes that certify it, so at least ``radii[i]``. ``counted``: ``radii`` are instead
+    the number of the procedure's votes for the class. ``changes`` are of the identity, which is otherwise that of a
+    run of ``name`` on 8x8 images.
     """
-    identity, extra = stated(len(radii), name)
-    run = Run(out, f"digits-{name}-s{(identity | changes)['sigma']:g}", identity | changes, extra)
-    for i, (index, radius) in enumerate(zip(run.info["identity"]["indices"], radii, strict=True)):
-        votes = int(radius or 0) if counted else fewest(run.info["identity"], radius)
-        run.append(certificate(run.info["identity"], index, i % 10, votes, i in wrong))
-    run.finish(costs(sum(c.votes for c in run.done)) | (cost or {}), metrics.summarise(run.done, RADII))
+    info = begun(len(radii), name, **changes)
+    run = RunFolder(out, f"digits-{name}-s{info.identity.sigma:g}", info)
+    for i, (index, radius) in enumerate(zip(info.identity.indices, radii, strict=True)):
+        votes = int(radius or 0) if counted else fewest(info.identity, radius)
+        run.append(certificate(info.identity, index, i % 10, votes, i in wrong))
+    run.finish(Cost.of(costs(sum(c.votes for c in run.done)) | (cost or {})), metrics.summarise(run.done, RADII))
     run.close()
     return run.path
 
@@ -95,15 +98,13 @@ def seal(run: Path) -> Path:
     return run
 
 
-def fewest(identity: dict[str, Any], radius: float | None) -> int:
-    """The fewest of the procedure's votes that certify a radius; half of them, which abstain, for None."""
-    procedure = json.dumps(identity["procedure"], sort_keys=True)
-    return _fewest(procedure, identity["sigma"], identity["noise"]["tau"], radius)
+def fewest(identity: Identity, radius: float | None) -> int:
+    """Return the fewest of the procedure's votes that certify a radius; half of them, which abstain, for None."""
+    return _fewest(identity.procedure, identity.sigma, identity.noise.tau, radius)
 
 
 @cache
-def _fewest(procedure: str, sigma: float, tau: float, radius: float | None) -> int:
-    made = procedure_of({"procedure": json.loads(procedure)})
+def _fewest(made: Fixed | Anytime, sigma: float, tau: float, radius: float | None) -> int:
     if radius is None:
         return made.n // 2
 
@@ -117,11 +118,19 @@ def _fewest(procedure: str, sigma: float, tau: float, radius: float | None) -> i
     return votes
 
 
-def certificate(identity: dict[str, Any], index: int, label: int, top: int, wrong: bool = False) -> Certificate:
-    """The certificate of an image with ``top`` of the procedure's votes."""
-    procedure = procedure_of(identity)
+def certificate(identity: Identity, index: int, label: int, top: int, wrong: bool = False) -> Certificate:
+    """Return the certificate of an image with ``top`` of the procedure's votes."""
+    procedure = identity.procedure
     n0, n = procedure.n0 if procedure.target == "selected" else 0, procedure.n
-    p_lower, radius = procedure.recompute(identity["sigma"], n, top, identity["noise"]["tau"])
+    p_lower, radius = procedure.recompute(identity.sigma, n, top, identity.noise.tau)
     predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
     second = None if top == n else 9
     return Certificate(predicted, radius, n0, n, top, second, n - top, p_lower, n0 + n, index, label, 0.5)
+
+
+def edit(run: Path, **changes: Any) -> Path:
+    """Change fields of the record's second certificate."""
+    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
+    lines[1] |= changes
+    (run / "certificates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run

@@ -550,21 +550,21 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     stored.parent.rename(tmp_path / "moved")  # so that only the file can be used
     given = session(tmp_path / "b").run(plan(defense, fast_base, Path(own), "epochs=0.2"))
     assert not list((tmp_path / "cache").glob(f"digits-{defense}-*"))
-    known, unknown = trained.info["identity"], given.info["identity"]
+    known, unknown = trained.identity.as_json(), given.identity.as_json()
     assert known["defense"].pop("objective") == "gaussian"
     assert unknown["defense"].pop("objective") is None  # unknown for a user's file
     assert unknown == known
     assert [vars(c) | {"seconds": 0} for c in given.certificates] == [
         vars(c) | {"seconds": 0} for c in trained.certificates
     ]
-    assert given.info["cost"]["trainable_updated"] == trained.info["cost"]["trainable_updated"]
+    assert given.cost.trainable_updated == trained.cost.trainable_updated
     # Weights trained elsewhere, with unknown cost, are not reported as trained here.
-    ours, theirs = trained.info["cost"], given.info["cost"]
-    assert (ours["trained_elsewhere"], theirs["trained_here"]) == (0, 0)
-    assert theirs["trained_elsewhere"] == ours["trained_here"] > 0
-    assert ours["train_seconds"] > 0 and theirs["train_seconds"] is None
-    assert given.info["defense"]["weights_file"] == "own.safetensors"
-    assert given.info["defense"]["trained_elsewhere"] == ["own.safetensors"]
+    ours, theirs = trained.cost, given.cost
+    assert (ours.trained_elsewhere, theirs.trained_here) == (0, 0)
+    assert ours.trained_here and theirs.trained_elsewhere == ours.trained_here
+    assert ours.train_seconds and theirs.train_seconds is None
+    assert given.info.defense.weights_file == "own.safetensors"
+    assert given.info.defense.trained_elsewhere == ["own.safetensors"]
     shown = tables.build([read_run(given.path)]).tables[0].cells
     assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", DASH)
 
@@ -572,9 +572,10 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
 def test_weights_of_the_base(fast_base: Path, tmp_path: Path) -> None:
     via_base = session(tmp_path / "a").run(plan("none", fast_base, None))
     via_weights = session(tmp_path / "b").run(plan("none", None, fast_base))  # the card's recipe, not trained
-    one, two = (r.info["identity"]["base"] for r in (via_base, via_weights))
-    assert one["sha256"] == two["sha256"]
-    assert via_weights.info["base"]["source"]["file"] == "base.safetensors"
+    one, two = (r.identity.base for r in (via_base, via_weights))
+    assert one and two and one.sha256 == two.sha256
+    assert via_weights.info.base
+    assert via_weights.info.base.as_json()["source"]["file"] == "base.safetensors"
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -606,8 +607,8 @@ def test_a_part_of_the_weights_leaves_the_rest_to_the_base(fast_base: Path, tmp_
     head = {"model.model.head.bias": torch.ones(10)}
     save_file(head, tmp_path / "head.safetensors")
     record = session(tmp_path / "a").run(plan("full", fast_base, tmp_path / "head.safetensors"))
-    assert record.info["cost"]["trainable_updated"] == 10
-    assert record.info["identity"]["defense"]["weights"] == tensors.read(tmp_path / "head.safetensors").sha256
+    assert record.cost.trainable_updated == 10
+    assert record.identity.defense.weights == tensors.read(tmp_path / "head.safetensors").sha256
 
 
 def test_estimate_needs_no_weights(server: HubServer) -> None:

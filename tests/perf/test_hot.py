@@ -92,12 +92,10 @@ def test_certify(benchmark: Any) -> None:
 
 def test_reading_certificates(benchmark: Any, tmp_path: Path) -> None:
     from bench.records.record import read_run
-    from tests.helpers.records import stated
+    from tests.helpers.records import begun
 
     line = {"label": 1, "predicted": 1, "radius": 0.1, "n0": 100, "n": 1000, "top_count": 900, "runner_up": 0}
     line |= {"runner_up_count": 100, "p_lower": 0.8, "votes": 1100, "seconds": 0.5}
     (tmp_path / "certificates.jsonl").write_text("".join(json.dumps({"index": i} | line) + "\n" for i in range(5_000)))
-    identity, extra = stated(5_000)
-    info = {"schema": 3, "status": "started", "identity": identity, **extra}
-    (tmp_path / "run.json").write_text(json.dumps(info))
+    (tmp_path / "run.json").write_text(json.dumps(begun(5_000).as_json()))
     assert len(benchmark(read_run, tmp_path).certificates) == 5_000

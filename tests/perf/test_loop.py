@@ -64,7 +64,7 @@ def test_engine_against_the_published_loop(
     task, images = run.task, run.indices[:IMAGES]
     placed = DeviceCertifier(run.certifier, task, images[0])
     placed.use_threads(session.threads)
-    tau = run.identity["noise"]["tau"]
+    tau = run.identity.noise.tau
     test = run.materials.test
     unused = TrainDraw(Noise(0, "test"), 0, BATCH, SIGMA, device)  # this defense draws nothing
     tables: dict[str, list[float]] = {}
@@ -84,7 +84,7 @@ def test_engine_against_the_published_loop(
         tables["theirs"] = (hits / len(images)).tolist()
 
     def certified(found: list[Certificate]) -> list[float]:
-        return [p["value"] for p in metrics.summarise(found, plan.card.radii)["certified_accuracy"]]
+        return [rate.value for rate in metrics.summarise(found, plan.card.radii).certified_accuracy]
 
     ratios = paired(theirs, ours, 3)
     with capsys.disabled():

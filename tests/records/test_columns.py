@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from bench.errors import BenchError
 from bench.records import metrics
 from bench.records.columns import NULL, Columns, column
-from bench.records.record import SCHEMA, Claim, read_run
+from bench.records.record import ImportedCertificate, read_run
 from bench.smoothing.votes import Certificate
-from tests.helpers.records import stated
+from tests.helpers.records import begun
 
 LARGE = st.integers(NULL + 1, 2**63 - 1)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -39,7 +39,7 @@ CERTIFICATES = st.builds(
     seconds=FLOATS,
 )
 CLAIMS = st.builds(
-    Claim,
+    ImportedCertificate,
     index=LARGE,
     label=st.integers(0, 9),
     predicted=MAYBE,
@@ -50,8 +50,10 @@ CLAIMS = st.builds(
 
 
 @given(rows=st.lists(CERTIFICATES, max_size=8) | st.lists(CLAIMS, min_size=1, max_size=8))
-def test_rows_come_out_as_they_went_in(rows: list[Certificate] | list[Claim]) -> None:
-    kept: Columns[Certificate | Claim] = Columns(Claim if rows and isinstance(rows[0], Claim) else Certificate)
+def test_rows_come_out_as_they_went_in(rows: list[Certificate] | list[ImportedCertificate]) -> None:
+    kept: Columns[Certificate | ImportedCertificate] = Columns(
+        ImportedCertificate if rows and isinstance(rows[0], ImportedCertificate) else Certificate
+    )
     for row in rows:
         kept.append(row)
     assert list(kept) == rows and len(kept) == len(rows)
@@ -78,28 +80,27 @@ def test_a_summary_is_what_counting_one_by_one_gives(
         own = [r for r in rows if label in (None, r.label)]
         found = metrics.summarise(kept, radii, label)
         assert found == metrics.summarise(rows, radii, label)
-        assert found["images"] == len(own)
+        assert found.images == len(own)
         right = [r for r in own if r.predicted == r.label]
-        assert [p["count"] for p in found["certified_accuracy"]] == [sum(r.radius >= x for r in right) for x in radii]
-        assert found["abstained"]["count"] == sum(r.predicted is None for r in own)
-        assert found["acr"] == pytest.approx(math.fsum(r.radius for r in right) / max(1, len(own)))
-    json.dumps(metrics.summarise(kept, radii))
+        assert [p.count for p in found.certified_accuracy] == [sum(r.radius >= x for r in right) for x in radii]
+        assert found.abstained.count == sum(r.predicted is None for r in own)
+        assert found.acr == pytest.approx(math.fsum(r.radius for r in right) / max(1, len(own)))
+    json.dumps(metrics.summarise(kept, radii).as_json())
 
 
 def test_an_image_counts_at_its_own_radius() -> None:
     """As every anytime certificate has it: a radius of the grid itself."""
     rows = [Certificate(3, r, 10, 100, 90, None, 0, 0.8, 110, index=i, label=3) for i, r in enumerate((0.25, 0.5))]
     found = metrics.summarise(rows, [0.25, math.nextafter(0.25, 1), 0.5, math.nextafter(0.5, 1)])
-    assert [p["count"] for p in found["certified_accuracy"]] == [2, 1, 1, 0]
+    assert [p.count for p in found.certified_accuracy] == [2, 1, 1, 0]
 
 
 GOOD = vars(Certificate(1, 0.1, 10, 100, 90, None, 0, 0.8, 110, index=1, label=1, seconds=0.5))
 
 
 def _begun(folder: Path, count: int) -> None:
-    """A run.json of so many images, none of them done."""
-    identity, extra = stated(count)
-    (folder / "run.json").write_text(json.dumps({"schema": SCHEMA, "status": "started", "identity": identity, **extra}))
+    """Write a run.json of ``count`` images, none of them done."""
+    (folder / "run.json").write_text(json.dumps(begun(count).as_json()))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,9 @@ def test_a_line_that_is_no_row_is_refused(tmp_path: Path, line: bytes) -> None:
 
 
 def test_a_claim_knows_no_counts() -> None:
-    claim = vars(Claim(1, 1, 1, 0.5))
+    imported = vars(ImportedCertificate(1, 1, 1, 0.5))
     with pytest.raises(ValueError, match="n is 5"):
-        Columns(Claim).add(claim | {"n": 5})
+        Columns(ImportedCertificate).add(imported | {"n": 5})
 
 
 def test_a_certificate_takes_little_memory(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_certificate_takes_little_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert len(record.certificates) == rows
-    images = record.identity["indices"]
+    images = record.identity.indices
     other = sys.getsizeof(images) + sum(map(sys.getsizeof, images))
     assert held - other <= 110 * rows
     assert most - other <= 150 * rows

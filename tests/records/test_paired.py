@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,10 @@ def test_pooled_shares_are_means_over_the_same_images(tmp_path: Path) -> None:
     two = read_run(made_up(tmp_path, [0.3, 0.1, None, 0.3], indices=[3, 2, 1, 0], seed=1))
     runs = [one.certificates, two.certificates]
     at_zero, within = metrics.pooled(runs, [0.0, 0.25])
-    assert (at_zero["value"], within["value"]) == (0.75, 0.5)
-    assert (within["low"], within["high"]) == pytest.approx(bounds.interval(2, 4))
-    assert metrics.pooled_abstention(runs)["value"] == 0.25
-    assert metrics.pooled(runs, [0.25], label=0)[0]["value"] == 1.0
+    assert (at_zero.value, within.value) == (0.75, 0.5)
+    assert (within.low, within.high) == pytest.approx(bounds.interval(2, 4))
+    assert metrics.pooled_abstention(runs).value == 0.25
+    assert metrics.pooled(runs, [0.25], label=0)[0].value == 1.0
 
 
 @pytest.mark.parametrize("images", [20, 60, 120])
@@ -187,3 +188,71 @@ def test_the_score_interval_covers(n: int, first: float, second: float) -> None:
             low, high = paired.score_interval(a, b, n)
             covered += chance * (low <= second - first <= high)
     assert covered >= (0.98 if n * (first + second) <= 2 else 0.935)
+
+
+COUNTS = st.integers(0, 200)
+
+
+@given(first=COUNTS, second=COUNTS)
+def test_mcnemar_is_the_binomial_tail_counted_exactly(first: int, second: int) -> None:
+    n = first + second
+    tail = Fraction(sum(math.comb(n, k) for k in range(min(first, second) + 1)), 2**n)
+    assert paired.mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-9)
+
+
+@given(first=COUNTS, second=COUNTS, both=COUNTS, neither=COUNTS)
+@settings(max_examples=25, deadline=None)
+def test_mcnemar_agrees_with_statsmodels(first: int, second: int, both: int, neither: int) -> None:
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    expected = tables.mcnemar([[both, first], [second, neither]], exact=True).pvalue
+    assert paired.mcnemar(first, second) == pytest.approx(min(1.0, expected), rel=1e-9)
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_holm_agrees_with_statsmodels(p: list[float]) -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    assert paired.holm(p) == pytest.approx(list(multitest.multipletests(p, method="holm")[1]))
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12), level=st.floats(0.001, 1))
+def test_holm_rejects_what_its_steps_reject(p: list[float], level: float) -> None:
+    """Holm 1979: the smallest p first against level/m, the next against level/(m-1), stopping at the first failure."""
+    rejected = set()
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        if (len(p) - rank) * p[i] > level:
+            break
+        rejected.add(i)
+    assert {i for i, v in enumerate(paired.holm(p)) if v <= level} == rejected | (
+        set(range(len(p))) if level == 1 else set()
+    )
+
+
+def test_holm_by_hand() -> None:
+    assert paired.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert paired.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+@given(lost=st.integers(0, 120), won=st.integers(0, 120))
+def test_the_test_is_one_sided_and_exact(lost: int, won: int) -> None:
+    tail = Fraction(sum(math.comb(lost + won, k) for k in range(lost, lost + won + 1)), 2 ** (lost + won))
+    assert paired.loss(lost, won) == pytest.approx(float(tail), rel=1e-9)
+
+
+@given(
+    images=st.integers(1, 25),
+    lost=st.integers(0, 10),
+    won=st.integers(0, 10),
+    level=st.sampled_from([0.01, 0.05, 0.3]),
+    points=st.sampled_from([0.0, 2.0, 20.0]),
+)
+@settings(max_examples=30, deadline=None)
+def test_power_is_the_sum_over_every_outcome(images: int, lost: int, won: int, level: float, points: float) -> None:
+    a, b = lost / 20, won / 20
+    expected = 0.0
+    for x in range(images + 1):
+        for y in range(images + 1 - x):
+            if paired.regresses(x, y, images, paired.loss(x, y), level, points):
+                ways = math.comb(images, x) * math.comb(images - x, y)
+                expected += ways * a**x * b**y * (1 - a - b) ** (images - x - y)
+    assert paired.power(images, a, b, level, points) == pytest.approx(expected, abs=1e-9)

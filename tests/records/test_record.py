@@ -8,30 +8,33 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.records.record import SCHEMA, Run, find_runs, read_run
+from bench.records import metrics
+from bench.records.record import find_runs, read_run
+from bench.records.schema import SCHEMA, Cost
+from bench.records.writer import RunFolder
 from bench.smoothing.votes import Certificate
-from tests.helpers.records import costs, stated
+from tests.helpers.records import begun, costs
 
-IDENTITY, EXTRA = stated(3)
+INFO = begun(3)
 
 
 def certificate(index: int) -> Certificate:
     return Certificate(1, 0.1, 10, 100, 90, 0, 10, 0.8, 110, index=index, label=1, seconds=0.5)
 
 
-def open_run(out: Path) -> Run:
-    return Run(out, "d-none-s0.25", IDENTITY, EXTRA)
+def open_run(out: Path) -> RunFolder:
+    return RunFolder(out, "d-none-s0.25", INFO)
 
 
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     for i in range(3):
         run.append(certificate(i))
-    run.finish(costs(330), {"images": 3})
+    run.finish(Cost.of(costs(330)), metrics.summarise(run.done, [0.0]))
     run.close()
     record = read_run(run.path)
     assert record.complete
-    assert record.identity == IDENTITY
+    assert record.identity == INFO.identity
     assert list(record.certificates) == [certificate(i) for i in range(3)]
     assert find_runs(tmp_path) == [run.path]
     assert find_runs(run.path) == [run.path]

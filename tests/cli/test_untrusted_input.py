@@ -1,4 +1,4 @@
-"""What strangers made is read, never obeyed: no code run, no server asked, no file written, no memory taken unsaid."""
+"""Untrusted input is read, never executed: no code run, no server contacted, no file written, no memory exhausted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from bench.errors import BenchError
 from bench.io import http, hub, limits, tensors
 from bench.io.http import Client
 from bench.process.runlog import RunLog
-from bench.records.record import Run, read_run
+from bench.records.record import read_run
+from bench.records.schema import RunInfo
+from bench.records.writer import RunFolder
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.procedures import describe
 from tests.fuzz.served import raw_server
@@ -55,14 +57,14 @@ UNTRAINED: dict[str, Any] = {
 
 @pytest.fixture
 def evil(tmp_path: Path) -> Path:
-    """A defense file that leaves a mark when it is run."""
+    """A defense file that creates a file when it is run."""
     file = tmp_path / "evil.py"
     file.write_text(EVIL)
     return file
 
 
 def record(out: Path, **arguments: Any) -> Path:
-    """A run that bears an audit, of a defense without weights, and says it was typed with these arguments."""
+    """Write a run that passes its audit, of a defense without weights, with these arguments."""
     run = made_up(out, [990, 1000, 700, 400], counted=True, name="none", defense=UNTRAINED)
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(info | {"arguments": {"dataset": TINY, "defenses": "none"} | arguments}))
@@ -70,7 +72,7 @@ def record(out: Path, **arguments: Any) -> Path:
 
 
 def refused(call: Callable[[], object]) -> str:
-    """The one line in which it ends."""
+    """Return the one line with which a call is refused."""
     with pytest.raises(BenchError) as e:
         call()
     assert "\n" not in str(e.value)
@@ -108,11 +110,11 @@ def test_no_file_is_run_inside_of_a_defense_either(evil: Path, tmp_path: Path) -
     plugins.load(str(evil))
 
 
-NOBODY = [{"defenses": 3}, {"unknown": 1}, {"n": "many"}, {"sigma": ".25,.5"}, {"sigma": "x"}, {"n": 10**12}]
+WRONG_ARGUMENTS = [{"defenses": 3}, {"unknown": 1}, {"n": "many"}, {"sigma": ".25,.5"}, {"sigma": "x"}, {"n": 10**12}]
 
 
-@pytest.mark.parametrize("arguments", NOBODY)
-def test_arguments_that_nobody_typed(bench: Bench, tmp_path: Path, arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize("arguments", WRONG_ARGUMENTS)
+def test_arguments_that_no_run_has(bench: Bench, tmp_path: Path, arguments: dict[str, Any]) -> None:
     result = bench("verify", record(tmp_path, **arguments))
     assert result.code == 2 and result.err.count("\n") == 1, result.err
 
@@ -157,7 +159,7 @@ def test_a_server_is_asked_only_where_the_user_names_it(bench: Bench, tmp_path: 
 
 
 def asked(most: int = 1000) -> str:
-    """What is said of the raw server's answer."""
+    """The error about the raw server's answer."""
     return refused(lambda: Client().ask(raw_server().url, lambda a: a.content, most=most))
 
 
@@ -230,10 +232,10 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
     kept = tmp_path / "kept"
     kept.write_text("precious")
     run = made_up(tmp_path / "runs", [0.1])
-    info = json.loads((run / "run.json").read_text())
+    info = RunInfo.of(json.loads((run / "run.json").read_text()))
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(kept)
-    assert "is a link" in refused(lambda: Run(run.parent, "digits-lora-s0.25", info["identity"], {}))
+    assert "is a link" in refused(lambda: RunFolder(run.parent, "digits-lora-s0.25", info))
     assert kept.read_text() == "precious"
 
 
@@ -244,7 +246,7 @@ def test_no_log_is_written_through_a_link(tmp_path: Path) -> None:
     assert "is a link" in refused(lambda: RunLog(file))
     file.unlink()
     os.mkfifo(file)
-    assert "no file" in refused(lambda: RunLog(file))
+    assert "not a regular file" in refused(lambda: RunLog(file))
     assert kept.read_text() == "precious"
 
 
@@ -337,7 +339,7 @@ train = "train.parquet"
 
 @pytest.mark.parametrize(
     ("size", "rows", "words"),
-    [(2**20, 2000, "take more than the"), (0, 10**6, "take more than the"), (0, 11_000_000, "more than 10,000,000")],
+    [(2**20, 2000, "take more than "), (0, 10**6, "take more than "), (0, 11_000_000, "more than 10,000,000")],
     ids=["pictures", "labels", "rows"],
 )
 def test_a_parquet_bomb_is_refused_before_it_takes_the_memory(
