@@ -25,7 +25,7 @@ class Voting:
     """The runs under way and the workers that vote for them."""
 
     def __init__(self, place: Place, when: When, ended: Callable[[Record | DefenseFault], None]) -> None:
-        """``ended`` is called with the record of each run, or with the fault of its defense."""
+        """Call ``ended`` with the record of each run, or with the fault of its defense."""
         self.pool = WorkerPool(place, self._send, when, self._joined, self._left)
         self.runs: dict[int, ClusterRun] = {}  # by their numbers
         self._dispatcher, self._timeout, self._ended = Dispatcher(), place.timeout, ended

@@ -29,7 +29,7 @@ def migrate(info: object) -> dict[str, Any]:
 
 
 def _from_1(info: dict[str, Any]) -> None:
-    """Schema 2 added shared parts, settings in names, and the hash of the certificates."""
+    """Add what schema 2 added: shared parts, settings in names, and the hash of the certificates."""
     if isinstance(defense := info.setdefault("defense", {}), dict):
         defense.update({"settings": {}, "search": [], "trained_elsewhere": []})
     info |= {"certificates_sha256": None, "environment": info.get("environment", {})}
@@ -39,7 +39,7 @@ def _from_1(info: dict[str, Any]) -> None:
 
 
 def _from_2(info: dict[str, Any]) -> None:
-    """Schema 3 states the family of a defense and what it trains in two fields."""
+    """State the family of a defense and what it trains in two fields, as schema 3 does."""
     if isinstance(defense := info.setdefault("defense", {}), dict):
         family = defense.get("family")
         defense.update(trains=family, family="imported" if family == "imported" else "")

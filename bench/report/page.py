@@ -122,7 +122,7 @@ def _section(key: str, tables: list[Table], envelope: Envelope | None, figures: 
 
 
 def _looks(tables: Sequence[Table], envelope: Envelope | None) -> Looks:
-    """Number the methods of a section, which look the same in all of its figures."""
+    """Assign numbers to the methods of a section, which look the same in all of its figures."""
     labels = [m.label for table in tables for m in table.methods]
     labels += [curve.label for curve in envelope.curves] if envelope else []
     return {label: i for i, label in enumerate(dict.fromkeys(labels))}

@@ -48,7 +48,7 @@ class Audit:
         return Noise(self.seed, "audit")
 
     def record(self) -> dict[str, Any]:
-        """The audit as run.json keeps it, once passed."""
+        """Return the passed audit as run.json keeps it."""
         return {"images": sorted(self.claims), "votes": self.votes, "seed": self.seed, "level": LEVEL}
 
 

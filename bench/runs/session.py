@@ -71,7 +71,7 @@ class Session:
         return self._materials[key]
 
     def _base_weights(self, plan: Plan) -> Path | None:
-        """The plan's ``--weights`` where they are the base's: where its defense has no weights of its own."""
+        """Return the plan's ``--weights`` if they are the base's: if its defense has no weights of its own."""
         if plan.weights is None:
             return None
         base = untrained_base(plan.card, plan.base, self.device, probe=not plan.cls.adapts)
@@ -111,7 +111,7 @@ class Session:
         return PreparedRun(plan, name, tried, materials, fitted, with_rows(rows), replace(task, block=rows))
 
     def _searched(self, plan: Plan, materials: Materials) -> tuple[Plan, list[dict[str, Any]]]:
-        """The plan with its searched settings chosen, and the scores of the candidates; unchanged without a search."""
+        """Return the plan with its searched settings chosen, and the candidates' scores; unchanged without a search."""
         if not plan.candidates:
             return plan, []
         name = f"{len(plan.candidates)} candidates of {plugins.short_name(plan.defense)}"
@@ -133,7 +133,7 @@ class Session:
         return prepared
 
     def log_file(self, plan: Plan) -> Path:
-        """The place of a run's log until the run has a folder."""
+        """Return the place of a run's log until the run has a folder."""
         shard = f".{self.shard.folder}" if self.shard else ""
         return self.out / f"{run_name(plan)}-{digest(plan.options.record())[:8]}{shard}.log"
 
