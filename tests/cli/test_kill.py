@@ -168,5 +168,5 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     assert process.stderr is not None
     err = process.stderr.read().decode()
     assert process.wait() == 130
-    assert "same command again to resume" in err
+    assert "repeat the command to resume" in err
     assert "Traceback" not in err

@@ -257,7 +257,7 @@ def test_defenses_on_the_same_base_share_one_table(bench: Bench, tmp_path: Path)
     }
     assert [len(t["rows"]) for t in tables if t is not transfer] == [1]
     text = bench("report", out).out
-    assert text.count("with a dash under 'base, clean' the defense brought its own head, else a linear probe") == 1
+    assert text.count("with a dash under 'base, clean' the defense has its own head; the others use a linear probe") == 1
 
     for folder in out.glob("tiny-[jt]*"):
         verified = bench("verify", folder)

@@ -107,7 +107,7 @@ def test_a_defense_that_cannot_be_copied_votes_in_one_thread(
     mine.write_text(
         Path(defense("leaves_notes"))
         .read_text()
-        .replace("self.note: Tensor | None = None", "self.note = __import__('_thread').allocate_lock()")
+        .replace("self.note = None", "self.note = __import__('_thread').allocate_lock()")
     )
     (plan,) = make_plans(RunOptions(defenses=str(mine), dataset=TINY))
     reporter = Quiet()
