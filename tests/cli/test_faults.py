@@ -59,7 +59,7 @@ def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path) -> None:
     errors = [e for e in errors if not ("log.txt has gaps: No space left" in e and str(disk) in e)]
     assert said.count("-- ") == len(errors) + 2 >= 5  # the last size, and that it fits
     assert all("cannot write" in e and str(disk) in e and "No space left" in e for e in errors)
-    assert any("certificates.jsonl" in e and "all certified before is kept: free space there" in e for e in errors)
+    assert any("certificates.jsonl" in e and "all certificates so far are kept: free space there" in e for e in errors)
     assert certificates(tmp_path / "kept") == certificates(whole)
 
 
@@ -87,7 +87,7 @@ def test_a_write_that_ends_within_a_line_loses_nothing(whole: Path, tmp_path: Pa
     process = start(with_small_files, command, tmp_path / "runs", 5000, cache=cache_root(), log=log)
     process.join()
     assert process.exitcode == 0, log.read_text()
-    assert "certificates.jsonl: File too large; all certified before is kept" in log.read_text()
+    assert "certificates.jsonl: File too large; all certificates so far are kept" in log.read_text()
     assert certificates(tmp_path / "runs") == certificates(whole)
 
 

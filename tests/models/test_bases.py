@@ -29,9 +29,10 @@ from bench.models import base_names, bases, probe
 from bench.models.base import BaseModel
 from bench.options import RunOptions
 from bench.records.record import read_run
-from bench.report import cells, tables
+from bench.report import cells
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
+from bench.text import DASH
 from tests.helpers.hubserver import COMMIT, HubServer
 
 SHARED = Path(os.environ.get("CERTBENCH_SHARED") or Path(__file__).parents[2] / ".." / "shared")
@@ -501,7 +502,7 @@ def plan(defense: str, base: Path | None, weights: Path | None, *settings: str) 
             sigma=".25",
             train_sigma=None,
             base=base and str(base),
-            weights=weights,
+            weights=weights and str(weights),
             preset=None,
             examples="10",
             n0=10,
@@ -550,7 +551,7 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     assert given.info.defense.weights_file == "own.safetensors"
     assert given.info.defense.trained_elsewhere == ["own.safetensors"]
     shown = cells.columns([read_run(given.path)])
-    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", tables.DASH)
+    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", DASH)
 
 
 def test_weights_of_the_base(fast_base: Path, tmp_path: Path) -> None:
