@@ -256,8 +256,8 @@ def test_defenses_on_the_same_base_share_one_table(bench: Bench, tmp_path: Path)
         "lora": False,
     }
     assert [len(t["rows"]) for t in tables if t is not transfer] == [1]
-    text = bench("report", out).out
-    assert text.count("with a dash under 'base, clean' the defense has its own head; the others use a linear probe") == 1
+    heads = "with a dash under 'base, clean' the defense has its own head; the others use a linear probe"
+    assert bench("report", out).out.count(heads) == 1
 
     for folder in out.glob("tiny-[jt]*"):
         verified = bench("verify", folder)
