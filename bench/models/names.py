@@ -221,8 +221,8 @@ def _not_in(where: str, filename: str, others: Sequence[str] = ()) -> hub.Missin
     if filename == _CONFIG:
         return hub.MissingFile(f"{where} has no {filename}: it is not a timm model; give another base")
     return hub.MissingFile(
-        f"{where} has no {filename}: pickled weights are refused, since reading them can run hidden code; if you "
-        f"trust them, convert them with torch.load(..., weights_only=True) and safetensors' save_file"
+        f"{where} has no {filename}: pickled weights are refused, since reading them can run hidden code; convert "
+        f"its file, without running any: bench convert FILE --to {filename} --as tensors"
     )
 
 
