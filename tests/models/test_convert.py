@@ -64,12 +64,12 @@ def test_cohens_resnet110_is_converted(bench: Bench, tmp_path: Path) -> None:
     assert described["input_size"] == [3, 32, 32]
 
 
-def equal_logits(tmp_path: Path, net: torch.nn.Module, shape: tuple[int, int, int], values: list[list[float]]) -> None:
+def equal_logits(tmp_path: Path, net: released.ResNet, shape: tuple[int, int, int], values: list[list[float]]) -> None:
     """Convert a released network; compare the base made of it with the network itself, normalised by hand."""
     wrapped = shape[1] == 224
     file, out = released.save(tmp_path / "c.pth.tar", released.Normalised(net, wrapped)), tmp_path / "c.safetensors"
     convert(file, out, Stated())
-    classes = tuple(map(str, range(net.fc.out_features)))  # type: ignore[union-attr]
+    classes = tuple(map(str, range(net.fc.out_features)))
     base = timmfolders.load(timmfolders.card(classes, shape=shape, bases={}), out)
     x = torch.rand(2, *shape)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in values)
