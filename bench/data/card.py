@@ -106,10 +106,9 @@ class Card:
     home: Path = Path()  # the folder of the card's file; not a key of it
 
     def __post_init__(self) -> None:
-        for where, owner in [("", self), *((f"bases.{name}.", recipe) for name, recipe in self.bases.items())]:
-            for key in ("mean", "std"):
-                if getattr(owner, key) and len(getattr(owner, key)) != self.shape[0]:
-                    raise ValueError(f"{where}{key}: {len(getattr(owner, key))} values for {self.shape[0]} channels")
+        _check_channels("", self, self.shape[0])
+        for name, recipe in self.bases.items():
+            _check_channels(f"bases.{name}.", recipe, self.shape[0])
         for name in self.splits:
             if has(self.source, name):
                 raise ValueError(f"splits.{name}: the source has its own {name} part, which is used completely")
@@ -135,6 +134,12 @@ class Card:
         # Not of the folder; the images in it are hashed themselves.
         parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_channels(where: str, owner: Card | Recipe, channels: int) -> None:
+    for key in ("mean", "std"):
+        if getattr(owner, key) and len(getattr(owner, key)) != channels:
+            raise ValueError(f"{where}{key}: {len(getattr(owner, key))} values for {channels} channels")
 
 
 def root(card: Card, source: Stored) -> tuple[Path, str]:

@@ -70,6 +70,11 @@ class Pictures:
         """Select the given rows without decoding them."""
         return replace(self, rows=self.rows[indices])
 
+    def joined(self, other: Pictures) -> Pictures:
+        """Append another selection of the same source."""
+        assert other.done is self.done
+        return replace(self, rows=np.concatenate([self.rows, other.rows]))
+
     def _decoded(self, row: int) -> NDArray[np.uint8]:
         """Decode a picture, and report the first one of each kind of change."""
         decoded = self.picture(row)

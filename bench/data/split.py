@@ -65,6 +65,16 @@ class Split:
         """Select the first ``count`` rows; 0: all."""
         return self.select(slice(count)) if count else self
 
+    def joined(self, other: Split) -> Split:
+        """Append the rows of another split of the same source."""
+        images: NDArray[np.uint8] | Pictures
+        if isinstance(self.images, Pictures):
+            assert isinstance(other.images, Pictures)
+            images = self.images.joined(other.images)
+        else:
+            images = np.concatenate([self.images, other.images[:]])
+        return replace(self, images=images, labels=np.concatenate([self.labels, other.labels]))
+
     def select(self, indices: Any) -> Split:
         """Select the given rows without decoding them."""
         images = self.images.select(indices) if isinstance(self.images, Pictures) else self.images[indices]

@@ -42,8 +42,8 @@ def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False,
         BenchError: The name is unknown, or its file is missing or a pickle.
     """
     means = card.presets[preset]
-    own = means.transfer_base if adapts else scratch and means.scratch_base or means.base or next(iter(card.bases), "")
-    name = base or own
+    usual = (scratch and means.scratch_base) or means.base or next(iter(card.bases), "")
+    name = base or (means.transfer_base if adapts else usual)
     if adapts and not name:
         raise BenchError(
             f"card {card.name} has no base of another task for preset {preset}; "
