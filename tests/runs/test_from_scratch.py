@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.helpers.commands import TINY, Bench, defense
 
 
 def plans(dataset: str, defenses: str = "retrain", **given: Any) -> list[Plan]:
-    return make_plans(RunOptions(defenses=defenses, dataset=dataset, **{"preset": "paper", **given}))
+    return make_plans(RunOptions(**{"defenses": defenses, "dataset": dataset, "preset": "paper", **given}))
 
 
 def test_the_bases_of_the_paper_presets() -> None:
@@ -111,23 +112,31 @@ schedule = { epochs = 1 }
 
 
 @pytest.mark.parametrize(
-    ("more", "images", "stated"),
+    ("given", "images", "stated"),
     [
-        ([], 1597, "trained on 1,597 images, the 100 of validation included"),
+        ({}, 1597, "trained on 1,597 images, the 100 of validation included"),
         (
-            ["--search", "lr=1e-3,1e-4"],
+            {"search": ("lr=1e-3,1e-4",)},
             1497,
             "trained on 1,497 images, without the 100 of validation, that --search uses",
         ),
-        (
-            ["--split", "validation"],
-            1497,
-            "trained on 1,497 images, without the 100 of validation, that are certified",
-        ),
+        ({"split": "validation"}, 1497, "trained on 1,497 images, without the 100 of validation, that are certified"),
+        ({"base": "vit"}, 1497, None),
+        ({"defenses": "none"}, 1497, None),
     ],
 )
-def test_validation_images_are_trained_on_where_nothing_is_chosen_on_them(
-    bench: Bench, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], images: int, stated: str
+def test_which_images_a_run_trains_on(card: str, given: dict[str, Any], images: int, stated: str | None) -> None:
+    (plan,) = plans(card, **{"preset": "quick", **given})
+    train, validation = load_splits(plan.card, "train", "validation")
+    found = plan.training_images(train, validation)
+    assert (len(found), found.sha256() == train.sha256()) == (images, images == 1497)
+    given_weights = replace(plan, weights=Path("mine.safetensors"))
+    assert given_weights.training_images(train, validation) is train
+    assert found.origin == ("scikit-learn" if stated is None else f"scikit-learn; {stated}")
+
+
+def test_a_run_from_scratch_trains_no_base_and_says_on_which_images_it_trained(
+    bench: Bench, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
     seen: list[Split] = []
@@ -138,30 +147,28 @@ def test_validation_images_are_trained_on_where_nothing_is_chosen_on_them(
         return real(plan, base, train, *rest)
 
     monkeypatch.setattr(fitting, "fit", spy)
-    run = ["run", "--defense", "retrain", "--dataset", card, "--set", "epochs=0.1", "--out", tmp_path / "runs"]
-    ran = bench(*run, *more)
+    run = ["run", "--defense", "retrain", "--dataset", card, "--set", "epochs=0.1", "--examples", "2"]
+    ran = bench(*run, "--out", tmp_path / "runs")
     assert ran.code == 0, ran.err
+    stated = "trained on 1,597 images, the 100 of validation included"
     assert f"retrain: {stated}" in ran.err
+    assert [len(train) for train in seen] == [1597]
+    assert list((tmp_path / "cache").glob("*-base-*")) == []
+    assert "not trained, since only its architecture is used" in ran.err
     (folder,) = (tmp_path / "runs").glob("scratch-retrain-*")
     info = read_run(folder).info
     assert info.data["train"] == f"scikit-learn; {stated}"
-    assert {len(train) for train in seen} == {images}
-    # The base is an architecture: neither trained nor measured.
-    assert [f.name for f in (tmp_path / "cache").glob("*-base-*")] == []
-    assert "not trained, since only its architecture is used" in ran.err
     base = info.as_json()["base"]
     assert (base["source"], base["clean_correct"]) == ({"kind": "untrained"}, None)
     assert (base["preprocessing"]["mean"], base["preprocessing"]["size"]) == ([pytest.approx(0.3)], [32, 32])
     assert info.identity.base is not None and info.identity.base.name == "resnet"
-    again = bench(*run, *more)
-    assert again.code == 0 and "already complete" in again.err + again.out
-    verified = bench("verify", folder)
-    assert verified.code == 0, verified.out
+    verified = bench("verify", folder)  # the untrained base is the same again
+    assert verified.code == 0 and "cannot be rebuilt" not in verified.out, verified.out
 
 
 def test_with_a_base_given_it_is_trained_as_the_other_defenses(bench: Bench, card: str, tmp_path: Path) -> None:
     command = ["run", "--defense", "retrain,none", "--base", "vit", "--dataset", card, "--set", "epochs=0.1"]
-    ran = bench(*command, "--out", tmp_path / "runs")
+    ran = bench(*command, "--examples", "2", "--out", tmp_path / "runs")
     assert ran.code == 0, ran.err
     assert ran.out.count("### ") == 1  # one table
     for folder in (tmp_path / "runs").glob("scratch-*"):
