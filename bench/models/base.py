@@ -27,7 +27,7 @@ _owners: WeakValueDictionary[int, BaseModel] = WeakValueDictionary()
 class WeightsSource(TypedDict, total=False):
     """The record of where a base's weights come from."""
 
-    kind: Literal["trained here", "hub", "file", "served"]
+    kind: Literal["trained here", "untrained", "hub", "file", "served"]
     id: str  # on the hub
     revision: str  # commit on the hub
     file: str
@@ -204,6 +204,11 @@ class BaseModel(ABC):
     @abstractmethod
     def untrained(self, classes: int) -> nn.Module:
         """Return the same architecture with random weights. Raises BenchError where it is unknown."""
+
+    @property
+    def untrained_weights(self) -> bool:
+        """Whether its weights are random, since the run uses its architecture alone."""
+        return self.meta.get("source", {}).get("kind") == "untrained"
 
     def view(self, access: Access) -> View:
         """Return the base restricted to ``access``."""

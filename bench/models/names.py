@@ -26,7 +26,7 @@ _WEIGHTS_FILE = f"{_STEM}.safetensors"
 _KINDS = "timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or http://HOST/v2/models/NAME"
 
 
-def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False) -> str:
+def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False, scratch: bool = False) -> str:
     """Choose the base: ``base`` if given, else the preset's, else the card's first recipe.
 
     Reads no weights and uses no network, so a hub id is not checked.
@@ -36,12 +36,14 @@ def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False)
         preset: Name of the preset.
         base: The value of ``--base``.
         adapts: Whether a base of another task is needed: ``base``, or the preset's ``transfer_base``.
+        scratch: Whether only its architecture is used: the preset's ``scratch_base`` then comes before its ``base``.
 
     Raises:
         BenchError: The name is unknown, or its file is missing or a pickle.
     """
     means = card.presets[preset]
-    name = base or (means.transfer_base if adapts else means.base or next(iter(card.bases), ""))
+    usual = (scratch and means.scratch_base) or means.base or next(iter(card.bases), "")
+    name = base or (means.transfer_base if adapts else usual)
     if adapts and not name:
         raise BenchError(
             f"card {card.name} has no base of another task for preset {preset}; "
@@ -141,7 +143,7 @@ def _recipe(card: Card, name: str) -> Blueprint:
     recipe = card.bases[name]
     check_source(f"card {card.name}: bases.{name}", recipe.model, recipe.args)
     try:
-        schedule = TypeAdapter(Schedule).validate_python(recipe.schedule)
+        schedule = TypeAdapter(Schedule | None).validate_python(recipe.schedule)
     except ValidationError as e:
         raise BenchError(f"card {card.name}: bases.{name}.schedule: {e.errors()[0]['msg']}") from None
     for label in recipe.classes:
@@ -152,9 +154,11 @@ def _recipe(card: Card, name: str) -> Blueprint:
         return replace(_published(card, name, recipe.model, recipe.args), schedule=schedule, only=only)
     size = input_size(recipe.args, architecture_config(recipe.model, f"card {card.name}: bases.{name}"))
     classes = len(only) or len(card.classes)
-    made = Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, card_size(card, size), classes)
+    mean, std = recipe.mean or card.mean, recipe.std or card.std
+    made = Blueprint(card, name, recipe.model, recipe.args, mean, std, card_size(card, size), classes)
+    mean_from = "the card's recipe" if recipe.mean or recipe.std else made.mean_from
     size_from = "the card's recipe" if recipe.args.get("img_size") else f"timm's default for {recipe.model}"
-    return replace(made, schedule=schedule, only=only, size_from=size_from)
+    return replace(made, schedule=schedule, only=only, size_from=size_from, mean_from=mean_from)
 
 
 def _published(card: Card, name: str, model: str, args: dict[str, Any]) -> Blueprint:
@@ -171,7 +175,7 @@ def _published(card: Card, name: str, model: str, args: dict[str, Any]) -> Bluep
 
 def _timm_config(model: str, name: str) -> dict[str, Any]:
     """Return timm's pretrained_cfg of a model. Raises BenchError for an unknown name."""
-    import timm
+    from bench.models.architectures import timm
 
     if not timm.is_model(model):
         raise unknown("timm model", model, timm.list_models(pretrained=True))
@@ -246,8 +250,7 @@ def _file(card: Card, path: Path) -> Blueprint:
         return from_config(card, path.name, config, weights, _CONFIG)  # one of several weight files of a timm folder
     else:
         fitting = _fitting_recipe(card, path, stored.tensors)
-        size_from = f"the recipe {fitting.name} that it fits"
-        return replace(fitting, weights=replace(weights, adapt=False), name=path.name, size_from=size_from)
+        return replace(fitting, weights=replace(weights, adapt=False), name=path.name)
     stated = config.get("pretrained_cfg") or {}
     own = isinstance(stated, dict) and "mean" not in stated  # if not a dict, from_config raises
     if own:
@@ -266,8 +269,11 @@ def _fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Blue
         head = f"{architecture_config(plan.architecture, name).get('classifier')}.weight"
         ends = [v for k, v in stored.items() if k == head] or [v for k, v in stored.items() if k.endswith(f".{head}")]
         classes = len(ends[0]) if ends and ends[0].ndim else len(card.classes)
-        # With the card's normalisation, since a file without config states none.
-        plan = replace(plan, classes=classes, schedule=None, mean=card.mean, std=card.std)
+        # With the recipe's or the card's normalisation, since a file without config states none.
+        recipe, fitted = card.bases[name], f"the recipe {name} that it fits"
+        mean, std = recipe.mean or card.mean, recipe.std or card.std
+        mean_from = fitted if recipe.mean or recipe.std else "the card"
+        plan = replace(plan, classes=classes, schedule=None, size_from=fitted, mean=mean, std=std, mean_from=mean_from)
         with torch.device("meta"):  # shapes without memory
             wanted = plan.fresh(classes).model.state_dict()
         wrong = tensors.mismatches(wanted, stored)
@@ -279,7 +285,7 @@ def _fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Blue
     if not fits:
         why = nearest[1] if nearest else "it has none"
         raise BenchError(f"{path} fits no base recipe of card {card.name}: {why}; {fix}")
-    if any(plan.describe() != fits[0].describe() for plan in fits):
+    if any((p.describe(), p.mean, p.std) != (fits[0].describe(), fits[0].mean, fits[0].std) for p in fits):
         names = " and ".join(plan.name for plan in fits)
         raise BenchError(f"{path} fits several recipes of card {card.name}: {names}; {fix}")
     return fits[0]

@@ -22,6 +22,8 @@ def report_base(base: BaseModel, validation: Split, say: Callable[[str], None], 
     if not isinstance(base, LocalBase):
         return
     say(shown(describe(base)))
+    if base.untrained_weights:
+        return
     if base.classes < 2 or int(validation.labels.max()) >= base.classes or "trained_on_classes" in base.meta:
         return  # a base of another task
     right, total = base.accuracy(validation, list(range(min(_IMAGES, len(validation)))))
@@ -51,6 +53,7 @@ def describe(base: LocalBase) -> str:
         f"mean {_numbers(seen['mean'])}, std {_numbers(seen['std'])} (from {seen['normalisation_from']})",
     )
     parts += [base.meta["classes"]] if "classes" in base.meta else []
+    parts += ["not trained, since only its architecture is used"] if base.untrained_weights else []
     return f"base {base.name}: " + "; ".join(parts + source.get("remarks", []))
 
 

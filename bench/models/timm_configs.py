@@ -126,7 +126,7 @@ def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None
 
     The name must not be an address (hf-hub:, local-dir:), and the arguments must be the model's, not timm's own.
     """
-    import timm
+    from bench.models.architectures import timm
 
     if re.search(r"[:/\\]", architecture):
         raise BenchError(f"{where}: {architecture!r} is an address; give the name of a timm model")

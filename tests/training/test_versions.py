@@ -27,7 +27,7 @@ from tests.helpers.commands import TINY, defense
 LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives.OBJECTIVES}
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "27c2143c69a2fad5"),
+    "loop": (1, "aaf498ed444cdda7"),
     "spsa": (1, "a091cc145e9ce5ba"),
     "autoencoder": (1, "462aa627c9db045b"),
     "objective clean": (1, "cd6c4c6bf6233135"),
