@@ -8,7 +8,6 @@ is refused, since peft ignores nothing silently either.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from abc import ABC, abstractmethod
@@ -26,7 +25,6 @@ from bench.io import tensors
 from bench.models.timm_configs import read_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SETTINGS = ("rank", "lora_alpha", "rslora", "dora", "targets", "head")  # of a defense, that the config states
 _PREFIX = "base_model.model."  # of every name in the file
 _FROZEN = "certbench_base_sha256"  # metadata: hash of the tensors that the folder does not have
 _ADAPTER = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
@@ -38,7 +36,8 @@ _HARMLESS = {
     "runtime_config",
 }
 _PLAIN_STARTS = (True, False, None, "gaussian")  # other initialisations also change the base's weights
-_NOTHING = (None, False, "none", 0, [], {})
+_TOLERANCE = 1e-4  # of the largest logit; fused and merged products are rounded in another order
+_NOTHING: tuple[Any, ...] = (None, False, "none", 0, [], {})
 
 
 class FolderWeights(ABC):
@@ -79,6 +78,17 @@ class PeftFolder:
     sha256: str  # of the file of the tensors
     frozen: str | None  # hash of the base's other tensors; None: not stated
     base: str  # name of the base; empty: not stated
+
+    def remark(self, folder: Path) -> str:
+        """Describe what was read, and what had to be assumed."""
+        parts = [f"{', '.join(f'{k}={v}' for k, v in self.settings.items())} from {folder.absolute().name}/{CONFIG}"]
+        if self.frozen is None:
+            parts.append(f"it does not state the weights of its base (it names {shown(self.base) or 'none'})")
+        if half := {str(v.dtype).removeprefix("torch.") for v in self.tensors.values()} - {"float32"}:
+            parts.append(f"stored as {' and '.join(sorted(half))}, computed in float32")
+        if self.settings["head"]:
+            parts.append("the classes of its head are assumed to be in the card's order")
+        return "; ".join(parts)
 
 
 def read(folder: Path) -> PeftFolder:
@@ -212,24 +222,36 @@ def frozen_sha256(base: nn.Module, without: Collection[str] = ()) -> str:
     return h.hexdigest()
 
 
-def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], frozen: str) -> None:
-    """Write the two files.
+def write(
+    folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], base: nn.Module, check: tuple[Tensor, Tensor]
+) -> None:
+    """Write the two files, and load them with peft.
 
     Args:
         folder: An existing folder.
         config: Arguments of peft's LoraConfig.
         state: Tensors by their names in the timm model.
-        frozen: ``frozen_sha256`` of the base without them, which is checked when the folder is read.
+        base: A private copy of the base, from pixels to logits, with the timm model as ``model``.
+        check: Pixels, and the logits that peft must compute from them.
+
+    Raises:
+        BenchError: It computes other logits.
     """
     import peft  # here, since a base is loaded without it
 
+    frozen = frozen_sha256(base, state)
     peft.LoraConfig(**config).save_pretrained(str(folder))
     named = {f"{_PREFIX}{k}": v.detach().cpu().clone().contiguous() for k, v in state.items()}
-    save_file(named, folder / WEIGHTS, metadata={"format": "pt", _FROZEN: frozen})
-    stated = json.loads((folder / CONFIG).read_text())  # peft lists a set, whose order varies
-    if isinstance(stated.get("target_modules"), list):
-        stated["target_modules"].sort()
-        (folder / CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+    # One key alone: safetensors writes several in random order, and equal adapters are to be equal files.
+    save_file(named, folder / WEIGHTS, metadata={_FROZEN: frozen})
+    x, wanted = check
+    base.model = peft.PeftModel.from_pretrained(base.model, str(folder))  # type: ignore[arg-type]
+    apart = float((base.eval()(x) - wanted).abs().max() / wanted.abs().max())
+    if not apart <= _TOLERANCE:
+        raise BenchError(
+            f"peft computes other logits from a folder of these adapters, by {apart:.2g} of the largest; write them "
+            f"merged: --merged"
+        )
 
 
 def names_of(model: nn.Module, layers: Collection[str]) -> list[str] | str:
