@@ -17,9 +17,10 @@ from bench.interface import Access, Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
 from bench.models.names import choose_base, most_access
+from bench.models.peft_folders import FolderWeights
 from bench.models.served import is_url
 from bench.options import RunOptions
-from bench.runs.settings import Values, Variant, variants
+from bench.runs.settings import Values, Variant, as_stored, variants
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.fixed import Fixed
@@ -107,6 +108,8 @@ def make_plans(options: RunOptions) -> list[Plan]:
         _check_objective(o.objective, loaded)
     wanted = variants(loaded, preset, card, o.settings, o.search)
     _check_weights(o, loaded)
+    if o.weights is not None and Path(o.weights).is_dir():
+        wanted = {name: _of_folder(Path(o.weights), name, loaded[name][0], wanted[name]) for name in loaded}
     bases = {
         name: choose_base(card, preset, o.base, cls.adapts, cls.access is Access.NONE)
         for name, (cls, _) in loaded.items()
@@ -161,7 +164,16 @@ def _check_weights(options: RunOptions, loaded: Loaded) -> None:
         raise BenchError("--weights with --search: a search trains its own weights; give only one of the two")
     if len(loaded) > 1:
         raise BenchError(f"--weights {options.weights} are of one defense; --defense names {len(loaded)}")
-    tensors.refuse_pickle(Path(options.weights))
+    if not Path(options.weights).is_dir():
+        tensors.refuse_pickle(Path(options.weights))
+
+
+def _of_folder(folder: Path, name: str, cls: type[Defense], found: Sequence[Variant]) -> list[Variant]:
+    """Return the variants of a defense with the settings that its folder of weights states."""
+    if not issubclass(cls, FolderWeights):
+        raise BenchError(f"--weights {folder} is a folder, and {name} takes none; give a .safetensors file")
+    stored = cls.folder_settings(folder)
+    return [as_stored(variant, stored, str(folder)) for variant in found]
 
 
 def _check_bases(

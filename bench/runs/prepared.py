@@ -130,7 +130,7 @@ class PreparedRun:
                 "commits": fitted.commits,
                 "settings": plan.changed,
                 "search": self.tried,
-                "weights_file": plan.weights and plan.weights.name,
+                "weights_file": plan.weights and plan.weights.absolute().name,
                 "notes": fitted.notes,
             },
         }
