@@ -112,6 +112,10 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         if plan.weights is not None:
             trained = _read_given(plan.weights, plan, base, defense)
         else:
+            if plan.cls.loss is Defense.loss and (
+                stated := objectives.remark(plan.objective, plan.card.shape, plan.train_sigma)
+            ):
+                used.note(stated)
             trained = train_or_load(plan, base, train, device, progress, defense)
     if trained is not None:
         defense = construct(plan, base, device, training)
