@@ -112,10 +112,6 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         if plan.weights is not None:
             trained = _read_given(plan.weights, plan, base, defense)
         else:
-            if plan.cls.loss is Defense.loss and (
-                stated := objectives.remark(plan.objective, plan.card.shape, plan.train_sigma)
-            ):
-                used.note(stated)
             trained = train_or_load(plan, base, train, device, progress, defense)
     if trained is not None:
         defense = construct(plan, base, device, training)
@@ -227,6 +223,9 @@ def train_or_load(
 
     ``most`` is the maximum number of steps of each of its trainings.
     """
+    stated = objectives.remark(plan.objective, plan.card.shape, plan.train_sigma)
+    if stated and plan.cls.loss is Defense.loss:
+        context_of(defense).note(stated)
 
     def fit_defense(checkpoint: Path) -> Weights:
         before = {k: v.detach().clone() for k, v in defense.state_dict().items()}

@@ -196,10 +196,14 @@ def test_an_adapters_gradient_passes_its_zero_layer_after_one_step() -> None:
     assert moved[1] == set(trainable(defense))
 
 
-def test_a_parallel_adapter_is_adaptformers() -> None:
-    """x + MLP(LN(x)) + .1 up(relu(down(LN(x)))) after each block's attention, computed from the layers themselves."""
+@pytest.mark.parametrize("parallel", [0.0, 0.1])
+def test_an_adapter_computes_the_papers_function(parallel: float) -> None:
+    """The block again from its layers: x + h + up(gelu(down(h))) of h = MLP(LN(x)), as in prompt tuning's code.
+
+    Or AdaptFormer's x + MLP(LN(x)) + .1 up(relu(down(LN(x)))).
+    """
     base = vit(depth=1)
-    defense = build(base, "adapter", parallel=0.1, width=3)
+    defense = build(base, "adapter", parallel=parallel, width=3)
     with torch.no_grad(), globalstate.fixed_rng(2):
         for p in trainable(defense).values():
             p.add_(torch.randn_like(p))
@@ -207,25 +211,27 @@ def test_a_parallel_adapter_is_adaptformers() -> None:
     plain: Any = base.module.model
     (block,) = plain.blocks
 
-    def oracle(x: Tensor) -> Tensor:
-        x = x + block.attn(block.norm1(x))
-        h = block.norm2(x)
-        inner = (h @ given["down.weight"].T + given["down.bias"]).clamp(min=0)
-        mlp = block.mlp.fc2(block.mlp.act(block.mlp.fc1(h)))
-        return x + mlp + 0.1 * (inner @ given["up.weight"].T + given["up.bias"])
+    def bottleneck(x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        return act(x @ given["down.weight"].T + given["down.bias"]) @ given["up.weight"].T + given["up.bias"]
 
-    def model(x: Tensor) -> Tensor:
-        tokens = plain.patch_embed((x - 0.3) / 0.4)
-        tokens = torch.cat([plain.cls_token.expand(len(x), -1, -1), tokens], 1) + plain.pos_embed
-        out: Tensor = plain.head(plain.norm(oracle(tokens))[:, 0])
+    def oracle(image: Tensor) -> Tensor:
+        patches = plain.patch_embed((image - 0.3) / 0.4)
+        x = torch.cat([plain.cls_token.expand(len(image), -1, -1), patches], 1) + plain.pos_embed
+        x = x + block.attn(block.norm1(x))
+        normed = block.norm2(x)
+        h = block.mlp.fc2(block.mlp.act(block.mlp.fc1(normed)))
+        added = 0.1 * bottleneck(normed, torch.relu) if parallel else bottleneck(h, nn.functional.gelu)
+        out: Tensor = plain.head(plain.norm(x + h + added)[:, 0])
         return out
 
     assert apart(logits(defense), base.module) > 1e-2
-    assert apart(logits(defense), model) < 1e-5
-    assert apart(logits(defense.train()), model) > 1e-3  # dropout, in training alone
-    fresh = {
-        name.rpartition("mlp.")[2]: p.detach() for name, p in trainable(build(base, "adapter", parallel=0.1)).items()
-    }
+    assert apart(logits(defense), oracle) < 1e-5
+    assert (apart(logits(defense.train()), oracle) > 1e-3) is (parallel > 0)  # AdaptFormer's dropout, in training alone
+
+
+def test_a_parallel_adapter_starts_as_adaptformers() -> None:
+    built = trainable(build(vit(depth=1), "adapter", parallel=0.1))
+    fresh = {name.rpartition("mlp.")[2]: p.detach() for name, p in built.items()}
     assert not any(fresh[name].any() for name in ("down.bias", "up.weight", "up.bias"))
     # Kaiming's uniform with a = sqrt(5), as released: a bound of 1 / sqrt(inputs).
     assert 0.8 < float(fresh["down.weight"].abs().max()) * 32**0.5 <= 1
