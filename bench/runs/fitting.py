@@ -230,6 +230,9 @@ def train_or_load(
 
     ``most`` is the maximum number of steps of each of its trainings.
     """
+    stated = objectives.remark(plan.objective, plan.card.shape, plan.train_sigma)
+    if stated and plan.cls.loss is Defense.loss:
+        context_of(defense).note(stated)
 
     def fit_defense(checkpoint: Path) -> Weights:
         before = {k: v.detach().clone() for k, v in defense.state_dict().items()}
