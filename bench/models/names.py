@@ -109,7 +109,7 @@ def file_weights(path: Path, plan: Blueprint) -> Weights:
     """
     if path.name == _WEIGHTS_FILE and (path.parent / _CONFIG).is_file():
         theirs = blueprint(plan.card, str(path))
-        for key in ("architecture", "size", "mean", "std"):
+        for key in ("architecture", "size", "mean", "std", "resampling"):
             if getattr(theirs, key) != getattr(plan, key):
                 both = f"{key} {getattr(theirs, key)}, and base {plan.name} has {getattr(plan, key)}"
                 raise BenchError(f"--weights {path}: its {_CONFIG} says {both}; give --base {path.parent} instead")

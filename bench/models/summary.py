@@ -46,9 +46,8 @@ def describe(base: LocalBase) -> str:
     given, size = ("x".join(map(str, seen[key])) for key in ("from", "size"))
     parts = [f"{given} images are not resized"]
     if seen["resampling"]:
-        other = seen["config_resampling"] not in (None, seen["resampling"])
-        instead = f" (its config: {seen['config_resampling']})" if other else ""
-        parts = [f"{given} images are resized to {size}, {seen['resampling']}{instead} (size: {seen['size_from']})"]
+        sources = f"size: {seen['size_from']}; interpolation: {seen['resampling_from']}"
+        parts = [f"{given} images are resized to {size}, {seen['resampling']} ({sources})"]
     parts.append(
         f"mean {_numbers(seen['mean'])}, std {_numbers(seen['std'])} (from {seen['normalisation_from']})",
     )

@@ -131,7 +131,7 @@ def test_folder_as_timm_writes_it(tmp_path: Path) -> None:
     base = load(rgb_card(), str(folder(tmp_path / "mine", model)))
     x = torch.rand(4, 3, 8, 8)
     # Noise is added at 8x8; the classifier resizes to what the model takes, with the folder's normalisation.
-    big = torch.nn.functional.interpolate(x, (16, 16), mode="bilinear", align_corners=False)
+    big = torch.nn.functional.interpolate(x, (16, 16), mode="bicubic", antialias=True)
     with torch.no_grad():
         expected = model((big - 0.5) / 0.5)
     assert torch.allclose(base.module(x), expected, atol=1e-6)
@@ -218,7 +218,7 @@ def test_grey_images_through_a_colour_model(tmp_path: Path, digits: Card) -> Non
 
 
 def _up(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.interpolate(x, (16, 16), mode="bilinear", align_corners=False)
+    return torch.nn.functional.interpolate(x, (16, 16), mode="bicubic", antialias=True)
 
 
 def test_untrained_shares_the_architecture_and_no_weights(tmp_path: Path) -> None:
