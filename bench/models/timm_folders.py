@@ -28,7 +28,7 @@ def config_of(
         "pretrained_cfg": {
             "num_classes": len(classes),
             "input_size": [len(mean), *(module.size or shape[1:])],
-            "interpolation": stated["resampling"] or stated["config_resampling"] or "bilinear",
+            "interpolation": stated["resampling"] or "bilinear",
             "crop_pct": 1.0,  # the card's images are resized whole
             "mean": mean,
             "std": module.std.flatten().tolist(),
