@@ -156,6 +156,12 @@ class BaseInfo(Stored):
     clean_correct: Whole | None = None
     images: Annotated[int, Field(ge=1)]
     before_probe: str = ""
+    source: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether only its architecture was used."""
+        return self.source.get("kind") == "untrained"
 
 
 class SearchResult(Stored):

@@ -70,7 +70,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
         "Grid noise: a certificate covers every image of integer pixel values within its radius."
         if setting.noise == "grid"
         else "",
-        _imported() if setting.imported else _heads(methods),
+        _imported() if setting.imported else _heads(setting, methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
         if setting.preset == "quick"
         else "",
@@ -126,8 +126,10 @@ def _imported() -> str:
     )
 
 
-def _heads(methods: Sequence[Method]) -> str:
-    """Say where the head comes from where the base was trained on other classes."""
+def _heads(setting: Setting, methods: Sequence[Method]) -> str:
+    """Say where the head comes from where the base was trained on other classes, or not at all."""
+    if setting.untrained_base:
+        return "The base is an architecture without trained weights, so it has no accuracy of its own."
     headless = [m.row.base_clean_accuracy is None for m in methods]
     if not any(headless):
         return ""

@@ -96,6 +96,7 @@ class Setting:
     preset: str | None
     classes: list[str]  # empty: not known
     imported: bool
+    untrained_base: bool  # only its architecture was used
 
     @property
     def within(self) -> list[float]:
@@ -130,6 +131,7 @@ def read_setting(record: Record) -> Setting:
         preset=info.preset,
         classes=info.classes,
         imported=record.imported,
+        untrained_base=info.base is not None and info.base.untrained,
     )
 
 

@@ -162,6 +162,7 @@ def test_a_run_from_scratch_trains_no_base_and_says_on_which_images_it_trained(
     assert (base["source"], base["clean_correct"]) == ({"kind": "untrained"}, None)
     assert (base["preprocessing"]["mean"], base["preprocessing"]["size"]) == ([pytest.approx(0.3)], [32, 32])
     assert info.identity.base is not None and info.identity.base.name == "resnet"
+    assert "The base is an architecture without trained weights" in ran.out and "other classes" not in ran.out
     verified = bench("verify", folder)  # the untrained base is the same again
     assert verified.code == 0 and "cannot be rebuilt" not in verified.out, verified.out
 
