@@ -13,26 +13,38 @@ from torch import Tensor, nn
 from bench.errors import BenchError, one_line
 from bench.interface import Access, Defense, Draw, Job, Step
 from bench.io import tensors
+from bench.models.resampling import check_interpolation, resample
 from bench.models.timm_configs import described, read_config
 from bench.training.autoencoder import MaskedAutoencoder, PatchEncoder, resized
+from bench.training.prompts import Whitening, blackvip_decoder, patch_decoder
 from bench.training.spsa import SPSA, Diverged, Gains, Replay
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Coordinator(Defense):
     """BlackVIP (Oh et al. 2023, arXiv 2303.14773): a frozen encoder, and a small decoder trained by SPSA-GC.
 
     The base is queried with clip(x + p_eps * prompt(x)); neither gradients nor weights are used. ``paper`` uses the
-    released encoder (ViT-MAE-B, class token), decoder (9,920 parameters with its trigger, for three channels) and
-    constants, with certbench's own query budget. It differs from the released code where that would invalidate a
-    certificate or add noise to probes: the encoder sees the complete clipped image (there, a random three quarters of
-    its patches are hidden); batch norms take their statistics from the first batch, once; all probes of a step see the
-    same noise; the 224x224 prompt is resized to the image instead of the image to the prompt.
+    released encoder (ViT-MAE-B, class token before the last layer norm), decoder (9,920 parameters with its trigger,
+    for three channels) and constants, with certbench's own query budget. It differs from the released code where that
+    would invalidate a certificate or add noise to probes: the encoder sees clipped pixels; batch norms take their
+    statistics from the first batch, once; all probes of a step see the same noise; the 224x224 prompt is resized to the
+    image instead of the image to the prompt.
+
+    ``units`` says what ``p_eps`` counts. In the released code, images are normalised by CLIP's mean and std before
+    encoder and prompt, and clipped to the range of pixels after it. ``units=clip``, that of ``paper``, is the same in
+    pixels: p_eps 1 is one of CLIP's standard deviations, .269 .261 .276 of the pixel range in red, green and blue, and
+    a stored encoder gets images in CLIP's statistics. ``units=pixels``, that of the other presets, counts the pixel
+    range itself, and a stored encoder gets images in its own config's statistics.
 
     In the other presets the encoder is a small masked autoencoder trained here on clean images, and the decoder one
     transposed convolution of the principal components of its patch tokens, so that the prompt follows the image patch
     by patch, and a random direction affects all weights equally. ``method=gradient`` trains the same decoder through
     the base, as an upper bound for SPSA.
     """
+
+    prompt_weight: Tensor  # p_eps in pixels, [C, 1, 1]
 
     access = Access.QUERY
     family = "black-box"
@@ -44,7 +56,8 @@ class Coordinator(Defense):
         """Encoder, weight of the prompt, budget, and SPSA's gains (see ``bench.training.spsa.Gains``)."""
 
         encoder: str = ""  # hub id or folder of a timm ViT; empty: a small one is trained here
-        p_eps: float = 0.5
+        p_eps: float = 0.5  # weight of the prompt, in ``units``
+        units: Literal["pixels", "clip"] = "pixels"
         method: Literal["spsa-gc", "spsa", "one-sided", "gradient"] = "spsa-gc"
         queries: int = 320_000  # maximum images passed to the base in training
         batch: int = 32
@@ -61,6 +74,7 @@ class Coordinator(Defense):
         "paper": {
             "encoder": "timm/vit_base_patch16_224.mae",
             "p_eps": 1.0,
+            "units": "clip",
             "queries": 6_400_000,  # 5,000 steps
             "batch": 128,
             "a": 0.01,
@@ -78,6 +92,7 @@ class Coordinator(Defense):
             if getattr(self.config, name) <= 0:
                 raise BenchError(f"coordinator: {name} must be above 0")
         self._check_budget(self.config.batch * self._evaluations())
+        self.register_buffer("prompt_weight", self._prompt_weight(), persistent=False)
         self.encoder: nn.Module
         if self.config.encoder:
             self.encoder = self._stored_encoder(self.config.encoder)
@@ -85,6 +100,19 @@ class Coordinator(Defense):
         else:
             self.encoder = self.context.once(MaskedAutoencoder())
             self.decoder = patch_decoder(cast(PatchEncoder, self.encoder), self.context.shape[0])
+
+    def _prompt_weight(self) -> Tensor:
+        """Return p_eps as a fraction of the pixel range, for each channel [C, 1, 1]."""
+        channels, p_eps = self.context.shape[0], self.config.p_eps
+        if self.config.units == "pixels":
+            return torch.full((channels, 1, 1), p_eps)
+        if channels not in (1, 3):
+            raise BenchError(f"coordinator: units=clip is for 1 or 3 channels, the images have {channels}; use pixels")
+        std = torch.tensor(CLIP_STD)
+        weight: Tensor = p_eps * (std if channels == 3 else std.mean(0, keepdim=True))
+        range_ = " ".join(f"{w:.3g}" for w in weight.tolist())
+        self.context.note(f"coordinator: p_eps={p_eps:g} of CLIP's standard deviations: {range_} of the pixel range")
+        return weight.view(-1, 1, 1)
 
     def _stored_encoder(self, source: str) -> nn.Module:
         what = f"coordinator: encoder {source}"
@@ -100,7 +128,18 @@ class Coordinator(Defense):
             raise BenchError(
                 f"{what} takes {found.channels} channels; the images have {self.context.shape[0]}; leave encoder out"
             )
-        encoder = StoredEncoder(model.eval().requires_grad_(False), found.mean, found.std, found.size)
+        if found.size != self.context.shape[1:]:
+            check_interpolation(what, found.interpolation)
+        mean, std, mean_from = found.mean, found.std, f"from {found.mean_from}"
+        if self.config.units == "clip":
+            if found.channels != 3:
+                raise BenchError(f"{what} takes {found.channels} channels, not CLIP's 3; set units=pixels")
+            mean, std, mean_from = CLIP_MEAN, CLIP_STD, "CLIP's, as in BlackVIP's code"
+        # BlackVIP takes the last block's output.
+        normalised = not isinstance(getattr(model, "norm", None), nn.Identity | None)
+        if normalised:
+            model.norm = nn.Identity()
+        encoder = StoredEncoder(model.eval().requires_grad_(False), mean, std, found.size, found.interpolation)
         try:
             features = model.forward_features(torch.zeros(1, found.channels, *found.size))  # type: ignore[operator]
         except Exception as e:  # timm's models raise errors of any type
@@ -113,8 +152,9 @@ class Coordinator(Defense):
                 f"as timm/vit_base_patch16_224.mae, or leave encoder out"
             )
         height, width = found.size
-        resized_to = f"images are resized to {height}x{width}, mean and std are from {found.mean_from}"
-        self.context.note("; ".join([f"{what}: {resized_to}", *remarks]))
+        resized_to = f"images are resized to {height}x{width} ({found.interpolation}), mean and std are {mean_from}"
+        token_of = "class token before its last norm" if normalised else "class token of its features"
+        self.context.note("; ".join([f"{what}: {resized_to}; {token_of}", *remarks]))
         return encoder
 
     def _evaluations(self) -> int:
@@ -192,7 +232,7 @@ class Coordinator(Defense):
     def answer(self, x: Tensor, features: Tensor) -> Tensor:
         """Return the base's logits, in float32, of the image with its prompt."""
         prompt = resized(self.decoder(features), x.shape[-2:])
-        return self.context.base((x + self.config.p_eps * prompt).clamp(0, 1)).float()
+        return self.context.base((x + self.prompt_weight * prompt).clamp(0, 1)).float()
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         return self.answer(x, self.encode(x))
@@ -208,73 +248,6 @@ def _explained() -> Iterator[None]:
         raise BenchError(f"coordinator: {e}; {fix}") from None
 
 
-class Decoder(nn.Module):
-    """Map normalised features [B, ...], concatenated with a trainable trigger, to a prompt."""
-
-    def __init__(self, normalise: nn.Module, trigger: Tensor, body: nn.Module) -> None:
-        super().__init__()
-        self.normalise = normalise
-        self.trigger = nn.Parameter(trigger)
-        self.body = body
-
-    def forward(self, features: Tensor) -> Tensor:
-        trigger = self.trigger.expand(len(features), *self.trigger.shape)
-        return cast(Tensor, self.body(torch.cat([self.normalise(features), trigger], dim=1)))
-
-
-def blackvip_decoder(width: int, channels: int) -> Decoder:
-    """Make BlackVIP's decoder: features and trigger as 32 planes of 7x7, doubled five times to 224x224."""
-    planes, side = 32, 7
-    if width >= planes * side**2:
-        raise BenchError(f"coordinator: an encoder of width {width} leaves no space for a trigger; use a smaller one")
-    body: list[nn.Module] = [nn.Unflatten(1, (planes, side, side))]
-    for spread, out in ((64, 64), (64, 32), (32, 32), (32, 16)):
-        body += [
-            nn.ConvTranspose2d(planes, spread, 2, 2, groups=planes),
-            nn.ConvTranspose2d(spread, out, 1, bias=False),
-            nn.BatchNorm2d(out, momentum=None),  # None: the mean over the batches of training mode, here one
-            nn.GELU(),
-        ]
-        planes = out
-    body.append(nn.ConvTranspose2d(planes, channels, 2, 2, bias=False))
-    return Decoder(nn.Identity(), torch.rand(32 * side**2 - width) / 10, nn.Sequential(*body))
-
-
-def patch_decoder(encoder: PatchEncoder, channels: int) -> Decoder:
-    """Make one transposed convolution from tokens to patches, initialised to zero, that is, to no prompt."""
-    components = encoder.width // 2
-    body = nn.ConvTranspose2d(components + 1, channels, encoder.patch, encoder.patch)
-    for p in body.parameters():
-        nn.init.zeros_(p)
-    trigger = torch.rand(1, encoder.grid, encoder.grid) / 10
-    return Decoder(Whitening(encoder.width, components), trigger, body)
-
-
-class Whitening(nn.Module):
-    """The leading principal components of a feature map, scaled to variance 1; set by the batch in training mode.
-
-    SPSA perturbs all weights equally. The mean of raw features alone has a third of the energy, and would limit the
-    step to a size far too small for all other components.
-    """
-
-    mean: Tensor
-    map: Tensor
-
-    def __init__(self, width: int, components: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("map", torch.eye(width)[:, :components].contiguous())
-
-    def forward(self, z: Tensor) -> Tensor:
-        if self.training:
-            rows = z.movedim(1, -1).flatten(0, -2)
-            variance, axes = torch.linalg.eigh(torch.cov(rows.T))
-            leading = slice(-self.map.shape[1], None)
-            self.mean.copy_(rows.mean(0))
-            self.map.copy_(axes[:, leading] / variance[leading].clamp(min=1e-6).sqrt())
-        return torch.einsum("bwij,wc->bcij", z - self.mean[:, None, None], self.map)
-
-
 class StoredEncoder(nn.Module):
     """A timm ViT with resizing and normalisation inside: pixels in [0, 1] to the class token."""
 
@@ -282,14 +255,21 @@ class StoredEncoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: tuple[int, int]
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        size: tuple[int, int],
+        interpolation: str,
     ) -> None:
         super().__init__()
-        self.model, self.size, self.width = model, list(size), int(model.num_features)  # type: ignore[arg-type]
+        self.model, self.size, self.width = model, size, int(model.num_features)  # type: ignore[arg-type]
+        self.interpolation = interpolation
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != self.size:
+            x = resample(x, self.size, self.interpolation)
         # A grey image broadcasts over the model's channels.
-        x = (resized(x, self.size) - self.mean) / self.std
-        return cast(Tensor, self.model.forward_features(x)[:, 0])  # type: ignore[operator]
+        return cast(Tensor, self.model.forward_features((x - self.mean) / self.std)[:, 0])  # type: ignore[operator]

@@ -25,14 +25,16 @@ from bench.io.files import cache_root
 from bench.models.load import load_base, untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting, search
+from bench.runs.context import PartTraining
 from bench.runs.doctor import examine
 from bench.runs.identity import make_task
 from bench.runs.plan import Plan, make_plans
 from bench.smoothing.noise import Noise, Vote, VoteDraw
 from bench.training import loop
 from bench.training.spsa import SPSA
+from defenses.coordinator import Coordinator
 from tests.helpers.commands import TINY, Result
-from tests.helpers.timmfolders import save
+from tests.helpers.timmfolders import reconfigure, rewrite, save
 
 CPU = torch.device("cpu")
 STEP = 2 * 5 * 32  # queries: two sides, five directions, a batch
@@ -266,7 +268,124 @@ def test_at_paper_size_the_trained_parameters_are_those_of_blackvip(encoder: Cal
     paper = plan(dataset="cifar10", preset="paper", base="vit").config
     found = (paper.a, paper.c, paper.o, paper.alpha, paper.gamma, paper.b, paper.probes, paper.batch, paper.p_eps)
     assert found == (0.01, 0.01, 1, 0.4, 0.1, 0.9, 5, 128, 1)
-    assert paper.encoder == "timm/vit_base_patch16_224.mae"
+    assert (paper.encoder, paper.units) == ("timm/vit_base_patch16_224.mae", "clip")
+
+
+CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+# Range of CLIP-normalised pixels to which the released code clips an image with its prompt.
+LOWEST = torch.tensor([-1.79226253, -1.75209713, -1.48021977]).view(3, 1, 1)
+HIGHEST = torch.tensor([1.93033625, 2.07488384, 2.14589699]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("p_eps", [1.0, 0.5])
+def test_at_paper_the_prompt_is_added_in_clips_units_as_released(encoder: Callable[..., Path], p_eps: float) -> None:
+    paper = {"dataset": "cifar10", "preset": "paper", "base": "vit"}
+    defense = built(f"encoder={encoder(**SMALL)}", f"p_eps={p_eps}", **paper)
+    shown: list[torch.Tensor] = []
+    defense.context.base = lambda x: shown.append(x) or torch.zeros(len(x), 10)
+    prompt = 2 * torch.randn(4, 3, 32, 32)
+    defense.decoder = nn.Module()
+    defense.decoder.forward = lambda features: prompt
+    x = 0.5 + 0.5 * torch.randn(4, 3, 32, 32)
+    defense.logits(x, VoteDraw(Noise(0, "x"), [Vote("check", 0, i) for i in range(4)], 0.25, CPU))
+    released = ((x - CLIP_MEAN) / CLIP_STD + p_eps * prompt).clamp(LOWEST, HIGHEST) * CLIP_STD + CLIP_MEAN
+    torch.testing.assert_close(shown[0], released, atol=2e-6, rtol=0)
+    assert ((shown[0] > 0) & (shown[0] < 1)).float().mean() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("units", "channels", "weights"),
+    [
+        ("pixels", 3, [0.5, 0.5, 0.5]),
+        ("clip", 3, [0.5 * 0.26862954, 0.5 * 0.26130258, 0.5 * 0.27577711]),
+        ("clip", 1, [0.5 * (0.26862954 + 0.26130258 + 0.27577711) / 3]),
+    ],
+)
+def test_the_weight_of_a_prompt_is_said(units: str, channels: int, weights: list[float]) -> None:
+    notes: list[str] = []
+    context = types.SimpleNamespace(shape=(channels, 8, 8), note=notes.append)
+    defense: Any = types.SimpleNamespace(context=context, config=types.SimpleNamespace(units=units, p_eps=0.5))
+    found = Coordinator._prompt_weight(defense)
+    assert found.shape == (channels, 1, 1)
+    assert found.flatten().tolist() == pytest.approx(weights, rel=1e-6)
+    said = {
+        ("clip", 3): ["coordinator: p_eps=0.5 of CLIP's standard deviations: 0.134 0.131 0.138 of the pixel range"],
+        ("clip", 1): ["coordinator: p_eps=0.5 of CLIP's standard deviations: 0.134 of the pixel range"],
+    }
+    assert notes == said.get((units, channels), [])
+    context.shape = (2, 8, 8)
+    if units == "clip":
+        with pytest.raises(BenchError, match="units=clip is for 1 or 3 channels, the images have 2; use pixels"):
+            Coordinator._prompt_weight(defense)
+
+
+def last_block(state: dict[str, torch.Tensor], x: torch.Tensor, heads: int) -> torch.Tensor:
+    """The class token that the last block of a ViT gives, from its weights alone (Dosovitskiy et al. 2021)."""
+
+    def linear(name: str, z: torch.Tensor) -> torch.Tensor:
+        return z @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name: str, z: torch.Tensor) -> torch.Tensor:
+        z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+        return z * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    kernel = state["patch_embed.proj.weight"]
+    z = torch.nn.functional.conv2d(x, kernel, state["patch_embed.proj.bias"], kernel.shape[-1]).flatten(2).mT
+    z = torch.cat([state["cls_token"].expand(len(x), -1, -1), z], 1) + state["pos_embed"]
+    for i in range(1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))):
+        parts = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", z)).chunk(3, -1)
+        q, k, v = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in parts)
+        mixed = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        z = z + linear(f"blocks.{i}.attn.proj", mixed)
+        inner = linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", z))
+        z = z + linear(f"blocks.{i}.mlp.fc2", 0.5 * inner * (1 + torch.erf(inner / 2**0.5)))
+    return z[:, 0]
+
+
+@pytest.mark.parametrize("units", ["clip", "pixels"])
+def test_the_encoder_gives_the_last_blocks_token_of_the_image_that_it_was_released_for(
+    tmp_path: Path, units: str
+) -> None:
+    """In CLIP's statistics, as at paper, or in those of its config; enlarged bicubically, as the config says."""
+    shape = {**SMALL, "depth": 2}
+    model: Any = save(tmp_path / "m", classes=0, **shape)
+    for name in ("weight", "bias"):
+        nn.init.uniform_(getattr(model.norm, name), 2, 3)  # a norm that would be noticed
+    rewrite(tmp_path / "m", lambda _: model.state_dict())
+    defense = built(f"encoder={tmp_path / 'm'}", f"units={units}")
+    x = torch.rand(3, 1, 8, 8)
+    big = torch.nn.functional.interpolate(x, (32, 32), mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+    seen = (big - CLIP_MEAN) / CLIP_STD if units == "clip" else (big - 0.5) / 0.5
+    torch.testing.assert_close(defense.encode(x), last_block(model.state_dict(), seen, 2), atol=2e-5, rtol=0)
+
+
+def test_the_first_lines_say_what_encoder_and_prompt_get(encoder: Callable[..., Path]) -> None:
+    folder = encoder(**SMALL)
+    said = {}
+    for units in ("clip", "pixels"):
+        made = plan(f"encoder={folder}", f"units={units}")
+        (train,) = load_splits(made.card, "train")
+        training = PartTraining(train.first(1), lambda *_: None, most=1)
+        fitting.construct(made, untrained_base(made.card, made.base, CPU), CPU, training)
+        said[units] = training.notes
+    start, end = (
+        f"coordinator: encoder {folder}: images are resized to 32x32 (bicubic), mean and std are ",
+        "; class token",
+    )
+    assert said["clip"] == [
+        "coordinator: p_eps=0.5 of CLIP's standard deviations: 0.134 of the pixel range",
+        f"{start}CLIP's, as in BlackVIP's code{end} before its last norm",
+    ]
+    assert said["pixels"] == [f"{start}from config.json{end} before its last norm"]
+
+
+def test_an_encoders_interpolation_that_cannot_be_done_is_refused(encoder: Callable[..., Path]) -> None:
+    folder = encoder(**SMALL)
+    pretrained = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    reconfigure(folder, pretrained_cfg={**pretrained, "interpolation": "lanczos"})
+    with pytest.raises(BenchError, match=r"coordinator: encoder .*: interpolation 'lanczos' of its config cannot be"):
+        built(f"encoder={folder}")
 
 
 def test_an_encoder_from_files_trains_and_its_statistics_stay_fixed(encoder: Callable[..., Path]) -> None:
@@ -323,7 +442,8 @@ def test_an_encoder_as_timm_saves_it_is_read_with_or_without_its_head(tmp_path: 
         assert sum(p.numel() for p in defense.encoder.parameters()) < sum(p.numel() for p in model.parameters()) + 1
         x = torch.rand(2, 1, 8, 8)
         features.append(defense.encode(x))
-        big = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+        big = torch.nn.functional.interpolate(x, (32, 32), mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+        model.norm = nn.Identity()
         assert torch.allclose(features[-1], model.forward_features(big * 2 - 1)[:, 0], atol=1e-4)
 
 

@@ -20,7 +20,7 @@ from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.context import PartTraining
 from bench.runs.plan import Plan, make_plans
-from bench.training import autoencoder, loop, objectives, spsa, versions
+from bench.training import autoencoder, loop, objectives, prompts, spsa, versions
 from bench.training.autoencoder import MaskedAutoencoder
 from tests.helpers.commands import TINY, defense
 
@@ -30,6 +30,7 @@ PINNED = {
     "loop": (1, "aaf498ed444cdda7"),
     "spsa": (1, "a091cc145e9ce5ba"),
     "autoencoder": (1, "462aa627c9db045b"),
+    "prompts": (1, "a0f873c1e8456c3b"),
     "objective clean": (1, "cd6c4c6bf6233135"),
     "objective gaussian": (1, "7ee407943f51e911"),
     "objective stability": (2, "b142e1a8c6199564"),
@@ -76,7 +77,7 @@ def of_objective(name: str) -> str:
 
 
 def current() -> dict[str, tuple[int, str]]:
-    found = {m.__name__.rpartition(".")[2]: (m.VERSION, of_module(m)) for m in (loop, spsa, autoencoder)}
+    found = {m.__name__.rpartition(".")[2]: (m.VERSION, of_module(m)) for m in (loop, spsa, autoencoder, prompts)}
     return found | {f"objective {name}": (objectives.VERSIONS[name], of_objective(name)) for name in LOSSES}
 
 
@@ -115,7 +116,7 @@ def test_the_pin_ignores_prose_and_imports_alone(one: str, other: str, same: boo
         ("lora", set()),
         ("denoiser", set()),
         ("two-stage", {"objective clean", "objective gaussian"}),
-        ("coordinator", {"objective gaussian", "spsa", "autoencoder"}),
+        ("coordinator", {"objective gaussian", "spsa", "autoencoder", "prompts"}),
         (defense("own_loss"), set()),
     ],
 )
@@ -162,7 +163,7 @@ def plan(name: str, **given: Any) -> Plan:
         ("denoiser", {}, set()),
         (defense("own_loss"), {}, set()),
         ("joint", {"base": "vit"}, {"objective gaussian"}),
-        ("coordinator", {}, {"objective gaussian", "spsa", "autoencoder"}),
+        ("coordinator", {}, {"objective gaussian", "spsa", "autoencoder", "prompts"}),
     ],
 )
 def test_weights_depend_on_what_their_defense_uses(
