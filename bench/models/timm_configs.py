@@ -68,7 +68,8 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
     architecture, args = config.get("architecture"), dict(config.get("model_args") or {})
     if not isinstance(architecture, str):
         raise BenchError(
-            f"{name}: its config has no timm architecture; only timm models can be read; give another base"
+            f"{name}: its config has no timm architecture; only models of timm, and transformers' "
+            f"ViTForImageClassification, can be read; give another base"
         )
     # Before timm 0.9 the file was the pretrained_cfg itself.
     stated = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k != "architecture"}
@@ -84,7 +85,10 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
         size_from = f"input_size in {file}"
         if [*own["input_size"]] == merged["input_size"]:
             size_from += f", which is {default}: correct it there if this model was trained at another size"
-    mean_from = file if "mean" in stated and "std" in stated else default
+    if ("mean" in stated) != ("std" in stated):
+        one, other = ("mean", "std") if "mean" in stated else ("std", "mean")
+        raise BenchError(f"{name}: {file} states {one} without {other}; state both, as in training")
+    mean_from = file if "mean" in stated else default
     names = stated_names(name, config, stated)
     return from_pretrained_cfg(name, architecture, args, merged, names, size_from, mean_from)
 
@@ -126,7 +130,7 @@ def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None
 
     The name must not be an address (hf-hub:, local-dir:), and the arguments must be the model's, not timm's own.
     """
-    import timm
+    from bench.models.architectures import timm
 
     if re.search(r"[:/\\]", architecture):
         raise BenchError(f"{where}: {architecture!r} is an address; give the name of a timm model")

@@ -29,7 +29,7 @@ class Architecture:
 
     def create(self, classes: int, stored: dict[str, Tensor] | None = None) -> nn.Module:
         """Make the model on the CPU, with random weights or ``stored`` as adapted by timm. Raises BenchError."""
-        import timm
+        from bench.models.architectures import timm
 
         config = None if self.config is None else {**self.config, "num_classes": classes}
         if stored is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.errors import BenchError, note, unknown
 from bench.interface import Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
+from bench.models.blueprints import GIVEN, Normalisation
 from bench.models.names import choose_base, most_access
 from bench.models.served import is_url
 from bench.options import RunOptions
@@ -38,6 +40,7 @@ class Plan:
     card: Card
     preset: str
     base: str
+    normalisation: Normalisation | None  # --mean and --std of the base
     weights: Path | None  # the user's own: of the defense, or of the base where the defense has none
     defense: str
     cls: type[Defense]
@@ -82,6 +85,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
         _check_objective(o.objective, loaded)
     wanted = variants(loaded, preset, card, o.settings, o.search)
     _check_weights(o, loaded)
+    normalisation = _normalisation(o)
     bases = {name: choose_base(card, preset, o.base, cls.adapts) for name, (cls, _) in loaded.items()}
     each = [(name, variant) for name in loaded for variant in wanted[name]]
     _check_bases(o, each, loaded, bases)
@@ -97,6 +101,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
                 card=card,
                 preset=preset,
                 base=bases[name],
+                normalisation=normalisation,
                 weights=None if o.weights is None else Path(o.weights),
                 defense=name,
                 cls=cls,
@@ -134,6 +139,26 @@ def _check_weights(options: RunOptions, loaded: Loaded) -> None:
     if len(loaded) > 1:
         raise BenchError(f"--weights {options.weights} are of one defense; --defense names {len(loaded)}")
     tensors.refuse_pickle(Path(options.weights))
+
+
+def _normalisation(options: RunOptions) -> Normalisation | None:
+    """Read ``--mean`` and ``--std``; whether the base needs them is checked where it is loaded."""
+    if options.mean is None and options.std is None:
+        return None
+    if options.mean is None or options.std is None:
+        raise BenchError(f"{GIVEN} belong together; give both, as in the base's training")
+    if options.base is None or is_url(options.base):
+        raise BenchError(f"{GIVEN} are those of a file of weights; give --base FILE")
+    mean, std = (
+        tuple(_numbers(flag, text, float, repeated=True))
+        for flag, text in (("--mean", options.mean), ("--std", options.std))
+    )
+    if not all(map(math.isfinite, mean + std)) or min(std) <= 0 or len(mean) != len(std):
+        raise BenchError(
+            f"--mean {options.mean} and --std {options.std}: must be a number for each channel, of pixels in [0, 1], "
+            f"and std above 0"
+        )
+    return mean, std
 
 
 def _check_bases(
@@ -214,15 +239,15 @@ def _check_objective(objective: str, loaded: Loaded) -> None:
             raise BenchError(f"--objective {objective}: defense {name} has a loss of its own; run it without")
 
 
-def _words(flag: str, text: str) -> list[str]:
+def _words(flag: str, text: str, repeated: bool = False) -> list[str]:
     words = [w.strip() for w in text.split(",") if w.strip()]
     if not words:
         raise BenchError(f"{flag} is empty")
-    return list(dict.fromkeys(words))
+    return words if repeated else list(dict.fromkeys(words))
 
 
-def _numbers(flag: str, text: str, kind: Callable[[str], _Number]) -> list[_Number]:
+def _numbers(flag: str, text: str, kind: Callable[[str], _Number], repeated: bool = False) -> list[_Number]:
     try:
-        return [kind(w) for w in _words(flag, text)]
+        return [kind(w) for w in _words(flag, text, repeated)]
     except ValueError:
         raise BenchError(f"{flag} {text}: must be a number, or several with commas between") from None

@@ -317,8 +317,10 @@ def test_an_unknown_base_is_one_line(name: str, says: str) -> None:
         ({"model_args": {**ARGS, "checkpoint_path": "/tmp/x.pt"}}, "must not set checkpoint_path"),
         ({"model_args": {**ARGS, "nonsense": 1}}, "nonsense"),
         ({"model_args": {**ARGS, "embed_dim": 32}}, "size mismatch for cls_token"),
-        ({"pretrained_cfg": {"mean": 3}}, "config is not timm's"),
-        ({"pretrained_cfg": {"mean": [0.5]}}, "3 channels, but 1 values of mean"),
+        ({"pretrained_cfg": {"mean": 3, "std": 3}}, "config is not timm's"),
+        ({"pretrained_cfg": {"mean": [0.5], "std": [0.5] * 3}}, "3 channels, but 1 values of mean"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3}}, "config.json states mean without std"),
+        ({"pretrained_cfg": {"std": [0.5] * 3}}, "config.json states std without mean"),
         ({"num_classes": 7}, "head"),
         ({"num_classes": math.inf}, "config is not timm's"),
         ({"pretrained_cfg": [1]}, "pretrained_cfg in its config must be an object"),
@@ -377,7 +379,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
     torch.save(tiny().state_dict(), pickled)
     files["model", "me/pickled", "config.json"] = files["model", "me/tiny", "config.json"]
     files["model", "me/pickled", "pytorch_model.bin"] = pickled.getvalue()
-    files["model", "me/other", "config.json"] = b'{"model_type": "vit"}'
+    files["model", "me/other", "config.json"] = b'{"model_type": "swin"}'
     with HubServer(files) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         yield hub
@@ -413,7 +415,7 @@ def test_hub_refusals(server: HubServer) -> None:
     assert "has no model 'me/nobody'" in refusal(rgb_card(), "hf-hub:me/nobody")
     assert "no revision 'v9'" in refusal(rgb_card(), "hf-hub:me/tiny@v9")
     assert "no model.safetensors: pickled weights are refused" in refusal(rgb_card(), "hf-hub:me/pickled")
-    assert "has no timm architecture" in refusal(rgb_card(), "hf-hub:me/other")
+    assert "is of transformers' swin" in refusal(rgb_card(), "hf-hub:me/other")
     assert not any("pytorch_model.bin" in request for request in server.requests)
 
 
