@@ -28,6 +28,7 @@ from bench.smoothing.votes import MAX_VOTES
 from bench.training.objectives import OBJECTIVES
 
 UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
+SCHEDULE = frozenset(one.name for one in fields(Schedule))  # settings of training alone
 LARGE = 2.0  # noise, in pixels of [0, 1], through which no image is recognised
 _Number = TypeVar("_Number", int, float)
 Loaded = Mapping[str, tuple[type[Defense], str]]  # name -> class and hash of its source
@@ -192,10 +193,11 @@ def check_effects(plans: Sequence[Plan]) -> None:
         names = ", ".join(dict.fromkeys(plan.defense for plan in plans))
         raise BenchError(f"{trained[0]} has no effect: {names} trains nothing; leave it out")
     if given.weights:
-        schedule = {f.name for f in fields(Schedule)}
-        trained += [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in schedule]
-        for option in dict.fromkeys(trained):
+        for option in trained:
             note(f"{option} is only recorded: --weights are trained already")
+        unused = [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in SCHEDULE]
+        for option in dict.fromkeys(unused):
+            note(f"{option} has no effect: --weights are trained already")
     if given.target == "label" and given.n0 is not None:
         note(f"--n0 {given.n0} has no effect: with --target label no votes select the class")
     levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given.train_sigma or 0.0)]
