@@ -19,6 +19,7 @@ from bench.errors import BenchError, unknown
 CLASS = "ViTForImageClassification"
 PROCESSOR = "preprocessor_config.json"
 ARCHITECTURE = "vit_of_transformers"  # see ``transformers_architecture``
+_LARGEST = 2**16  # of a config's numbers, which are untrusted
 _FIX = "give another --base, or save the model as timm does"
 
 # transformers' activation -> timm's. gelu_new, gelu_fast and gelu_pytorch_tanh are one formula.
@@ -204,19 +205,24 @@ def _renamed(key: str) -> str:
 
 def _whole(base: str, config: Mapping[str, Any], key: str, default: int) -> int:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BenchError(f"{base}: {key} {value!s:.40} in its config must be a whole number from 1; correct it")
-    return value
+    if not _is_whole(value):
+        must = f"must be a whole number, 1 to {_LARGEST}; correct it"
+        raise BenchError(f"{base}: {key} {value!s:.40} in its config {must}")
+    return int(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST
 
 
 def _number(base: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST:
         raise BenchError(f"{base}: {key} {value!s:.40} must be a number; correct it")
     return float(value)
 
 
 def _sides(base: str, key: str, value: Any) -> tuple[int, int]:
     sides = [value, value] if isinstance(value, int) else value
-    if not isinstance(sides, list) or len(sides) != 2 or any(type(v) is not int or v < 1 for v in sides):
+    if not isinstance(sides, list) or len(sides) != 2 or not all(map(_is_whole, sides)):
         raise BenchError(f"{base}: {key} {value!s:.40} must be a side in pixels, or a height and a width; correct it")
     return sides[0], sides[1]

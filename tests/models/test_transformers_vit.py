@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,11 @@ def test_half_precision_shards_and_unused_parts(tmp_path: Path) -> None:
         ({"head_dim": 16}, "is not 4 attention heads of one size"),
         ({"num_attention_heads": 0}, "num_attention_heads 0 in its config must be a whole number"),
         ({"hidden_size": True}, "hidden_size True in its config must be a whole number"),
+        ({"intermediate_size": 10**400}, "in its config must be a whole number, 1 to 65536"),
+        ({"layer_norm_eps": 10**400}, "must be a number"),
+        ({"layer_norm_eps": math.nan}, "layer_norm_eps nan must be a number"),
+        ({"layer_norm_eps": -9}, "logits are not finite"),
+        ({"image_size": 10**9}, "must be a side in pixels"),
         ({"patch_size": [4]}, "patch_size [4] must be a side in pixels"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps small must be a number"),
         ({"image_size": 16}, "resizes images to 8x8, and image_size in its config.json is 16x16"),
