@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install develop demo readme lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants
+.PHONY: install develop demo readme lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants fidelity
 
 install: .venv/installed
 
@@ -93,6 +93,10 @@ perf-ratio: develop
 # About ten minutes: deliberate mistakes in a copy of the code, each of which a test must find (scripts/mutants.py).
 mutants: develop
 	$(BIN)/python scripts/mutants.py
+
+# Write docs/fidelity.md again: the papers' values beside those of the code.
+fidelity: develop
+	$(BIN)/python scripts/fidelity.py
 
 # A few minutes, Linux only: memory over five million votes, and ten thousand records resumed again and again.
 soak: develop

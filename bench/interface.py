@@ -220,13 +220,13 @@ class Context(Protocol):
         """
         ...
 
-    def hub(self, source: str, filename: str) -> Path:
+    def hub(self, source: str, filename: str = "") -> Path:
         """Return the local path of a file, and record its hash.
 
         Parameters loaded from it count as trained elsewhere.
 
         Args:
-            source: A folder, or a hub id with an optional ``@revision``.
+            source: A folder, or a hub id with an optional ``@revision``; without ``filename``, the file itself.
             filename: Path of the file in it.
 
         Raises:

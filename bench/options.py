@@ -49,7 +49,9 @@ class RunOptions:
     )
     std: str | None = option("Standard deviation of each channel, with commas; see --mean.", None)
     weights: str | None = option(
-        "Certify these weights of the defense (of the base, for none); train nothing.", None, metavar="<path>"
+        "Certify these weights of the defense (of the base, for none), or for lora a folder of peft; train nothing.",
+        None,
+        metavar="<path>",
     )
     preset: str | None = option("quick, standard or paper; default: the card's.", None)
     split: str = option("test; or validation, to choose sigma by: never in one table with test.", "test")

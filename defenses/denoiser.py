@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bench.errors import BenchError
-from bench.interface import Access, Defense, Draw, Job, Part, Schedule
+from bench.interface import Access, Context, Defense, Draw, Job, Part, Schedule
+from bench.io import tensors
 
 
 class DnCNN(nn.Module):
@@ -124,6 +125,9 @@ class Denoiser(Defense):
     flow through F. With ``query`` they flow through ``surrogates`` trained here, and F only gives its labels (the
     released code uses the surrogate's own). ``mse`` does not query F, so its ``access`` is always full.
 
+    ``weights`` is the file of a DnCNN trained elsewhere, as ``bench convert`` writes the released ones. Then nothing is
+    trained here: ``objective`` states what the file was trained for, and every other setting is ignored.
+
     ``paper`` is the released DnCNN and its schedule. Differences: the weights are the last of that schedule, while the
     paper chooses a checkpoint on a validation split; the surrogate of a step is drawn at random, while the paper takes
     turns; the surrogates are timm's closest architectures instead of the paper's networks.
@@ -150,9 +154,16 @@ class Denoiser(Defense):
         tune: float = 0.25  # epochs of fine-tuning (stab+mse), as a fraction of epochs
         tune_lr: float = 2e-4  # constant
         surrogates: Literal["small", "paper"] = "small"  # 4 small networks, or 14 of ImageNet's size
+        weights: str = ""  # a .safetensors file
 
         def __post_init__(self) -> None:
-            if self.objective == "mse":  # does not query F either way, so it is one configuration
+            if self.weights:  # no schedule is recorded, and all presets are one configuration
+                for field in fields(self):
+                    if field.name not in ("objective", "weights"):
+                        # The file states its depth and width.
+                        value = 0 if field.name in ("depth", "width", "epochs") else field.default
+                        object.__setattr__(self, field.name, value)
+            elif self.objective == "mse":  # does not query F either way, so it is one configuration
                 object.__setattr__(self, "access", "full")
 
     presets: ClassVar = {
@@ -170,12 +181,21 @@ class Denoiser(Defense):
     }
 
     @classmethod
+    def kind(cls, config: Config) -> str:
+        return "training-free" if config.weights else cls.trains
+
+    @classmethod
     def needs(cls, config: Config) -> Access:
-        through_base = config.access == "full" and config.objective != "mse"
+        through_base = config.access == "full" and config.objective != "mse" and not config.weights
         return Access.GRADIENT if through_base else Access.QUERY
 
     def build(self) -> None:
         config = self.config
+        # A tuple registers no submodules: surrogates are not part of F, and are not stored with it.
+        self.surrogates: tuple[nn.Module, ...] = ()
+        if config.weights:
+            self.denoiser: nn.Module = load(self.context, config.weights)
+            return
         if config.depth < 2 or config.width < 1:
             raise BenchError(
                 f"denoiser: depth {config.depth} and width {config.width} are too small for a DnCNN; "
@@ -188,8 +208,6 @@ class Denoiser(Defense):
             self.denoiser = self.context.once(part).requires_grad_(config.objective != "mse")
         else:
             self.denoiser = DnCNN(self.context.shape[0], config.depth, config.width)
-        # A tuple registers no submodules: surrogates are not part of F, and are not stored with it.
-        self.surrogates: tuple[nn.Module, ...] = ()
         if config.objective != "mse" and config.access == "query":
             schedule = replace(_SCHEDULES[config.surrogates], epochs=config.epochs, batch=config.batch)
             self.surrogates = tuple(
@@ -212,6 +230,34 @@ class Denoiser(Defense):
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         return self.context.base(self.denoiser(x))
+
+
+def load(context: Context, source: str) -> DnCNN:
+    """Load a frozen DnCNN from a file; its depth and width are those of its tensors. Raises BenchError."""
+    stored = tensors.read(context.hub(source))
+    stem, depth = stored.tensors.get("net.0.weight"), sum(v.ndim == 4 for v in stored.tensors.values())
+    if stem is None or stem.ndim != 4 or depth < 2:
+        raise BenchError(
+            f"denoiser: weights={source} is no DnCNN (no net.0.weight); convert the released checkpoint: "
+            f"bench convert FILE --to OUT.safetensors"
+        )
+    width, channels = stem.shape[:2]
+    if channels != context.shape[0]:
+        raise BenchError(
+            f"denoiser: weights={source} takes {channels} channels, the images have {context.shape[0]}; use another"
+        )
+    net = DnCNN(channels, depth, width)
+    state = net.state_dict()
+    counters = {k for k in state if k.endswith(tensors.COUNTER)}
+    tensors.check(f"denoiser: weights={source} does not fit a DnCNN", state, stored.tensors, counters)
+    net.load_state_dict({**state, **stored.tensors})
+    context.note(
+        f"denoiser: weights={source}: a DnCNN of depth {depth} and width {width}, trained elsewhere at a noise level "
+        f"that the file does not state; nothing is trained here, and settings of training have no effect"
+    )
+    if kinds := sorted({str(v.dtype).removeprefix("torch.") for v in stored.tensors.values() if v.ndim} - {"float32"}):
+        context.note(f"denoiser: {source} is stored as {' and '.join(kinds)}, computed in float32")
+    return net.eval().requires_grad_(False)
 
 
 def _noisy(x: Tensor, draw: Draw) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,8 @@ UNET: Any = diffusers.UNet2DModel
 DDPM: Any = diffusers.DDPMScheduler
 WEIGHTS = "diffusion_pytorch_model"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+STEPS = 1000  # of a schedule whose network is asked at the step itself
+FURTHEST = 4  # most times that images may be larger or smaller than those of the network's training
 # Names of attention layers in diffusers before 0.13, when google/ddpm-cifar10-32 was published, and now.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -113,9 +116,15 @@ class DiffusionDenoised(Defense):
     The noise of the certified input is used as the diffusion's noise: its level determines the step, one prediction
     gives the clean image, and the classifier sees that. The released code adds noise to the clean image itself, at the
     level of the step; here the noise has exactly sigma, slightly less. Of a model with learned variance only the mean
-    is used. ``unet`` is a diffusers UNet, a hub id or a folder; if empty, a small one is trained here. ``paper`` uses
-    the public CIFAR-10 weights in diffusers' format (Ho et al., linear, 1,000 steps); the paper's own are Nichol and
+    is used. The base resizes denoised images by its own interpolation; the paper's resize bicubically. ``unet`` is a
+    diffusers UNet, a hub id or a folder; if empty, a small one is trained here. A network of another image size is
+    used where its down-samplings divide the images' sides, as the paper uses ADM 256 on 224x224. ``paper`` uses the
+    public CIFAR-10 weights in diffusers' format (Ho et al., linear, 1,000 steps); the paper's own are Nichol and
     Dhariwal's (cosine, 4,000 steps).
+
+    ``timestep_scale`` is what a network's steps are multiplied by. Improved- and guided-diffusion (Nichol and Dhariwal)
+    ask a network of T steps at t * 1000 / T, so give 1000 / T for their weights, and 1 for a network that was trained
+    with the step itself, as diffusers does. It must be given where the scheduler does not have 1,000 steps.
 
     ``steps`` above 1 denoises in that many evenly spaced steps of ancestral sampling (Ho et al. 2020), whose randomness
     belongs to the vote. ``classifier`` names a defense trained behind the denoiser in place of the base, with its own
@@ -132,6 +141,7 @@ class DiffusionDenoised(Defense):
         """Checkpoint, number of denoising steps, classifier; width and schedule of a model trained here."""
 
         unet: str = ""
+        timestep_scale: float | None = None  # None: 1, for a scheduler of 1,000 steps
         steps: int = 1
         classifier: str = ""
         width: int = 16
@@ -158,6 +168,7 @@ class DiffusionDenoised(Defense):
         unet, scheduler = load(self.context, config.unet) if config.unet else (None, part.scheduler())
         self.prediction: str = scheduler.config.prediction_type
         self.alphas: list[float] = scheduler.alphas_cumprod.double().tolist()
+        self.scale = self._timestep_scale()
         self.times(self.context.train_sigma)  # raises before anything is trained
         if config.width < 8 or config.width % 8:
             raise BenchError(f"diffusion: width={config.width} must be a multiple of 8")
@@ -166,6 +177,20 @@ class DiffusionDenoised(Defense):
         inner = type(self.classifier or self)
         if inner.fit is not Defense.fit or inner.loss is not Defense.loss:
             raise BenchError(f"diffusion: classifier={config.classifier} has its own training; use full or lora")
+
+    def _timestep_scale(self) -> float:
+        given, count, unet = self.config.timestep_scale, len(self.alphas), self.config.unet
+        if not unet and given is not None:
+            raise BenchError("diffusion: timestep_scale is of a network in unet; leave it out for one trained here")
+        if given is None and count != STEPS:
+            raise BenchError(
+                f"diffusion: unet={unet} has {count} steps, not {STEPS}; --set timestep_scale={STEPS / count:.10g} for "
+                f"weights of improved- or guided-diffusion, --set timestep_scale=1 for one trained with diffusers"
+            )
+        scale = 1.0 if given is None else given
+        if not 0 < scale < math.inf:
+            raise BenchError(f"diffusion: timestep_scale={scale:g} must be above 0; use {STEPS / count:.10g} or 1")
+        return scale
 
     def times(self, sigma: float) -> list[int]:
         """Return the steps at which the UNet is evaluated, counted from 0.
@@ -186,7 +211,9 @@ class DiffusionDenoised(Defense):
     def predict(self, noisy: Tensor, t: int) -> Tensor:
         """Predict the clean image, in [-1, 1], from the noisy image of step ``t``."""
         kept = self.alphas[t]
-        out: Tensor = self.unet(noisy, t).sample[:, : noisy.shape[1]]  # the rest is a learned variance
+        # As a tensor, since diffusers truncates a Python number to an integer.
+        asked = t if self.scale == 1 else noisy.new_tensor(t * self.scale)
+        out: Tensor = self.unet(noisy, asked).sample[:, : noisy.shape[1]]  # the rest is a learned variance
         if self.prediction == "epsilon":
             out = noisy / kept**0.5 - (1 / kept - 1) ** 0.5 * out
         elif self.prediction == "v_prediction":
@@ -227,13 +254,7 @@ def load(context: Context, source: str) -> tuple[nn.Module, Any]:
     if kind != "UNet2DModel" or config.get("class_embed_type") or config.get("num_class_embeds"):
         raise BenchError(f"diffusion: unet={source} is a {kind}; give an unconditional UNet2DModel")
     unet = UNET.from_config(config, dropout=0.0)  # never trained here, even in training mode
-    channels, size = unet.config.in_channels, unet.config.sample_size or context.shape[1:]
-    shape = (channels, *((size, size) if isinstance(size, int) else size))
-    if shape != context.shape or unet.config.out_channels not in (channels, 2 * channels):
-        theirs, ours = ("x".join(map(str, s)) for s in (shape, context.shape))
-        raise BenchError(
-            f"diffusion: unet={source} is for {theirs} images, the data are {ours}; --set unet= trains one here"
-        )
+    _check_shape(context, source, unet)
     maker: Any = getattr(diffusers, str(plan.get("_class_name")), None)
     scheduler = maker.from_config(plan) if str(plan.get("_class_name")).endswith("Scheduler") and maker else None
     prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
@@ -265,6 +286,26 @@ def load(context: Context, source: str) -> tuple[nn.Module, Any]:
     if kinds := sorted({str(v.dtype).removeprefix("torch.") for v in state.values()} - {"float32"}):
         context.note(f"diffusion: {file} of unet={source} is stored as {' and '.join(kinds)}, computed in float32")
     return unet.eval().requires_grad_(False), scheduler
+
+
+def _check_shape(context: Context, source: str, unet: Any) -> None:
+    """Raise BenchError where the UNet does not fit the images; note another size than that of its training."""
+    channels, size = unet.config.in_channels, unet.config.sample_size or context.shape[1:]
+    shape = (channels, *((size, size) if isinstance(size, int) else size))
+    theirs, ours = ("x".join(map(str, s)) for s in (shape, context.shape))
+    problem = f"diffusion: unet={source} is for {theirs} images, the data are {ours}"
+    fix = "--set unet= trains one here"
+    if channels != context.shape[0] or unet.config.out_channels not in (channels, 2 * channels):
+        raise BenchError(f"{problem}; {fix}")
+    if shape == context.shape:
+        return
+    sides = [*zip(shape[1:], context.shape[1:], strict=True)]
+    step = 2 ** (len(unet.config.block_out_channels) - 1)  # every block but the last halves the sides
+    if any(side % step for _, side in sides):
+        raise BenchError(f"{problem}, and its down-samplings need sides that {step} divides; {fix}")
+    if any(max(pair) > FURTHEST * min(pair) for pair in sides):
+        raise BenchError(f"{problem}, a size more than {FURTHEST} times another; {fix}")
+    context.note(f"{problem}: it is used at another size than it was trained at")
 
 
 def _first_json(context: Context, source: str, *names: str) -> tuple[dict[str, Any], str]:

@@ -6,17 +6,24 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bench.errors import BenchError, one_line
 from bench.interface import Defense, Draw, Schedule
+from bench.io import tensors
+from bench.models import peft_folders
+from bench.models.peft_folders import FolderWeights
+
+_MODEL = "model.base_model.model.model."  # before the names of the timm model inside peft's
 
 
 class SplitQKV(nn.Module):
@@ -85,17 +92,19 @@ def _listed(kinds: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
-class LoRA(Defense):
+class LoRA(Defense, FolderWeights):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) as used by Certified PEFTSmoothing (Fu and Wang 2024).
 
-    The base, including its head, stays frozen. peft's adapters are trained and merged before certification, so a vote
-    costs the same as the base's. ``targets`` are all linear layers and convolutions (``linear``), the attention's fused
-    query, key and value projection (``attention``), or query and value alone (``qv``, as in the paper), for which the
-    projection is split until the merge. Adapters of layers that do not compute W x (weight-standardised, parametrized:
-    see ``obstacle``) stay unmerged; layers without a fitting adapter in peft (grouped, dilated) are left out. The run
-    reports both. ``dora`` also learns the norm of each output's weights (Liu et al. 2024, arXiv 2402.09353). The paper
-    does not state its schedule; ``paper`` uses that of the prompt tuning it builds on (Jia et al. 2022,
-    arXiv 2203.12119).
+    The base, including its head unless ``head`` is set, stays frozen. peft's adapters are trained and merged before
+    certification, so a vote costs the same as the base's. ``targets`` are all linear layers and convolutions
+    (``linear``), the attention's fused query, key and value projection (``attention``), query and value alone (``qv``,
+    as in the paper), for which the projection is split until the merge, or the layers that ``layers:NAME+NAME`` names,
+    in full or by the ends of their names as peft does. Adapters of layers that do not compute W x (weight-standardised,
+    parametrized: see ``obstacle``) stay unmerged; layers without a fitting adapter in peft (grouped, dilated) are left
+    out. The run reports both. ``dora`` also learns the norm of each output's weights (Liu et al. 2024,
+    arXiv 2402.09353); ``rslora`` divides ``lora_alpha`` by the root of the rank, not by the rank (Kalajdzievski 2023,
+    arXiv 2312.03732). The paper does not state its schedule; ``paper`` uses that of the prompt tuning it builds on (Jia
+    et al. 2022, arXiv 2203.12119). ``--weights`` also takes a folder of peft, which decides these settings.
     """
 
     family = "PEFT"
@@ -108,8 +117,10 @@ class LoRA(Defense):
 
         rank: int = 8
         lora_alpha: float = 16
-        targets: Literal["linear", "attention", "qv"] = "linear"
+        targets: Annotated[str, Field(pattern=r"^(linear|attention|qv|layers:[\w.+]+)$")] = "linear"
         dora: bool = False
+        rslora: bool = False
+        head: bool = False
         epochs: float = 20
         batch: int = 64
         lr: float = 4e-3
@@ -157,8 +168,13 @@ class LoRA(Defense):
             lora_alpha=self.config.lora_alpha,
             target_modules="|".join(map(re.escape, adapted)),  # a list would also match the ends of other names
             use_dora=self.config.dora,
+            use_rslora=self.config.rslora,
         )
         self.model: Any = peft.get_peft_model(base, config)
+        self.adapted = [name.removeprefix("model.") for name in adapted]
+        if self.config.head:
+            for head in base.heads():  # type: ignore[operator]
+                head.requires_grad_(True)
         self._try(adapted)
 
     def _targets(self, base: nn.Module) -> tuple[list[str], Counter[str]]:
@@ -175,6 +191,12 @@ class LoRA(Defense):
         layers = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
         if self.config.targets == "attention":
             return [n for n, m in layers.items() if isinstance(m, nn.Linear) and n.endswith(".qkv")], Counter()
+        if self.config.targets.startswith("layers:"):
+            words = self.config.targets.removeprefix("layers:").split("+")
+            named = {word: [n for n in layers if f".{n}".endswith(f".{word}")] for word in words}
+            if none := next((word for word, found in named.items() if not found), None):
+                raise BenchError(f"lora: targets: this base ({type(base.model).__name__}) has no layer {none}")
+            return [n for n in layers if any(n in found for found in named.values())], Counter()
         heads = {m for head in base.heads() for m in head.modules()}  # type: ignore[operator]
         return [name for name, m in layers.items() if m not in heads], Counter()
 
@@ -232,3 +254,62 @@ class LoRA(Defense):
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         out: Tensor = self.model(x)
         return out
+
+    # Folders of peft -------------------------------------------------------------------------------------
+
+    @classmethod
+    def folder_settings(cls, folder: Path) -> dict[str, Any]:
+        return peft_folders.read(folder).settings
+
+    def _trained(self) -> dict[str, tuple[str, Tensor]]:
+        """Return the trained tensors by their names in the timm model, each with its name in this defense."""
+        found = {k: p for k, p in self.named_parameters() if p.requires_grad}
+        plain = {k: k.removeprefix(_MODEL).replace(".default", "") for k in found}
+        return {
+            name.replace("magnitude_vector.weight", "magnitude_vector"): (k, found[k].detach())
+            for k, name in plain.items()
+        }
+
+    def _heads(self, base: nn.Module) -> dict[str, nn.Module]:
+        """Return the heads of a base by their names in the timm model."""
+        heads: list[nn.Module] = base.heads()  # type: ignore[operator]
+        return {name: m for name, m in base.model.named_modules() if m in heads}  # type: ignore[union-attr]
+
+    def read_folder(self, folder: Path) -> tuple[dict[str, Tensor], str]:
+        found, wanted = peft_folders.read(folder), self._trained()
+        where = f"--weights {folder}"
+        tensors.check(f"{where} does not fit this base", {k: v for k, (_, v) in wanted.items()}, found.tensors)
+        frozen = peft_folders.frozen_sha256(self.context.base.copy(), found.tensors)
+        if found.frozen not in (None, frozen):
+            raise BenchError(
+                f"{where} was trained on a base of other weights (it names {found.base or 'none'}); give that as --base"
+            )
+        self.context.note(f"lora takes {found.remark(folder)}")
+        return {wanted[k][0]: v for k, v in found.tensors.items()}, found.sha256
+
+    def write_folder(self, folder: Path, base: str, head: bool) -> None:
+        plain = self.context.base.copy()
+        state = {k: v for k, (_, v) in self._trained().items()}
+        layers, rank, alpha = self.adapted, self.config.rank, self.config.lora_alpha
+        rslora = self.config.rslora
+        if self.config.targets == "qv":
+            state = peft_folders.fuse_qv(state, dict(plain.model.named_parameters()))  # type: ignore[union-attr]
+            layers = sorted({name.rpartition(".")[0] for name in layers})
+            alpha, rslora = 2 * alpha * (rank**0.5 if rslora else 1), False
+            rank *= 2
+        heads = self._heads(plain) if head or self.config.head else {}
+        if not self.config.head:
+            state |= {f"{name}.{k}": v for name, m in heads.items() for k, v in m.state_dict().items()}
+        config = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": peft_folders.names_of(plain.model, layers),  # type: ignore[arg-type]
+            "use_dora": self.config.dora,
+            "use_rslora": rslora,
+            "modules_to_save": [*heads] or None,
+            "base_model_name_or_path": base,
+        }
+        x = torch.rand(4, *self.context.shape, generator=torch.Generator().manual_seed(0))
+        x = x.to(next(plain.parameters()).device)
+        with torch.no_grad():
+            peft_folders.write(folder, config, state, plain, (x, self.model.eval()(x)))

@@ -11,7 +11,10 @@ from bench.interface import Access, Defense, Draw, Schedule
 
 
 class Retrain(Defense):
-    """Gaussian data augmentation (Cohen et al. 2019): random weights, and new noise for each image at each step."""
+    """Gaussian data augmentation (Cohen et al. 2019): random weights, and new noise for each image at each step.
+
+    The preset ``paper`` of a card chooses their network (``scratch_base``) and trains on all its training images.
+    """
 
     access = Access.NONE
     family = "retraining"
@@ -20,7 +23,10 @@ class Retrain(Defense):
 
     @dataclass(frozen=True)
     class Config(Schedule):
-        """Training schedule; ``paper`` is that released for CIFAR-10: 90 epochs, x0.1 every 30, batch 400."""
+        """Training schedule; ``paper`` is that of the released commands, for CIFAR-10 and ImageNet.
+
+        90 epochs, x0.1 every 30, batch 400 (the default of their train.py is 256).
+        """
 
         epochs: float = 60
         batch: int = 64

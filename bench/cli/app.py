@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bench.cli.convert import app as convert_app
 from bench.cli.options import AsJson, Execution, Out, print_findings, print_table, with_options
 from bench.cli.records import app as records_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
@@ -229,3 +230,4 @@ def doctor(
 
 
 app.add_typer(records_app)
+app.add_typer(convert_app)

@@ -206,13 +206,32 @@ def import_(options: ImportOptions) -> None:
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write. Default: print.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write the log to. Default: print.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the weights instead, with a model card: a folder, of peft for lora, else of timm; or "
+            "FILE.safetensors."
+        ),
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="With --weights: merge lora's adapters into a folder of timm.")
+    ] = False,
+    defense: Annotated[
+        str | None, typer.Option(help="./file.py of the record's defense. A file is executed only if it is named here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --weights: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Export a run as a tab-separated log, with columns for sigma, votes and noise."""
+    """Export a run as a tab-separated log, or its weights for peft and timm."""
     from bench.io.files import write_text, writing
     from bench.records.logs import export_log
     from bench.records.record import read_run
 
+    if weights is not None:
+        if out is not None:
+            raise BenchError("--out writes the log and --weights the weights; give one of them")
+        _export_weights(run, weights, merged, defense, device)
+        return
     text = export_log(read_run(run))
     if out is None:
         print(text, end="")
@@ -220,6 +239,19 @@ def export(
     with writing(out, "choose another file with --out"):
         write_text(out, text)
     print(f"wrote {out}", file=sys.stderr)
+
+
+def _export_weights(run: Path, weights: Path, merged: bool, defense: str | None, device: str) -> None:
+    from bench.process.console import ConsoleReporter
+    from bench.process.environment import pick_device
+    from bench.runs import exporting
+    from bench.runs.session import Session
+
+    record = exporting.finished(run)
+    reporter = exporting.UntrainedReporter(ConsoleReporter(), record)
+    session = Session(pick_device(device), run.parent, reporter)
+    for file in exporting.export_weights(record, session, weights, merged, defense):
+        print(f"wrote {file}", file=sys.stderr)
 
 
 @app.command()

@@ -23,6 +23,8 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 _Side = Annotated[int, Field(ge=1, le=16_384)]
+_Mean = tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...]  # of pixels in [0, 1]; bounds exclude infinity
+_Std = tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...]
 
 
 @checked(config=_STRICT, frozen=True)
@@ -34,6 +36,8 @@ class Preset:
     n: PositiveInt
     base: str = ""  # a recipe of [bases]; default: the card's first
     transfer_base: str = ""  # a value of --base for defenses that adapt a base of another task; default: none
+    # A value of --base for defenses that use its architecture alone; its weights stay untrained. Default: base.
+    scratch_base: str = ""
     train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
     epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of defenses' default schedules
 
@@ -43,13 +47,21 @@ class Recipe:
     """A base classifier: a timm model, and the schedule of its clean training."""
 
     model: str
-    schedule: dict[str, Any]
+    schedule: dict[str, Any] | None = None  # None: published weights as they are
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False  # start from timm's published weights, with their normalisation
     classes: tuple[str, ...] = ()  # train on these classes alone, as a base of another task; default: all
+    mean: _Mean = ()  # of a model trained here; default: the card's
+    std: _Std = ()
     summary: str = ""
 
     def __post_init__(self) -> None:
+        if not self.pretrained and self.schedule is None:
+            raise ValueError("schedule: missing; only a pretrained model needs none")
+        if self.schedule is None and self.classes:
+            raise ValueError("classes: no schedule trains on them")
+        if self.pretrained and (self.mean or self.std):
+            raise ValueError("mean, std: a pretrained model has its own")
         if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes: at least two, all different")
 
@@ -80,8 +92,8 @@ class Card:
     shape: tuple[_Side, _Side, _Side]
     levels: Annotated[int, Field(ge=2, le=256)] = 256
     classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or their number; default: folder names
-    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] = ()  # of pixels in [0, 1]; bounds exclude infinity
-    std: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = ()
+    mean: _Mean = ()
+    std: _Std = ()
     radii: Annotated[tuple[Annotated[float, Field(ge=0, le=1e30)], ...], Field(min_length=1, max_length=100)] = (
         *(0.0, 0.25, 0.5, 0.75, 1.0),
     )
@@ -90,16 +102,18 @@ class Card:
     presets: dict[str, Preset] = field(default_factory=_presets)
     bases: dict[str, Recipe] = field(default_factory=dict)
     preset: str = "quick"
-    augment: tuple[Literal["crop", "flip"], ...] = ()
+    augment: tuple[Literal["crop", "resized-crop", "flip"], ...] = ()
     home: Path = Path()  # the folder of the card's file; not a key of it
 
     def __post_init__(self) -> None:
-        for key in ("mean", "std"):
-            if getattr(self, key) and len(getattr(self, key)) != self.shape[0]:
-                raise ValueError(f"{key}: {len(getattr(self, key))} values for {self.shape[0]} channels")
+        _check_channels("", self, self.shape[0])
+        for name, recipe in self.bases.items():
+            _check_channels(f"bases.{name}.", recipe, self.shape[0])
         for name in self.splits:
             if has(self.source, name):
                 raise ValueError(f"splits.{name}: the source has its own {name} part, which is used completely")
+        if "resized-crop" in self.augment and (isinstance(self.source, Digits) or "crop" in self.augment):
+            raise ValueError("augment: resized-crop needs pictures, and replaces crop")
         if not isinstance(self.source, Digits):
             if self.shape[0] not in (1, 3):
                 raise ValueError(f"shape: pictures have 1 or 3 channels, not {self.shape[0]}")
@@ -120,6 +134,12 @@ class Card:
         # Not of the folder; the images in it are hashed themselves.
         parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_channels(where: str, owner: Card | Recipe, channels: int) -> None:
+    for key in ("mean", "std"):
+        if getattr(owner, key) and len(getattr(owner, key)) != channels:
+            raise ValueError(f"{where}{key}: {len(getattr(owner, key))} values for {channels} channels")
 
 
 def root(card: Card, source: Stored) -> tuple[Path, str]:

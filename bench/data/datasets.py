@@ -117,6 +117,11 @@ def load_splits(card: Card, *names: SplitName) -> list[Split]:
     return splits
 
 
+def whole_train(card: Card, train: Split, validation: Split) -> Split:
+    """Return all images of the train part: those of ``train``, then those that were cut from it for ``validation``."""
+    return train if has(card.source, "validation") else train.joined(validation)
+
+
 def _cut(card: Card, rows: int) -> dict[str, NDArray[np.int64]]:
     """Divide the rows of the train part between train and the splits that the source does not have."""
     sizes: dict[str, int] = {}

@@ -6,6 +6,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,13 @@ class Decoded:
     changes: tuple[str, ...]
 
 
-def decode(data: Path | memoryview, where: str, shape: tuple[int, int, int], resize: int) -> Decoded:
+# Width and height of a picture to a box in it: left, top, width, height.
+Crop = Callable[[int, int], tuple[int, int, int, int]]
+
+
+def decode(
+    data: Path | memoryview, where: str, shape: tuple[int, int, int], resize: int, crop: Crop | None = None
+) -> Decoded:
     """Decode one picture.
 
     Args:
@@ -45,6 +52,7 @@ def decode(data: Path | memoryview, where: str, shape: tuple[int, int, int], res
         shape: Channels, height and width. Grey pictures are allowed for 1 and 3 channels, colour ones for 3.
         resize: Scale the shorter side to this (bilinear, antialiased) and crop the centre, as ImageNet's evaluation
             does; 0: the picture must have the shape.
+        crop: Cut this box out of the picture as stored, and scale it to the shape, in place of ``resize``.
 
     Raises:
         BenchError: The picture is unreadable, has another shape, or more than 8 bits.
@@ -80,7 +88,10 @@ def decode(data: Path | memoryview, where: str, shape: tuple[int, int, int], res
         ) from None
     except Exception as e:  # Pillow's decoders raise errors of any type
         raise BenchError(f"{where}: not a readable picture: {one_line(e)}; replace or delete it") from None
-    if resize:
+    if crop is not None and (resize or picture.size == (width, height)):
+        left, top, w, h = crop(*picture.size)
+        picture = picture.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BILINEAR)
+    elif resize:
         if min(picture.size) < resize:
             changes.append("smaller than the card's resize, enlarged")
         picture = _resized(picture, where, height, width, resize)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.data.card import Card, root
-from bench.data.decoding import SUFFIXES, Decoded, decode
+from bench.data.decoding import SUFFIXES, Crop, Decoded, decode
 from bench.data.pictures import Pictures
 from bench.data.sources import Folder, Part, PartName, located, numbered, same, some, text
 from bench.errors import BenchError, note
@@ -60,9 +60,9 @@ def read_folder(card: Card, source: Folder, part: PartName) -> Part:
         # A file's name may be any bytes, not only UTF-8.
         return os.fsencode(files[row]) + f"|{state.st_size}|{state.st_mtime_ns}".encode()
 
-    def picture(row: int) -> Decoded:
+    def picture(row: int, crop: Crop | None) -> Decoded:
         path = base / files[row]
-        return decode(path, str(path), card.shape, source.resize)
+        return decode(path, str(path), card.shape, source.resize, crop)
 
     remarks = _order(classes) if part == "train" else []
     kinds = Counter(os.path.splitext(file)[1].lower() for file in files)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.data.card import Card, root
-from bench.data.decoding import Decoded, decode
+from bench.data.decoding import Crop, Decoded, decode
 from bench.data.pictures import Pictures
 from bench.data.sources import Parquet, Part, PartName, located, numbered, same, some
 from bench.errors import BenchError, note, one_line
@@ -57,9 +57,9 @@ def read_parquet(card: Card, source: Parquet, part: PartName) -> Part:
         file, at = place(row)
         return memoryview(pictures[file][at].as_buffer())
 
-    def picture(row: int) -> Decoded:
+    def picture(row: int, crop: Crop | None) -> Decoded:
         file, at = place(row)
-        return decode(encoded(row), f"{paths[file]}: row {at}", card.shape, source.resize)
+        return decode(encoded(row), f"{paths[file]}: row {at}", card.shape, source.resize, crop)
 
     return Part(
         Pictures.of(starts[-1], card.shape, picture, encoded, source.resize),

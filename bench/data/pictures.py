@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decoding import Decoded
+from bench.data.decoding import Crop, Decoded
 from bench.errors import note
 
 KEEP_BYTES = 1 << 30  # decoded pictures are kept up to this size (CIFAR-10: 0.2 GB), else decoded on every access
@@ -28,7 +28,7 @@ class Pictures:
 
     rows: NDArray[np.int64]
     shape: tuple[int, int, int]
-    picture: Callable[[int], Decoded]
+    picture: Callable[[int, Crop | None], Decoded]
     stamp: Callable[[int], bytes | memoryview]
     resize: int
     kept: NDArray[np.uint8] | None
@@ -41,11 +41,11 @@ class Pictures:
         cls,
         count: int,
         shape: tuple[int, int, int],
-        picture: Callable[[int], Decoded],
+        picture: Callable[[int, Crop | None], Decoded],
         stamp: Callable[[int], bytes | memoryview],
         resize: int,
     ) -> Pictures:
-        """Make all ``count`` pictures of a source: ``picture(row)`` decodes one, ``stamp(row)`` identifies it."""
+        """Make all ``count`` pictures of a source: ``picture`` decodes one, or a box of it; ``stamp`` identifies it."""
         # Pages that are never written take no memory, so decoding a few pictures of many costs little.
         kept = np.empty((count, *shape), np.uint8) if count * math.prod(shape) <= KEEP_BYTES else None
         return cls(np.arange(count), shape, picture, stamp, resize, kept, np.zeros(count, np.bool_), {}, set())
@@ -66,13 +66,23 @@ class Pictures:
         found: NDArray[np.uint8] = self.kept[rows]
         return found
 
+    def cropped(self, indices: Any, crops: Sequence[Crop]) -> NDArray[np.uint8]:
+        """Decode the given rows, a box of each as ``crops`` chooses, scaled to the shape."""
+        pixels = [self._decoded(row, crop) for row, crop in zip(self.rows[indices].tolist(), crops, strict=True)]
+        return np.stack(pixels)
+
     def select(self, indices: Any) -> Pictures:
         """Select the given rows without decoding them."""
         return replace(self, rows=self.rows[indices])
 
-    def _decoded(self, row: int) -> NDArray[np.uint8]:
+    def joined(self, other: Pictures) -> Pictures:
+        """Append another selection of the same source."""
+        assert other.done is self.done
+        return replace(self, rows=np.concatenate([self.rows, other.rows]))
+
+    def _decoded(self, row: int, crop: Crop | None = None) -> NDArray[np.uint8]:
         """Decode a picture, and report the first one of each kind of change."""
-        decoded = self.picture(row)
+        decoded = self.picture(row, crop)
         if decoded.changes:
             self.changed[row] = decoded.changes
             for change in set(decoded.changes) - self.reported:

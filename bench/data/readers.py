@@ -30,6 +30,8 @@ def read(card: Card, part: PartName) -> Part:
     if isinstance(source, Stored) and source.resize:
         height, width = card.shape[1:]
         remark = f"shorter side resized to {source.resize} (bilinear), centre cropped to {height}x{width}"
+        if part == "train" and "resized-crop" in card.augment:
+            remark = f"in training random crops resized to {height}x{width} (resized-crop), elsewhere {remark}"
         if part == "train":
             note(f"card {card.name}: {remark}")
         found = replace(found, origin=f"{found.origin}; {remark}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.data.decoding import Crop
 from bench.data.pictures import Pictures
 
 
@@ -45,7 +47,18 @@ class Split:
 
         Raises BenchError for an unreadable picture.
         """
-        pixels: NDArray[np.float32] = self.integers(indices).astype(np.float32) / np.float32(self.levels - 1)
+        return self._scaled(self.integers(indices))
+
+    def cropped(self, indices: Any, crops: Sequence[Crop]) -> NDArray[np.float32]:
+        """Return pixels in [0, 1] of a box of each given row, cut out of the picture as stored and scaled.
+
+        Raises BenchError for an unreadable picture.
+        """
+        assert isinstance(self.images, Pictures)  # as the card's schema demands of ``augment``
+        return self._scaled(self.images.cropped(indices, crops))
+
+    def _scaled(self, integers: NDArray[np.uint8]) -> NDArray[np.float32]:
+        pixels: NDArray[np.float32] = integers.astype(np.float32) / np.float32(self.levels - 1)
         return pixels
 
     def sha256(self, indices: Any = None) -> str:
@@ -64,6 +77,16 @@ class Split:
     def first(self, count: int) -> Split:
         """Select the first ``count`` rows; 0: all."""
         return self.select(slice(count)) if count else self
+
+    def joined(self, other: Split) -> Split:
+        """Append the rows of another split of the same source."""
+        images: NDArray[np.uint8] | Pictures
+        if isinstance(self.images, Pictures):
+            assert isinstance(other.images, Pictures)
+            images = self.images.joined(other.images)
+        else:
+            images = np.concatenate([self.images, other.images[:]])
+        return replace(self, images=images, labels=np.concatenate([self.labels, other.labels]))
 
     def select(self, indices: Any) -> Split:
         """Select the given rows without decoding them."""

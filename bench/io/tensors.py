@@ -48,9 +48,8 @@ def refuse_pickle(path: Path) -> None:
     # Bytes 0x80 0x02 also begin a safetensors header of 640 bytes; its ninth byte is the JSON's brace.
     if path.suffix in PICKLED or (start.startswith(_MAGIC) and start[8:] != b"{"):
         raise BenchError(
-            f"{path}: a pickled checkpoint, refused because reading one can run hidden code; if you trust it, "
-            f'convert it: python -c "import torch; from safetensors.torch import save_file; '
-            f"save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')\""
+            f"{path}: a pickled checkpoint, refused because reading one can run hidden code; convert it, without "
+            f"running any: bench convert {path} --to {path.name.partition('.')[0] or 'model'}.safetensors"
         )
 
 

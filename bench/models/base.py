@@ -12,12 +12,12 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault
 from bench.interface import Access
+from bench.models.resampling import DEFAULT, resample
 
 # A view finds its owner here by number, so no module, parameter or gradient is reachable from the view itself. Only
 # weak references are kept.
@@ -27,7 +27,7 @@ _owners: WeakValueDictionary[int, BaseModel] = WeakValueDictionary()
 class WeightsSource(TypedDict, total=False):
     """The record of where a base's weights come from."""
 
-    kind: Literal["trained here", "hub", "file", "served"]
+    kind: Literal["trained here", "untrained", "hub", "file", "served"]
     id: str  # on the hub
     revision: str  # commit on the hub
     file: str
@@ -52,8 +52,8 @@ Preprocessing = TypedDict(
     {
         "from": list[int],  # height and width of the card's images
         "size": list[int],  # of the model's input
-        "resampling": str | None,
-        "config_resampling": str | None,
+        "resampling": str | None,  # None: images are not resized
+        "resampling_from": str,
         "size_from": str,
         "mean": list[float],
         "std": list[float],
@@ -81,8 +81,8 @@ class BaseRecord(TypedDict, total=False):
 class Classifier(nn.Module):
     """A timm model with resizing and normalisation inside: pixels in [0, 1] to logits.
 
-    ``size`` is the model's input height and width, None where it is the card's. Noise is added at the card's resolution
-    before this module, so radii refer to the card's images.
+    ``size`` is the model's input height and width, to which ``interpolation`` resizes; None where it is the card's.
+    Noise is added at the card's resolution before this module, so radii refer to the card's images.
     """
 
     mean: Tensor
@@ -94,18 +94,19 @@ class Classifier(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         size: tuple[int, int] | None = None,
+        interpolation: str = DEFAULT,
     ) -> None:
         super().__init__()
         self.model = model
         self.size = size
+        self.interpolation = interpolation
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits [B, classes] of pixels [B, C, H, W]; grey images are repeated in the model's channels."""
         if self.size is not None:
-            shrinks = self.size[0] < x.shape[-2] or self.size[1] < x.shape[-1]
-            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=shrinks)
+            x = resample(x, self.size, self.interpolation)
         # A grey image broadcasts over the model's mean and std.
         return cast(Tensor, self.model((x - self.mean) / self.std))
 
@@ -204,6 +205,11 @@ class BaseModel(ABC):
     @abstractmethod
     def untrained(self, classes: int) -> nn.Module:
         """Return the same architecture with random weights. Raises BenchError where it is unknown."""
+
+    @property
+    def untrained_weights(self) -> bool:
+        """Whether its weights are random, since the run uses its architecture alone."""
+        return self.meta.get("source", {}).get("kind") == "untrained"
 
     def view(self, access: Access) -> View:
         """Return the base restricted to ``access``."""

@@ -15,6 +15,7 @@ from bench.errors import BenchError, one_line
 from bench.interface import Schedule
 from bench.models.base import BaseRecord, Classifier, LocalBase, Preprocessing, WeightsSource
 from bench.models.labels import Names
+from bench.models.resampling import DEFAULT, check_interpolation
 from bench.models.timm_configs import Described, described
 from bench.models.timm_models import Architecture
 
@@ -48,9 +49,15 @@ class Blueprint:
     size_from: str = "the card's recipe"  # source of the size
     mean_from: str = "the card"  # source of mean and std
     states_mean: bool = True  # False: the weights come with no mean and std
-    interpolation: str = ""  # of the config; certbench always resizes bilinearly
+    interpolation: str = DEFAULT  # by which images are resized; a recipe states none
+    interpolation_from: str = "certbench's default"  # source of the interpolation
     schedule: Schedule | None = None  # clean training on the card's data, if any
     only: tuple[int, ...] = ()  # labels of this training, in the order of its head; empty: all
+
+    @property
+    def resampling(self) -> str | None:
+        """Interpolation by which images are resized; None where they are not."""
+        return None if self.size is None else self.interpolation
 
     @property
     def made_for(self) -> int:
@@ -59,7 +66,9 @@ class Blueprint:
 
     def describe(self) -> dict[str, Any]:
         """Return what the tensors do not determine, as JSON."""
-        return {"architecture": self.architecture, "args": self.args, "resize": self.size and list(self.size)}
+        found = {"architecture": self.architecture, "args": self.args, "resize": self.size and list(self.size)}
+        # The default is left out, since bases had no other before 0.2.
+        return found if self.resampling in (None, DEFAULT) else {**found, "interpolation": self.resampling}
 
     @property
     def _timm(self) -> Architecture:
@@ -67,7 +76,10 @@ class Blueprint:
 
     def fresh(self, classes: int) -> Classifier:
         """Make the model with random weights on the CPU. Raises BenchError where timm cannot make it."""
-        return Classifier(self._timm.create(classes), self.mean, self.std, self.size)
+        return self._classifier(self._timm.create(classes), self.mean, self.std)
+
+    def _classifier(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> Classifier:
+        return Classifier(model, mean, std, self.size, self.interpolation)
 
     def load(self) -> tuple[Classifier, WeightsSource]:
         """Load the model with its stored weights on the CPU; return it and the record of the weights' source.
@@ -86,7 +98,7 @@ class Blueprint:
             record = {**record, "normalisation": record["file"]}
         mean, std = normalisation or (self.mean, self.std)
         try:
-            module = Classifier(model, mean, std, self.size).eval()
+            module = self._classifier(model, mean, std).eval()
             with torch.inference_mode():
                 out = module(torch.zeros(1, *self.card.shape))
         except Exception as e:  # timm's models raise errors of any type
@@ -114,8 +126,8 @@ class Blueprint:
         preprocessing: Preprocessing = {
             "from": list(self.card.shape[1:]),
             "size": list(self.size or self.card.shape[1:]),
-            "resampling": None if self.size is None else "bilinear",
-            "config_resampling": self.interpolation or None,
+            "resampling": self.resampling,
+            "resampling_from": self.interpolation_from,
             "size_from": self.size_from,
             "mean": normalisation["mean"],
             "std": normalisation["std"],
@@ -144,6 +156,8 @@ def from_described(card: Card, name: str, found: Described, weights: Weights) ->
             f"give another --base"
         )
     timms, size = found.architecture, card_size(card, found.size)
+    if size is not None:
+        check_interpolation(f"base {name}", found.interpolation)
     made = Blueprint(card, name, timms.architecture, timms.args, found.mean, found.std, size, found.classes)
     return replace(
         made,
@@ -153,6 +167,7 @@ def from_described(card: Card, name: str, found: Described, weights: Weights) ->
         size_from=found.size_from,
         mean_from=found.mean_from,
         interpolation=found.interpolation,
+        interpolation_from=found.interpolation_from,
     )
 
 

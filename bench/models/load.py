@@ -41,6 +41,14 @@ def untrained_base(
     return plan.base(plan.fresh(len(card.classes) if probe else plan.made_for).to(device), {}, device)
 
 
+def architecture_base(card: Card, name: str, device: torch.device) -> BaseModel:
+    """Make the base of that name with random weights, always the same, for defenses that use its architecture alone."""
+    with globalstate.fixed_rng(0):
+        base = untrained_base(card, name, device)
+    base.meta["source"] = {"kind": "untrained"}
+    return base
+
+
 def load_base(
     card: Card,
     name: str,

@@ -52,7 +52,7 @@ class Given:
     normalisation: Normalisation | None = None  # --mean and --std, for weights that come with none
 
 
-def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False) -> str:
+def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False, scratch: bool = False) -> str:
     """Choose the base: ``base`` if given, else the preset's, else the card's first recipe.
 
     Reads no weights and uses no network, so a hub id is not checked.
@@ -62,12 +62,14 @@ def choose_base(card: Card, preset: str, base: str | None, adapts: bool = False)
         preset: Name of the preset.
         base: The value of ``--base``.
         adapts: Whether a base of another task is needed: ``base``, or the preset's ``transfer_base``.
+        scratch: Whether only its architecture is used: the preset's ``scratch_base`` then comes before its ``base``.
 
     Raises:
         BenchError: The name is unknown, or its file is missing or a pickle.
     """
     means = card.presets[preset]
-    name = base or (means.transfer_base if adapts else means.base or next(iter(card.bases), ""))
+    usual = (scratch and means.scratch_base) or means.base or next(iter(card.bases), "")
+    name = base or (means.transfer_base if adapts else usual)
     if adapts and not name:
         raise BenchError(
             f"card {card.name} has no base of another task for preset {preset}; "
@@ -157,7 +159,7 @@ def file_weights(path: Path, plan: Blueprint) -> Weights:
         return Weights(lambda: _read(path), adapt=False)
     origin, folder = found[1].removeprefix("its "), path.parent if path.name == WEIGHTS_FILE else path
     theirs = blueprint(plan.card, str(path))
-    for key in ("architecture", "size", *(("mean", "std") if theirs.states_mean else ())):
+    for key in ("architecture", "size", "resampling", *(("mean", "std") if theirs.states_mean else ())):
         if getattr(theirs, key) != getattr(plan, key):
             both = f"{key} {getattr(theirs, key)}, and base {plan.name} has {getattr(plan, key)}"
             raise BenchError(f"--weights {path}: its {origin} says {both}; give --base {folder} instead")
@@ -216,7 +218,8 @@ def _configured(
         return found, record
 
     made = from_config(card, name, translated, Weights(read, adapt=False), CONFIG)
-    return replace(made, size_from=f"image_size in {CONFIG}", mean_from=mean_from)
+    resampled = transformers_vit.PROCESSOR if processor.interpolation else transformers_vit.DEFAULT_FROM
+    return replace(made, size_from=f"image_size in {CONFIG}", mean_from=mean_from, interpolation_from=resampled)
 
 
 # Local files -----------------------------------------------------------------------------------------
@@ -231,19 +234,8 @@ def _file(card: Card, path: Path, given: Normalisation | None) -> Blueprint:
     mean_from = GIVEN if given else f"the card, since {path.name} states none: if it had others, give {GIVEN}"
     found = _config_of(path, stored.metadata)
     if found is None:
-        fitting = fitting_recipe(card, path, stored.tensors)
-        if len(mean) != len(card.mean):
-            raise BenchError(f"{GIVEN}: {len(mean)} values; base {path.name} takes {len(card.mean)} channels")
-        return replace(
-            fitting,
-            weights=replace(weights, adapt=False),
-            name=path.name,
-            size_from=f"the recipe {fitting.name} that it fits",
-            mean=mean,
-            std=std,
-            mean_from=mean_from,
-            states_mean=False,
-        )
+        fitting = fitting_recipe(card, path, stored.tensors, given)
+        return replace(fitting, weights=replace(weights, adapt=False), name=path.name)
     config, origin = found
     if origin == CONFIG:  # one of several weight files of a folder
         return _configured(card, path.name, config, weights, lambda file: local_file(path.parent, file), given)

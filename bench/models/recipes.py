@@ -15,7 +15,7 @@ from bench.data.card import Card
 from bench.errors import BenchError, unknown
 from bench.interface import Schedule
 from bench.io import tensors
-from bench.models.blueprints import Blueprint, card_size, from_described, unwrap
+from bench.models.blueprints import GIVEN, Blueprint, Normalisation, card_size, from_described, unwrap
 from bench.models.sources import hub_weights
 from bench.models.timm_configs import architecture_config, check_source, from_pretrained_cfg, input_size
 
@@ -25,7 +25,7 @@ def recipe_base(card: Card, name: str) -> Blueprint:
     recipe = card.bases[name]
     check_source(f"card {card.name}: bases.{name}", recipe.model, recipe.args)
     try:
-        schedule = TypeAdapter(Schedule).validate_python(recipe.schedule)
+        schedule = TypeAdapter(Schedule | None).validate_python(recipe.schedule)
     except ValidationError as e:
         raise BenchError(f"card {card.name}: bases.{name}.schedule: {e.errors()[0]['msg']}") from None
     for label in recipe.classes:
@@ -36,9 +36,11 @@ def recipe_base(card: Card, name: str) -> Blueprint:
         return replace(published(card, name, recipe.model, recipe.args), schedule=schedule, only=only)
     size = input_size(recipe.args, architecture_config(recipe.model, f"card {card.name}: bases.{name}"))
     classes = len(only) or len(card.classes)
-    made = Blueprint(card, name, recipe.model, recipe.args, card.mean, card.std, card_size(card, size), classes)
+    mean, std = recipe.mean or card.mean, recipe.std or card.std
+    made = Blueprint(card, name, recipe.model, recipe.args, mean, std, card_size(card, size), classes)
+    mean_from = "the card's recipe" if recipe.mean or recipe.std else made.mean_from
     size_from = "the card's recipe" if recipe.args.get("img_size") else f"timm's default for {recipe.model}"
-    return replace(made, schedule=schedule, only=only, size_from=size_from)
+    return replace(made, schedule=schedule, only=only, size_from=size_from, mean_from=mean_from)
 
 
 def published(card: Card, name: str, model: str, args: dict[str, Any]) -> Blueprint:
@@ -62,8 +64,13 @@ def timm_config(model: str, name: str) -> dict[str, Any]:
     return architecture_config(model, f"base {name}")
 
 
-def fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Blueprint:
-    """Find the card's recipe whose tensors have the file's names and shapes, with any number of classes."""
+def fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor], given: Normalisation | None) -> Blueprint:
+    """Find the card's recipe whose tensors have the file's names and shapes, with any number of classes.
+
+    The file states no mean and std: they are ``given``, else the recipe's or the card's.
+    """
+    if given and len(given[0]) != len(card.mean):
+        raise BenchError(f"{GIVEN}: {len(given[0])} values; base {path.name} takes {len(card.mean)} channels")
     stored = unwrap(whole)[0]
     fits: list[Blueprint] = []
     nearest: tuple[int, str] | None = None
@@ -72,7 +79,7 @@ def fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Bluep
         head = f"{architecture_config(plan.architecture, name).get('classifier')}.weight"
         ends = [v for k, v in stored.items() if k == head] or [v for k, v in stored.items() if k.endswith(f".{head}")]
         classes = len(ends[0]) if ends and ends[0].ndim else len(card.classes)
-        plan = replace(plan, classes=classes, schedule=None)
+        plan = _normalised(replace(plan, classes=classes, schedule=None), path, given)
         with torch.device("meta"):  # shapes without memory
             wanted = plan.fresh(classes).model.state_dict()
         wrong = tensors.mismatches(wanted, stored)
@@ -84,7 +91,19 @@ def fitting_recipe(card: Card, path: Path, whole: Mapping[str, Tensor]) -> Bluep
     if not fits:
         why = nearest[1] if nearest else "it has none"
         raise BenchError(f"{path} fits no base recipe of card {card.name}: {why}; {fix}")
-    if any(plan.describe() != fits[0].describe() for plan in fits):
+    if any((p.describe(), p.mean, p.std) != (fits[0].describe(), fits[0].mean, fits[0].std) for p in fits):
         names = " and ".join(plan.name for plan in fits)
         raise BenchError(f"{path} fits several recipes of card {card.name}: {names}; {fix}")
     return fits[0]
+
+
+def _normalised(plan: Blueprint, path: Path, given: Normalisation | None) -> Blueprint:
+    """Return the blueprint of a recipe with mean and std for a file that states none, and the sources of its values."""
+    recipe, fitted = plan.card.bases[plan.name], f"the recipe {plan.name} that it fits"
+    mean, std = given or (recipe.mean or plan.card.mean, recipe.std or plan.card.std)
+    if given:
+        mean_from = GIVEN
+    else:
+        source = fitted if recipe.mean or recipe.std else "the card"
+        mean_from = f"{source}, since {path.name} states none: if it had others, give {GIVEN}"
+    return replace(plan, mean=mean, std=std, size_from=fitted, mean_from=mean_from, states_mean=False)

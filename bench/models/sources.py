@@ -85,8 +85,8 @@ def not_in(where: str, filename: str, others: Sequence[str] = ()) -> hub.Missing
             f"{where} has no {filename}: it is not a model of timm or transformers; give another base"
         )
     return hub.MissingFile(
-        f"{where} has no {filename}: pickled weights are refused, since reading them can run hidden code; if you "
-        f"trust them, convert them with torch.load(..., weights_only=True) and safetensors' save_file"
+        f"{where} has no {filename}: pickled weights are refused, since reading them can run hidden code; convert "
+        f"its file, without running any: bench convert FILE --to {filename} --as tensors"
     )
 
 

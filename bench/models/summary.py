@@ -22,6 +22,8 @@ def report_base(base: BaseModel, validation: Split, say: Callable[[str], None], 
     if not isinstance(base, LocalBase):
         return
     say(shown(describe(base)))
+    if base.untrained_weights:
+        return
     if base.classes < 2 or int(validation.labels.max()) >= base.classes or "trained_on_classes" in base.meta:
         return  # a base of another task
     right, total = base.accuracy(validation, list(range(min(_IMAGES, len(validation)))))
@@ -44,13 +46,13 @@ def describe(base: LocalBase) -> str:
     given, size = ("x".join(map(str, seen[key])) for key in ("from", "size"))
     parts = [f"{given} images are not resized"]
     if seen["resampling"]:
-        other = seen["config_resampling"] not in (None, seen["resampling"])
-        instead = f" (its config: {seen['config_resampling']})" if other else ""
-        parts = [f"{given} images are resized to {size}, {seen['resampling']}{instead} (size: {seen['size_from']})"]
+        sources = f"size: {seen['size_from']}; interpolation: {seen['resampling_from']}"
+        parts = [f"{given} images are resized to {size}, {seen['resampling']} ({sources})"]
     parts.append(
         f"mean {_numbers(seen['mean'])}, std {_numbers(seen['std'])} (from {seen['normalisation_from']})",
     )
     parts += [base.meta["classes"]] if "classes" in base.meta else []
+    parts += ["not trained, since only its architecture is used"] if base.untrained_weights else []
     return f"base {base.name}: " + "; ".join(parts + source.get("remarks", []))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ LARGEST = 16 * limits.MB  # maximum size of a config.json
 
 @dataclass(frozen=True)
 class Described:
-    """A model described by its config; ``size_from`` and ``mean_from`` name the source of these values."""
+    """A model described by its config; fields ending in ``_from`` name the source of a value."""
 
     architecture: Architecture
     channels: int
@@ -31,10 +31,11 @@ class Described:
     std: tuple[float, ...]
     size: tuple[int, int]  # height and width in pixels
     classes: int  # 0: no head
-    interpolation: str  # of the config's resizing
+    interpolation: str  # by which images are resized to it; timm's name
     names: tuple[Names, ...]
     size_from: str
     mean_from: str
+    interpolation_from: str
 
 
 def read_config(path: Path, what: str) -> dict[str, Any]:
@@ -88,9 +89,14 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
     if ("mean" in stated) != ("std" in stated):
         one, other = ("mean", "std") if "mean" in stated else ("std", "mean")
         raise BenchError(f"{name}: {file} states {one} without {other}; state both, as in training")
-    mean_from = file if "mean" in stated else default
-    names = stated_names(name, config, stated)
-    return from_pretrained_cfg(name, architecture, args, merged, names, size_from, mean_from)
+    made = from_pretrained_cfg(name, architecture, args, merged)
+    return replace(
+        made,
+        names=stated_names(name, config, stated),
+        size_from=made.size_from if args.get("img_size") else size_from,
+        mean_from=file if "mean" in stated else default,
+        interpolation_from=file if stated.get("interpolation") else default,
+    )
 
 
 def from_pretrained_cfg(
@@ -98,9 +104,6 @@ def from_pretrained_cfg(
     architecture: str,
     args: dict[str, Any],
     config: dict[str, Any],
-    names: tuple[Names, ...] = (),
-    size_from: str = "timm",
-    mean_from: str = "timm",
 ) -> Described:
     """Describe a timm architecture with the normalisation, input size and classes of a pretrained_cfg.
 
@@ -119,10 +122,10 @@ def from_pretrained_cfg(
         raise BenchError(
             f"{name}: {channels} channels, but {len(mean)} values of mean and {len(std)} of std; correct its config"
         )
-    size_from = "its argument img_size" if args.get("img_size") else size_from
+    size_from = "its argument img_size" if args.get("img_size") else "timm"
     model = Architecture(name, architecture, args, config)
-    interpolation = str(config.get("interpolation", ""))
-    return Described(model, channels, mean, std, size, classes, interpolation, names, size_from, mean_from)
+    interpolation = str(config.get("interpolation") or "bicubic")  # as timm.data.resolve_data_config
+    return Described(model, channels, mean, std, size, classes, interpolation, (), size_from, "timm", "timm")
 
 
 def check_source(where: str, architecture: str, args: Mapping[str, Any]) -> None:

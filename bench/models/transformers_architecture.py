@@ -16,6 +16,7 @@ default_cfgs = generate_default_cfgs(  # where timm looks for them
         NAME: {
             "num_classes": 2,
             "input_size": (3, 224, 224),
+            "interpolation": "bilinear",
             "mean": (0.5, 0.5, 0.5),
             "std": (0.5, 0.5, 0.5),
             "first_conv": "patch_embed.proj",

@@ -35,6 +35,7 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
+DEFAULT_FROM = "transformers' default"  # bilinear, of ViTImageProcessor
 
 _PARTS = {
     "vit.embeddings.cls_token": "cls_token",
@@ -129,7 +130,7 @@ def timm_config(base: str, config: Mapping[str, Any], processor: Preprocessor) -
             "mean": processor.mean,
             "std": processor.std,
             "input_size": [args["in_chans"], *size],
-            "interpolation": processor.interpolation,
+            "interpolation": processor.interpolation or "bilinear",
         },
     }
 

@@ -115,9 +115,14 @@ class BuildContext:
         self.used[f"{kind.__name__} {digest(identity)[:8]}"] = trained.sha256
         self.part_seconds += trained.meta["train_seconds"]
 
-    def hub(self, source: str, filename: str) -> Path:
-        """Return the path of a file in a folder or a hub repository; record its hash."""
-        if Path(source).is_dir():
+    def hub(self, source: str, filename: str = "") -> Path:
+        """Return the path of a file, or of one in a folder or a hub repository; record its hash."""
+        if not filename:
+            path = Path(source)
+            if not path.is_file():
+                raise MissingFile(f"no file {source}")
+            source = filename = path.name
+        elif Path(source).is_dir():
             path = Path(source) / filename
             if not path.is_file():
                 raise MissingFile(f"{source} has no file {filename!r}")

@@ -47,7 +47,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
     """Estimate a run, or its shard, without training or certifying anything."""
     environment.keep_freed_memory()
     at_once = environment.threads(device) if device.type == "cpu" else 1
-    split, train = load_splits(plan.card, plan.split, "train")
+    split, train, validation = load_splits(plan.card, plan.split, "train", "validation")
     given = Given(normalisation=plan.normalisation)
     base = untrained_base(plan.card, plan.base, device, not plan.cls.adapts, given)
     defense = fitting.construct(plan, base, device)
@@ -68,7 +68,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
     trainings = 0 if plan.weights else max(1, len(plan.candidates))
     epochs = trainings * getattr(defense.schedule(), "epochs", 0.0)
     queries = trainings * getattr(plan.config, "queries", 0)
-    images = epochs * len(train.first(plan.card.presets[plan.preset].train_examples))
+    images = epochs * len(plan.training_images(train.first(plan.card.presets[plan.preset].train_examples), validation))
     return Estimate(
         run=run_name(plan),
         label=run_label(plan),

@@ -25,6 +25,7 @@ from bench.interface import Defense
 from bench.io import tensors
 from bench.models.arithmetic import deterministic
 from bench.models.base import BaseModel, Classifier
+from bench.models.peft_folders import FolderWeights
 from bench.process import watchdog
 from bench.runs.context import BuildContext, PartTraining
 from bench.runs.plan import Plan
@@ -110,10 +111,7 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
     used = context_of(defense)
     trained: Trained | None = None
     if trains(defense):
-        if plan.weights is not None:
-            trained = _read_given(plan.weights, plan, base, defense)
-        else:
-            trained = train_or_load(plan, base, train, device, progress, defense)
+        trained = weights_of(plan, base, train, device, progress, defense)
     if trained is not None:
         defense = construct(plan, base, device, training)
         with globalstate.fixed_rng(plan.seed, 1):
@@ -138,6 +136,15 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         uses_train_sigma=(trained is not None and not given) or used.asked_train_sigma,
         given=given,
     )
+
+
+def weights_of(
+    plan: Plan, base: BaseModel, train: Split, device: torch.device, progress: loop.Progress, defense: Defense
+) -> Trained:
+    """Return the weights of a constructed defense: the user's, or those of the cache, where they are stored first."""
+    if plan.weights is not None:
+        return _read_given(plan.weights, plan, base, defense)
+    return train_or_load(plan, base, train, device, progress, defense)
 
 
 def merge(defense: Defense, data: Split, plan: Plan, device: torch.device) -> None:
@@ -225,6 +232,9 @@ def train_or_load(
 
     ``most`` is the maximum number of steps of each of its trainings.
     """
+    stated = objectives.remark(plan.objective, plan.card.shape, plan.train_sigma)
+    if stated and plan.cls.loss is Defense.loss:
+        context_of(defense).note(stated)
 
     def fit_defense(checkpoint: Path) -> Weights:
         before = {k: v.detach().clone() for k, v in defense.state_dict().items()}
@@ -273,7 +283,12 @@ def _same_as_base(key: str, value: Tensor, before: dict[str, Tensor], base: Base
 
 def _read_given(path: Path, plan: Plan, base: BaseModel, defense: Defense) -> Trained:
     """Read a user's own weights: the defense's complete state, or that without the tensors taken from the base."""
-    stored = tensors.read(path)
+    if path.is_dir():
+        assert isinstance(defense, FolderWeights), "make_plans has checked it"
+        state, sha256 = defense.read_folder(path)
+        stored = tensors.Stored(state, {}, sha256)
+    else:
+        stored = tensors.read(path)
     fresh = defense.state_dict()
     from_base = {k for k, v in fresh.items() if _same_as_base(k, v, fresh, base)}
     tensors.check(f"--weights {path} does not fit defense {plan.defense}", fresh, stored.tensors, from_base)

@@ -11,16 +11,18 @@ from typing import Any, Literal, TypeVar
 
 from bench import plugins
 from bench.data.card import Card
-from bench.data.datasets import load_card
+from bench.data.datasets import load_card, whole_train
+from bench.data.split import Split
 from bench.errors import BenchError, note, unknown
-from bench.interface import Defense, Schedule
+from bench.interface import Access, Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
 from bench.models.blueprints import GIVEN, Normalisation
 from bench.models.names import choose_base, most_access
+from bench.models.peft_folders import FolderWeights
 from bench.models.served import is_url
 from bench.options import RunOptions
-from bench.runs.settings import Values, Variant, variants
+from bench.runs.settings import Values, Variant, as_stored, variants
 from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.fixed import Fixed
@@ -60,6 +62,30 @@ class Plan:
     seed: int
     options: RunOptions  # of this run alone
 
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the base is the preset's ``scratch_base``, of which only the architecture is used."""
+        own = self.card.presets[self.preset].scratch_base
+        return self.cls.access is Access.NONE and bool(own) and not self.options.base
+
+    def training_images(self, train: Split, validation: Split) -> Split:
+        """Return the images that the defense is trained on: ``train``, or those of validation too.
+
+        Those too, as the papers that train from scratch do, where nothing is chosen or certified on them, and no base
+        was trained without them. ``found`` of the result says which.
+        """
+        few = self.card.presets[self.preset].train_examples
+        if not self.from_scratch or few or self.weights or self.cls.kind(self.config) in UNTRAINED:
+            return train
+        if self.candidates or self.split == "validation":
+            use = "that --search uses" if self.candidates else "that are certified"
+            remark = f"trained on {len(train):,} images, without the {len(validation):,} of validation, {use}"
+            return replace(train, found=f"{train.found}; {remark}")
+        whole = whole_train(self.card, train, validation)
+        added = len(whole) - len(train)
+        remark = f"trained on {len(whole):,} images" + (f", the {added:,} of validation included" if added else "")
+        return replace(whole, found=f"{train.found}; {remark}")
+
 
 def make_plans(options: RunOptions) -> list[Plan]:
     """Make the runs that a command asks for, in order. Raises BenchError naming the first invalid value."""
@@ -87,7 +113,12 @@ def make_plans(options: RunOptions) -> list[Plan]:
     wanted = variants(loaded, preset, card, o.settings, o.search)
     _check_weights(o, loaded)
     normalisation = _normalisation(o)
-    bases = {name: choose_base(card, preset, o.base, cls.adapts) for name, (cls, _) in loaded.items()}
+    if o.weights is not None and Path(o.weights).is_dir():
+        wanted = {name: _of_folder(Path(o.weights), name, loaded[name][0], wanted[name]) for name in loaded}
+    bases = {
+        name: choose_base(card, preset, o.base, cls.adapts, cls.access is Access.NONE)
+        for name, (cls, _) in loaded.items()
+    }
     each = [(name, variant) for name in loaded for variant in wanted[name]]
     _check_bases(o, each, loaded, bases)
     plans = []
@@ -139,7 +170,16 @@ def _check_weights(options: RunOptions, loaded: Loaded) -> None:
         raise BenchError("--weights with --search: a search trains its own weights; give only one of the two")
     if len(loaded) > 1:
         raise BenchError(f"--weights {options.weights} are of one defense; --defense names {len(loaded)}")
-    tensors.refuse_pickle(Path(options.weights))
+    if not Path(options.weights).is_dir():
+        tensors.refuse_pickle(Path(options.weights))
+
+
+def _of_folder(folder: Path, name: str, cls: type[Defense], found: Sequence[Variant]) -> list[Variant]:
+    """Return the variants of a defense with the settings that its folder of weights states."""
+    if not issubclass(cls, FolderWeights):
+        raise BenchError(f"--weights {folder} is a folder, and {name} takes none; give a .safetensors file")
+    stored = cls.folder_settings(folder)
+    return [as_stored(variant, stored, str(folder)) for variant in found]
 
 
 def _normalisation(options: RunOptions) -> Normalisation | None:

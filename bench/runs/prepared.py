@@ -32,6 +32,10 @@ class Materials:
     test: Split
     base: BaseModel
 
+    def trained_on(self, plan: Plan) -> Split:
+        """Return the images that the plan's defense is trained on."""
+        return plan.training_images(self.train, self.validation)
+
     def certified(self, plan: Plan) -> Split:
         """Return the split whose images the plan certifies."""
         return self.test if plan.split == "test" else self.validation
@@ -106,13 +110,13 @@ class PreparedRun:
     def header(self) -> RunHeader:
         """Collect what the record states; certifies nothing, but measures the base's accuracy without noise."""
         plan, fitted, base = self.plan, self.fitted, self.materials.base
-        correct = None  # the labels are not classes of a base with other classes
-        if base.classes == len(plan.card.classes):
+        correct = None  # of a base with other classes or without training it means nothing
+        if base.classes == len(plan.card.classes) and not base.untrained_weights:
             correct, _ = base.accuracy(self.split, self.indices)
         brought = None
         if plan.weights:
             brought = fitted.sha256 if fitted.given else base.meta.get("source", {}).get("sha256")
-        elsewhere = [f"{plan.weights.name} ({brought:.8})"] if plan.weights and brought else []
+        elsewhere = [f"{plan.weights.absolute().name} ({brought:.8})"] if plan.weights and brought else []
         settings = {k: v for k, v in plan.changed.items() if not (fitted.given and k in SCHEDULE)}
         about = {
             "environment": environment.describe(self.task.device),
@@ -120,7 +124,7 @@ class PreparedRun:
             "radii": list(plan.card.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
-            "data": {"train": self.materials.train.origin, plan.split: self.split.origin},
+            "data": {"train": self.materials.trained_on(plan).origin, plan.split: self.split.origin},
             "base": {"clean_correct": correct, "images": len(self.indices), **base.meta},
             "defense": {
                 "family": plan.cls.family,
@@ -131,7 +135,7 @@ class PreparedRun:
                 "commits": fitted.commits,
                 "settings": settings,
                 "search": self.tried,
-                "weights_file": plan.weights and plan.weights.name,
+                "weights_file": plan.weights and plan.weights.absolute().name,
                 "weights_sha256": brought,
                 "notes": fitted.notes,
             },

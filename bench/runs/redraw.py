@@ -38,7 +38,7 @@ FRESH = "the certificates hold on fresh noise"
 
 
 @dataclass(frozen=True)
-class _Rebuilt:
+class Rebuilt:
     """The run of a record, prepared on this machine."""
 
     run: PreparedRun
@@ -81,17 +81,17 @@ def draw_again(
     if not deep and weights is not None and not stored(weights):
         yield Finding(f"(not drawn again: its trained weights are not in this cache; --deep retrains them) {CHECK}")
         return
-    if why := _not_named(record.info.arguments, defense, base):
+    if why := not_named(record.info.arguments, defense, base):
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
     with plugins.restricted_to([defense] if defense else []):
-        plan = _plan(record, defense, base)
+        plan = plan_of(record, defense, base)
     if not deep and plan.source != record.identity.defense.source:
         made_by = f"; certbench {record.info.environment.certbench} made this record"
         why = f"the code of defense {plan.defense} has changed since{made_by}; --deep compares nevertheless"
         yield Finding(f"(not drawn again: {why}) {CHECK}")
         return
-    rebuilt = _rebuild(record, session, plan, defense)
+    rebuilt = rebuild(record, session, plan, defense)
     if isinstance(rebuilt, str):
         yield Finding(CHECK, rebuilt)
         return
@@ -100,7 +100,7 @@ def draw_again(
         yield _audit(record, rebuilt)
 
 
-def _rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -> _Rebuilt | str:
+def rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -> Rebuilt | str:
     """Prepare the record's run; where that is not possible here, return what differs from the record."""
     with plugins.restricted_to([defense] if defense else []):
         run = session.prepare(plan)
@@ -115,10 +115,10 @@ def _rebuild(record: Record, session: Session, plan: Plan, defense: str | None) 
     before = record.info.fingerprint  # older records have none
     if before and (problem := fingerprint.differs(before, certifier.fingerprint, run.plan.arithmetic)):
         return f"the function built here is not the one certified: {problem}"
-    return _Rebuilt(run, certifier)
+    return Rebuilt(run, certifier)
 
 
-def _compare(record: Record, rebuilt: _Rebuilt, deep: bool) -> Finding:
+def _compare(record: Record, rebuilt: Rebuilt, deep: bool) -> Finding:
     every = max(1, len(record.counted) // SAMPLE)
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
     again = rebuilt.certify(list(kept), record.identity.noise.tau)
@@ -130,7 +130,7 @@ def _compare(record: Record, rebuilt: _Rebuilt, deep: bool) -> Finding:
     return Finding(f"{len(again)} {CHECK}, {how}", next(filter(None, problems), ""))
 
 
-def _audit(record: Record, rebuilt: _Rebuilt) -> Finding:
+def _audit(record: Record, rebuilt: Rebuilt) -> Finding:
     audit = fresh_noise.audit_of(record.counted, fresh_noise.DEEP, fresh_noise.VOTES)
     if audit is None:
         return Finding(f"(nothing is certified, so nothing was tested) {FRESH}")
@@ -142,7 +142,7 @@ def _audit(record: Record, rebuilt: _Rebuilt) -> Finding:
     return Finding(check, problem)
 
 
-def _not_named(arguments: dict[str, Any], defense: str | None, base: str | None) -> str:
+def not_named(arguments: dict[str, Any], defense: str | None, base: str | None) -> str:
     """Say what the user must name before the record's run is rebuilt; empty where nothing is missing."""
     recorded, served = str(arguments.get("defenses")), str(arguments.get("base"))
     if recorded.endswith(".py") and defense is None:
@@ -152,13 +152,13 @@ def _not_named(arguments: dict[str, Any], defense: str | None, base: str | None)
     return ""
 
 
-def _plan(record: Record, defense: str | None, base: str | None) -> Plan:
+def plan_of(record: Record, defense: str | None, base: str | None) -> Plan:
     """Make the plan of the record's arguments, with the file and server that the user names in place of its own."""
     named = {k: v for k, v in (("defenses", defense), ("base", base)) if v is not None}
     try:
         plans = make_plans(RunOptions.of(record.info.arguments | named))
     except BenchError as e:
-        raise BenchError(f"{record.path}: cannot be drawn again: {e}") from None
+        raise BenchError(f"{record.path}: cannot be rebuilt: {e}") from None
     if len(plans) != 1:
-        raise BenchError(f"{record.path}: cannot be drawn again: its arguments are of {len(plans)} runs")
+        raise BenchError(f"{record.path}: cannot be rebuilt: its arguments are of {len(plans)} runs")
     return plans[0]

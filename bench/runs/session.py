@@ -16,7 +16,7 @@ from bench.errors import DefenseFault
 from bench.io.files import digest
 from bench.models.arithmetic import deterministic
 from bench.models.base import LocalBase
-from bench.models.load import load_base, untrained_base
+from bench.models.load import architecture_base, load_base, untrained_base
 from bench.models.names import Given
 from bench.models.summary import report_base
 from bench.process import environment
@@ -52,21 +52,24 @@ class Session:
         self.threads = environment.threads(device)
         environment.keep_freed_memory()
         self.device, self.out, self.reporter, self.shard = device, out, LoggingReporter(reporter, log.info), shard
-        self._materials: dict[tuple[str, str, str, Given, bool], Materials] = {}
+        self._materials: dict[tuple[str, str, str, Given, bool, bool], Materials] = {}
         self._splits: dict[str, list[Split]] = {}
 
     def materials(self, plan: Plan) -> Materials:
-        """Load the splits and the base of a plan; a base that is not in the cache is trained."""
+        """Load the splits and the base of a plan; a base whose weights are used is trained if the cache has none."""
         given = Given(self._base_weights(plan), plan.normalisation)
         probe = not plan.cls.adapts
-        key = (plan.card.name, plan.preset, plan.base, given, probe)
+        key = (plan.card.name, plan.preset, plan.base, given, probe, plan.from_scratch)
         if key not in self._materials:
             if plan.card.name not in self._splits:
                 self._splits[plan.card.name] = load_splits(plan.card, "train", "validation", "test")
             train, validation, test = self._splits[plan.card.name]
             train = train.first(plan.card.presets[plan.preset].train_examples)
-            with self.reporter.training(f"base {plan.base}") as progress:
-                base = load_base(plan.card, plan.base, train, validation, self.device, progress, given, probe)
+            if plan.from_scratch:  # without --base, so without --mean and --std
+                base = architecture_base(plan.card, plan.base, self.device)
+            else:
+                with self.reporter.training(f"base {plan.base}") as progress:
+                    base = load_base(plan.card, plan.base, train, validation, self.device, progress, given, probe)
             report_base(base, validation, self.reporter.say, log.warning)
             self._materials[key] = Materials(train, validation, test, base)
         return self._materials[key]
@@ -87,8 +90,12 @@ class Session:
         if self.shard:
             self.shard.part(indices)  # raises for a shard without images, before anything is trained for it
         plan, tried = self._searched(plan, materials)
+        trained_on = materials.trained_on(plan)
+        if trained_on is not materials.train:
+            added = trained_on.found.removeprefix(f"{materials.train.found}; ")
+            self.reporter.say(f"{plugins.short_name(plan.defense)}: {added}")
         with self.reporter.training(f"{plugins.short_name(plan.defense)} at sigma {plan.train_sigma:g}") as progress:
-            fitted = fitting.fit(plan, materials.base, materials.train, self.device, progress)
+            fitted = fitting.fit(plan, materials.base, trained_on, self.device, progress)
         if fitted.sha256 and fitted.train_seconds is not None:
             log.info("weights %s, which took %.1f s of training", fitted.sha256[:8], fitted.train_seconds)
         task = make_task(plan, split, self.device)

@@ -59,6 +59,22 @@ def variants(
     return found
 
 
+def as_stored(variant: Variant, stored: Mapping[str, Any], folder: str) -> Variant:
+    """Return the variant with the settings that a folder of weights states.
+
+    Those that differ from the defense's own are named as with ``--set``, since they tell rows of a table apart.
+    Raises BenchError where ``--set`` gives one of them another value.
+    """
+    given = {setting.partition("=")[0].rpartition(".")[2] for setting in variant.settings}
+    other = {k: v for k, v in stored.items() if getattr(variant.config, k) != v}
+    if wrong := [k for k in other if k in given]:
+        raise BenchError(
+            f"--set {wrong[0]}={getattr(variant.config, wrong[0])}: --weights {folder} have {wrong[0]}="
+            f"{other[wrong[0]]}; leave --set {wrong[0]} out"
+        )
+    return replace(variant, config=replace(variant.config, **stored), changed=variant.changed | other)
+
+
 def _combinations(lists: Mapping[str, list[str]]) -> Iterable[Values]:
     return (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault, note, one_line
 from bench.globalstate import fixed_rng
 from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
@@ -26,6 +28,9 @@ from bench.training.weights import FIX
 
 VERSION = 1  # raise it whenever weights trained here would change: it is part of their identity
 CHECKPOINT_SECONDS = 20.0
+CROP_AREA = 0.08, 1.0  # of resized-crop: torchvision's defaults, with which ImageNet classifiers are trained
+CROP_RATIO = 3 / 4, 4 / 3  # width to height
+CROP_TRIES = 10
 
 
 class Rows(Protocol):
@@ -129,7 +134,7 @@ class TrainingJob:
             rows = self._rows(number, batch)
             watchdog.heartbeat()
             with fixed_rng(self.seed, number):
-                x = _augment(torch.from_numpy(self.data.pixels(rows)), self.augment).to(self.device)
+                x = _augment(torch.from_numpy(self._pixels(rows)), self.augment).to(self.device)
                 y = torch.from_numpy(self.data.labels[rows]).to(self.device)
                 draw = TrainDraw(noise, number, len(rows), self.sigma, self.device)
                 yield _Step(number, count, x, y, draw, self.progress)
@@ -139,6 +144,15 @@ class TrainingJob:
                 self._save(state, number + 1, before + now - started, dearest)
                 saved = now
         self.spent.append(before + time.perf_counter() - started)
+
+    def _pixels(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the rows' pixels; with resized-crop, of boxes drawn from torch's global random state."""
+        if "resized-crop" not in self.augment:
+            return self.data.pixels(rows)
+        assert isinstance(self.data, Split)
+        # Drawn before the pictures are decoded, so that they do not depend on their sizes.
+        uniform = torch.rand(len(rows), CROP_TRIES, 4, dtype=torch.float64).tolist()
+        return self.data.cropped(rows, [partial(_crop_box, u) for u in uniform])
 
     def _queries(self) -> int:
         return 0 if self.base is None else self.base.queries
@@ -210,6 +224,28 @@ def _train_mode(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
             m.eval()
+
+
+def _crop_box(uniform: list[list[float]], width: int, height: int) -> tuple[int, int, int, int]:
+    """Return a random box (left, top, width, height) of a picture, as torchvision's RandomResizedCrop chooses it.
+
+    Its area is uniform in ``CROP_AREA`` of the picture's, the logarithm of its ratio of sides uniform in that of
+    ``CROP_RATIO``, its place uniform. If no try fits into the picture: the largest central box of an allowed ratio.
+
+    Args:
+        uniform: For each try four uniform numbers in [0, 1): for area, ratio, left and top.
+        width: Of the picture.
+        height: Of the picture.
+    """
+    least, most = CROP_RATIO
+    for area, ratio, left, top in uniform:
+        pixels = width * height * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area)
+        shape = least * (most / least) ** ratio
+        w, h = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
+        if 0 < w <= width and 0 < h <= height:
+            return int(left * (width - w + 1)), int(top * (height - h + 1)), w, h
+    w, h = min(width, round(height * most)), min(height, round(width / least))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def _augment(x: Tensor, kinds: tuple[str, ...]) -> Tensor:

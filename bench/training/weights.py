@@ -51,9 +51,11 @@ def cached_training(label: str, identity: Mapping[str, Any], train: Callable[[Pa
         return entry.load() or entry.save(*train(entry.checkpoint))
 
 
-def stored(sha256: str) -> bool:
-    """Return whether a readable cache entry has weights of that hash."""
-    return any(f'"sha256": "{sha256}"' in f.read_text(errors="replace") for f in cache_root().glob("*/meta.json"))
+def stored(sha256: str) -> Path | None:
+    """Return the file of the weights of that hash in the cache, None where it has none."""
+    metas = cache_root().glob("*/meta.json")
+    found = (f for f in metas if f'"sha256": "{sha256}"' in f.read_text(errors="replace"))
+    return next((f.with_name("weights.safetensors") for f in found), None)
 
 
 class CacheEntry:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.data.datasets import card_files, choose, load_card, load_split, load_splits
+from bench.data.datasets import card_files, choose, load_card, load_split, load_splits, whole_train
 from bench.data.split import Split
 from bench.errors import BenchError
 
@@ -176,6 +176,11 @@ def test_cifar10_from_the_local_folder(cifar: Any) -> None:
     # Train and validation share no row, and together are the train file.
     assert not isinstance(train.images, np.ndarray)
     assert len(set(train.images.rows.tolist()) | set(images.rows.tolist())) == 50000
+    whole = whole_train(cifar, train, validation)
+    assert not isinstance(whole.images, np.ndarray)
+    assert sorted(whole.images.rows.tolist()) == list(range(50000))
+    np.testing.assert_array_equal(whole.integers([44999, 45000]), [*train.integers([-1]), *validation.integers([0])])
+    np.testing.assert_array_equal(whole.labels, [*train.labels, *validation.labels])
     assert len(choose(test, str(cifar.presets["paper"].examples))) == 450
 
 

@@ -12,8 +12,8 @@ from bench.runs.plan import Plan, make_plans
 from tests.helpers.commands import TINY, defense
 
 
-def plan(name: str) -> Plan:
-    (found,) = make_plans(RunOptions(defenses=name, dataset=TINY))
+def plan(name: str, *settings: str) -> Plan:
+    (found,) = make_plans(RunOptions(defenses=name, dataset=TINY, settings=settings))
     return found
 
 
@@ -24,6 +24,12 @@ def findings(name: str) -> list[Finding]:
 @pytest.mark.parametrize("name", plugins.names())
 def test_every_registered_defense_conforms(name: str) -> None:
     found = findings(name)
+    assert [f for f in found if f.problem] == []
+    assert len(found) == 7
+
+
+def test_parallel_adapters_conform() -> None:
+    found = list(examine(plan("adapter", "parallel=0.1")))
     assert [f for f in found if f.problem] == []
     assert len(found) == 7
 

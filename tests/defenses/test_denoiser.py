@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench import globalstate
 from bench.data.datasets import load_splits
 from bench.data.split import Split
+from bench.errors import BenchError
 from bench.interface import Access, Schedule
+from bench.io.files import file_sha256
 from bench.models.base import BaseModel
+from bench.models.convert import Stated, convert
 from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.runs import fitting
@@ -30,6 +33,7 @@ from bench.runs.plan import Plan, make_plans
 from bench.smoothing.noise import Noise, TrainDraw
 from bench.training import loop
 from defenses.denoiser import Denoiser, DnCNN, Surrogate
+from tests.helpers import released
 from tests.helpers.commands import TINY, Result
 
 Bench = Callable[..., Result]
@@ -214,6 +218,108 @@ def test_surrogates_count_as_trained_here(base: BaseModel) -> None:
     assert fitted.nominal == fitted.updated == parameters(fitted.defense)
     assert fitted.here == fitted.nominal + parameters(*fitted.defense.surrogates)
     assert sum(name.startswith("Surrogate") for name in fitted.parts) == 4
+
+
+# Released denoisers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[released.DnCNN, Path]:
+    """A checkpoint of the released code for grey images, and the file that bench convert makes of it."""
+    folder = tmp_path_factory.mktemp("released")
+    net = released.DnCNN(channels=1).eval()
+    wrapped = torch.nn.DataParallel(net)  # as the released denoisers for ImageNet
+    file = released.save(folder / "best.pth.tar", wrapped, arch="imagenet_dncnn")
+    convert(file, folder / "best.safetensors", Stated())
+    return net, folder / "best.safetensors"
+
+
+@pytest.mark.parametrize("objective", ["mse", "stab", "clf", "stab+mse"])
+def test_a_released_denoiser_is_used_as_it_is(
+    objective: str, base: BaseModel, converted: tuple[released.DnCNN, Path]
+) -> None:
+    net, file = converted
+    fitted = fit(plan(f"objective={objective}", f"weights={file}"), base)
+    x = torch.from_numpy(digits()[1].pixels(np.arange(8)))
+    with torch.no_grad():
+        wanted = base.module(net(x + SIGMA * draw(8).normal(1, 8, 8)))
+        got = fitted.defense.logits(x + SIGMA * draw(8).normal(1, 8, 8), draw(8))
+    torch.testing.assert_close(got, wanted)
+    assert (fitted.nominal, fitted.updated, fitted.here, fitted.queries, fitted.sha256) == (0, 0, 0, 0, None)
+    assert fitted.elsewhere == parameters(net) == 558_400 - 2 * 2 * 64 * 9
+    assert fitted.sources == ["best.safetensors"]
+    assert list(fitted.parts.values()) == [file_sha256(file)]
+    assert not fitted.uses_train_sigma
+    (remark,) = fitted.notes
+    assert "a DnCNN of depth 17 and width 64, trained elsewhere" in remark
+    assert fitted.defense.context.base.most == Access.QUERY
+
+
+def test_a_released_denoiser_records_no_schedule(converted: tuple[released.DnCNN, Path]) -> None:
+    _, file = converted
+    one = plan("objective=stab", f"weights={file}").config
+    for other in (
+        plan("objective=stab", f"weights={file}", "lr=.5", "epochs=7", "depth=9", "access=query").config,
+        plan("objective=stab", f"weights={file}", dataset="digits", preset="paper").config,
+    ):
+        assert one == other
+    assert (one.epochs, one.depth, one.width) == (0, 0, 0)
+
+
+def test_a_released_denoiser_stands_in_the_record_and_the_report(
+    bench: Bench, tmp_path: Path, converted: tuple[released.DnCNN, Path]
+) -> None:
+    _, file = converted
+    ran = bench(
+        *("run", "--defense", "denoiser", "--dataset", TINY, "--out", tmp_path, "--json"),
+        *("--set", f"weights={file}", "--examples", 2, "--n", 20, "--alpha", 0.1),
+    )
+    assert ran.code == 0, ran.err
+    (info,) = json.loads(ran.out)
+    assert info["defense"]["trained_elsewhere"] == ["best.safetensors"]
+    assert info["defense"]["trains"] == "training-free"
+    assert file_sha256(file) in json.dumps(info["identity"])
+    cells = bench("report", tmp_path).out.split(f"| denoiser weights={file} ")[1].partition("\n")[0].split("|")
+    assert "best.safetensors" in [cell.strip() for cell in cells]  # under extra data
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"net.0.weight": None}, "no net.0.weight); convert the released checkpoint: bench convert FILE"),
+        ({"net.0.weight": torch.rand(64, 3, 3, 3)}, "takes 3 channels, the images have 1"),
+        ({"net.3.running_mean": None}, "net.3.running_mean is missing"),
+        ({"other": torch.rand(2)}, "other is unknown to the model"),
+    ],
+)
+def test_files_that_are_no_denoiser_are_refused(
+    change: dict[str, Tensor | None],
+    words: str,
+    base: BaseModel,
+    tmp_path: Path,
+    converted: tuple[released.DnCNN, Path],
+) -> None:
+    state: dict[str, Tensor | None] = {**load_file(converted[1]), **change}
+    save_file({k: v for k, v in state.items() if v is not None}, tmp_path / "x.safetensors")
+    with pytest.raises(BenchError) as e:
+        construct(plan(f"weights={tmp_path / 'x.safetensors'}"), base)
+    assert words in str(e.value)
+
+
+def test_a_pickled_denoiser_names_the_command(base: BaseModel, converted: tuple[released.DnCNN, Path]) -> None:
+    with pytest.raises(BenchError, match=r"bench convert .*best\.pth\.tar --to best\.safetensors"):
+        construct(plan(f"weights={converted[1].with_suffix('.pth.tar')}"), base)
+
+
+def test_a_truncated_or_wider_checkpoint_is_converted_or_refused(tmp_path: Path) -> None:
+    wide = released.DnCNN(width=128).state_dict()
+    torch.save(wide, tmp_path / "wide.pt")
+    lines = convert(tmp_path / "wide.pt", tmp_path / "wide.safetensors", Stated())
+    assert "recognised: a DnCNN of depth 17 and width 128 for 3 channels" in lines
+    del wide["dncnn.3.weight"]
+    torch.save(wide, tmp_path / "cut.pt")
+    with pytest.raises(BenchError, match=r"cut.pt is not a DnCNN: net.3.weight is missing"):
+        convert(tmp_path / "cut.pt", tmp_path / "cut.safetensors", Stated())
 
 
 # The harness's contract ------------------------------------------------------------------------------

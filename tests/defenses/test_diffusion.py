@@ -29,6 +29,7 @@ from bench.runs.doctor import examine
 from bench.runs.plan import make_plans
 from bench.smoothing.noise import Noise, Vote, VoteDraw
 from bench.training import loop, objectives
+from defenses import diffusion
 from defenses.diffusion import Diffusion
 from tests.helpers import hubserver
 from tests.helpers.commands import TINY, Result, defense
@@ -45,6 +46,13 @@ SMALL = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "norm_num_groups": 4,
+}
+
+
+FIVE = {  # levels
+    "block_out_channels": (8,) * 5,
+    "down_block_types": ("DownBlock2D",) * 5,
+    "up_block_types": ("UpBlock2D",) * 5,
 }
 
 
@@ -96,11 +104,115 @@ class Exact(nn.Module):
     ids=["cifar10", "imagenet"],
 )
 def test_noise_levels_become_the_published_timesteps(tmp_path: Path, schedule: Any, published: list[int]) -> None:
-    made = build(f"unet={saved(tmp_path, diffusers.DDPMScheduler(**schedule))}")
+    made = build(f"unet={saved(tmp_path, diffusers.DDPMScheduler(**schedule))}", "timestep_scale=1")
     made.unet = Exact("epsilon", diffusers.DDPMScheduler(**schedule))
     for sigma in (0.12, 0.25, 0.5, 1.0):
         made.denoised(torch.rand(1, 1, 8, 8), draw(1, sigma))
     assert made.unet.asked == published
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "published"),
+    [
+        (COSINE, ["timestep_scale=0.25"], [143.25, 289.5, 496, 702.25]),
+        ({"num_train_timesteps": 1000}, [], [70, 145, 259, 396]),
+    ],
+    ids=["cifar10", "imagenet"],
+)
+def test_the_network_is_asked_at_the_time_of_its_training(
+    tmp_path: Path, schedule: Any, settings: list[str], published: list[float]
+) -> None:
+    """A real UNet gets the times at which improved- and guided-diffusion ask theirs, unrounded: t * 1000 / T."""
+    made = build(f"unet={saved(tmp_path, diffusers.DDPMScheduler(**schedule))}", *settings)
+    times: list[float] = []
+    embedded: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
+        times.append(float(inputs[0]))
+        embedded.append(out)
+
+    made.unet.time_proj.register_forward_hook(hook)
+    x = torch.rand(1, 1, 8, 8)
+    for sigma in (0.12, 0.25, 0.5, 1.0):
+        out = made.denoised(x, draw(1, sigma))
+    assert times == published
+    # Ho et al.'s sinusoids of the time, of which diffusers has the cosines first.
+    angles = torch.outer(torch.tensor(published), 10_000.0 ** (-torch.arange(4) / 4))
+    torch.testing.assert_close(torch.cat(embedded), torch.cat([angles.cos(), angles.sin()], 1), atol=1e-4, rtol=0)
+    # The noise level is that of the step itself: here the last.
+    step = {702.25: 2809, 396: 396}[published[-1]]
+    kept = diffusers.DDPMScheduler(**schedule).alphas_cumprod[step].double()
+    with torch.no_grad():
+        noise = unet()(kept.sqrt().float() * (2 * x - 1), torch.tensor(published[-1])).sample
+    clean = (2 * x - 1) - (1 / kept - 1).sqrt().float() * noise
+    torch.testing.assert_close(out, (clean.clamp(-1, 1) + 1) / 2, atol=1e-5, rtol=0)
+
+
+def test_a_scale_is_part_of_the_identity(bench: Bench, tmp_path: Path) -> None:
+    args = ("run", "--defense", "diffusion", "--dataset", TINY, "--out", tmp_path / "runs", "--json", "--examples", 1)
+    folder = saved(tmp_path / "unet", diffusers.DDPMScheduler(**COSINE))
+    found = {}
+    for scale in (0.25, 1.0):
+        ran = bench(*args, "--set", f"unet={folder}", "--set", f"timestep_scale={scale}")
+        assert ran.code == 0, ran.err
+        (info,) = json.loads(ran.out)
+        assert info["identity"]["defense"]["config"]["timestep_scale"] == scale
+        found[scale] = info["path"]
+    assert len(set(found.values())) == 2
+
+
+def test_a_schedule_of_other_steps_needs_a_scale(tmp_path: Path) -> None:
+    folder = saved(tmp_path, diffusers.DDPMScheduler(**COSINE))
+    with pytest.raises(
+        BenchError, match=r"has 4000 steps, not 1000; --set timestep_scale=0.25 for weights of impr"
+    ) as e:
+        build(f"unet={folder}")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "inf", "nan"])
+def test_an_impossible_scale_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(BenchError, match="must be above 0"):
+        build(f"unet={saved(tmp_path)}", f"timestep_scale={value}")
+
+
+def test_a_network_of_another_size_runs_and_is_reported(bench: Bench, tmp_path: Path) -> None:
+    """The size in its config changes nothing but the remark, since a UNet's weights do not depend on it."""
+    args = ("run", "--defense", "diffusion", "--dataset", TINY, "--out", tmp_path / "runs", "--json", "--examples", 1)
+    counts = []
+    for size in (8, 16):
+        folder = saved(tmp_path / str(size), sample_size=size)
+        ran = bench(*args, "--set", f"unet={folder}")
+        assert ran.code == 0, ran.err
+        (info,) = json.loads(ran.out)
+        note = f"unet={folder} is for 1x{size}x{size} images, the data are 1x8x8: it is used at another size"
+        assert (note in ran.err) is (size == 16)
+        assert any(note in text for text in info["defense"].get("notes", [])) is (size == 16)
+        row = json.loads((Path(info["path"]) / "certificates.jsonl").read_text())
+        counts.append([row["top_count"], row["runner_up_count"]])
+    assert counts[0] == counts[1]
+
+
+def test_the_papers_unet_of_256_takes_images_of_224() -> None:
+    """Six levels, as ADM 256 unconditional has them, at a fraction of its width: five down-samplings, 224 = 7 * 32."""
+    widths = {"block_out_channels": (4, 4, 8, 8, 16, 16), "in_channels": 3, "out_channels": 6}
+    blocks = {"down_block_types": ("DownBlock2D",) * 6, "up_block_types": ("UpBlock2D",) * 6}
+    net = unet(sample_size=256, **widths, **blocks)
+    seen: list[str] = []
+    context: Any = SimpleNamespace(shape=(3, 224, 224), note=seen.append)
+    diffusion._check_shape(context, "adm", net)
+    assert seen == [
+        "diffusion: unet=adm is for 3x256x256 images, the data are 3x224x224: it is used at another size than it was "
+        "trained at"
+    ]
+    with torch.no_grad():
+        assert net(torch.zeros(1, 3, 224, 224), 145).sample.shape == (1, 6, 224, 224)
+    for side in (225, 240):
+        context.shape = (3, side, side)
+        with pytest.raises(BenchError, match="its down-samplings need sides that 32 divides"):
+            diffusion._check_shape(context, "adm", net)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            net(torch.zeros(1, 3, side, side), 145)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -255,7 +367,8 @@ def no_json(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: saved(f, sample_size=16), "is for 1x16x16 images, the data are 1x8x8"),
+        (lambda f: saved(f, sample_size=40), "1x40x40 images, the data are 1x8x8, a size more than 4 times another"),
+        (lambda f: saved(f, sample_size=16, **FIVE), "its down-samplings need sides that 16 divides"),
         (lambda f: saved(f, in_channels=3, out_channels=3), "is for 3x8x8 images, the data are 1x8x8"),
         (lambda f: saved(f, num_class_embeds=10), "give an unconditional UNet2DModel"),
         (lambda f: saved(f, diffusers.FlowMatchEulerDiscreteScheduler()), "FlowMatchEulerDiscreteScheduler"),
@@ -264,7 +377,17 @@ def no_json(folder: Path) -> None:
         (lambda f: unet().save_pretrained(f), "neither scheduler_config.json nor scheduler/scheduler_config.json"),
         (lambda f: (saved(f), unet(block_out_channels=(8, 16)).save_config(f)), "does not fit its config.json"),
     ],
-    ids=["resolution", "channels", "labels", "scheduler", "pickle", "json", "no scheduler", "weights"],
+    ids=[
+        "resolution",
+        "down-samplings",
+        "channels",
+        "labels",
+        "scheduler",
+        "pickle",
+        "json",
+        "no scheduler",
+        "weights",
+    ],
 )
 def test_checkpoints_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
     make(tmp_path)
@@ -279,6 +402,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], 
         (["steps=0"], "steps=0: must be 1 to"),
         (["steps=4000"], "steps=4000: must be 1 to"),
         (["width=12"], "width=12 must be a multiple of 8"),
+        (["timestep_scale=0.25"], "leave it out for one trained here"),
         ([f"classifier={defense('own_loss')}"], "has its own training"),
         (["classifier=nobody"], "nobody"),
     ],
@@ -292,11 +416,11 @@ def test_invalid_settings_are_refused(settings: list[str], message: str) -> None
 def test_noise_beyond_the_schedule_is_refused_in_training_and_certification(bench: Bench, tmp_path: Path) -> None:
     # The last step keeps .9^3 of the image: noise of .305.
     unet_ = f"unet={saved(tmp_path, diffusers.DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1] * 3))}"
-    build(unet_, sigma=0.3)
+    build(unet_, "timestep_scale=1", sigma=0.3)
     with pytest.raises(BenchError, match=r"sigma 0.31 is above the schedule's last step, 0.305"):
-        build(unet_, sigma=0.31)
+        build(unet_, "timestep_scale=1", sigma=0.31)
     args = ("run", "--defense", "diffusion", "--dataset", TINY, "--out", tmp_path / "runs", "--set", unet_)
-    ran = bench(*args, "--sigma", 0.5, "--train-sigma", 0.25)
+    ran = bench(*args, "--set", "timestep_scale=1", "--sigma", 0.5, "--train-sigma", 0.25)
     assert (ran.code, ran.err.splitlines()[-1].count("sigma 0.5 is above the schedule's last step")) == (2, 1)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -11,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -25,8 +29,8 @@ from bench.interface import Defense, Draw
 from bench.io.files import scratch_cache
 from bench.models.base import Classifier, LocalBase
 from bench.options import RunOptions
-from bench.runs import doctor, fitting
-from bench.runs.plan import make_plans
+from bench.runs import doctor, estimate, fitting
+from bench.runs.plan import Plan, make_plans
 from bench.runs.settings import configured
 from bench.smoothing.noise import Noise, TrainDraw
 from bench.training import loop, objectives
@@ -117,6 +121,9 @@ def test_parameters_at_the_published_sizes(size: str, depth: int, d: int) -> Non
     # In the fused layer the key is adapted too, and all three share one down-projection.
     assert count(size, "lora", "quick", targets="attention", rank=1) == depth * (d + 3 * d)
     assert count(size, "adapter", "paper") == {"base": 1_189_632, "large": 3_171_840}[size]
+    # AdaptFormer-64 has as many; prompt tuning's adapters have an eighth of the width: 2 d d/8 + d/8 + d a block.
+    assert count(size, "adapter", "paper", parallel=0.1) == {"base": 1_189_632, "large": 3_171_840}[size]
+    assert count(size, "adapter", "paper", width=d // 8) == depth * (d * d // 4 + d // 8 + d)
     assert count(size, "prompt", "paper") == {"base": 460_800, "large": 1_228_800}[size]
     assert count(size, "prompt", "paper", deep=False) == 50 * d
     assert count(size, "head", "paper") == 1000 * d + 1000
@@ -129,6 +136,7 @@ TRAINS = [
     ("lora", {"targets": "qv"}, "lora_"),
     ("lora", {"dora": True}, "lora_"),
     ("adapter", {}, (".down.", ".up.")),
+    ("adapter", {"parallel": 0.1}, (".down.", ".up.")),
     ("prompt", {}, "prompts"),
     ("bitfit", {}, "bias"),
     ("head", {}, ".head."),
@@ -188,9 +196,110 @@ def test_an_adapters_gradient_passes_its_zero_layer_after_one_step() -> None:
     assert moved[1] == set(trainable(defense))
 
 
+@pytest.mark.parametrize("parallel", [0.0, 0.1])
+def test_an_adapter_computes_the_papers_function(parallel: float) -> None:
+    """The block again from its layers: x + h + up(gelu(down(h))) of h = MLP(LN(x)), as in prompt tuning's code.
+
+    Or AdaptFormer's x + MLP(LN(x)) + .1 up(relu(down(LN(x)))).
+    """
+    base = vit(depth=1)
+    defense = build(base, "adapter", parallel=parallel, width=3)
+    with torch.no_grad(), globalstate.fixed_rng(2):
+        for p in trainable(defense).values():
+            p.add_(torch.randn_like(p))
+    given = {name.rpartition("mlp.")[2]: p for name, p in trainable(defense).items()}
+    plain: Any = base.module.model
+    (block,) = plain.blocks
+
+    def bottleneck(x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        return act(x @ given["down.weight"].T + given["down.bias"]) @ given["up.weight"].T + given["up.bias"]
+
+    def oracle(image: Tensor) -> Tensor:
+        patches = plain.patch_embed((image - 0.3) / 0.4)
+        x = torch.cat([plain.cls_token.expand(len(image), -1, -1), patches], 1) + plain.pos_embed
+        x = x + block.attn(block.norm1(x))
+        normed = block.norm2(x)
+        h = block.mlp.fc2(block.mlp.act(block.mlp.fc1(normed)))
+        added = 0.1 * bottleneck(normed, torch.relu) if parallel else bottleneck(h, nn.functional.gelu)
+        out: Tensor = plain.head(plain.norm(x + h + added)[:, 0])
+        return out
+
+    assert apart(logits(defense), base.module) > 1e-2
+    assert apart(logits(defense), oracle) < 1e-5
+    assert (apart(logits(defense.train()), oracle) > 1e-3) is (parallel > 0)  # AdaptFormer's dropout, in training alone
+
+
+def test_a_parallel_adapter_starts_as_adaptformers() -> None:
+    built = trainable(build(vit(depth=1), "adapter", parallel=0.1))
+    fresh = {name.rpartition("mlp.")[2]: p.detach() for name, p in built.items()}
+    assert not any(fresh[name].any() for name in ("down.bias", "up.weight", "up.bias"))
+    # Kaiming's uniform with a = sqrt(5), as released: a bound of 1 / sqrt(inputs).
+    assert 0.8 < float(fresh["down.weight"].abs().max()) * 32**0.5 <= 1
+
+
+# The papers' searches ----------------------------------------------------------------------------------
+
+ADAMW, SGD = (1e-4, 5e-4, 1e-3, 5e-3), (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50)
+DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
+# Rates before the factor batch / 256, batch, weight decays, and the schedule: prompt tuning's released code.
+SEARCHES: dict[str, tuple[tuple[float, ...], int, tuple[float, ...], tuple[str, float]]] = {
+    "full": (ADAMW, 384, DECAYS, ("adamw", 0.05)),
+    "adapter": (ADAMW, 384, DECAYS, ("adamw", 0.05)),
+    "bitfit": (ADAMW, 384, (0.0,), ("adamw", 0.05)),
+    "prompt": (SGD, 128, DECAYS, ("sgd", 0.1)),
+    "head": (SGD, 1024, DECAYS, ("sgd", 0.1)),
+}
+
+
+def documented(name: str) -> list[str]:
+    """Return the commands in a defense's docstring."""
+    text = inspect.getdoc(plugins.load(name)[0]) or ""
+    return [c.replace("\\\n", " ") for c in re.findall(r"^    (bench run (?:.*\\\n)*.*)$", text, re.MULTILINE)]
+
+
+def plans_of(bench: Bench, monkeypatch: pytest.MonkeyPatch, command: str) -> list[Plan]:
+    """Return the plans that a command makes on its way to an estimate."""
+    made: list[Plan] = []
+    monkeypatch.setattr(estimate, "estimate", lambda plan, *_: made.append(plan))
+    monkeypatch.setattr("bench.cli.app._print_estimates", lambda *_: None)
+    result = bench(*shlex.split(command)[1:], "--dry-run")
+    assert result.code == 0, result.err
+    return made
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_documented_search_is_the_papers(bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    rates, batch, decays, (optimizer, warmup) = SEARCHES[name]
+    (plan,) = plans_of(bench, monkeypatch, documented(name)[0])
+    found = {(c.lr, c.weight_decay) for _, c in plan.candidates}
+    assert len(found) == len(plan.candidates)
+    np.testing.assert_allclose(sorted(found), sorted((r * batch / 256, d) for r in rates for d in decays))
+    (default,) = make_plans(RunOptions(defenses=name, dataset="cifar10", preset="paper"))
+    for config in (default.config, *(c for _, c in plan.candidates)):
+        assert (config.batch, config.optimizer, config.warmup, config.epochs) == (batch, optimizer, warmup, 100)
+        assert (config.decay, config.momentum) == ("cosine", 0.9)
+    assert any(default.config.lr == pytest.approx(r * batch / 256) for r in rates)
+
+
+def test_the_documented_adaptformer_is_the_released_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, command = documented("adapter")
+    (plan,) = plans_of(bench, monkeypatch, command)
+    c = plan.config
+    assert (c.width, c.parallel, c.optimizer, c.epochs, c.warmup) == (64, 0.1, "sgd", 100, 0.2)
+    assert (c.lr, c.batch, c.weight_decay) == (pytest.approx(0.1 * 1024 / 256), 1024, 0)
+
+
 # Where they start ------------------------------------------------------------------------------------
 
-EXACT = [("lora", {}), ("lora", {"targets": "attention"}), ("adapter", {}), ("bitfit", {}), ("head", {}), ("full", {})]
+EXACT = [
+    ("lora", {}),
+    ("lora", {"targets": "attention"}),
+    ("adapter", {}),
+    ("adapter", {"parallel": 0.1}),
+    ("bitfit", {}),
+    ("head", {}),
+    ("full", {}),
+]
 ROUNDED = [("lora", {"targets": "qv"}), ("lora", {"dora": True}), ("lora", {"targets": "qv", "dora": True})]
 
 
@@ -329,6 +438,8 @@ def convnet(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("lora", "targets=attention", "targets=attention matches no layer"),
         ("lora", "rank=0", "rank=0 must be at least 1"),
         ("adapter", "width=0", "width=0 must be at least 1"),
+        ("adapter", "parallel=-1", "parallel=-1 must be 0"),
+        ("adapter", "parallel=nan", "parallel=nan must be 0"),
         ("prompt", "tokens=-1", "tokens must be at least 0"),
         ("prompt", "dropout=1", "below 1"),
     ],

@@ -35,7 +35,7 @@ def test_size_resampling_mean_and_std_come_with_their_source(tmp_path: Path) -> 
     config["pretrained_cfg"] = {"input_size": [3, 12, 12]}
     (tmp_path / "conv" / "config.json").write_text(json.dumps(config))
     said = describe(load(card(), tmp_path / "conv"))
-    assert "resized to 12x12, bilinear (size: input_size in config.json); mean" in said
+    assert "resized to 12x12, bilinear (size: input_size in config.json; interpolation: timm's default for" in said
     assert "(from timm's default for test_resnet)" in said
 
 

@@ -90,7 +90,7 @@ def test_what_timm_resizes_is_reported(tmp_path: Path) -> None:
     reconfigure(tmp_path / "m", model_args=VIT | {"img_size": 16})
     said = describe(load(card(), tmp_path / "m"))
     assert "pos_embed resized from 1x5x16 to 1x17x16" in said
-    assert "8x8 images are resized to 16x16, bilinear" in said
+    assert "8x8 images are resized to 16x16, bicubic (size: its argument img_size; interpolation: config.json)" in said
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "dla46_c", "test_efficientnet"])

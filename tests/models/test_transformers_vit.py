@@ -151,13 +151,45 @@ def test_the_processors_values_are_used_and_stated(tmp_path: Path) -> None:
     said = describe(base)
     assert "8x8 images are resized to 16x16" in said and "size: image_size in config.json" in said
     assert "mean 0.3, std 0.7 (from preprocessor_config.json)" in said
-    assert base.meta["preprocessing"]["config_resampling"] == "bicubic"  # Pillow's number 3
+    assert "bicubic" in said and "interpolation: preprocessor_config.json)" in said  # Pillow's number 3
+    assert base.meta["preprocessing"]["resampling"] == base.identity()["interpolation"] == "bicubic"
     assert base.identity()["mean"] == pytest.approx([0.3] * 3)
     base = load(card(), processor_of(tmp_path / "m", resample=2, do_normalize=False))
-    assert base.meta["preprocessing"]["config_resampling"] == "bilinear"
+    assert base.meta["preprocessing"]["resampling"] == "bilinear"
     assert (base.identity()["mean"], base.identity()["std"]) == ([0] * 3, [1] * 3)
     # Older files have one number.
     assert load(card(), processor_of(tmp_path / "m", size=16)).meta["preprocessing"]["size"] == [16, 16]
+
+
+@pytest.mark.parametrize("resample", [0, 2, 3])
+def test_images_are_resized_as_the_processor_does(tmp_path: Path, resample: int) -> None:
+    """On pixels of 8 bits, which the processor rounds after it resizes them: to half a level, and clipped."""
+    model = write(tmp_path / "m", image_size=16, patch_size=8)
+    processor = transformers.ViTImageProcessor.from_pretrained(processor_of(tmp_path / "m", resample=resample))
+    levels = torch.randint(64, 192, (3, 3, 8, 8), dtype=torch.uint8)
+    seen = processor(list(levels), return_tensors="pt")["pixel_values"]
+    base = load(card(), tmp_path / "m")
+    inside: list[Tensor] = []
+    base.module.get_submodule("model").register_forward_pre_hook(lambda _, x: inside.append(x[0]))
+    base.module(levels / 255)
+    assert torch.allclose(inside[0], seen, atol=1.01 / 255 / 0.7), (inside[0] - seen).abs().max() * 255 * 0.7
+    with torch.no_grad():
+        assert torch.allclose(base.module(levels / 255), model(seen).logits, atol=0.3)
+
+
+def test_a_processor_that_states_no_interpolation_has_the_librarys(tmp_path: Path) -> None:
+    write(tmp_path / "m", image_size=16)
+    file = processor_of(tmp_path / "m") / "preprocessor_config.json"
+    stated = json.loads(file.read_text())
+    del stated["resample"]
+    file.write_text(json.dumps(stated))
+    assert transformers.ViTImageProcessor.from_pretrained(tmp_path / "m").resample == 2
+    base = load(card(), tmp_path / "m")
+    assert "resized to 16x16, bilinear (" in describe(base)
+    assert "interpolation: transformers' default)" in describe(base)
+    assert "interpolation 'lanczos' of its config cannot be computed" in refusal(
+        processor_of(tmp_path / "m", resample=1)
+    )
 
 
 def test_half_precision_shards_and_unused_parts(tmp_path: Path) -> None:

@@ -27,14 +27,14 @@ from tests.helpers.commands import TINY, defense
 LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives.OBJECTIVES}
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "27c2143c69a2fad5"),
+    "loop": (1, "aaf498ed444cdda7"),
     "spsa": (1, "a091cc145e9ce5ba"),
     "autoencoder": (1, "462aa627c9db045b"),
     "objective clean": (1, "cd6c4c6bf6233135"),
     "objective gaussian": (1, "7ee407943f51e911"),
-    "objective stability": (1, "579fe7bc99a400ea"),
-    "objective consistency": (1, "81d9125f7d6b90c4"),
-    "objective dign": (1, "667cf04f2e590ba1"),
+    "objective stability": (2, "b142e1a8c6199564"),
+    "objective consistency": (2, "aa04485a76dd9e59"),
+    "objective dign": (1, "e24067ef0ee3a05f"),
 }
 
 
@@ -60,10 +60,19 @@ def of_module(module: ModuleType) -> str:
 
 
 def of_objective(name: str) -> str:
-    """Hash of an objective's function, and of the functions of its file that it calls."""
-    functions = {n.name: n for n in ast.parse(inspect.getsource(objectives)).body if isinstance(n, ast.FunctionDef)}
-    called = {n.id for n in ast.walk(functions[LOSSES[name].__name__]) if isinstance(n, ast.Name)}
-    return code_sha256(functions[LOSSES[name].__name__], *(f for n, f in functions.items() if n in called))
+    """Hash of an objective's function, and of the functions, classes and constants of its file that it uses."""
+    defined: dict[str, ast.stmt] = {}
+    for node in ast.parse(inspect.getsource(objectives)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign):
+            defined |= {n.id: node for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    used, new = set[str](), {LOSSES[name].__name__}
+    while new:
+        used |= new
+        named = {n.id for one in new for n in ast.walk(defined[one]) if isinstance(n, ast.Name)}
+        new = (named & defined.keys()) - used
+    return code_sha256(*(node for n, node in defined.items() if n in used))
 
 
 def current() -> dict[str, tuple[int, str]]:
