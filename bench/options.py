@@ -40,10 +40,14 @@ class RunOptions:
     sigma: str = option("Noise of the certificate, in pixels of [0, 1]; several with commas.", ".25")
     train_sigma: float | None = option("Noise while training; default: sigma.", None)
     base: str | None = option(
-        "The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a timm folder or "
+        "The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a folder or "
         "http://HOST/v2/models/NAME; default: the card's for the preset.",
         None,
     )
+    mean: str | None = option(
+        "Mean of each channel, with commas, that --base FILE was trained with; for a file that states none.", None
+    )
+    std: str | None = option("Standard deviation of each channel, with commas; see --mean.", None)
     weights: str | None = option(
         "Certify these weights of the defense (of the base, for none), or for lora a folder of peft; train nothing.",
         None,

@@ -82,6 +82,18 @@ def read(path: Path) -> Stored:
     return stored
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file. Raises BenchError for a pickle or a corrupt file."""
+    refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise BenchError(
+            f"{path}: corrupt or incomplete safetensors file: {one_line(e)}; save or fetch it again"
+        ) from None
+
+
 def read_stored(stem: str, fetch: Callable[[str], Path]) -> tuple[Stored, str]:
     """Read the weights called ``stem`` from one safetensors file, or from the shards of an index.
 

@@ -9,6 +9,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from bench.models import transformers_architecture as transformers_architecture
+
 
 class CifarResNet(nn.Module):
     """The residual network for 3x32x32 of Cohen et al. 2019 (locuslab/smoothing, archs/cifar_resnet.py).

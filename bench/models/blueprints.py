@@ -20,6 +20,7 @@ from bench.models.timm_configs import Described, described
 from bench.models.timm_models import Architecture
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value a channel
+GIVEN = "--mean and --std"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Blueprint:
     names: tuple[Names, ...] = ()  # names of the classes in the weights' own config
     size_from: str = "the card's recipe"  # source of the size
     mean_from: str = "the card"  # source of mean and std
+    states_mean: bool = True  # False: the weights come with no mean and std
     interpolation: str = DEFAULT  # by which images are resized; a recipe states none
     interpolation_from: str = "certbench's default"  # source of the interpolation
     schedule: Schedule | None = None  # clean training on the card's data, if any
@@ -88,10 +90,12 @@ class Blueprint:
         stored, record = self.weights.open()
         stored, normalisation = unwrap(stored)
         model, remarks = self._timm.load(self.classes, stored, record["file"], self.weights.adapt)
-        if remarks:
-            record["remarks"] = remarks
+        if remarks := [*record.get("remarks", []), *remarks]:
+            record = {**record, "remarks": remarks}
         if normalisation:
-            record["normalisation"] = record["file"]
+            if self.mean_from == GIVEN:
+                raise BenchError(f"{GIVEN} have no effect: {record['file']} has its own; leave them out")
+            record = {**record, "normalisation": record["file"]}
         mean, std = normalisation or (self.mean, self.std)
         try:
             module = self._classifier(model, mean, std).eval()

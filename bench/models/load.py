@@ -19,21 +19,25 @@ from bench.interface import Schedule
 from bench.models.base import BaseModel, BaseRecord, Classifier, state_sha256
 from bench.models.blueprints import Blueprint
 from bench.models.labels import card_order, permute
-from bench.models.names import blueprint, file_weights
+from bench.models.names import Given, blueprint, file_weights
 from bench.models.probe import linear_probe, new_head
 from bench.models.served import HTTPBase, is_url
 from bench.training import loop, objectives, versions
 from bench.training.weights import Weights, cached_training
 
+NOTHING = Given()
 
-def untrained_base(card: Card, name: str, device: torch.device, probe: bool = True) -> BaseModel:
-    """Make the base of that name with random weights, for estimates; ``probe`` as in ``load_base``.
+
+def untrained_base(
+    card: Card, name: str, device: torch.device, probe: bool = True, given: Given = NOTHING
+) -> BaseModel:
+    """Make the base of that name with random weights, for estimates; ``probe`` and ``given`` as in ``load_base``.
 
     For a served base no request is sent. Raises BenchError where the name is unknown or timm cannot make the model.
     """
     if is_url(name):
         return HTTPBase(card, name)
-    plan = blueprint(card, name)
+    plan = blueprint(card, name, given.normalisation)
     return plan.base(plan.fresh(len(card.classes) if probe else plan.made_for).to(device), {}, device)
 
 
@@ -52,7 +56,7 @@ def load_base(
     validation: Split,
     device: torch.device,
     progress: loop.Progress,
-    weights: Path | None = None,
+    given: Given = NOTHING,
     probe: bool = True,
 ) -> BaseModel:
     """Load the base of that name for the card's classes.
@@ -67,7 +71,7 @@ def load_base(
         validation: Images on which a trained base's clean accuracy is measured.
         device: Where the base computes.
         progress: Called with steps done, all steps, and loss.
-        weights: A user's .safetensors file that replaces the base's own weights.
+        given: The user's weights in place of the base's own, and mean and std for weights that come with none.
         probe: Whether to fit a linear probe where the base has other classes than the card; False for defenses that
             bring their own head.
 
@@ -75,12 +79,12 @@ def load_base(
         BenchError: The base cannot be loaded or does not fit the card.
     """
     if is_url(name):
-        if weights is not None:
-            raise BenchError(f"--weights {weights}: base {name} is a remote model; leave out --weights or --base")
+        if given.weights is not None:
+            raise BenchError(f"--weights {given.weights}: base {name} is a remote model; leave out --weights or --base")
         return HTTPBase(card, name)
-    plan, classes = blueprint(card, name), len(card.classes)
-    if weights is not None:
-        plan = replace(plan, weights=file_weights(weights, plan), schedule=None, classes=classes)
+    plan, classes = blueprint(card, name, given.normalisation), len(card.classes)
+    if given.weights is not None:
+        plan = replace(plan, weights=file_weights(given.weights, plan), schedule=None, classes=classes)
     if plan.weights is None:
         with globalstate.fixed_rng(0):
             module = plan.fresh(plan.classes)

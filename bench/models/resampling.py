@@ -21,7 +21,8 @@ def check_interpolation(what: str, interpolation: str) -> None:
     if interpolation not in METHODS:
         raise BenchError(
             f"{what}: interpolation {interpolation!r:.40} of its config cannot be computed on noisy images; set it "
-            f"there to {', '.join(METHODS[:-1])} or {METHODS[-1]}, or give a model whose input has the images' size"
+            f"there to {', '.join(METHODS[:-1])} or {METHODS[-1]} (resample 3, 2 or 0 in a preprocessor_config.json), "
+            f"or give a model whose input has the images' size"
         )
 
 

@@ -69,7 +69,8 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
     architecture, args = config.get("architecture"), dict(config.get("model_args") or {})
     if not isinstance(architecture, str):
         raise BenchError(
-            f"{name}: its config has no timm architecture; only timm models can be read; give another base"
+            f"{name}: its config has no timm architecture; only models of timm, and transformers' "
+            f"ViTForImageClassification, can be read; give another base"
         )
     # Before timm 0.9 the file was the pretrained_cfg itself.
     stated = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k != "architecture"}
@@ -85,12 +86,15 @@ def described(name: str, config: Mapping[str, Any], file: str) -> Described:
         size_from = f"input_size in {file}"
         if [*own["input_size"]] == merged["input_size"]:
             size_from += f", which is {default}: correct it there if this model was trained at another size"
+    if ("mean" in stated) != ("std" in stated):
+        one, other = ("mean", "std") if "mean" in stated else ("std", "mean")
+        raise BenchError(f"{name}: {file} states {one} without {other}; state both, as in training")
     made = from_pretrained_cfg(name, architecture, args, merged)
     return replace(
         made,
         names=stated_names(name, config, stated),
         size_from=made.size_from if args.get("img_size") else size_from,
-        mean_from=file if "mean" in stated and "std" in stated else default,
+        mean_from=file if "mean" in stated else default,
         interpolation_from=file if stated.get("interpolation") else default,
     )
 

@@ -95,12 +95,15 @@ def common(record: Record) -> str:
 
 
 def method_name(record: Record) -> str:
-    """Name a method: the defense, its settings and objective other than the defaults, and what was searched."""
-    defense = record.identity.defense
+    """Name a method: the defense, its settings and objective other than the defaults, brought weights, searches."""
+    defense, info = record.identity.defense, record.info.defense
     words = [defense.name]
-    words += [k if v is True else f"{k}={v}" for k, v in record.info.defense.settings.items()]
+    words += [k if v is True else f"{k}={v}" for k, v in info.settings.items()]
     words += [] if defense.objective in (None, "gaussian") else [f"+ {defense.objective}"]
     words += defense.arithmetic
+    # Older records state the hash of a defense's own weights alone.
+    sha256 = info.weights_sha256 or defense.weights
+    words += [f"({info.weights_file} {sha256:.8})"] if info.weights_file and sha256 else []
     keys = sorted(searched(record))
     return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
 

@@ -182,6 +182,7 @@ class DefenseInfo(Stored):
     settings: dict[str, Any]
     search: list[SearchResult]
     weights_file: str | None
+    weights_sha256: str | None = None  # of that file
     notes: list[str] = Field(default_factory=list)
 
 

@@ -44,7 +44,7 @@ class TrainingCost:
     """Cost of training a defense, as run.json states it."""
 
     train_seconds: float | None  # None: of weights that the user brought
-    queries: int
+    queries: int | None  # None: of weights that the user brought
     trainable_nominal: int  # parameters
     trainable_updated: int
     trained_here: int

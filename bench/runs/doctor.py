@@ -17,6 +17,7 @@ from bench.interface import Schedule
 from bench.io.files import scratch_cache
 from bench.models.arithmetic import deterministic
 from bench.models.load import untrained_base
+from bench.models.names import Given
 from bench.process.runlog import log
 from bench.records.findings import Finding
 from bench.runs import fitting
@@ -45,7 +46,8 @@ def examine(plan: Plan) -> Iterator[Finding]:
         steps = f" for {STEPS} steps"
         config = replace(config, batch=16, epochs=STEPS * 16 / len(train))
     plan = replace(plan, config=config)
-    base = untrained_base(plan.card, plan.base, device, probe=not plan.cls.adapts)
+    given = Given(normalisation=plan.normalisation)
+    base = untrained_base(plan.card, plan.base, device, not plan.cls.adapts, given)
     task = replace(make_task(plan, test, device), block=64)
 
     failed = ""

@@ -11,6 +11,7 @@ from bench.data.datasets import load_splits
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
 from bench.models.load import untrained_base
+from bench.models.names import Given
 from bench.models.served import is_url
 from bench.process import environment
 from bench.records.shards import Shard
@@ -47,7 +48,8 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
     environment.keep_freed_memory()
     at_once = environment.threads(device) if device.type == "cpu" else 1
     split, train, validation = load_splits(plan.card, plan.split, "train", "validation")
-    base = untrained_base(plan.card, plan.base, device, probe=not plan.cls.adapts)
+    given = Given(normalisation=plan.normalisation)
+    base = untrained_base(plan.card, plan.base, device, not plan.cls.adapts, given)
     defense = fitting.construct(plan, base, device)
     task, indices = make_task(plan, split, device), examples(plan, split)
     if shard:

@@ -45,7 +45,7 @@ class Fitted:
     defense: Defense
     sha256: str | None  # None: nothing was trained
     train_seconds: float | None  # None: the user gave the weights
-    queries: int
+    queries: int | None  # None: the user gave the weights
     nominal: int  # parameters that require a gradient once built
     updated: int  # those of them in tensors that training changed
     here: int  # parameters trained here: nominal, and those of shared parts
@@ -54,7 +54,8 @@ class Fitted:
     sources: list[str]  # hub ids, folders and files with weights trained elsewhere
     commits: dict[str, str]  # hub id -> the commit of its files
     notes: list[str]  # the defense's notes on itself
-    uses_train_sigma: bool  # False: the training noise level decided nothing
+    uses_train_sigma: bool  # False: the training noise level decided nothing here
+    given: bool  # the user gave its weights, so how they were trained is unknown
 
 
 @contextmanager
@@ -123,16 +124,17 @@ def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progres
         defense=defense,
         sha256=trained.sha256 if trained else None,
         train_seconds=None if given else meta.get("train_seconds", 0.0) + used.part_seconds,
-        queries=meta.get("queries", 0),
+        queries=None if given else meta.get("queries", 0),
         nominal=nominal,
         updated=meta.get("updated", 0),
         here=here,
         elsewhere=elsewhere,
         parts=used.used,
-        sources=[*used.sources, *([plan.weights.absolute().name] if plan.weights and given else [])],
+        sources=used.sources,
         commits=used.commits,
         notes=training.notes,
-        uses_train_sigma=trained is not None or used.asked_train_sigma,
+        uses_train_sigma=(trained is not None and not given) or used.asked_train_sigma,
+        given=given,
     )
 
 

@@ -19,7 +19,7 @@ from bench.models.base import BaseModel
 from bench.records.schema import Identity
 from bench.records.stored import parse_json
 from bench.runs.fitting import Fitted
-from bench.runs.plan import Plan
+from bench.runs.plan import SCHEDULE, Plan
 from bench.smoothing import gridnoise, noise
 from bench.smoothing.noise import Noise
 from bench.smoothing.procedures import describe
@@ -84,6 +84,19 @@ def _noise(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def _config(plan: Plan, fitted: Fitted) -> dict[str, Any]:
+    """Return the defense's config, without a schedule that did not train its weights."""
+    found = asdict(plan.config)
+    return {k: v for k, v in found.items() if k not in SCHEDULE} if fitted.given else found
+
+
+def _train_sigma(plan: Plan, fitted: Fitted) -> float | None:
+    """Return the noise level of training; None: not known, of weights that the user gave."""
+    if fitted.uses_train_sigma:
+        return plan.train_sigma
+    return plan.options.train_sigma if fitted.given else plan.sigma
+
+
 def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task) -> Identity:
     """Collect all that determines the certificates of ``indices`` of ``split``."""
     uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
@@ -97,13 +110,13 @@ def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices:
         "defense": {
             "name": plugins.short_name(plan.defense),
             "source": plan.source,
-            "config": asdict(plan.config),
+            "config": _config(plan, fitted),
             "weights": fitted.sha256,
             "parts": fitted.parts,
             "objective": plan.objective if uses_objective else None,
             **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
         },
-        "train_sigma": plan.train_sigma if fitted.uses_train_sigma else plan.sigma,
+        "train_sigma": _train_sigma(plan, fitted),
         "sigma": plan.sigma,
         "noise": _noise(plan),
         "procedure": describe(plan.procedure),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from bench.errors import BenchError, note, unknown
 from bench.interface import Access, Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
+from bench.models.blueprints import GIVEN, Normalisation
 from bench.models.names import choose_base, most_access
 from bench.models.peft_folders import FolderWeights
 from bench.models.served import is_url
@@ -28,6 +30,7 @@ from bench.smoothing.votes import MAX_VOTES
 from bench.training.objectives import OBJECTIVES
 
 UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
+SCHEDULE = frozenset(one.name for one in fields(Schedule))  # settings of training alone
 LARGE = 2.0  # noise, in pixels of [0, 1], through which no image is recognised
 _Number = TypeVar("_Number", int, float)
 Loaded = Mapping[str, tuple[type[Defense], str]]  # name -> class and hash of its source
@@ -40,6 +43,7 @@ class Plan:
     card: Card
     preset: str
     base: str
+    normalisation: Normalisation | None  # --mean and --std of the base
     weights: Path | None  # the user's own: of the defense, or of the base where the defense has none
     defense: str
     cls: type[Defense]
@@ -108,6 +112,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
         _check_objective(o.objective, loaded)
     wanted = variants(loaded, preset, card, o.settings, o.search)
     _check_weights(o, loaded)
+    normalisation = _normalisation(o)
     if o.weights is not None and Path(o.weights).is_dir():
         wanted = {name: _of_folder(Path(o.weights), name, loaded[name][0], wanted[name]) for name in loaded}
     bases = {
@@ -128,6 +133,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
                 card=card,
                 preset=preset,
                 base=bases[name],
+                normalisation=normalisation,
                 weights=None if o.weights is None else Path(o.weights),
                 defense=name,
                 cls=cls,
@@ -176,6 +182,26 @@ def _of_folder(folder: Path, name: str, cls: type[Defense], found: Sequence[Vari
     return [as_stored(variant, stored, str(folder)) for variant in found]
 
 
+def _normalisation(options: RunOptions) -> Normalisation | None:
+    """Read ``--mean`` and ``--std``; whether the base needs them is checked where it is loaded."""
+    if options.mean is None and options.std is None:
+        return None
+    if options.mean is None or options.std is None:
+        raise BenchError(f"{GIVEN} belong together; give both, as in the base's training")
+    if options.base is None or is_url(options.base):
+        raise BenchError(f"{GIVEN} are those of a file of weights; give --base FILE")
+    mean, std = (
+        tuple(_numbers(flag, text, float, repeated=True))
+        for flag, text in (("--mean", options.mean), ("--std", options.std))
+    )
+    if not all(map(math.isfinite, mean + std)) or min(std) <= 0 or len(mean) != len(std):
+        raise BenchError(
+            f"--mean {options.mean} and --std {options.std}: must be a number for each channel, of pixels in [0, 1], "
+            f"and std above 0"
+        )
+    return mean, std
+
+
 def _check_bases(
     options: RunOptions, each: Sequence[tuple[str, Variant]], loaded: Loaded, bases: Mapping[str, str]
 ) -> None:
@@ -207,10 +233,11 @@ def check_effects(plans: Sequence[Plan]) -> None:
         names = ", ".join(dict.fromkeys(plan.defense for plan in plans))
         raise BenchError(f"{trained[0]} has no effect: {names} trains nothing; leave it out")
     if given.weights:
-        schedule = {f.name for f in fields(Schedule)}
-        trained += [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in schedule]
-        for option in dict.fromkeys(trained):
+        for option in trained:
             note(f"{option} is only recorded: --weights are trained already")
+        unused = [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in SCHEDULE]
+        for option in dict.fromkeys(unused):
+            note(f"{option} has no effect: --weights are trained already")
     if given.target == "label" and given.n0 is not None:
         note(f"--n0 {given.n0} has no effect: with --target label no votes select the class")
     levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given.train_sigma or 0.0)]
@@ -254,15 +281,15 @@ def _check_objective(objective: str, loaded: Loaded) -> None:
             raise BenchError(f"--objective {objective}: defense {name} has a loss of its own; run it without")
 
 
-def _words(flag: str, text: str) -> list[str]:
+def _words(flag: str, text: str, repeated: bool = False) -> list[str]:
     words = [w.strip() for w in text.split(",") if w.strip()]
     if not words:
         raise BenchError(f"{flag} is empty")
-    return list(dict.fromkeys(words))
+    return words if repeated else list(dict.fromkeys(words))
 
 
-def _numbers(flag: str, text: str, kind: Callable[[str], _Number]) -> list[_Number]:
+def _numbers(flag: str, text: str, kind: Callable[[str], _Number], repeated: bool = False) -> list[_Number]:
     try:
-        return [kind(w) for w in _words(flag, text)]
+        return [kind(w) for w in _words(flag, text, repeated)]
     except ValueError:
         raise BenchError(f"{flag} {text}: must be a number, or several with commas between") from None

@@ -18,7 +18,7 @@ from bench.runs.certifier import Certifier
 from bench.runs.costs import TrainingCost
 from bench.runs.fitting import Fitted
 from bench.runs.identity import make_task
-from bench.runs.plan import Plan
+from bench.runs.plan import SCHEDULE, Plan
 from bench.smoothing.noise import Noise
 from bench.smoothing.task import Task
 
@@ -104,7 +104,7 @@ class PreparedRun:
             log.warning(
                 "--objective %s has no effect on %s: its training does not use it", plan.objective, plan.defense
             )
-        if plan.train_sigma != self.identity.train_sigma:
+        if self.identity.train_sigma not in (None, plan.train_sigma):
             log.warning("--train-sigma %g has no effect on %s: it trains nothing", plan.train_sigma, plan.defense)
 
     def header(self) -> RunHeader:
@@ -113,6 +113,11 @@ class PreparedRun:
         correct = None  # of a base with other classes or without training it means nothing
         if base.classes == len(plan.card.classes) and not base.untrained_weights:
             correct, _ = base.accuracy(self.split, self.indices)
+        brought = None
+        if plan.weights:
+            brought = fitted.sha256 if fitted.given else base.meta.get("source", {}).get("sha256")
+        elsewhere = [f"{plan.weights.absolute().name} ({brought:.8})"] if plan.weights and brought else []
+        settings = {k: v for k, v in plan.changed.items() if not (fitted.given and k in SCHEDULE)}
         about = {
             "environment": environment.describe(self.task.device),
             "arguments": plan.options.record(),
@@ -126,11 +131,12 @@ class PreparedRun:
                 "trains": plan.cls.kind(plan.config),
                 "paper": plan.cls.paper,
                 "access": plan.cls.needs(plan.config).name,
-                "trained_elsewhere": fitted.sources,
+                "trained_elsewhere": [*fitted.sources, *elsewhere],
                 "commits": fitted.commits,
-                "settings": plan.changed,
+                "settings": settings,
                 "search": self.tried,
                 "weights_file": plan.weights and plan.weights.absolute().name,
+                "weights_sha256": brought,
                 "notes": fitted.notes,
             },
         }

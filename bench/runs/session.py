@@ -17,6 +17,7 @@ from bench.io.files import digest
 from bench.models.arithmetic import deterministic
 from bench.models.base import LocalBase
 from bench.models.load import architecture_base, load_base, untrained_base
+from bench.models.names import Given
 from bench.models.summary import report_base
 from bench.process import environment
 from bench.process.runlog import STARTED, LoggingReporter, Reporter, log, recording, signature
@@ -51,24 +52,24 @@ class Session:
         self.threads = environment.threads(device)
         environment.keep_freed_memory()
         self.device, self.out, self.reporter, self.shard = device, out, LoggingReporter(reporter, log.info), shard
-        self._materials: dict[tuple[str, str, str, Path | None, bool, bool], Materials] = {}
+        self._materials: dict[tuple[str, str, str, Given, bool, bool], Materials] = {}
         self._splits: dict[str, list[Split]] = {}
 
     def materials(self, plan: Plan) -> Materials:
         """Load the splits and the base of a plan; a base whose weights are used is trained if the cache has none."""
-        weights = self._base_weights(plan)
+        given = Given(self._base_weights(plan), plan.normalisation)
         probe = not plan.cls.adapts
-        key = (plan.card.name, plan.preset, plan.base, weights, probe, plan.from_scratch)
+        key = (plan.card.name, plan.preset, plan.base, given, probe, plan.from_scratch)
         if key not in self._materials:
             if plan.card.name not in self._splits:
                 self._splits[plan.card.name] = load_splits(plan.card, "train", "validation", "test")
             train, validation, test = self._splits[plan.card.name]
             train = train.first(plan.card.presets[plan.preset].train_examples)
-            if plan.from_scratch:
+            if plan.from_scratch:  # without --base, so without --mean and --std
                 base = architecture_base(plan.card, plan.base, self.device)
             else:
                 with self.reporter.training(f"base {plan.base}") as progress:
-                    base = load_base(plan.card, plan.base, train, validation, self.device, progress, weights, probe)
+                    base = load_base(plan.card, plan.base, train, validation, self.device, progress, given, probe)
             report_base(base, validation, self.reporter.say, log.warning)
             self._materials[key] = Materials(train, validation, test, base)
         return self._materials[key]
@@ -77,7 +78,8 @@ class Session:
         """Return the plan's ``--weights`` if they are the base's: if its defense has no weights of its own."""
         if plan.weights is None:
             return None
-        base = untrained_base(plan.card, plan.base, self.device, probe=not plan.cls.adapts)
+        given = Given(normalisation=plan.normalisation)
+        base = untrained_base(plan.card, plan.base, self.device, not plan.cls.adapts, given)
         return None if fitting.trains(fitting.construct(plan, base, self.device)) else plan.weights
 
     def prepare(self, plan: Plan) -> PreparedRun:

@@ -193,10 +193,10 @@ _no: list[tuple[int, str, Any]] = []
 _header_edits = st.just(_no) | edits | st.lists(st.tuples(st.integers(0, 2**16), st.just("replace"), _new), max_size=2)
 
 
-def _modest(value: Any) -> bool:
+def modest(value: Any) -> bool:
     """Return whether all sizes in a config are small; large models are slow but not refused (docs/security.md)."""
     if isinstance(value, dict | list):
-        return all(map(_modest, value.values() if isinstance(value, dict) else value))
+        return all(map(modest, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int | float) or not value > 64
 
 
@@ -205,7 +205,7 @@ def weights(changes: list[Any], where: str, others: list[Any], torn: list[Any], 
     """Load damaged weights with a changed header, and a config in a file or in the header."""
     header, data = _tensors()
     config = changed(_CONFIG, others)
-    if isinstance(config, dict) and not _modest(config.get("model_args")):
+    if isinstance(config, dict) and not modest(config.get("model_args")):
         return
     header = changed(header, changes)
     if where == "inside" and isinstance(header, dict) and isinstance(config, dict):

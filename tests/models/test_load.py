@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -25,12 +26,14 @@ from bench.data.card import Card, Recipe
 from bench.data.datasets import load_card, load_split
 from bench.data.split import Split
 from bench.errors import BenchError
+from bench.interface import Schedule
 from bench.io import tensors
 from bench.models import probe
 from bench.models.base import BaseModel, Classifier, LocalBase
 from bench.models.load import load_base
 from bench.models.names import blueprint, choose_base
 from bench.options import RunOptions
+from bench.records.grouping import method_name
 from bench.records.record import read_run
 from bench.report import tables
 from bench.runs.estimate import estimate
@@ -317,8 +320,10 @@ def test_an_unknown_base_is_one_line(name: str, says: str) -> None:
         ({"model_args": {**ARGS, "checkpoint_path": "/tmp/x.pt"}}, "must not set checkpoint_path"),
         ({"model_args": {**ARGS, "nonsense": 1}}, "nonsense"),
         ({"model_args": {**ARGS, "embed_dim": 32}}, "size mismatch for cls_token"),
-        ({"pretrained_cfg": {"mean": 3}}, "config is not timm's"),
-        ({"pretrained_cfg": {"mean": [0.5]}}, "3 channels, but 1 values of mean"),
+        ({"pretrained_cfg": {"mean": 3, "std": 3}}, "config is not timm's"),
+        ({"pretrained_cfg": {"mean": [0.5], "std": [0.5] * 3}}, "3 channels, but 1 values of mean"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3}}, "config.json states mean without std"),
+        ({"pretrained_cfg": {"std": [0.5] * 3}}, "config.json states std without mean"),
         ({"num_classes": 7}, "head"),
         ({"num_classes": math.inf}, "config is not timm's"),
         ({"pretrained_cfg": [1]}, "pretrained_cfg in its config must be an object"),
@@ -377,7 +382,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
     torch.save(tiny().state_dict(), pickled)
     files["model", "me/pickled", "config.json"] = files["model", "me/tiny", "config.json"]
     files["model", "me/pickled", "pytorch_model.bin"] = pickled.getvalue()
-    files["model", "me/other", "config.json"] = b'{"model_type": "vit"}'
+    files["model", "me/other", "config.json"] = b'{"model_type": "swin"}'
     with HubServer(files) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         yield hub
@@ -413,7 +418,7 @@ def test_hub_refusals(server: HubServer) -> None:
     assert "has no model 'me/nobody'" in refusal(rgb_card(), "hf-hub:me/nobody")
     assert "no revision 'v9'" in refusal(rgb_card(), "hf-hub:me/tiny@v9")
     assert "no model.safetensors: pickled weights are refused" in refusal(rgb_card(), "hf-hub:me/pickled")
-    assert "has no timm architecture" in refusal(rgb_card(), "hf-hub:me/other")
+    assert "is of transformers' swin" in refusal(rgb_card(), "hf-hub:me/other")
     assert not any("pytorch_model.bin" in request for request in server.requests)
 
 
@@ -551,6 +556,12 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     given = session(tmp_path / "b").run(plan(defense, fast_base, Path(own), "epochs=0.2"))
     assert not list((tmp_path / "cache").glob(f"digits-{defense}-*"))
     known, unknown = trained.identity.as_json(), given.identity.as_json()
+    # Nothing is recorded about a training that did not happen here.
+    config = known["defense"]["config"]
+    assert config["epochs"] == 0.2 and not any(hasattr(Schedule(), key) for key in unknown["defense"]["config"])
+    known["defense"]["config"] = {k: v for k, v in config.items() if not hasattr(Schedule(), k)}
+    assert (known.pop("train_sigma"), unknown.pop("train_sigma")) == (0.25, None)
+    assert given.info.defense.settings == {}
     assert known["defense"].pop("objective") == "gaussian"
     assert unknown["defense"].pop("objective") is None  # unknown for a user's file
     assert unknown == known
@@ -563,10 +574,15 @@ def test_weights_of_a_defense(defense: str, fast_base: Path, tmp_path: Path) -> 
     assert (ours.trained_elsewhere, theirs.trained_here) == (0, 0)
     assert ours.trained_here and theirs.trained_elsewhere == ours.trained_here
     assert ours.train_seconds and theirs.train_seconds is None
+    assert (ours.queries, theirs.queries) == (0, None)
     assert given.info.defense.weights_file == "own.safetensors"
-    assert given.info.defense.trained_elsewhere == ["own.safetensors"]
+    sha256 = hashlib.sha256(Path(own).read_bytes()).hexdigest()
+    assert given.info.defense.trained_elsewhere == [f"own.safetensors ({sha256[:8]})"]
     shown = tables.build([read_run(given.path)]).tables[0].cells
-    assert (shown["extra data"].item(), shown["train (s)"].item()) == ("own.safetensors", DASH)
+    assert (shown["extra data"].item(), shown["train (s)"].item()) == (f"own.safetensors ({sha256[:8]})", DASH)
+    assert shown["trained here"].item() == "0" and shown["trained elsewhere"].item() == f"{theirs.trained_elsewhere:,}"
+    assert method_name(given) == f"{defense} (own.safetensors {sha256[:8]})"
+    assert method_name(trained) == f"{defense} epochs=0.2"
 
 
 def test_weights_of_the_base(fast_base: Path, tmp_path: Path) -> None:
@@ -577,6 +593,17 @@ def test_weights_of_the_base(fast_base: Path, tmp_path: Path) -> None:
     assert via_weights.info.base
     assert via_weights.info.base.as_json()["source"]["file"] == "base.safetensors"
     assert not list((tmp_path / "cache").glob("*"))
+    # Both say so: neither row nor extra data may look like the recipe, which is trained here.
+    sha256 = hashlib.sha256(fast_base.read_bytes()).hexdigest()
+    assert method_name(via_weights) == f"none (base.safetensors {sha256[:8]})"
+    assert via_weights.info.defense.trained_elsewhere == [f"base.safetensors ({sha256[:8]})"]
+    assert (via_weights.cost.trained_here, via_weights.cost.train_seconds) == (0, 0)
+
+
+def test_weights_with_a_search_are_refused(fast_base: Path) -> None:
+    options = RunOptions(defenses="lora", dataset="digits", weights=str(fast_base), search=("lr=1e-2,1e-3",))
+    with pytest.raises(BenchError, match="--weights with --search: a search trains its own weights"):
+        make_plans(options)
 
 
 def test_weights_refused(fast_base: Path, tmp_path: Path) -> None:

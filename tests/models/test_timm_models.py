@@ -14,6 +14,7 @@ from timm.models._hub import save_for_hf
 from torch import Tensor
 
 from bench.errors import BenchError
+from bench.models.names import Given
 from bench.models.summary import describe
 from tests.helpers.timmfolders import VIT, card, load, reconfigure, rewrite, save
 
@@ -141,7 +142,7 @@ def test_a_file_of_a_timm_folder_is_that_folders_base(tmp_path: Path) -> None:
     assert file.sha256 == whole.sha256 and file.name == whole.name
     assert file.module.get_buffer("mean").flatten().tolist() == [0.5] * 3  # not the card's
     with pytest.raises(BenchError, match=r"its config.json says mean \(0.5, 0.5, 0.5\), and base vit has \(0.4, 0.5"):
-        load(card(), "vit", weights=tmp_path / "m" / "model.safetensors")  # type: ignore[arg-type]
+        load(card(), "vit", given=Given(tmp_path / "m" / "model.safetensors"))  # type: ignore[arg-type]
 
 
 def test_transformers_timm_folders_are_read_once_their_prefix_is_gone(tmp_path: Path) -> None:
