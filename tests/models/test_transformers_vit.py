@@ -88,7 +88,7 @@ def refusal(base: Path) -> str:
         ({"hidden_act": "silu"}, (3, 8, 8)),
     ],
 )
-def test_logits_are_the_librarys(tmp_path: Path, config: dict[str, Any], shape: tuple[int, int, int]) -> None:
+def test_logits_equal_those_of_the_library(tmp_path: Path, config: dict[str, Any], shape: tuple[int, int, int]) -> None:
     model = write(tmp_path / "m", **config)
     base = load(card(shape=shape), tmp_path / "m")
     x = torch.rand(5, *shape)
@@ -117,7 +117,7 @@ def test_the_epsilon_is_the_models_and_part_of_its_identity(tmp_path: Path) -> N
     assert other.sha256 != base.sha256
 
 
-def test_names_of_the_librarys_modules_are_read_too(tmp_path: Path) -> None:
+def test_names_of_modules_of_the_library_are_read_too(tmp_path: Path) -> None:
     """Of a state_dict that a training loop saved with safetensors: transformers 5 has other names than its files."""
     model, x = write(tmp_path / "m"), torch.rand(3, 3, 8, 8)
     rewrite(tmp_path / "m", lambda _: model.state_dict())
