@@ -95,8 +95,9 @@ def test_a_lora_run_goes_out_as_a_peft_folder_and_comes_back_with_the_same_certi
     assert cost["trained_here"] == 0
     assert cost["trained_elsewhere"] == info(first)["cost"]["trained_here"] == cost["trainable_nominal"]
     assert cost["train_seconds"] is None
-    assert about["weights_file"] == "adapter" and about["trained_elsewhere"] == ["adapter"]
-    assert re.fullmatch(r"[0-9a-f]{64}", info(again)["identity"]["defense"]["weights"])
+    sha256 = info(again)["identity"]["defense"]["weights"]
+    assert re.fullmatch(r"[0-9a-f]{64}", sha256) and about["weights_sha256"] == sha256
+    assert about["weights_file"] == "adapter" and about["trained_elsewhere"] == [f"adapter ({sha256[:8]})"]
     assert about["notes"][0].startswith("lora takes rank=")
     assert bench("verify", again, "--deep").code == 0
 
