@@ -185,7 +185,18 @@ def _write_peft(run: PreparedRun, session: Session, folder: Path, out: Path) -> 
 def _model(base: LocalBase, classes: int, weights: str) -> list[str]:
     args = "".join(f", {k}={v!r}" for k, v in base.architecture["args"].items())
     name = base.architecture["architecture"]
-    return [f"model = timm.create_model({name!r}, num_classes={classes}{args})  # {weights}"]
+    return [
+        *_registered(name),
+        f"model = timm.create_model({name!r}, num_classes={classes}{args})  # {weights}",
+    ]
+
+
+def _registered(architecture: str) -> list[str]:
+    """Return the line without which timm does not know an architecture of certbench, if it is one."""
+    from bench.models.architectures import timm
+
+    own = timm.model_entrypoint(architecture.partition(".")[0]).__module__.startswith("timm.")
+    return [] if own else [f"import bench.models.architectures  # registers {architecture} with timm"]
 
 
 def _normalised(module: Any, shape: tuple[int, int, int]) -> list[str]:
@@ -216,6 +227,7 @@ def _write_merged(record: Record, run: PreparedRun, session: Session, folder: Pa
             )
     loaded = [] if out.suffix else [f"model = timm.create_model('local-dir:{out.name}', pretrained=True)"]
     return [
+        *(_registered(config["architecture"]) if loaded else []),
         *loaded,
         *_normalised(module, card.shape),
         f"# or: bench run --defense none --base {out.name} --dataset {card.name}",

@@ -34,7 +34,11 @@ def model_card(record: Record, library: str, use: Sequence[str]) -> str:
         if r <= reach(record)
     ]
     beyond = [f"{r:g}" for r in found.radii if r > reach(record)]
-    trained_on = f"trained under noise of sigma {identity.train_sigma:g}" if identity.defense.weights else "not trained"
+    trained_on = "trained elsewhere, under noise that was not stated"
+    if not identity.defense.weights:
+        trained_on = "not trained"
+    elif identity.train_sigma is not None:
+        trained_on = f"trained under noise of sigma {identity.train_sigma:g}"
     lines = [
         "---",
         f"library_name: {library}",

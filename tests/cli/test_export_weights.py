@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import peft
 import pytest
 import timm
 import torch
+import transformers
 from torch import Tensor
 
 from bench.data.datasets import load_card, load_split
@@ -95,13 +98,15 @@ def test_a_lora_run_goes_out_as_a_peft_folder_and_comes_back_with_the_same_certi
     assert cost["trained_here"] == 0
     assert cost["trained_elsewhere"] == info(first)["cost"]["trained_here"] == cost["trainable_nominal"]
     assert cost["train_seconds"] is None
-    assert about["weights_file"] == "adapter" and about["trained_elsewhere"] == ["adapter"]
-    assert re.fullmatch(r"[0-9a-f]{64}", info(again)["identity"]["defense"]["weights"])
+    sha256 = info(again)["identity"]["defense"]["weights"]
+    assert re.fullmatch(r"[0-9a-f]{64}", sha256) and about["weights_sha256"] == sha256
+    assert about["weights_file"] == "adapter" and about["trained_elsewhere"] == [f"adapter ({sha256[:8]})"]
     assert about["notes"][0].startswith("lora takes rank=")
     assert bench("verify", again, "--deep").code == 0
 
     # A run of a folder can be exported again.
     assert bench("export", again, "--weights", tmp_path / "twice").code == 0
+    assert "trained elsewhere, under noise that was not stated." in (tmp_path / "twice" / "README.md").read_text()
     files = [(f / "adapter_model.safetensors").read_bytes() for f in (out, tmp_path / "twice")]
     assert files[0] == files[1]
 
@@ -267,3 +272,25 @@ def test_nothing_is_overwritten_and_the_log_is_still_exported(bench: Bench, tmp_
     assert bench("export", first, "--weights", tmp_path / "a", "--out", tmp_path / "b").code == 2
     assert bench("export", first, "--out", tmp_path / "log.tsv").code == 0
     assert (tmp_path / "log.tsv").read_text() == export_log(read_run(first)) == bench("export", first).out
+
+
+def test_a_model_of_transformers_goes_out_with_the_line_that_registers_it(bench: Bench, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "image_size": 16, "patch_size": 8, "num_labels": 10}
+    config = transformers.ViTConfig(**sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}, resample=3).save_pretrained(tmp_path / "vit")
+    first = run(bench, tmp_path / "runs", "none", "--base", tmp_path / "vit")
+    exported = bench("export", first, "--weights", tmp_path / "model")
+    assert exported.code == 0, exported.err
+    registers = "import bench.models.architectures  # registers vit_of_transformers with timm"
+    lines = (tmp_path / "model" / "README.md").read_text().splitlines()
+    load = "model = timm.create_model('local-dir:model', pretrained=True)"
+    assert lines.index(f"    {registers}") + 1 == lines.index(f"    {load}")
+    code = f"import timm\n{registers}\n{load}\nprint(type(model).__name__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout == "VisionTransformer\n"
+    config_of = json.loads((tmp_path / "model" / "config.json").read_text())["pretrained_cfg"]
+    assert config_of["interpolation"] == "bicubic"
+    again = run(bench, tmp_path / "again", "none", "--base", tmp_path / "model")
+    assert counts(again) == counts(first)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.data.datasets import load_card
 from bench.models.architectures import timm
+from bench.models.names import Given
 from tests.helpers.timmfolders import load
 
 PARAMETERS = 1_730_714  # of the released ResNet-110
@@ -103,4 +104,10 @@ def test_a_file_of_its_tensors_is_a_base_with_the_recipes_normalisation(tmp_path
     with torch.no_grad():
         expected = model((x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))
         torch.testing.assert_close(base.module(x), expected)
-    assert base.meta["preprocessing"]["normalisation_from"] == "the recipe resnet110 that it fits"
+    said = "the recipe resnet110 that it fits, since cohen.safetensors states none: if it had others, give --mean and"
+    assert base.meta["preprocessing"]["normalisation_from"].startswith(said)
+    given = Given(normalisation=((0.5,) * 3, (0.25,) * 3))
+    other = load(load_card("cifar10"), tmp_path / "cohen.safetensors", given=given)
+    with torch.no_grad():
+        torch.testing.assert_close(other.module(x), model((x - 0.5) / 0.25))
+    assert other.meta["preprocessing"]["normalisation_from"] == "--mean and --std"

@@ -39,8 +39,8 @@ def test_probe_none_and_lora_of_convolutions_on_cifar10(
     result = bench(*args, "--set", "lora.epochs=2", "--set", "lora.batch=32", "--out", tmp_path / "runs")
     assert result.code == 0, result.err
     print(result.err, result.out)  # with pytest -s
-    first = result.err.splitlines()[0]
-    assert first.startswith("base efficientnet-lite0: 32x32 images are resized to 224x224")
+    first = next(line for line in result.err.splitlines() if line.startswith("base efficientnet-lite0: "))
+    assert "32x32 images are resized to 224x224" in first
     assert "bicubic" in first and "mean 0.5, std 0.5 (from config.json)" in first
     runs: dict[str, Any] = {}
     for file in (tmp_path / "runs").glob("*/run.json"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.errors import BenchError
 from bench.interface import Access
 from bench.models.base import Classifier, LocalBase
-from bench.models.names import blueprint
+from bench.models.names import Given, blueprint
 from bench.models.resampling import METHODS
 from bench.models.summary import describe
 from tests.helpers.timmfolders import VIT, card, load, reconfigure, save
@@ -148,4 +148,4 @@ def test_weights_of_a_folder_that_resizes_otherwise_are_refused(tmp_path: Path) 
     recipe = {"vit": {"model": "vit_tiny_patch16_224", "args": ODD, "schedule": {"epochs": 0.1}}}
     made = card(bases=recipe, mean=(0.5,) * 3, std=(0.5,) * 3)
     with pytest.raises(BenchError, match="says resampling bicubic, and base vit has bilinear; give --base"):
-        load(made, Path("vit"), weights=tmp_path / "m" / "model.safetensors")
+        load(made, Path("vit"), given=Given(weights=tmp_path / "m" / "model.safetensors"))

@@ -163,7 +163,7 @@ def test_the_processors_values_are_used_and_stated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resample", [0, 2, 3])
 def test_images_are_resized_as_the_processor_does(tmp_path: Path, resample: int) -> None:
-    """On pixels of 8 bits, which the processor rounds after it resizes them: to half a level, and clipped."""
+    """On pixels of 8 bits, which the processor rounds after each of the two directions."""
     model = write(tmp_path / "m", image_size=16, patch_size=8)
     processor = transformers.ViTImageProcessor.from_pretrained(processor_of(tmp_path / "m", resample=resample))
     levels = torch.randint(64, 192, (3, 3, 8, 8), dtype=torch.uint8)
@@ -172,12 +172,12 @@ def test_images_are_resized_as_the_processor_does(tmp_path: Path, resample: int)
     inside: list[Tensor] = []
     base.module.get_submodule("model").register_forward_pre_hook(lambda _, x: inside.append(x[0]))
     base.module(levels / 255)
-    assert torch.allclose(inside[0], seen, atol=1.01 / 255 / 0.7), (inside[0] - seen).abs().max() * 255 * 0.7
+    assert torch.allclose(inside[0], seen, atol=1.5 / 255 / 0.7)
     with torch.no_grad():
         assert torch.allclose(base.module(levels / 255), model(seen).logits, atol=0.3)
 
 
-def test_a_processor_that_states_no_interpolation_has_the_librarys(tmp_path: Path) -> None:
+def test_a_processor_that_without_interpolation_takes_that_of_the_library(tmp_path: Path) -> None:
     write(tmp_path / "m", image_size=16)
     file = processor_of(tmp_path / "m") / "preprocessor_config.json"
     stated = json.loads(file.read_text())
