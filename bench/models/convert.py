@@ -29,7 +29,6 @@ _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Architecture and classes -> the data set and the values of its released normalisation layer.
 _RELEASED = {("resnet110", 10): ("CIFAR-10", _CIFAR10), ("resnet50", 1000): ("ImageNet", _IMAGENET)}
-_SIDES = {"resnet110": 32, "resnet50": 224}
 TENSORS = "tensors"  # --as: no config
 
 
@@ -144,17 +143,12 @@ def _kind(state: Mapping[str, Tensor]) -> str:
 def _classifier(
     file: Path, architecture: str, state: dict[str, Tensor], after_layer: bool, stated: Stated
 ) -> Converted:
-    if architecture == "resnet110":
-        head, side = "fc", (32, 32)
-        classes = _classes(file, state, head)
-        wanted = _resnet110(classes)
-    else:
-        check_source("--as", architecture, {})
-        own = architecture_config(architecture, "--as")
-        head, side = own["classifier"], own["input_size"][1:]
-        classes = _classes(file, state, head if isinstance(head, str) else head[0])
-        with torch.device("meta"):  # shapes without memory
-            wanted = Architecture(str(file), architecture, {}, None).create(classes).state_dict()
+    check_source("--as", architecture, {})
+    own = architecture_config(architecture, "--as")
+    head, side = own["classifier"], own["input_size"][1:]
+    classes = _classes(file, state, head if isinstance(head, str) else head[0])
+    with torch.device("meta"):  # shapes without memory
+        wanted = Architecture(str(file), architecture, {}, None).create(classes).state_dict()
     counters = {k for k in wanted if k.endswith(tensors.COUNTER)}
     tensors.check(f"{file} is not {architecture}", wanted, state, counters)  # older torch stores no counters
     mean, std, origin = _normalisation(file, architecture, classes, after_layer, stated)
@@ -178,7 +172,9 @@ def _classifier(
             f"mean {_numbers(mean)}, std {_numbers(std)}: {origin}",
             f"input size {side[0]}x{side[1]}: "
             + (
-                "as released" if architecture in _SIDES else "timm's default; correct input_size in the .json if needed"
+                "as released"
+                if (architecture, classes) in _RELEASED
+                else "timm's default; correct input_size in the .json if needed"
             ),
         ],
         use="use: bench run --base {out}",
@@ -213,26 +209,6 @@ def _normalisation(
 
 def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{v:g}" for v in values)
-
-
-def _resnet110(classes: int) -> dict[str, Tensor]:
-    """Return the tensors of Cohen et al.'s ResNet-110 for CIFAR-10, without memory.
-
-    Shortcuts between widths are 1x1 convolutions with a batch norm.
-    """
-    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (16, 3, 3, 3), **_norm("bn1", 16)}
-    before = 16
-    for stage, width in enumerate((16, 32, 64), 1):
-        for block in range(18):
-            name = f"layer{stage}.{block}"
-            shapes |= {f"{name}.conv1.weight": (width, before, 3, 3), **_norm(f"{name}.bn1", width)}
-            shapes |= {f"{name}.conv2.weight": (width, width, 3, 3), **_norm(f"{name}.bn2", width)}
-            if before != width:
-                shapes |= {f"{name}.downsample.0.weight": (width, before, 1, 1)}
-                shapes |= _norm(f"{name}.downsample.1", width)
-            before = width
-    shapes |= {"fc.weight": (classes, 64), "fc.bias": (classes,)}
-    return _empty(shapes)
 
 
 def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:

@@ -78,7 +78,6 @@ def equal_logits(tmp_path: Path, net: released.ResNet, shape: tuple[int, int, in
     assert base.meta["preprocessing"]["normalisation_from"] == "c.safetensors.json"
 
 
-@pytest.mark.skipif(not timm.is_model("resnet110"), reason="resnet110 is not registered with timm yet")
 def test_a_converted_resnet110_gives_equal_logits(tmp_path: Path) -> None:
     equal_logits(tmp_path, released.resnet110(), (3, 32, 32), CIFAR10)
 
