@@ -9,6 +9,7 @@ shared, and the standard fixes them for good.
 from __future__ import annotations
 
 import hashlib
+import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -28,8 +29,7 @@ BLOCK = 16  # words of 32 bits
 SIZE = 2**32 * BLOCK  # pixels of an image: the block counter has 32 bits
 CALL = 0  # grid noise is drawn once for each vote
 LEADING, LOWER = 0, 1  # parts
-_LITTLE = sys.byteorder == "little"
-_ZEROS = bytes(2**17)
+_NONCE = struct.Struct("<4I")  # the first block, then the nonce
 
 
 def key(seed: int, split: str, purpose: str) -> bytes:
@@ -58,37 +58,38 @@ class KeyStreams:
     def __reduce__(self) -> tuple[type[KeyStreams], tuple[int, str]]:
         return KeyStreams, (self.seed, self.split)
 
-    def fill(self, words: NDArray[np.uint32], vote: Vote, part: int, first: int = 0, call: int = CALL) -> None:
-        """Write the words of a key and nonce into ``words``, from the ``first`` block on.
+    def fill(
+        self, words: NDArray[np.uint32], votes: Sequence[Vote], part: int, first: int = 0, call: int = CALL
+    ) -> None:
+        """Write the words of each vote's key stream, from its ``first`` block on, into an equal share of ``words``.
 
-        Raises ValueError if vote, call, part or block is out of range, because the words would be another key's.
+        Raises ValueError if a key, a part or a block is out of range, because its words would be another key's.
         """
-        last = first + -(-len(words) // BLOCK)
-        if not (0 <= vote.image < IMAGES and 0 <= vote.vote < VOTES and 0 <= call < CALLS and 0 <= part < 2**8):
+        size = 4 * (len(words) // len(votes))
+        last = first - -size // (4 * BLOCK)
+        if not (0 <= call < CALLS and 0 <= part < 2**8 and 0 <= first <= last <= SIZE // BLOCK):
             raise ValueError(
-                f"noise key out of range: image {vote.image} (below {IMAGES}), vote {vote.vote} (below {VOTES}), "
-                f"draw {call} of the vote (below {CALLS}), part {part} (below 256)"
+                f"noise key out of range: draw {call} of the vote (below {CALLS}), part {part} (below 256), blocks "
+                f"{first} to {last} (at most {SIZE // BLOCK})"
             )
-        if not 0 <= first <= last <= SIZE // BLOCK:
-            raise ValueError(f"noise key out of range: blocks {first} to {last} (at most {SIZE // BLOCK})")
+        zeros, into = memoryview(bytes(size)), words.view(np.uint8).data
         encryptors: dict[str, CipherContext] = self._own.__dict__
-        encryptor = encryptors.get(vote.purpose)
-        if encryptor is None:
-            algorithm = algorithms.ChaCha20(key(self.seed, self.split, vote.purpose), bytes(16))
-            encryptor = encryptors[vote.purpose] = Cipher(algorithm, None).encryptor()
-        high = last_nonce_word(vote.vote >> 32, call, part)
-        start = first | vote.image << 32 | (vote.vote & 0xFFFFFFFF) << 64 | high << 96
-        encryptor.reset_nonce(start.to_bytes(16, "little"))
-        zeros = _ZEROS if words.nbytes <= len(_ZEROS) else bytes(words.nbytes)
-        encryptor.update_into(memoryview(zeros)[: words.nbytes], words.view(np.uint8).data)
-        if not _LITTLE:
+        for i, (purpose, image, vote) in enumerate(votes):
+            if not (0 <= image < IMAGES and 0 <= vote < VOTES):
+                raise ValueError(f"noise key out of range: image {image} (below {IMAGES}), vote {vote} (below {VOTES})")
+            encryptor = encryptors.get(purpose) or self._encryptor(purpose)
+            high = last_nonce_word(vote >> 32, call, part)
+            encryptor.reset_nonce(_NONCE.pack(first, image, vote & 0xFFFFFFFF, high))
+            encryptor.update_into(zeros, into[i * size : (i + 1) * size])
+        if sys.byteorder == "big":
             words.byteswap(inplace=True)
 
-    def words(self, vote: Vote, part: int, count: int, first: int = 0, call: int = CALL) -> NDArray[np.uint32]:
-        """Return the first ``count`` words from a block on, uint32 [count]."""
-        words = np.empty(count, np.uint32)
-        self.fill(words, vote, part, first, call)
-        return words
+    def _encryptor(self, purpose: str) -> CipherContext:
+        """Return this thread's encryptor for a purpose."""
+        cipher = Cipher(algorithms.ChaCha20(key(self.seed, self.split, purpose), bytes(16)), None)
+        made: CipherContext = cipher.encryptor()
+        self._own.__dict__[purpose] = made
+        return made
 
 
 class DeviceKeys:

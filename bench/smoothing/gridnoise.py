@@ -11,7 +11,6 @@ Every device draws the same integers: the CPU by OpenSSL, CUDA in one Triton ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from bench.errors import note, one_line
 from bench.smoothing import chacha
 from bench.smoothing.chacha import KeyStreams
-from bench.smoothing.noise import Noise, Vote, to_device
+from bench.smoothing.noise import Noise, Vote, Votes, to_device
 from bench.smoothing.rows import Rows
 from bench.smoothing.thresholds import thresholds
 
@@ -52,42 +51,42 @@ class GridNoise:
     def __reduce__(self) -> tuple[type[GridNoise], tuple[Noise, float, int]]:
         return type(self), self._arguments
 
-    def draw(self, votes: Sequence[Vote], size: int) -> Tensor:
+    def draw(self, votes: Votes, size: int) -> Tensor:
         """Return noise in grid steps, int16 [len(votes), size] on the CPU; a row depends on its vote alone.
 
         These are the reference values: every device draws them. Raises ValueError for a key or size out of range.
         """
         chacha.check_size(size)
+        keys, drawn = list(votes), np.empty((len(votes), size), np.int16)
         width = -(-size // chacha.BLOCK) * chacha.BLOCK
-        drawn = np.empty((len(votes), size), np.int16)
         rows, columns = max(1, CHUNK // width), min(CHUNK, width)
         leads = np.empty(rows * columns, np.uint32)
-        for i in range(0, len(votes), rows):
+        for i in range(0, len(keys), rows):
+            part = keys[i : i + rows]
             for begin in range(0, width, columns):
-                part = votes[i : i + rows]
-                some = leads[: len(part) * min(columns, width - begin)].reshape(len(part), -1)
-                values = self._values(part, begin, some)
+                some = leads[: len(part) * min(columns, width - begin)]
+                values = self._values(part, begin // chacha.BLOCK, some)
                 drawn[i : i + rows, begin : begin + columns] = values[:, : size - begin]
         return torch.from_numpy(drawn)
 
-    def _values(self, votes: Sequence[Vote], begin: int, leads: NDArray[np.uint32]) -> NDArray[np.int16]:
-        """Draw pixels from ``begin`` on, [len(votes), pixels]; ``leads`` of that shape is overwritten."""
-        first = begin // chacha.BLOCK
-        for vote, row in zip(votes, leads, strict=True):
-            self._streams.fill(row, vote, chacha.LEADING, first)
+    def _values(self, votes: list[Vote], first: int, leads: NDArray[np.uint32]) -> NDArray[np.int16]:
+        """Draw pixels [len(votes), pixels] from the ``first`` block on; ``leads``, as many words, is overwritten."""
+        pixels = len(leads) // len(votes)
+        self._streams.fill(leads, votes, chacha.LEADING, first)
 
         def lower(indices: NDArray[np.int64]) -> NDArray[np.uint32]:
-            places = [divmod(i, leads.shape[1]) for i in indices.tolist()]  # one pixel in millions
-            words = [
-                self._streams.words(votes[row], chacha.LOWER, pixel % chacha.BLOCK + 1, first + pixel // chacha.BLOCK)
-                for row, pixel in places
-            ]
-            return np.array([word[-1] for word in words], np.uint32)
+            word = np.empty(len(indices), np.uint32)
+            block = np.empty(chacha.BLOCK, np.uint32)
+            for j, index in enumerate(indices.tolist()):  # one pixel in millions
+                row, pixel = divmod(index, pixels)
+                self._streams.fill(block, [votes[row]], chacha.LOWER, first + pixel // chacha.BLOCK)
+                word[j] = block[pixel % chacha.BLOCK]
+            return word
 
-        return self._table.values(leads.reshape(-1), lower).reshape(leads.shape)
+        return self._table.values(leads, lower).reshape(len(votes), pixels)
 
     def inputs(self, images: Tensor, rows: Rows) -> Tensor:
-        """Return noisy images for F from integer images at hand [k, C, H, W]: float32 pixels [rows, C, H, W], unclipped.
+        """Return noisy images for F, one for each row of the integer images [k, C, H, W]: float32 pixels, unclipped.
 
         The device of ``images`` draws the noise. The bits are the same on every device, and depend on the integer sum
         alone. CUDA is never waited for; plain torch waits once a call.
@@ -97,7 +96,7 @@ class GridNoise:
         size, device = images[0].numel(), images.device
         chacha.check_size(size)
         if device.type == "cpu":
-            return _sum(images, rows, self.draw(list(rows), size), self._steps)
+            return _sum(images, rows, self.draw(rows, size), self._steps)
         if device.type == "cuda" and (kernel := _kernel(device)) is not None:
             if device not in self._fused:
                 self._fused[device] = kernel(self._streams, self._table, self._steps, device)
@@ -115,18 +114,18 @@ class AesGridNoise(GridNoise):
     version = "aes128ctr-grid64-1"
     CALL = 2**16 - 1  # the part of a vote's AES key stream used here: no bits in common with float noise
 
-    def draw(self, votes: Sequence[Vote], size: int) -> Tensor:
-        drawn = np.empty((len(votes), size), np.int16)
+    def draw(self, votes: Votes, size: int) -> Tensor:
+        keys, drawn = list(votes), np.empty((len(votes), size), np.int16)
         rows = max(1, CHUNK // size)
-        for i in range(0, len(votes), rows):
-            words = self._arguments[0].words(votes[i : i + rows], size, self.CALL).reshape(-1)
+        for i in range(0, len(keys), rows):
+            words = self._arguments[0].words(keys[i : i + rows], size, self.CALL).reshape(-1)
             leads = (words >> np.uint64(32)).astype(np.uint32)
             values = self._table.values(leads, lambda at, words=words: words[at].astype(np.uint32))  # type: ignore[misc]
             drawn[i : i + rows] = values.reshape(-1, size)
         return torch.from_numpy(drawn)
 
     def inputs(self, images: Tensor, rows: Rows) -> Tensor:
-        noise = self.draw(list(rows), images[0].numel())
+        noise = self.draw(rows, images[0].numel())
         return _sum(images, rows, to_device(noise, images.device), self._steps)
 
 

@@ -45,7 +45,7 @@ class TritonNoise:
         self._below = place(below)
 
     def inputs(self, images: Tensor, rows: Rows) -> Tensor:
-        """Return noisy images, float32 [rows, C, H, W], of integer images [k, C, H, W]. Does not wait for the device."""
+        """Return noisy images, float32 [rows, C, H, W], of integer images [k, C, H, W]; never waits for the device."""
         images, table = images.contiguous(), rows.placed.contiguous()
         out = torch.empty((len(rows), *images.shape[1:]), dtype=torch.float32, device=images.device)
         size = images[0].numel()
