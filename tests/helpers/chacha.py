@@ -125,7 +125,8 @@ def tied_table(of: tuple[int, str], vote: Vote, size: int) -> Thresholds:
 
 def tied_votes(streams: KeyStreams, table: Thresholds, size: int, count: int) -> list[Vote]:
     """The first votes of a run in which the leading 32 bits of a pixel are those of a threshold."""
-    leads, found, number = np.empty(size, np.uint32), [], 0
+    leads, number = np.empty(size, np.uint32), 0
+    found: list[Vote] = []
     while len(found) < count:
         vote = Vote("estimate", 0, number)
         streams.fill(leads, [vote], 0)

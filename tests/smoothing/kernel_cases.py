@@ -29,7 +29,7 @@ LARGE = (3, 224, 224)  # 150,528 pixels
 
 
 @triton.jit
-def _stream(out, key, nonce, first):
+def _stream(out, key, nonce, first):  # type: ignore[no-untyped-def]
     counter = (first + tl.arange(0, 2)).to(tl.uint32)
     n0, n1, n2 = _unsigned(nonce), _unsigned(nonce + 1), _unsigned(nonce + 2)
     words = chacha_words(counter, key, n0, n1, n2)
