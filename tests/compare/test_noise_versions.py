@@ -71,6 +71,6 @@ def test_a_baseline_of_one_version_is_a_test_of_the_other_and_prefers_its_own(tm
     assert entry.run == str(new.path)
     assert f"counts may differ: other noise ({NEW}, was {AES})" in entry.notes
     assert [test.lost for test in entry.radii] == [0, 0, 4]
-    run(tmp_path / "old", NEW)
+    run(tmp_path / "old", NEW)  # a run of each version
     (entry,) = check(tmp_path / "b.json", tmp_path / "old").entries
     assert entry.run == str(old.path)
