@@ -27,7 +27,7 @@ from tests.helpers.commands import TINY, defense
 LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives.OBJECTIVES}
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "aaf498ed444cdda7"),
+    "loop": (1, "043c954c9dc2703f"),
     "spsa": (1, "a091cc145e9ce5ba"),
     "autoencoder": (1, "462aa627c9db045b"),
     "prompts": (1, "a0f873c1e8456c3b"),
