@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from bench.interface import Draw, Loss, Schedule
 
 # Magnitude, number of operations, whether severity increases with magnitude; deviation and maximum of the magnitude.
-RANDAUGMENT = r"rand(-(m|n|inc)\d+|-(mstd|mmax|p)\d+(\.\d+)?)*"
+_RANDAUGMENT = r"rand(-(m|n|inc)\d+|-(mstd|mmax|p)\d+(\.\d+)?)*"
+_INHERITED = {f.name for f in fields(Schedule)}
 VERSION = 1  # raise it whenever weights trained with a key of CleanSchedule's own would change
 
 
@@ -26,20 +27,20 @@ class CleanSchedule(Schedule):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # timm's notation, after the card's crop and flip. The pattern is strict, since timm ignores what it cannot read.
-    randaugment: Annotated[str, Field(pattern=rf"^({RANDAUGMENT})?$")] = ""
+    randaugment: Annotated[str, Field(pattern=rf"^({_RANDAUGMENT})?$")] = ""
     mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the Beta distribution of the weights; 0: off
     cutmix: Annotated[float, Field(ge=0)] = 0.0  # the same; with both, each batch takes one of them at random
     clip_grad: Annotated[float, Field(ge=0)] = 0.0  # maximum l2 norm of the gradient; 0: none
     arithmetic: Literal["float32", "bfloat16"] = "float32"  # bfloat16: of the forward pass, by autocast
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the weights, as JSON. Own keys at their default are left out, as before they existed."""
+        kept = [f.name for f in fields(self) if f.name in _INHERITED or getattr(self, f.name) != f.default]
+        return {name: getattr(self, name) for name in kept}
+
     def own(self) -> dict[str, Any]:
         """Return the keys of this class that are not at their default."""
-        inherited = {f.name for f in fields(Schedule)}
-        return {f.name: v for f in fields(self) if f.name not in inherited and (v := getattr(self, f.name)) != f.default}
-
-    def identity(self) -> dict[str, Any]:
-        """Return what decides the weights, as JSON. Keys at their default are left out, as before they existed."""
-        return {k: v for k, v in asdict(self).items() if k in {f.name for f in fields(Schedule)}} | self.own()
+        return {k: v for k, v in self.identity().items() if k not in _INHERITED}
 
 
 def loss(module: nn.Module, schedule: CleanSchedule, classes: int, mean: tuple[float, ...]) -> Loss:
@@ -57,7 +58,9 @@ def loss(module: nn.Module, schedule: CleanSchedule, classes: int, mean: tuple[f
     smoothing = schedule.label_smoothing
     mix = None
     if schedule.mixup or schedule.cutmix:
-        mix = Mixup(schedule.mixup, schedule.cutmix, label_smoothing=0.0, num_classes=classes)
+        mix = Mixup(  # type: ignore[no-untyped-call]
+            schedule.mixup, schedule.cutmix, label_smoothing=0.0, num_classes=classes
+        )
 
     def of(x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         if augment is not None:

@@ -102,8 +102,9 @@ class TrainingJob:
     def train(self, module: nn.Module, loss: Loss, schedule: Schedule, clip_grad: float = 0.0) -> None:
         """Minimise ``loss`` over the parameters that require a gradient; leave the module in eval mode.
 
-        ``clip_grad`` is the maximum l2 norm of the gradient of a step, 0 without one. The batch, augmentation, noise and dropout of a step depend on (seed, step) alone, so a resumed training gives
-        the same weights as an uninterrupted one. Raises BenchError where the loss is not finite.
+        ``clip_grad`` is the maximum l2 norm of a step's gradient; 0: none. The batch, augmentation, noise and dropout
+        of a step depend on (seed, step) alone, so a resumed training gives the same weights as an uninterrupted one.
+        Raises BenchError where the loss is not finite.
         """
         params = [p for p in module.parameters() if p.requires_grad]
         optimizer = _optimizer(params, schedule)

@@ -1,4 +1,4 @@
-"""Clean training of base classifiers: what each key of a recipe's schedule does, and that a resumed training is equal."""
+"""Clean training of base classifiers: what each key of a recipe's schedule does, and resuming."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_randaugment_changes_most_images_within_their_levels_and_follows_the_ran
             found.append(augment(x))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert found[0].shape == x.shape and found[0].dtype == torch.float32
-    assert torch.equal((found[0] * 255).round() / 255, found[0]) and 0 <= found[0].min() and found[0].max() <= 1
+    assert torch.equal((found[0] * 255).round() / 255, found[0]) and found[0].min() >= 0 and found[0].max() <= 1
     changed = (found[0] != x).flatten(1).any(1)
     assert changed.float().mean() > 0.5
 
