@@ -46,13 +46,13 @@ class Noise:
     """The noise of one (seed, split): a key always gives the same values, in any thread or process."""
 
     def __init__(self, seed: int, split: str) -> None:
-        self._key = seed, split
+        self.seed, self.split = seed, split
         self._prefix = f"{VERSION}|{seed}|{split}|"
         self._own = threading.local()  # an encryptor has a position, so each thread has its own encryptors
         self._zeros = b""
 
     def __reduce__(self) -> tuple[type[Noise], tuple[int, str]]:
-        return Noise, self._key
+        return Noise, (self.seed, self.split)
 
     def _fill(self, vote: Vote, call: int, parts: list[tuple[memoryview, int]]) -> None:
         """Write the key's bits into the given buffers in order (each has 15 spare bytes).
