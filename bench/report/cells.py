@@ -70,6 +70,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
         "Grid noise: a certificate covers every image of integer pixel values within its radius."
         if setting.noise == "grid"
         else "",
+        _target(setting),
         _imported() if setting.imported else _heads(setting, methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
         if setting.preset == "quick"
@@ -116,6 +117,17 @@ def _marks(methods: Sequence[Method]) -> str:
     return (
         f"=: not significantly different from the best in that column ({test} on the same images, "
         f"{paired.LEVEL:.0%} level, Holm's correction over {over})."
+    )
+
+
+def _target(setting: Setting) -> str:
+    """Explain what a run of target "correct" does not know."""
+    if setting.target != "correct":
+        return ""
+    return (
+        "Target correct: an image whose selected class is not its label is not certified whatever further votes say, "
+        "so it gets none. It has a prediction, no radius, and may be one on which the model abstains: 'abstained' is "
+        "not known (a dash)."
     )
 
 
