@@ -125,9 +125,8 @@ def _target(setting: Setting) -> str:
     if setting.target != "correct":
         return ""
     return (
-        "Target correct: an image whose selected class is not its label is not certified whatever further votes say, "
-        "so it gets none. It has a prediction, no radius, and may be one on which the model abstains: 'abstained' is "
-        "not known (a dash)."
+        "Target correct: an image whose selected class is wrong cannot count as certified, so it gets no further "
+        "votes. It has a prediction but no radius, and the model may abstain on it: 'abstained' is unknown (a dash)."
     )
 
 
