@@ -20,8 +20,8 @@ def print_estimates(rows: Sequence[Estimate], as_json: bool) -> None:
         return
     for row in rows:
         print(
-            f"{row.label}: {row.images} images, {row.votes:,} votes{_at_most(row)}{_of(row.flops_per_vote)}, "
-            f"certify about {duration(row.seconds)}{_at_most(row)}, train about {duration(row.train_seconds)}"
+            f"{row.label}: {row.images} images, {_at_most(row)}{row.votes:,} votes{_of(row.flops_per_vote)}, "
+            f"certify {_within(row)} {duration(row.seconds)}, train about {duration(row.train_seconds)}"
         )
     if fewer := [row for row in rows if row.timed_rows < row.block]:
         part = " or ".join(dict.fromkeys(f"{r.timed_rows} of {r.block}" for r in fewer))
@@ -37,9 +37,10 @@ def print_estimates(rows: Sequence[Estimate], as_json: bool) -> None:
             "beyond; both with the selection"
         )
     total = sum(r.seconds + r.train_seconds for r in rows)
-    most = " at most" if any(r.at_most for r in rows) else ""
+    within = "within about" if any(r.at_most for r in rows) else "about"
+    most = "at most " if any(r.at_most for r in rows) else ""
     print(
-        f"total: {sum(r.votes for r in rows):,} votes{most}, about {duration(total)}{most}, "
+        f"total: {most}{sum(r.votes for r in rows):,} votes, {within} {duration(total)}, "
         "without the training of bases and shared parts"
     )
 
@@ -70,7 +71,11 @@ def _print_radii(sigma: float, radii: Sequence[RadiusCost]) -> None:
 
 
 def _at_most(row: Estimate) -> str:
-    return " at most" if row.at_most else ""
+    return "at most " if row.at_most else ""
+
+
+def _within(row: Estimate) -> str:
+    return "within about" if row.at_most else "about"
 
 
 def _of(flops: float | None) -> str:

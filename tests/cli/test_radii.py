@@ -163,7 +163,7 @@ def test_a_dry_run_shows_what_each_radius_costs(bench: Bench, tmp_path: Path) ->
     assert f"a sure image takes {fewest[3]:,} votes up to r = 0.75, but {fewest[2]:,} if the grid ends at 0.5" in (
         said.out
     )
-    assert "100,200 votes at most" in said.out
+    assert "at most 100,200 votes" in said.out
     # It does cost what the dry run says: the votes of a sure image of a real run.
     for radii, cost in ((".25,.5,.75", fewest[3]), (".25,.5", fewest[2])):
         path, _ = run(
@@ -173,4 +173,4 @@ def test_a_dry_run_shows_what_each_radius_costs(bench: Bench, tmp_path: Path) ->
     fixed = bench(*args)
     assert "by its radius" not in fixed.out and "at most" not in fixed.out
     assert json.loads(bench(*args, "--json").out)[0]["radii"] is None
-    assert "10,200 votes at most" in bench(*ARGS, "--out", tmp_path, "--dry-run", "--target", "correct").out
+    assert "at most 10,200 votes" in bench(*ARGS, "--out", tmp_path, "--dry-run", "--target", "correct").out
