@@ -70,6 +70,7 @@ def test_target_correct_is_target_selected_until_a_wrong_class_is_selected(kind:
     for seed, top in enumerate(np.linspace(0.2, 0.99, 300)):
         p = np.array([top, *[(1 - top) / 2] * 2])
         (one, asked), (other, _) = (play(made, 0, p, seed) for made in (correct, kind))
+        assert other.n > 0
         if one.n:
             assert one == other and one.predicted in (0, None)
             outcomes.add(one.predicted)
