@@ -271,16 +271,11 @@ def main() -> None:
     print(f"on {found['environment']['device']}, {args.threads} host threads", flush=True)
 
     found["same"] = same_noise(device, 4e8 if gpu else 4e6)
-    print(
-        "noise on the device and on the CPU: {different_pixels:,} of {compared_pixels:,} pixels differ".format(
-            **found["same"]
-        )
-    )
+    print("noise on the device and on the CPU: {different_pixels:,} of {compared_pixels:,} pixels differ".format(**found["same"]))
     found["wait"] = no_wait(device, args.threads if gpu else 1)
     print(f"the hot path waits for the device: {found['wait']['waits'] or 'never'}", flush=True)
     found["noise_pixels_per_second"] = {
-        name: noise_speed(Subject(name, device, block_rows(shape, device) if gpu else TILE))
-        for name, shape in SHAPES.items()
+        name: noise_speed(Subject(name, device, block_rows(shape, device) if gpu else TILE)) for name, shape in SHAPES.items()
     }
     for name, speed in found["noise_pixels_per_second"].items():
         print(f"noise for {name}: {speed:.3g} pixels a second", flush=True)
