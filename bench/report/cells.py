@@ -71,6 +71,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
         if setting.noise == "grid"
         else "",
         _target(setting),
+        _versions(methods),
         _imported() if setting.imported else _heads(setting, methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
         if setting.preset == "quick"
@@ -127,6 +128,17 @@ def _target(setting: Setting) -> str:
     return (
         "Target correct: an image whose selected class is wrong cannot count as certified, so it gets no further "
         "votes. It has a prediction but no radius, and the model may abstain on it: 'abstained' is unknown (a dash)."
+    )
+
+
+def _versions(methods: Sequence[Method]) -> str:
+    """Say that the noise differs between runs of several versions of grid noise."""
+    versions = {r.identity.noise.grid_version for m in methods for r in m.records}
+    if len(versions) == 1:
+        return ""
+    return (
+        f"Grid noise is of {len(versions)} versions ({', '.join(sorted(map(str, versions)))}): their distribution is "
+        "the same, but runs of different versions share no noise, even with one seed."
     )
 
 
