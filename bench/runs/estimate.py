@@ -17,9 +17,11 @@ from bench.process import environment
 from bench.records.shards import Shard
 from bench.runs import fitting
 from bench.runs.costs import cost_per_vote
-from bench.runs.identity import examples, make_task, run_label, run_name
+from bench.runs.identity import describe_noise, examples, make_task, run_label, run_name
 from bench.runs.plan import Plan
 from bench.smoothing import blocks
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.expected import RadiusCost, radius_costs
 from bench.smoothing.rowcheck import check_rows
 from bench.smoothing.task import Model, Task
 
@@ -40,6 +42,9 @@ class Estimate:
     block: int  # rows
     seconds: float  # of certification
     train_seconds: float
+    sigma: float
+    at_most: bool  # ``votes`` are the most that may be drawn; the procedure stops earlier where it can
+    radii: list[RadiusCost] | None  # what each costs; None: the same votes, since their number is fixed
 
 
 def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Estimate:
@@ -80,6 +85,11 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         seconds=votes * per_vote,
         # A training step's backward pass costs about twice its forward pass.
         train_seconds=(3 * images + queries) * per_vote,
+        sigma=plan.sigma,
+        at_most=isinstance(plan.procedure, Anytime) or plan.procedure.target == "correct",
+        radii=radius_costs(plan.procedure, plan.sigma, describe_noise(plan)["tau"])
+        if isinstance(plan.procedure, Anytime)
+        else None,
     )
 
 
