@@ -24,7 +24,7 @@ from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.runs.settings import Values, Variant, as_stored, variants
 from bench.smoothing import bounds
-from bench.smoothing.anytime import Anytime
+from bench.smoothing.anytime import Anytime, calibration
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.votes import MAX_VOTES
 from bench.training.objectives import OBJECTIVES
@@ -266,8 +266,8 @@ def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card
     at_cap = alpha
     if kind == "anytime":
         radii = tuple(r for r in card.radii if r > 0)
-        made = Anytime(n0, n, alpha, radii, target)  # type: ignore[arg-type]
-        at_cap *= 1 - made.ville_share
+        made = Anytime(n0, n, alpha, radii, target, calibration(n, alpha, radii))  # type: ignore[arg-type]
+        at_cap *= 1 - made.ville_share if made.calibration == "ville" else 1
     if n < (least := bounds.smallest_n(at_cap)):
         raise BenchError(f"--n {n}: too few votes for any certificate at alpha {alpha:g}; the smallest is --n {least}")
     return made
