@@ -32,7 +32,7 @@ LOG_SLACK = 1e-6
 Calibration = Literal["exact", "ville"]
 
 # Limits of the exact calibration: votes, votes times thresholds, and the smallest alpha. At these limits a table takes
-# 1.4 s with the constants below, and 5 s and 100 MB with the costliest that a record may state.
+# 1 s with the constants below, and 8 s and 100 MB with the costliest that a record may state.
 EXACT_VOTES, EXACT_WORK, EXACT_ALPHA = 10**6, 2 * 10**7, 1e-12
 
 
@@ -175,8 +175,8 @@ class Tables:
         return (self.p0[level - 1], self.radii[level - 1]) if level else (0.0, 0.0)
 
 
-# Bounded, since records are untrusted input: an entry takes 0.02 to 0.5 MB and 6 to 50 ms for usual grids, 25 MB and
-# 5 s for the largest that a record may state.
+# Bounded, since records are untrusted input: an entry takes 0.02 to 0.5 MB and 10 to 100 ms for usual grids, 25 MB and
+# 8 s for the largest that a record may state.
 @functools.lru_cache(maxsize=64)
 def tabulate(config: Anytime, sigma: float, tau: float = 0.0) -> Tables:
     """Compute the tables of one noise level."""
