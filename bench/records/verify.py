@@ -72,9 +72,12 @@ def _log(record: Record) -> Iterator[Finding]:
 
 def _error(identity: Identity, procedure: Anytime) -> Finding:
     error = max(tabulate(procedure, identity.sigma, identity.noise.tau).errors, default=0.0)
-    how = "computed exactly" if procedure.calibration == "exact" else "by Ville's inequality"
+    if procedure.calibration == "exact":
+        bound = f"{bounds.printed_reach(error, 9)} an image, computed exactly"
+    else:
+        bound = f"{error:g} an image, by Ville's inequality"
     problem = "" if error <= procedure.alpha else f"that is more than alpha {procedure.alpha:g}"
-    return Finding(f"a false radius has a chance of at most {bounds.printed_reach(error, 9)} an image, {how}", problem)
+    return Finding(f"a false radius has a chance of at most {bound}", problem)
 
 
 def _name(record: Record) -> str:

@@ -102,7 +102,9 @@ def test_procedure_equals_simulator_and_radius_is_recomputed(
     tables = tabulate(config, sigma, tau)
     steps = np.diff(tables.looks, prepend=0)
     hits: Counts = np.cumsum(np.random.default_rng(seed).binomial(steps, p))
-    level, votes = simulate(tables, hits[:, None], (1,))
+    drawn = iter(np.diff(hits, prepend=0).tolist())
+    level, votes, at_stop = simulate(tables, lambda _, running: np.array([next(drawn) for _ in running]), 1)
+    assert at_stop[0] == hits[tables.looks.index(int(votes[0]))]
     decision = play(config.certify(sigma, 0, tau), {"estimate": two_class(hits.tolist(), tables.looks)})
     assert (decision.p_lower, decision.radius) == tables.result(int(level[0]))
     assert decision.votes == votes[0] >= decision.n
