@@ -127,6 +127,14 @@ def test_the_chance_at_high_precision(sigma: float, tau: float) -> None:
             assert stated - crossed < mpmath.mpf(config.alpha) / 10**8
 
 
+def test_truncated_tails_are_charged() -> None:
+    """Most of 64 votes agree with a chance of 1e-11: such counts are not followed, but accepted."""
+    looks, limits = np.array([64, 128]), np.array([0.1, 0.3])
+    counts, error = acceptance_counts(0.5, looks, limits)
+    exact = spent_exactly(looks.tolist(), counts.tolist(), Fraction(1, 2))
+    assert exact[-1] <= Fraction(error) < exact[-1] + Fraction(1, 10**9)
+
+
 def false_by_the_rule(tables: Tables, p: float, true: int) -> float:
     """Chance that the whole rule, giving up included, certifies more than the ``true`` lowest radii."""
     n = tables.looks[-1]
