@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import platform
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from bench.interface import Draw
 from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records.record import Record
-from bench.runs import session
+from bench.runs import certifier, session
 from bench.runs.certifier import Certifier, serialized
 from bench.runs.plan import make_plans
 from bench.smoothing import engine
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.gridnoise import GridNoise
-from bench.smoothing.noise import Noise, Vote, add_float
+from bench.smoothing.noise import Noise, Vote
+from bench.smoothing.rows import Rows, add_float
 from bench.smoothing.task import Model, Task
 from bench.smoothing.votes import Certificate
 from tests.helpers.commands import TINY, defense
@@ -56,10 +58,10 @@ def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     found: set[int] = set()
     inputs = GridNoise.inputs
 
-    def noted(self: GridNoise, integers: Tensor, votes: Sequence[Vote]) -> Tensor:
-        if votes[0].purpose == "estimate":
+    def noted(self: GridNoise, images: Tensor, rows: Rows) -> Tensor:
+        if "estimate" in rows.purposes:
             found.add(threading.get_ident())
-        return inputs(self, integers, votes)
+        return inputs(self, images, rows)
 
     monkeypatch.setattr(GridNoise, "inputs", noted)
     return found
@@ -113,6 +115,24 @@ def test_a_defense_that_cannot_be_copied_votes_in_one_thread(
     reporter = Quiet()
     session.Session(CPU, tmp_path / "three", reporter).run(plan)
     assert any("votes in one thread, not 3: TypeError" in line for line in reporter.said)
+
+
+def test_nothing_is_certified_where_a_device_draws_other_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command ends before the first vote; ``test_noisecheck`` tests the check."""
+
+    def differs(task: Task, index: int) -> None:
+        assert task.sigma == 0.25 and index == 0
+        raise BenchError("cuda:0 draws other noise than the CPU")
+
+    monkeypatch.setattr(certifier, "check_device", differs)
+    (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
+    with pytest.raises(BenchError, match="draws other noise"):
+        session.Session(CPU, tmp_path, Quiet()).run(plan)
+    (path,) = tmp_path.glob("*/run.json")
+    assert not path.with_name("certificates.jsonl").exists()
+    assert json.loads(path.read_text())["status"] == "started"
 
 
 def task_of(images: int) -> Task:
