@@ -49,6 +49,8 @@ class Sampling(Stored):
     radii: Annotated[list[Positive], Field(max_length=100)] = Field(default_factory=list)
     target: Target = "selected"
     # Of the anytime procedure: bounds within which its tables are small and soon made.
+    calibration: Literal["exact", "ville"] = "ville"
+    spending: Annotated[float, Field(gt=0, le=100), WrapValidator(unchanged)] = 1
     ville_share: Open = 0.5
     components: Annotated[int, Field(ge=1, le=1000)] = 1
     fastest: Votes = 1

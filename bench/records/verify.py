@@ -15,6 +15,8 @@ from bench.records import importing, metrics
 from bench.records.findings import Finding
 from bench.records.record import Record, read_run
 from bench.records.schema import Identity
+from bench.smoothing import bounds
+from bench.smoothing.anytime import Anytime, tabulate
 from bench.smoothing.votes import Certificate
 
 
@@ -34,6 +36,8 @@ def check_record(path: Path) -> Iterator[Finding]:
     else:
         yield Finding("counts are possible, and as many as the procedure draws", _each(record, _counts))
         yield Finding("every radius follows from its counts at high precision", _each(record, _radius))
+        if isinstance(record.identity.procedure, Anytime):
+            yield _error(record.identity, record.identity.procedure)
     if record.complete:
         same = file_sha256(path / "certificates.jsonl") == info.certificates_sha256
         same = same or info.certificates_sha256 is None  # written before there was one
@@ -64,6 +68,16 @@ def _log(record: Record) -> Iterator[Finding]:
     yield Finding("flags are what the log gives", "" if same else "the log has other defects than its flags state")
     for flag in log.flags:
         yield Finding("the log is without known defects", flag)
+
+
+def _error(identity: Identity, procedure: Anytime) -> Finding:
+    error = max(tabulate(procedure, identity.sigma, identity.noise.tau).errors, default=0.0)
+    if procedure.calibration == "exact":
+        bound = f"{bounds.printed_reach(error, 9)} an image, computed exactly"
+    else:
+        bound = f"{error:g} an image, by Ville's inequality"
+    problem = "" if error <= procedure.alpha else f"that is more than alpha {procedure.alpha:g}"
+    return Finding(f"a false radius has a chance of at most {bound}", problem)
 
 
 def _name(record: Record) -> str:

@@ -24,7 +24,7 @@ from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.runs.settings import Values, Variant, as_stored, variants
 from bench.smoothing import bounds, gridnoise
-from bench.smoothing.anytime import Anytime
+from bench.smoothing.anytime import Anytime, calibration
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.votes import MAX_VOTES, TARGETS
 from bench.training.objectives import OBJECTIVES
@@ -290,8 +290,9 @@ def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, radii: tup
     made: Fixed | Anytime = Fixed(n0, n, alpha, target)
     at_cap = alpha
     if kind == "anytime":
-        made = Anytime(n0, n, alpha, tuple(r for r in radii if r > 0), target)
-        at_cap *= 1 - made.ville_share
+        tested = tuple(r for r in radii if r > 0)
+        made = Anytime(n0, n, alpha, tested, target, calibration(n, alpha, tested))
+        at_cap *= 1 - made.ville_share if made.calibration == "ville" else 1
     if n < (least := bounds.smallest_n(at_cap)):
         raise BenchError(f"--n {n}: too few votes for any certificate at alpha {alpha:g}; the smallest is --n {least}")
     return made

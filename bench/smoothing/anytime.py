@@ -1,8 +1,9 @@
 """The anytime procedure: an image gets votes until the answer is known, with the same guarantee as ``Fixed``.
 
-It tests the radii of the report, lowest first, with a finite-mixture test martingale (Wald 1945;
-Robbins 1970; Ville's inequality as in Ramdas et al. 2023, arXiv 2210.01948) and one Clopper-Pearson
-test at the cap. docs/certification.md has the proof and the votes saved.
+It tests the radii of the report, lowest first, each with a sequential test whose acceptance counts are exact
+(``spending``). Where that is too large a computation, and in records of certbench 0.2.0 and before, the test is a
+finite-mixture martingale (Wald 1945; Robbins 1970; Ville's inequality as in Ramdas et al. 2023, arXiv 2210.01948) with
+one Clopper-Pearson test at the cap. docs/certification.md has the proofs and the votes saved.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from bench.smoothing import bounds
+from bench.smoothing.spending import acceptance_counts
 from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest, decide, stop
 
 Floats = NDArray[np.float64]
@@ -26,6 +28,18 @@ Floats = NDArray[np.float64]
 # Margin by which ln W must exceed its threshold. The terms of ln W reach 1e7 at 1e7 votes and cancel; the
 # remaining error was below 1e-8 against mpmath.
 LOG_SLACK = 1e-6
+
+Calibration = Literal["exact", "ville"]
+
+# Limits of the exact calibration: votes, votes times thresholds, and the smallest alpha. At these limits a table takes
+# 1 s with the constants below, and 8 s and 100 MB with the costliest that a record may state.
+EXACT_VOTES, EXACT_WORK, EXACT_ALPHA = 10**6, 2 * 10**7, 1e-12
+
+
+def calibration(n: int, alpha: float, radii: tuple[float, ...]) -> Calibration:
+    """Return how new runs make their acceptance counts: exactly, or by Ville's inequality beyond the limits."""
+    small = n <= EXACT_VOTES and n * (1 + len(radii)) <= EXACT_WORK and alpha >= EXACT_ALPHA
+    return "exact" if small else "ville"
 
 
 @dataclass(frozen=True)
@@ -41,19 +55,28 @@ class Anytime:
     alpha: float
     radii: tuple[float, ...]
     target: Target = "selected"
+    calibration: Calibration = "exact"
+    spending: float = 0.7  # exact: the chance of a false radius may reach alpha (votes / n) ** spending at a look
+    # Ville's inequality only:
     ville_share: float = 0.8  # of alpha, for W at every look; the rest for Clopper-Pearson at the cap
     components: int = 16  # alternatives in the mixture, the best detectors for stopping times ...
     fastest: int = 60  # ... geometric from this number of votes ...
     slowest: float = 0.6  # ... to this share of the cap
-    futility: float = 0.18  # give-up level at the cap: trades votes for loss, never soundness
+    # Both:
+    futility: float = 0.22  # give-up level at the cap: trades votes for loss, never soundness
     step: int = 32  # looks lie at multiples of this (of the engine's tile of 16, so that no rows are wasted) ...
     growth: float = 0.02  # ... at least this share of the votes so far apart
     kind: ClassVar[str] = "anytime"
 
     def __post_init__(self) -> None:
-        """Refuse a grid whose order would silently change the tests."""
+        """Refuse a grid whose order would silently change the tests, and tables that would take minutes."""
         if any(a >= b for a, b in itertools.pairwise((0.0, *self.radii))):
             raise ValueError(f"radii must be positive and rising, not {self.radii}")
+        if self.calibration == "exact" and calibration(self.n, self.alpha, self.radii) != "exact":
+            raise ValueError(
+                f"calibration exact is for at most {EXACT_VOTES:,} votes, {EXACT_WORK:,} votes times thresholds and "
+                f"alpha from {EXACT_ALPHA:g}; use ville"
+            )
 
     @property
     def selection_votes(self) -> int:
@@ -149,30 +172,27 @@ class Tables:
     looks: list[int]
     accept: list[list[int]]  # fewest votes for the class that certify the radius and all lower ones; rows never fall
     give_up: list[list[int]]  # with fewer votes than this, the procedure gives up on the radius and all above
+    errors: tuple[float, ...]  # upper bound on the chance to certify the radius of an image with p <= p0
 
     def result(self, level: int) -> tuple[float, float]:
         """Return ``p_lower`` and radius if the ``level`` lowest radii are certified."""
         return (self.p0[level - 1], self.radii[level - 1]) if level else (0.0, 0.0)
 
 
-# Bounded, since records are untrusted input: an entry takes 0.02 to 0.5 MB and 6 to 50 ms for usual grids, 25 MB and
-# 5 s for the largest that a record may state.
+# Bounded, since records are untrusted input: an entry takes 0.02 to 0.5 MB and 10 to 100 ms for usual grids, 25 MB and
+# 8 s for the largest that a record may state.
 @functools.lru_cache(maxsize=64)
 def tabulate(config: Anytime, sigma: float, tau: float = 0.0) -> Tables:
-    """Compute the tables of one noise level. W rises with the votes for the class, so "W is large" is a least count."""
+    """Compute the tables of one noise level."""
     looks = schedule(config)
-    cap_alpha = (1 - config.ville_share) * config.alpha
-    radii, thresholds, accept, give_up = [], [], [], []
+    radii, thresholds, accept, give_up, errors = [], [], [], [], []
     for radius in (0.0, *config.radii):
         p0 = float(special.ndtr(radius / sigma)) * (1 + bounds.SLACK)
         sampled = p0 + tau  # the votes must show this much, since their noise is not quite Gaussian
         if sampled >= 1:
             break
-        reach = _reach(config, sampled, looks)
-        # Clopper-Pearson certifies from the first count whose bound is at least p0; n + 1 if there is none.
-        at_cap = functools.partial(bounds.lower_bound, n=config.n, alpha=cap_alpha)
-        by_cap = bisect_left(range(config.n + 1), sampled, key=at_cap)
-        reach[-1] = needed = min(int(reach[-1]), by_cap)
+        reach, error = _reach(config, sampled, looks)
+        needed = int(reach[-1])
         if needed > config.n:  # out of reach even if all votes agree; so are all larger radii
             break
         # The probability that is certified at the cap half of the time: votes incompatible with it end the test.
@@ -181,11 +201,13 @@ def tabulate(config: Anytime, sigma: float, tau: float = 0.0) -> Tables:
         radii.append(radius)
         thresholds.append(p0)
         accept.append(reach)
+        errors.append(error)
         give_up.append(np.maximum(plausible, needed - (config.n - looks)))
     # A radius counts only together with all lower ones at the same look, so the decisive look alone gives the radius.
     shape = (len(radii), len(looks))
     accept_all = np.maximum.accumulate(np.reshape(accept, shape), axis=0).T.tolist()
-    return Tables(tuple(radii), tuple(thresholds), looks.tolist(), accept_all, np.reshape(give_up, shape).T.tolist())
+    give_up_all = np.reshape(give_up, shape).T.tolist()
+    return Tables(tuple(radii), tuple(thresholds), looks.tolist(), accept_all, give_up_all, tuple(errors))
 
 
 def schedule(config: Anytime) -> Counts:
@@ -226,8 +248,22 @@ def mixture(config: Anytime, p0: float) -> Floats:
     return kept[kept > p0]
 
 
-def _reach(config: Anytime, p0: float, looks: Counts) -> Counts:
-    """Return, for each look, the fewest votes with which W certifies p > p0; one more than all if none do."""
+def _reach(config: Anytime, p0: float, looks: Counts) -> tuple[Counts, float]:
+    """Return, for each look, the fewest votes that certify p > p0, and a bound on the chance to do so if p <= p0.
+
+    The count is one more than all votes where all do not suffice.
+    """
+    if config.calibration == "exact":
+        return acceptance_counts(p0, looks, config.alpha * (looks / config.n) ** config.spending)
+    reach = _by_wealth(config, p0, looks)
+    # Clopper-Pearson certifies from the first count whose bound is at least p0; n + 1 if there is none.
+    at_cap = functools.partial(bounds.lower_bound, n=config.n, alpha=(1 - config.ville_share) * config.alpha)
+    reach[-1] = min(int(reach[-1]), bisect_left(range(config.n + 1), p0, key=at_cap))
+    return reach, config.alpha
+
+
+def _by_wealth(config: Anytime, p0: float, looks: Counts) -> Counts:
+    """Return, for each look, the fewest votes with which W certifies p > p0; W rises with the votes for the class."""
     alternatives = mixture(config, p0)
     enough = math.log(1 / (config.ville_share * config.alpha)) + LOG_SLACK
     low, high = np.full_like(looks, -1), looks + 1

@@ -79,7 +79,7 @@ def test_an_anytime_figure_is_drawn_at_the_grid(bench: Bench, tmp_path: Path) ->
         (("--procedure", "anytme"), "did you mean anytime"),
         (("--target", "labl"), "did you mean label"),
         (("--noise", "flot"), "did you mean float"),
-        (("--procedure", "anytime", "--n", "12"), "the smallest is --n 13"),
+        (("--procedure", "anytime", "--n", "9"), "the smallest is --n 10"),
     ],
 )
 def test_bad_values(bench: Bench, tmp_path: Path, args: tuple[str, ...], words: str) -> None:

@@ -284,6 +284,10 @@ ANYTIME = describe(Anytime(100, 1000, 0.001, (0.25,)))
     [
         ({"indices": [0, 0]}, "identity.indices: an image is there twice"),
         ({"procedure": {k: v for k, v in ANYTIME.items() if k != "radii"}}, "identity.procedure: KeyError: 'radii'"),
+        ({"procedure": ANYTIME | {"n": 10**9}}, "identity.procedure: ValueError: calibration exact is for at most"),
+        ({"procedure": ANYTIME | {"alpha": 1e-300}}, "identity.procedure: ValueError: calibration exact is for at"),
+        ({"procedure": ANYTIME | {"calibration": "none"}}, "identity.procedure.calibration"),
+        ({"procedure": ANYTIME | {"spending": 0}}, "identity.procedure.spending"),
         ({"device": 3}, "identity.device"),
     ],
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 
 import mpmath
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import special
+from scipy import special, stats
 
 from bench.smoothing import bounds
+from bench.smoothing.anytime import Anytime, Floats, tabulate
 from bench.smoothing.fixed import Fixed
 
 
@@ -134,3 +136,43 @@ def test_printed_radii_by_example() -> None:
     assert (bounds.printed_radius(0.213998), bounds.printed_reach(0.551297)) == ("0.213", "0.552")
     assert (bounds.printed_radius(0.5), bounds.printed_reach(0.5)) == ("0.500", "0.500")
     assert (bounds.printed_radius(0.3), bounds.printed_reach(0.3)) == ("0.299", "0.300")  # the float is below 0.3
+
+
+def randomized(hits: Floats, n: int, u: Floats) -> Floats:
+    """The bound p with P(H > hits) + u P(H = hits) = .001, by bisection; u = 1 is Clopper-Pearson."""
+    low = np.zeros(np.broadcast(hits, u).shape)
+    high = np.ones_like(low)
+    for _ in range(45):
+        p = (low + high) / 2
+        more = np.where(hits < n, special.betainc(np.minimum(hits + 1, n), np.maximum(n - hits, 0.5), p), 0.0)
+        small = (1 - u) * more + u * special.betainc(hits, n - hits + 1, p) <= 0.001
+        low, high = np.where(small, p, low), np.where(small, high, p)
+    return low
+
+
+@pytest.mark.parametrize(
+    ("n", "gains"),
+    [(1000, (0.0025, 0.012, 0.062)), (10_000, (0.0003, 0.0016, 0.05)), (100_000, (0.00003, 0.0002, 0.043))],
+)
+def test_what_randomized_clopper_pearson_would_gain(n: int, gains: tuple[float, ...]) -> None:
+    """As docs/certification.md states: the mean radius gained, in sigma, at p = .9, .99 and 1 and fixed n."""
+    u = (np.arange(20) + 0.5) / 20
+    for p, stated in zip((0.9, 0.99, 1.0), gains, strict=True):
+        hits = np.arange(max(1, n // 2), n + 1, dtype=float)
+        weights = stats.binom.pmf(hits, n, p)
+        hits, weights = hits[weights > 1e-6, None], weights[weights > 1e-6]
+        plain = special.ndtri(randomized(hits, n, np.ones((1, 1))))
+        assert plain[-1, 0] == pytest.approx(
+            bounds.radius(bounds.lower_bound(int(hits[-1, 0]), n, 0.001), 1.0), rel=1e-6
+        )
+        gain = float((weights[:, None] * (special.ndtri(randomized(hits, n, u[None])) - plain)).sum()) / len(u)
+        assert gain == pytest.approx(stated, rel=0.2)
+
+
+def test_what_randomizing_could_still_spend() -> None:
+    """All that it could use is the alpha that the exact anytime tables leave unspent: docs/certification.md."""
+    for n, most, least in ((1000, 2.0, 0.96), (10_000, 3.0, 0.92), (100_000, 3.5, 0.96)):
+        config = Anytime(100, n, 0.001, tuple(k / 4 for k in range(1, round(4 * most) + 1)))
+        tables = tabulate(config, 1.0)
+        assert tables.radii[-1] == most
+        assert min(tables.errors) >= least * config.alpha

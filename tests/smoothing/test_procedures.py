@@ -15,16 +15,34 @@ from bench.smoothing.procedures import Procedure, describe, procedure_of
 from bench.smoothing.votes import Decision, Target, VoteRequest
 
 ANYTIME = Anytime(100, 1000, 0.001, (0.25, 0.5), "label", step=16)
+VILLE = replace(ANYTIME, calibration="ville", components=8)
 
 
 @pytest.mark.parametrize(
     "procedure",
-    [Fixed(100, 1000, 0.001), Fixed(7, 50, 0.01, "label"), ANYTIME, replace(ANYTIME, target="correct")],
+    [Fixed(100, 1000, 0.001), Fixed(7, 50, 0.01, "label"), ANYTIME, VILLE, replace(ANYTIME, target="correct")],
 )
 def test_a_record_states_every_constant(procedure: Procedure) -> None:
     stated = json.loads(json.dumps(describe(procedure)))
     assert procedure_of({"procedure": stated}) == procedure
     assert stated["kind"] == procedure.kind
+
+
+def test_a_record_states_the_constants_of_its_calibration() -> None:
+    both = {*("kind", "n0", "n", "alpha", "radii", "target", "calibration", "futility", "step", "growth")}
+    assert set(describe(ANYTIME)) == both | {"spending"}
+    assert set(describe(VILLE)) == both | {"ville_share", "components", "fastest", "slowest"}
+
+
+def test_a_record_without_calibration_is_as_0_2_0_wrote_it() -> None:
+    stated = {
+        **{"kind": "anytime", "n0": 100, "n": 4000, "alpha": 0.001, "radii": [0.25, 0.5], "target": "selected"},
+        **{"ville_share": 0.8, "components": 16, "fastest": 60, "slowest": 0.6, "futility": 0.18},
+        **{"step": 32, "growth": 0.02},
+    }
+    procedure = procedure_of({"procedure": stated})
+    assert procedure == Anytime(100, 4000, 0.001, (0.25, 0.5), calibration="ville", futility=0.18)
+    assert describe(procedure) == stated | {"calibration": "ville"}
 
 
 def test_an_adaptive_log_is_bounded_by_its_cap() -> None:

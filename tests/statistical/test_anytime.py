@@ -15,12 +15,14 @@ from savings import simulate
 from scipy import stats
 
 from bench.smoothing import bounds
-from bench.smoothing.anytime import Anytime, Floats, log_wealth, mixture, schedule, tabulate
+from bench.smoothing.anytime import Anytime, Floats, calibration, log_wealth, mixture, schedule, tabulate
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 CONFIG = Anytime(n0=100, n=100_000, alpha=0.001, radii=RADII)
+VILLE = replace(CONFIG, calibration="ville", futility=0.18)  # as until certbench 0.2.0, and beyond the exact limits
+BOTH = pytest.mark.parametrize("design", [CONFIG, VILLE], ids=["exact", "ville"])
 
 
 def play(procedure: ImageProcedure, draw: dict[str, list[list[int]]]) -> Decision:
@@ -58,7 +60,7 @@ def crossing(looks: list[int], accept: list[int], p: float) -> float:
 
 @pytest.mark.parametrize("alpha", [0.001, 0.05])
 def test_false_certificates_at_the_boundary_with_a_look_at_every_vote(alpha: float) -> None:
-    config = replace(CONFIG, n=3000, alpha=alpha, step=1, growth=0.0)
+    config = replace(VILLE, n=3000, alpha=alpha, step=1, growth=0.0)
     tables = tabulate(config, 0.5)
     assert len(tables.looks) == 2999 and tables.p0[0] == pytest.approx(0.5) and len(tables.p0) >= 5
     for k, p0 in enumerate(tables.p0):
@@ -69,16 +71,18 @@ def test_false_certificates_at_the_boundary_with_a_look_at_every_vote(alpha: flo
 
 
 @pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
-def test_false_certificates_of_the_shipped_looks(sigma: float) -> None:
-    tables = tabulate(CONFIG, sigma)
-    for k, p0 in enumerate(tables.p0):
-        assert crossing(tables.looks, [row[k] for row in tables.accept], p0) <= CONFIG.alpha
+@BOTH
+def test_false_certificates_of_the_shipped_looks(sigma: float, design: Anytime) -> None:
+    tables = tabulate(design, sigma)
+    for k, (p0, stated) in enumerate(zip(tables.p0, tables.errors, strict=True)):
+        assert crossing(tables.looks, [row[k] for row in tables.accept], p0) <= stated <= design.alpha
 
 
 @pytest.mark.parametrize("n", [50, 1000, 100_000])
 @pytest.mark.parametrize("sigma", [0.25, 1.0])
-def test_no_radius_above_clopper_pearson_at_the_decisive_look(n: int, sigma: float) -> None:
-    config = replace(CONFIG, n=n)
+@BOTH
+def test_no_radius_above_clopper_pearson_at_the_decisive_look(n: int, sigma: float, design: Anytime) -> None:
+    config = replace(design, n=n)
     tables = tabulate(config, sigma)
     for look, row in zip(tables.looks, tables.accept, strict=True):
         assert row == sorted(row)
@@ -89,13 +93,18 @@ def test_no_radius_above_clopper_pearson_at_the_decisive_look(n: int, sigma: flo
 
 
 @given(st.integers(0, 10**9), st.floats(0.3, 1.0), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0.0, 0.03]))
-@settings(max_examples=150, deadline=None)
-def test_procedure_equals_simulator_and_radius_is_recomputed(seed: int, p: float, sigma: float, tau: float) -> None:
-    config = replace(CONFIG, target="label", n=20_000)
+@BOTH
+@settings(max_examples=100, deadline=None)
+def test_procedure_equals_simulator_and_radius_is_recomputed(
+    design: Anytime, seed: int, p: float, sigma: float, tau: float
+) -> None:
+    config = replace(design, target="label", n=20_000)
     tables = tabulate(config, sigma, tau)
     steps = np.diff(tables.looks, prepend=0)
     hits: Counts = np.cumsum(np.random.default_rng(seed).binomial(steps, p))
-    level, votes = simulate(tables, hits[:, None], (1,))
+    drawn = iter(np.diff(hits, prepend=0).tolist())
+    level, votes, at_stop = simulate(tables, lambda _, running: np.array([next(drawn) for _ in running]), 1)
+    assert at_stop[0] == hits[tables.looks.index(int(votes[0]))]
     decision = play(config.certify(sigma, 0, tau), {"estimate": two_class(hits.tolist(), tables.looks)})
     assert (decision.p_lower, decision.radius) == tables.result(int(level[0]))
     assert decision.votes == votes[0] >= decision.n
@@ -153,7 +162,7 @@ def test_votes_that_all_agree_reach_the_largest_radius(config: Fixed | Anytime, 
 def test_a_radius_waits_for_all_lower_ones() -> None:
     """On this grid the count that W needs falls with the radius: at 224 votes from 224 to 223."""
     radii = (*(0.15 * k for k in range(1, 13)), 1.895, 1.9, 2.09, 2.095, 2.385, 2.39)
-    config = replace(CONFIG, n=1000, alpha=0.05, radii=radii, target="label")
+    config = replace(VILLE, n=1000, alpha=0.05, radii=radii, target="label")
     tables, enough = tabulate(config, 1.0), math.log(1 / (0.8 * 0.05))
     low, high = (tables.radii.index(r) for r in (1.895, 1.9))
     votes, hits = np.array(224), np.array(223)
@@ -170,7 +179,7 @@ def test_a_radius_waits_for_all_lower_ones() -> None:
 
 def test_lowest_first() -> None:
     """A count that certifies a radius certifies all lower ones at the same look."""
-    fine = replace(CONFIG, radii=tuple(k / 100 for k in range(1, 120)), n=5000)
+    fine = replace(VILLE, radii=tuple(k / 100 for k in range(1, 120)), n=5000)
     tables = tabulate(fine, 0.5)
     accept, looks = np.array(tables.accept[:-1]), np.array(tables.looks[:-1])  # at the cap Clopper-Pearson joins in
     assert (np.diff(accept, axis=1) >= 0).all()
@@ -183,7 +192,7 @@ def test_lowest_first() -> None:
 def test_wealth_against_high_precision_and_without_overflow() -> None:
     mpmath.mp.dps = 60
     for n, p0 in itertools.product((1_500, 100_000, 10_000_000), (0.5, 0.8413447, 0.99865, 0.9999)):
-        config = replace(CONFIG, n=n)
+        config = replace(VILLE, n=n)
         alternatives: Floats = mixture(config, p0)
         assert 1 <= len(alternatives) <= 16 and (alternatives > p0).all() and (alternatives < 1).all()
         for hits in (0, n // 2, round(n * p0) + 1, n):
@@ -192,7 +201,7 @@ def test_wealth_against_high_precision_and_without_overflow() -> None:
             exact = mpmath.log(mpmath.fsum(terms) / len(terms) / null)
             computed = float(log_wealth(p0, alternatives, np.array(hits), np.array(n)))
             assert abs(computed - float(exact)) < 1e-7 * max(1.0, abs(float(exact)) * 1e-5)
-    assert tabulate(replace(CONFIG, n=10_000_000), 0.25).radii == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert tabulate(replace(VILLE, n=10_000_000), 0.25).radii == (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def test_thresholds_are_rounded_up() -> None:
@@ -204,8 +213,9 @@ def test_thresholds_are_rounded_up() -> None:
 
 
 @pytest.mark.parametrize("tau", [1e-9, 1e-3])
-def test_noise_error_is_charged_to_the_thresholds(tau: float) -> None:
-    config = replace(CONFIG, n=3000)
+@BOTH
+def test_noise_error_is_charged_to_the_thresholds(tau: float, design: Anytime) -> None:
+    config = replace(design, n=3000)
     tables = tabulate(config, 0.5, tau)
     for k, p0 in enumerate(tables.p0):
         assert crossing(tables.looks, [row[k] for row in tables.accept], p0 + tau) <= config.alpha
@@ -268,12 +278,12 @@ def test_looks_are_those_of_the_constants() -> None:
 
 def test_accepted_counts_are_the_first_that_are_enough() -> None:
     """Before the cap W alone decides: at the smallest radius one vote fewer does not suffice."""
-    tables = tabulate(CONFIG, 0.5)
+    tables = tabulate(VILLE, 0.5)
     column, looks = np.array(tables.accept)[:-1, 0], np.array(tables.looks[:-1])
-    p0, enough = tables.p0[0], math.log(1 / (CONFIG.ville_share * CONFIG.alpha))
+    p0, enough = tables.p0[0], math.log(1 / (VILLE.ville_share * VILLE.alpha))
     assert (column <= looks).all()
-    assert (log_wealth(p0, mixture(CONFIG, p0), column, looks) >= enough).all()
-    assert (log_wealth(p0, mixture(CONFIG, p0), column - 1, looks) < enough + 2e-6).all()
+    assert (log_wealth(p0, mixture(VILLE, p0), column, looks) >= enough).all()
+    assert (log_wealth(p0, mixture(VILLE, p0), column - 1, looks) < enough + 2e-6).all()
 
 
 def test_radius_zero_is_the_first_threshold() -> None:
@@ -292,12 +302,15 @@ def test_radii_are_the_nominal_ones() -> None:
     assert tables.radii == (0.0, *radii)
 
 
-@pytest.mark.parametrize("n", [1, 5, 10, 33, 64, 65])
-def test_few_votes(n: int) -> None:
-    config = replace(CONFIG, n=n, target="label")
+@pytest.mark.parametrize("n", [1, 5, 9, 10, 33, 64, 65])
+@BOTH
+def test_few_votes(n: int, design: Anytime) -> None:
+    """The exact test needs as many votes as one Clopper-Pearson test at the same alpha: 10."""
+    config = replace(design, n=n, target="label")
     looks = tabulate(config, 0.5).looks
     decision = play(config.certify(0.5, 0), {"estimate": two_class(looks, looks)})
-    assert (decision.predicted == 0) == (bounds.lower_bound(n, n, 0.0002) > 0.5 or n >= 64)
+    alpha = 0.001 if design is CONFIG else 0.0002
+    assert (decision.predicted == 0) == (bounds.lower_bound(n, n, alpha) > 0.5 or n >= 64)
     assert decision.n <= decision.votes <= n
     assert config.recompute(0.5, decision.n, decision.top_count) == (decision.p_lower, decision.radius)
 
@@ -311,3 +324,38 @@ def test_invalid_arguments_raise() -> None:
         replace(CONFIG, radii=(0.5, 0.25))
     with pytest.raises(ValueError, match="rising"):
         replace(CONFIG, radii=(0.0, 0.25))
+
+
+def test_the_tables_of_0_2_0_are_unchanged() -> None:
+    """Looks with their acceptance and give-up counts, as certbench 0.2.0 computed them (commit c3ac4f2)."""
+    expected = {
+        (1000, 0.5): {
+            64: ([48, 58, 64, 65, 65], [29, 41, 52, 59, 62]),
+            224: ([142, 182, 209, 222, 225], [114, 157, 191, 211, 220]),
+            800: ([459, 607, 715, 774, 797], [431, 582, 696, 762, 793]),
+            1000: ([557, 743, 882, 960, 993], [557, 743, 882, 960, 993]),
+        },
+        (100_000, 0.25): {
+            64: ([49, 64, 65, 65], [22, 46, 59, 63]),
+            224: ([144, 210, 225, 225], [95, 176, 213, 222]),
+            800: ([460, 715, 797, 801], [374, 654, 774, 797]),
+            100_000: ([50561, 84543, 97891, 99905], [50561, 84543, 97891, 99905]),
+        },
+    }
+    for (n, sigma), rows in expected.items():
+        tables = tabulate(replace(VILLE, n=n, radii=(0.25, 0.5, 0.75, 1.0)), sigma)
+        for look, row in rows.items():
+            at = tables.looks.index(look)
+            assert (tables.accept[at], tables.give_up[at]) == row
+        assert set(tables.errors) == {VILLE.alpha}
+
+
+@pytest.mark.parametrize("n", [10_001, 10**6 + 1, 10**9])
+def test_tables_too_large_to_be_exact_are_refused(n: int) -> None:
+    radii = tuple(k / 1000 for k in range(1, 2000)) if n < 10**6 else RADII
+    assert calibration(n, 0.001, radii) == "ville" and calibration(10**4, 0.001, radii) == "exact"
+    with pytest.raises(ValueError, match="use ville"):
+        Anytime(100, n, 0.001, radii)
+    with pytest.raises(ValueError, match="use ville"):
+        replace(CONFIG, alpha=1e-13)
+    assert Anytime(100, n, 0.001, radii, calibration="ville").n == n
