@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.errors import note, one_line
 from bench.models.base import BlackBox, Classifier
-from bench.smoothing.noise import Vote, VoteDraw
 from bench.smoothing.task import Model, Task
 
 
@@ -58,7 +57,6 @@ def distinct(modules: list[nn.Module]) -> int:
 
 def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
     """Measure one block of votes for an image."""
-    votes = [Vote("check", index, i) for i in range(task.block)]
     passes = 0
     seen: list[nn.Module] = []
 
@@ -72,7 +70,7 @@ def cost_per_vote(model: Model, task: Task, index: int) -> PerVote:
         nonlocal passes
         passes = 0
         seen.clear()
-        model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+        task.logits(model, task.image(index), task.rows("check", index))
 
     flops: float | None = None
     hook = nn.modules.module.register_module_forward_hook(count)

@@ -28,7 +28,6 @@ from bench.runs.plan import Plan
 from bench.smoothing.blocks import check_logits
 from bench.smoothing.engine import Device, certify
 from bench.smoothing.fixed import Fixed
-from bench.smoothing.noise import Noise, Vote, VoteDraw
 from bench.smoothing.rowcheck import check_rows
 from bench.smoothing.task import Task
 from bench.smoothing.votes import Certificate
@@ -132,9 +131,6 @@ _RELOAD = (
 
 
 def _same_logits(one: torch.nn.Module, other: torch.nn.Module, task: Task) -> bool:
-    votes = [Vote("check", 0, i) for i in range(task.block)]
-    images = task.repeated(0)
-    noise = Noise(0, "check")
+    image, rows = task.image(0), task.rows("check", 0)
     with torch.inference_mode():
-        a, b = (m(task.noisy(images, votes), VoteDraw(noise, votes, task.sigma, task.device)) for m in (one, other))
-    return torch.equal(a, b)
+        return torch.equal(task.logits(one, image, rows), task.logits(other, image, rows))

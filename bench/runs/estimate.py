@@ -20,7 +20,6 @@ from bench.runs.costs import cost_per_vote
 from bench.runs.identity import examples, make_task, run_label, run_name
 from bench.runs.plan import Plan
 from bench.smoothing import blocks
-from bench.smoothing.noise import Vote, VoteDraw
 from bench.smoothing.rowcheck import check_rows
 from bench.smoothing.task import Model, Task
 
@@ -105,8 +104,8 @@ def vote_seconds(model: Model, task: Task, index: int) -> tuple[float, int]:
 
 
 def _seconds(model: Model, task: Task, index: int, rows: int) -> float:
-    votes = [Vote("check", index, i) for i in range(rows)]
-    x = task.noisy(task.repeated(index)[:rows], votes)
+    votes = task.rows("check", index)[:rows]
+    x = task.noisy(task.image(index), votes)
     began = time.perf_counter()
-    model(x, VoteDraw(task.noise, votes, task.sigma, task.device)).sum().item()  # waits for an accelerator
+    model(x, task.draw(votes)).sum().item()  # waits for an accelerator
     return time.perf_counter() - began

@@ -24,6 +24,7 @@ from bench.smoothing.bounds import interval
 from bench.smoothing.engine import Device
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise, Vote, VoteDraw
+from bench.smoothing.rows import Rows
 from bench.smoothing.threads import share_out
 from bench.smoothing.votes import Batch, Certificate, Voted
 
@@ -73,7 +74,9 @@ def audit_of(certificates: Sequence[Certificate], images: int, votes: int) -> Au
 def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> dict[int, int]:
     """Count the fresh votes of each image for its class. ``device.task`` draws the audit's own noise."""
     task, rng = device.task, np.random.default_rng([audit.seed, 1])
-    indices = list(audit.claims)
+    indices, here = list(audit.claims), device.task.device
+    images = torch.from_numpy(np.stack([pixels[i] for i in indices])).to(here)
+    places = {index: place for place, index in enumerate(indices)}
     rows = [(i, vote) for i in indices for vote in range(audit.votes)]
     rows = [rows[j] for j in rng.permutation(len(rows))]
     hits = dict.fromkeys(indices, 0)
@@ -86,10 +89,9 @@ def draw(device: Device, audit: Audit, pixels: Mapping[int, NDArray[Any]]) -> di
         part, draws = rows[begin : begin + task.block], keys[begin : begin + task.block]
         used = len(part)
         part, draws = part + part[:1] * (task.block - used), draws + draws[:1] * (task.block - used)
-        images = torch.from_numpy(np.stack([pixels[i] for i, _ in part])).to(task.device)
-        x = task.noisy(images, [Vote("estimate", *row) for row in part])
-        logits = model(x, VoteDraw(other, draws, task.sigma, task.device))
-        classes = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1)).cpu().tolist()
+        votes = [Vote("estimate", *row) for row in part]
+        x = task.noisy(images, Rows.of_votes(votes, [places[v.image] for v in votes], here))
+        classes = task.classes_of(model(x, VoteDraw(other, draws, task.sigma, here))).cpu().tolist()
         with lock:
             for (i, _), found in zip(part[:used], classes[:used], strict=True):
                 hits[i] += found == audit.claims[i]

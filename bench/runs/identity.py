@@ -23,6 +23,7 @@ from bench.runs.plan import SCHEDULE, Plan
 from bench.smoothing import gridnoise, noise
 from bench.smoothing.noise import Noise
 from bench.smoothing.procedures import describe
+from bench.smoothing.rows import add_float
 from bench.smoothing.task import Task, block_rows
 
 
@@ -59,7 +60,7 @@ def make_task(
     """
     source = replaced_noise or Noise(plan.seed, split.name)
     images: Callable[[list[int]], NDArray[Any]] = split.pixels
-    noisy = noise.add_float(source, plan.sigma)
+    noisy = add_float(source, plan.sigma)
     if plan.noise == "grid":
         images, noisy = split.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
     return Task(

@@ -16,7 +16,8 @@ from bench.process import watchdog
 from bench.runs import fitting
 from bench.runs.plan import Plan
 from bench.smoothing import blocks
-from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.noise import Vote
+from bench.smoothing.rows import Rows
 from bench.smoothing.task import Task
 from bench.training import loop
 
@@ -50,9 +51,9 @@ def accuracy_under_noise(model: torch.nn.Module, task: Task, images: int) -> flo
     for begin in range(0, len(copies), task.block):
         watchdog.heartbeat()
         part = copies[begin : begin + task.block]
-        votes = [Vote("validate", i, k) for i, k in part]
+        rows = Rows.of_votes([Vote("validate", i, k) for i, k in part], range(len(part)), task.device)
         pixels = torch.from_numpy(task.images([i for i, _ in part])).to(task.device)
-        logits = model(task.noisy(pixels, votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+        logits = task.logits(model, pixels, rows)
         labels = np.array([task.labels(i) for i, _ in part])
         right += int((logits.argmax(1).cpu().numpy() == labels).sum())
     return right / len(copies)

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from bench.errors import DefenseFault
-from bench.smoothing.noise import Vote, VoteDraw
 from bench.smoothing.task import Model, Task
 from bench.smoothing.votes import TILE
 
 
 def check_logits(model: Model, task: Task, index: int, number: int = 0) -> Tensor:
     """Compute the logits of a block of an image's votes that decide nothing; ``number`` fixes the votes."""
-    votes = [Vote("check", index, number * task.block + i) for i in range(task.block)]
-    return model(task.noisy(task.repeated(index), votes), VoteDraw(task.noise, votes, task.sigma, task.device))
+    return task.logits(model, task.image(index), task.rows("check", index, number * task.block))
 
 
 def block_sizes(block: int) -> Iterator[int]:

@@ -8,68 +8,118 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bench.smoothing.dispatch import Dispatcher
-from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.noise import to_device
+from bench.smoothing.rows import Rows
 from bench.smoothing.scheduler import Scheduler
 from bench.smoothing.task import ImageCache, Model, Task
 from bench.smoothing.threads import share_out
 from bench.smoothing.votes import TILE, Batch, Certificate, ImageProcedure, Voted
 
 BLOCKS = 4  # of a batch, for each thread of a device: its threads wait for one another only at a batch's end
+KEPT_IMAGES = 4  # times the images of a batch: open images take turns
 
 OnBatch = Callable[[Batch, Voted], None]
 
 
+class _OpenImages:
+    """Images on a device: those of recent batches stay there, so that an image is copied once while it gets votes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[int, Tensor] = {}  # in the order of their last use
+
+    def stacked(self, images: Mapping[int, NDArray[Any]]) -> Tensor:
+        """Return the images in the given order, [len, C, H, W]."""
+        for index, pixels in images.items():
+            held = self._held.pop(index, None)
+            self._held[index] = to_device(torch.from_numpy(pixels), self._device) if held is None else held
+        for index in list(self._held)[: -KEPT_IMAGES * len(images)]:
+            del self._held[index]
+        return torch.stack([self._held[index] for index in images])
+
+
 @dataclass(frozen=True)
 class Device:
-    """A device that draws votes: the task there, and the model once for each thread that computes blocks."""
+    """A device that draws votes: the task there, and the model once for each thread that computes blocks.
+
+    ``in_flight``: batches that it works on at once, above 1 where it computes while the host goes on.
+    """
 
     task: Task
     models: Sequence[Model]
+    in_flight: int = 1
+    _images: _OpenImages = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_images", _OpenImages(self.task.device))
 
     @property
     def at_once(self) -> int:
-        """Votes that its threads draw at the same time."""
-        return self.task.block * len(self.models)
+        """Votes that it draws at the same time."""
+        return self.task.block * (len(self.models) if self.in_flight == 1 else 1)
 
     @property
     def rows(self) -> int:
         """Votes of a batch that is large enough to keep all threads busy."""
-        return self.at_once * (1 if len(self.models) == 1 else BLOCKS)
+        return self.task.block * len(self.models) * (1 if len(self.models) == 1 else BLOCKS)
 
     def vote(self, batch: Batch, images: Mapping[int, NDArray[Any]]) -> Voted:
-        """Draw a batch: the class that each row votes for, ``task.classes`` if its logits hold NaN, [batch.rows].
+        """Draw a batch: the class that each row votes for, ``task.classes`` if its logits hold NaN, [batch.rows]."""
+        return self.begin(batch, images)()
+
+    def begin(self, batch: Batch, images: Mapping[int, NDArray[Any]]) -> Callable[[], Voted]:
+        """Start to draw a batch; call the result to wait for its votes (see ``vote``). A CPU draws them at once.
 
         Computes blocks of ``task.block`` rows. The last one is filled with copies of its first row, which do not count.
+        Nothing here waits for a GPU: what a batch needs goes there in one table, and its votes come back in one copy.
         """
         task = self.task
-        keys = [Vote(s.purpose, s.image, s.first + i) for s in batch.spans for i in range(s.rows)]
-        pixels = torch.from_numpy(np.stack([images[s.image] for s in batch.spans])).to(task.device)
-        at = np.repeat(np.arange(len(batch.spans)), [s.rows for s in batch.spans])
-        voted = np.empty(len(keys), np.int64)
+        shown = {span.image: images[span.image] for span in batch.spans}
+        pixels = self._images.stacked(shown)
+        rows = Rows.of_spans(batch.spans, {index: place for place, index in enumerate(shown)}, task.device)
+        voted = torch.empty(len(rows), dtype=_smallest_type(task.classes), device=task.device)
 
         def draw(model: Model, begin: int) -> None:
-            block, rows = keys[begin : begin + task.block], at[begin : begin + task.block]
-            used = len(block)
-            block += block[:1] * (task.block - used)
-            rows = np.append(rows, np.repeat(rows[:1], task.block - used))
-            x = task.noisy(pixels[torch.from_numpy(rows).to(task.device)], block)
-            logits = model(x, VoteDraw(task.noise, block, task.sigma, task.device))
-            classes = torch.where(logits.isnan().any(1), task.classes, logits.argmax(1))
-            voted[begin : begin + used] = classes.cpu().numpy()[:used]
+            block = rows[begin : begin + task.block]
+            logits = task.logits(model, pixels, block.filled(task.block))
+            voted[begin : begin + len(block)] = task.classes_of(logits)[: len(block)]
 
-        begins = range(0, len(keys), task.block)
+        begins = range(0, len(rows), task.block)
         share_out(self.models[: len(begins)], begins, draw)
-        return voted
+        return _on_host(voted)
+
+
+def _smallest_type(most: int) -> torch.dtype:
+    """Return the smallest type of integers that holds 0 to ``most``."""
+    return next(t for t in (torch.uint8, torch.int16, torch.int32) if most <= torch.iinfo(t).max)
+
+
+def _on_host(values: Tensor) -> Callable[[], Voted]:
+    """Start to copy integers to host memory; call the result to wait for them."""
+    if values.device.type != "cuda":
+        return lambda: values.cpu().numpy().astype(np.int64)
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # the host's core is free while it waits
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> Voted:
+        copied.synchronize()
+        return host.numpy().astype(np.int64)
+
+    return wait
 
 
 def certify(
@@ -99,19 +149,25 @@ def certify(
 
 
 def _on_one(device: Device, scheduler: Scheduler, on_batch: OnBatch) -> Iterator[Certificate]:
-    images = ImageCache(device.task)
+    images, in_flight = ImageCache(device.task), deque[tuple[Batch, Callable[[], Voted]]]()
+    began = time.perf_counter()
     while not scheduler.done:
-        began = time.perf_counter()
-        batch = scheduler.next_batch(device.rows, at_once=device.at_once)
-        assert batch is not None  # no batch is in flight, so every undecided image misses votes
-        voted = device.vote(batch, images.get(s.image for s in batch.spans))
+        while len(in_flight) < device.in_flight:
+            batch = scheduler.next_batch(device.rows, speculate=not in_flight, at_once=device.at_once)
+            if batch is None:  # all votes that images wait for are in flight
+                break
+            in_flight.append((batch, device.begin(batch, images.get(s.image for s in batch.spans))))
+        batch, wait = in_flight.popleft()
+        voted = wait()
         on_batch(batch, voted)
-        for certificate in scheduler.receive(batch.number, voted, time.perf_counter() - began):
+        ended = time.perf_counter()
+        for certificate in scheduler.receive(batch.number, voted, ended - began):
             images.drop(certificate.index)
             yield certificate
+        began = ended
 
 
-_Answer = tuple["_DeviceWorker", Batch, tuple[Voted, float] | BaseException]  # votes and seconds, or why there are none
+_Answer = tuple["_DeviceWorker", Batch, Callable[[], Voted] | BaseException]  # what to wait for, or the error
 
 
 class _DeviceWorker:
@@ -120,6 +176,7 @@ class _DeviceWorker:
     def __init__(self, device: Device, images: ImageCache, answers: SimpleQueue[_Answer]) -> None:
         self._device, self._images, self._answers = device, images, answers
         self._requests: SimpleQueue[tuple[Batch, Mapping[int, NDArray[Any]]] | None] = SimpleQueue()
+        self._free = time.perf_counter()  # since when it has worked on the next answer
         threading.Thread(target=self._work, daemon=True).start()
 
     def send(self, run: int, batch: Batch) -> None:
@@ -130,12 +187,16 @@ class _DeviceWorker:
         """End the thread after the batches sent so far."""
         self._requests.put(None)
 
+    def seconds(self) -> float:
+        """Return the seconds since its previous answer, and start anew."""
+        before, self._free = self._free, time.perf_counter()
+        return self._free - before
+
     def _work(self) -> None:
         while (request := self._requests.get()) is not None:
-            answer: tuple[Voted, float] | BaseException
-            began = time.perf_counter()
+            answer: Callable[[], Voted] | BaseException
             try:
-                answer = self._device.vote(*request), time.perf_counter() - began
+                answer = self._device.begin(*request)
             except BaseException as e:
                 answer = e
             self._answers.put((self, request[0], answer))
@@ -154,8 +215,9 @@ def _on_several(devices: Sequence[Device], scheduler: Scheduler, on_batch: OnBat
             worker, batch, answer = answers.get()
             if isinstance(answer, BaseException):
                 raise answer
-            on_batch(batch, answer[0])
-            for certificate in dispatcher.answer(worker, 0, batch.number, *answer):
+            voted = answer()
+            on_batch(batch, voted)
+            for certificate in dispatcher.answer(worker, 0, batch.number, voted, worker.seconds()):
                 images.drop(certificate.index)
                 yield certificate
     finally:

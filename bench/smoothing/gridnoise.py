@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.smoothing.noise import Noise, Vote, to_device
+from bench.smoothing.rows import Rows
 
 VERSION = "aes128ctr-grid64-1"  # part of the identity of a run with grid noise
 
@@ -120,7 +121,7 @@ class GridNoise:
         self._noise, self._steps = noise, levels - 1
         self._thresholds = thresholds(sigma, levels)
 
-    def draw(self, votes: Sequence[Vote], size: int) -> Tensor:
+    def draw(self, votes: Sequence[Vote] | Rows, size: int) -> Tensor:
         """Return noise in grid steps, int16 [len(votes), size] on the CPU; a row depends on its vote alone."""
         drawn = np.empty((len(votes), size), np.int16)
         rows = max(1, CHUNK // size)
@@ -129,15 +130,16 @@ class GridNoise:
             drawn[i : i + rows] = self._thresholds.values(words)
         return torch.from_numpy(drawn)
 
-    def inputs(self, integers: Tensor, votes: Sequence[Vote]) -> Tensor:
-        """Return noisy images for F from integer images [len(votes), C, H, W]: float32 pixels, unclipped.
+    def inputs(self, images: Tensor, rows: Rows) -> Tensor:
+        """Return noisy images for F, one for each row of the integer images [k, C, H, W]: float32 pixels, unclipped.
 
         The integer sum is divided once, correctly rounded: equal sums give equal bits, and without noise the result
         is the card's own pixels. The divisor is a tensor on the images' device, because CUDA replaces division by a
         Python number with multiplication by its reciprocal, whose last bits differ from a CPU's.
         """
-        if integers.is_floating_point():
+        if images.is_floating_point():
             raise TypeError("grid noise is added to integer pixels, not to floats")
-        noise = to_device(self.draw(votes, integers[0].numel()), integers.device).view_as(integers)
+        integers = images.index_select(0, rows.at)
+        noise = to_device(self.draw(rows, integers[0].numel()), integers.device).view_as(integers)
         total = (integers + noise).to(torch.float32)
         return total.div_(torch.full((), float(self._steps), device=total.device))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ class Vote(NamedTuple):
     purpose: str
     image: int
     vote: int
+
+
+class Votes(Protocol):
+    """The keys of several noisy copies, in order: a list of them, or the rows of a block."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Vote]: ...
 
 
 class Noise:
@@ -70,7 +78,7 @@ class Noise:
                 zeros = self._zeros = bytes(size)
             encryptor.update_into(memoryview(zeros)[:size], buffer)
 
-    def words(self, votes: Sequence[Vote], size: int, call: int = 0) -> NDArray[np.uint64]:
+    def words(self, votes: Votes, size: int, call: int = 0) -> NDArray[np.uint64]:
         """Return independent uniform 64-bit integers, [len(votes), size].
 
         ``call`` numbers the draws of one key. ``normals`` uses the same bits for the same key and call.
@@ -83,7 +91,7 @@ class Noise:
         words = bits[: len(votes) * width].view("<u8").reshape(len(votes), size)
         return words.astype(np.uint64, copy=False)
 
-    def normals(self, votes: Sequence[Vote], size: int, call: int = 0) -> Tensor:
+    def normals(self, votes: Votes, size: int, call: int = 0) -> Tensor:
         """Return independent standard normals, float32 [len(votes), size]; ``call`` numbers the draws of one key.
 
         Box-Muller with 63 bits for the radius: values reach 9.3 sigma, and the mass beyond is below 1e-20.
@@ -108,33 +116,28 @@ class Noise:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Move values drawn on the CPU to the device; to a GPU they are copied asynchronously from pinned memory."""
+    """Move values made on the CPU to the device; to a GPU they are copied asynchronously from pinned memory.
+
+    torch keeps pinned memory that is no longer used, and hands it out again once the copies from it are done.
+    """
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
-def add_float(noise: Noise, sigma: float) -> Callable[[Tensor, Sequence[Vote]], Tensor]:
-    """Return the usual smoothing: float pixels [rows, C, H, W] plus float noise of ``sigma``, a row per vote."""
-
-    def noisy(pixels: Tensor, votes: Sequence[Vote]) -> Tensor:
-        normals = to_device(noise.normals(votes, pixels[0].numel()), pixels.device).view_as(pixels)
-        return torch.add(pixels, normals, alpha=sigma)
-
-    return noisy
-
-
 class VoteDraw:
     """A defense's own randomness for one block of votes; satisfies ``interface.Draw``."""
 
-    def __init__(self, noise: Noise, votes: Sequence[Vote], sigma: float, device: torch.device) -> None:
+    def __init__(self, noise: Noise, votes: Votes, sigma: float, device: torch.device) -> None:
         self.sigma = sigma
-        self._noise, self._device = noise, device
-        # A separate stream: a defense never sees the noise that was added to the image.
-        self._votes = [Vote(f"{v.purpose}/defense", v.image, v.vote) for v in votes]
+        self._noise, self._given, self._device = noise, votes, device
+        self._votes: list[Vote] | None = None  # made at the first draw, since most defenses draw nothing
         self._calls = 0
 
     def normal(self, *shape: int) -> Tensor:
+        if self._votes is None:
+            # A separate stream: a defense never sees the noise that was added to the image.
+            self._votes = [Vote(f"{v.purpose}/defense", v.image, v.vote) for v in self._given]
         self._calls += 1
         flat = self._noise.normals(self._votes, math.prod(shape), self._calls)
         return to_device(flat.reshape(len(self._votes), *shape), self._device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import DefenseFault
-from bench.smoothing.noise import Vote, VoteDraw
+from bench.smoothing.rows import Rows
 from bench.smoothing.task import Model, Task
 from bench.smoothing.votes import TILE
 
@@ -28,15 +28,14 @@ def check_rows(model: Model, task: Task, index: int) -> float:
     Raises:
         DefenseFault: naming which of these changed a row's logits.
     """
-    votes = [Vote("check", index, i) for i in range(task.block)]
-    images = task.repeated(index)
+    votes, image = task.rows("check", index), task.image(index)
 
-    def run(keys: list[Vote], kept: Tensor | None = None) -> Tensor:
-        x = task.noisy(images, keys)
+    def run(rows: Rows, kept: Tensor | None = None) -> Tensor:
+        x = task.noisy(image, rows)
         others = torch.zeros(task.block, dtype=torch.bool) if kept is None else ~kept
         others = others.to(task.device)
         x[others] = 1 - 3 * x[others].flip(1, 2, 3)
-        return model(x, VoteDraw(task.noise, keys, task.sigma, task.device))
+        return model(x, task.draw(rows))
 
     reference = run(votes)
     began = time.perf_counter()
@@ -52,7 +51,7 @@ def check_rows(model: Model, task: Task, index: int) -> float:
                 "a row's logits change with the other rows of its batch, so they are not a function of one image and "
                 "nothing can be certified; use no batch statistics in logits"
             )
-    moved = run(votes[TILE:] + votes[:TILE])
+    moved = run(votes.rolled(TILE))
     if not torch.equal(moved[:-TILE].nan_to_num(), reference[TILE:].nan_to_num()):
         raise DefenseFault(
             "a row's logits change with its place in the batch, so counts would depend on the packing of votes; "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.smoothing.noise import IMAGES, VOTES, Vote, to_device
+from bench.smoothing.noise import IMAGES, VOTES, Noise, Vote, to_device
 from bench.smoothing.votes import Span
 
 # Columns of the table: the place of the row's image among those at hand, the place of its purpose among ``purposes``,
@@ -81,3 +81,21 @@ class Rows:
             return self
         table = np.concatenate([self.table, np.repeat(self.table[:1], missing, axis=0)])
         return Rows(self.purposes, table, torch.cat([self.placed, self.placed[:1].expand(missing, -1)]))
+
+    def rolled(self, count: int) -> Rows:
+        """Return the rows with the first ``count`` moved to the end."""
+        return Rows(self.purposes, np.roll(self.table, -count, axis=0), self.placed.roll(-count, 0))
+
+
+Noisy = Callable[[Tensor, Rows], Tensor]  # images at hand [k, C, H, W] -> float32 noisy pixels of the rows, unclipped
+
+
+def add_float(noise: Noise, sigma: float) -> Noisy:
+    """Return the usual smoothing: float pixels plus float noise of ``sigma``, which is drawn on the CPU."""
+
+    def noisy(images: Tensor, rows: Rows) -> Tensor:
+        pixels = images.index_select(0, rows.at)
+        normals = to_device(noise.normals(rows, pixels[0].numel()), pixels.device).view_as(pixels)
+        return pixels.add_(normals, alpha=sigma)
+
+    return noisy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.interface import Draw
-from bench.smoothing.noise import Noise, Vote
-from bench.smoothing.votes import TILE
+from bench.smoothing.noise import Noise, VoteDraw
+from bench.smoothing.rows import Noisy, Rows
+from bench.smoothing.votes import TILE, Span
 
 Model = Callable[[Tensor, Draw], Tensor]  # noisy pixels [B, C, H, W] -> logits [B, classes]
-Noisy = Callable[[Tensor, Sequence[Vote]], Tensor]  # images and their votes -> float32 noisy pixels, unclipped
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,25 @@ class Task:
     block: int  # rows
     device: torch.device
 
-    def repeated(self, index: int) -> Tensor:
-        """Return a block with one image in every row."""
-        image = torch.from_numpy(self.images([index])).to(self.device)
-        return image.expand(self.block, *self.shape).contiguous()
+    def image(self, index: int) -> Tensor:
+        """Return one image on the device, [1, C, H, W]."""
+        return torch.from_numpy(self.images([index])).to(self.device)
+
+    def rows(self, purpose: str, index: int, first: int = 0) -> Rows:
+        """Return a block of votes for one image, numbered from ``first``."""
+        return Rows.of_spans([Span(purpose, index, first, self.block)], {index: 0}, self.device)
+
+    def logits(self, model: Model, images: Tensor, rows: Rows) -> Tensor:
+        """Compute the logits of rows of the images at hand."""
+        return model(self.noisy(images, rows), self.draw(rows))
+
+    def draw(self, rows: Rows) -> Draw:
+        """Return a defense's own randomness for the rows."""
+        return VoteDraw(self.noise, rows, self.sigma, self.device)
+
+    def classes_of(self, logits: Tensor) -> Tensor:
+        """Return the class that each row votes for; ``classes`` if its logits hold NaN."""
+        return torch.where(logits.isnan().any(1), self.classes, logits.argmax(1))
 
 
 class ImageCache:

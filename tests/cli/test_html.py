@@ -28,7 +28,6 @@ from bench.records.schema import Identity
 from bench.report import output, tables
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
-from bench.smoothing.noise import Vote
 from tests.helpers.commands import TINY, Result
 from tests.helpers.records import certificate, fewest, seal
 
@@ -281,8 +280,7 @@ def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Pat
     split = load_split(plan.card, "test")
     task = make_task(plan, split, torch.device("cpu"))
     for place, index in enumerate(indices):
-        votes = [Vote("estimate", index, i) for i in (0, 1)]
-        noisy = task.noisy(torch.from_numpy(task.images([index, index])), votes)
+        noisy = task.noisy(task.image(index), task.rows("estimate", index)[:2])
         expected = [split.pixels([index])[0, 0], *noisy[:, 0].clamp(0, 1).numpy()]
         for picture, pixels in zip(shown[3 * place : 3 * place + 3], expected, strict=True):
             assert np.abs(picture / 255 - pixels).max() < 0.002

@@ -16,7 +16,6 @@ from bench.runs.certifier import Certifier
 from bench.runs.context import PartTraining
 from bench.runs.identity import make_task
 from bench.runs.plan import make_plans
-from bench.smoothing.noise import Vote, VoteDraw
 from tests.helpers.commands import TINY, defense
 
 pytest.importorskip("ray")
@@ -39,10 +38,8 @@ def test_every_defense_can_be_sent_to_a_worker(name: str) -> None:
     packed = pack(here), pack(replace(task, images=None, labels=None))  # type: ignore[arg-type]
     assert sum(map(len, packed)) < 5e6
     there, their_task = map(unpack, packed)
-    votes = [Vote("estimate", 0, i) for i in range(task.block)]
     with torch.inference_mode():
         logits = [
-            c.model(CPU)(t.noisy(task.repeated(0), votes), VoteDraw(t.noise, votes, t.sigma, CPU))
-            for c, t in ((here, task), (there, their_task))
+            t.logits(c.model(CPU), task.image(0), t.rows("estimate", 0)) for c, t in ((here, task), (there, their_task))
         ]
     assert torch.equal(*logits)

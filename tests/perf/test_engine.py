@@ -28,7 +28,8 @@ from bench.process.environment import keep_freed_memory
 from bench.smoothing.engine import Device, certify
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.gridnoise import GridNoise
-from bench.smoothing.noise import Noise, Vote, VoteDraw, add_float
+from bench.smoothing.noise import Noise, Vote, VoteDraw
+from bench.smoothing.rows import add_float
 from bench.smoothing.task import Model, Task, block_rows
 from bench.smoothing.threads import side_by_side
 from tests.helpers.turns import paired

@@ -75,7 +75,7 @@ def _certify(benchmark: Any, shape: tuple[int, int, int], model: Any, noisy: Any
 def test_packing(benchmark: Any) -> None:
     """The engine without noise and model: the votes of twenty images are packed into blocks and counted."""
     logits = torch.zeros(ROWS, 10)
-    _certify(benchmark, (1, 1, 1), lambda x, draw: logits, lambda images, keys: images, images=20, n=1_000)
+    _certify(benchmark, (1, 1, 1), lambda x, draw: logits, lambda images, rows: images[rows.at], images=20, n=1_000)
 
 
 def test_certify(benchmark: Any) -> None:

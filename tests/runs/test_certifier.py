@@ -7,7 +7,7 @@ import platform
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from bench.runs.plan import make_plans
 from bench.smoothing import engine
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.gridnoise import GridNoise
-from bench.smoothing.noise import Noise, Vote, add_float
+from bench.smoothing.noise import Noise, Vote
+from bench.smoothing.rows import Rows, add_float
 from bench.smoothing.task import Model, Task
 from bench.smoothing.votes import Certificate
 from tests.helpers.commands import TINY, defense
@@ -56,10 +57,10 @@ def drawn_by(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     found: set[int] = set()
     inputs = GridNoise.inputs
 
-    def noted(self: GridNoise, integers: Tensor, votes: Sequence[Vote]) -> Tensor:
-        if votes[0].purpose == "estimate":
+    def noted(self: GridNoise, images: Tensor, rows: Rows) -> Tensor:
+        if "estimate" in rows.purposes:
             found.add(threading.get_ident())
-        return inputs(self, integers, votes)
+        return inputs(self, images, rows)
 
     monkeypatch.setattr(GridNoise, "inputs", noted)
     return found

@@ -20,8 +20,9 @@ from bench.smoothing import bounds
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.engine import Device, certify
 from bench.smoothing.fixed import Fixed
-from bench.smoothing.noise import Noise, Vote, add_float
+from bench.smoothing.noise import Noise, Vote
 from bench.smoothing.rowcheck import check_rows
+from bench.smoothing.rows import Rows, add_float
 from bench.smoothing.task import Task, block_rows
 from bench.smoothing.votes import TILE, Certificate
 
@@ -72,10 +73,9 @@ def test_certificates_follow_cohen_exactly() -> None:
     found = certificates(model, t, [4, 9], fixed)
 
     def count(purpose: str, index: int, n: int) -> np.ndarray:
-        votes = [Vote(purpose, index, i) for i in range(n)]
+        rows = Rows.of_votes([Vote(purpose, index, i) for i in range(n)], [0] * n, CPU)
         with torch.inference_mode():
-            pixels = torch.from_numpy(PIXELS[index]).expand(n, *SHAPE).contiguous()
-            classes = model(t.noisy(pixels, votes), None).argmax(1)  # type: ignore[arg-type]
+            classes = t.logits(model, t.image(index), rows).argmax(1)
         return np.bincount(classes.numpy(), minlength=3)
 
     for index, c in found.items():

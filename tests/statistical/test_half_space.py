@@ -16,7 +16,8 @@ from torch import Tensor
 from bench.interface import Draw
 from bench.smoothing.engine import Device, certify
 from bench.smoothing.fixed import Fixed
-from bench.smoothing.noise import Noise, add_float
+from bench.smoothing.noise import Noise
+from bench.smoothing.rows import add_float
 from bench.smoothing.task import Task
 from bench.smoothing.votes import Certificate
 
