@@ -124,7 +124,10 @@ def _in_bfloat16(
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Arithmetic that is the same at every call: no TF32 (but see ``model``), nothing chosen by timing, on a CPU one thread a block."""
+    """Compute the same at every call: nothing chosen by timing, on a CPU one thread a block.
+
+    Without TF32, which a ``model`` that computes in it sets for its own calls.
+    """
     benchmark = torch.backends.cudnn.benchmark
     tf32 = torch.backends.cudnn.allow_tf32
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()

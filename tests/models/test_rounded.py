@@ -327,7 +327,7 @@ def test_a_defense_may_differentiate_by_the_pixels() -> None:
 def test_the_same_votes_in_a_run(
     bench: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
 ) -> None:
-    """Two threads count the votes that autocast alone gives, with a base that is queried and with one that is copied."""
+    """Two threads count the votes that autocast alone gives, with a queried base and with a copied one."""
 
     def counts(name: str) -> list[str]:
         command = ("run", "--defense", "none,lora", "--dataset", TINY, "--arithmetic", "bfloat16")
@@ -342,3 +342,20 @@ def test_the_same_votes_in_a_run(
     monkeypatch.setattr("bench.models.rounded._plain", lambda layer: False)
     set_threads(1)
     assert counts("autocast") == ours
+
+
+@pytest.mark.slow
+def test_compiled_they_have_the_bits_of_compiled_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    defense, base = built(plan("denoiser"), merged=True)
+    x = noisy((1, 8, 8))
+
+    def compiled() -> Tensor:
+        model = arithmetic.model(defense, ("bfloat16", "compile"), CPU, base.module)
+        with torch.inference_mode():
+            first, again = (model(x + 0, draw()) for _ in range(2))
+        assert torch.equal(first, again)
+        return first
+
+    ours = compiled()
+    monkeypatch.setattr("bench.models.rounded._plain", lambda layer: False)
+    assert torch.equal(compiled(), ours)
