@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.cluster.pool import connected, pick_device
+from bench.cluster.pool import connected, pick_device, threads_beside_gpus
 from bench.cluster.preparing import Preparations
 from bench.cluster.run import ClusterRun
 from bench.cluster.voting import Voting
@@ -68,7 +68,7 @@ class _Driver:
         self, plans: Sequence[Plan], out: Path, reporter: Reporter, device: torch.device, timeout: float
     ) -> None:
         self._plans, self._reporter = plans, reporter
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        threads = torch.get_num_threads() if device.type == "cpu" else threads_beside_gpus()
         variables = {k: str(Path(os.environ[k]).absolute()) for k in _VARIABLES if os.environ.get(k)}
         plugins = sources(plan.defense for plan in plans)
         place = Place(str(Path.cwd()), variables, plugins, threads, device.type, timeout)

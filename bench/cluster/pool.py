@@ -52,6 +52,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def threads_beside_gpus() -> int:
+    """Return the number of cores to reserve for each worker with a GPU: its share where GPUs have the fewest."""
+    nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
+    shares = [environment.gpu_threads(int(r.get("CPU", 0)), int(r["GPU"])) for r in nodes if r.get("GPU")]
+    return min(shares, default=1)
+
+
 @dataclass(eq=False)
 class Actor:
     """A worker on the cluster; satisfies ``dispatch.Worker``."""
@@ -105,7 +112,7 @@ class WorkerPool:
         left: Callable[[Actor], None],
     ) -> None:
         self._place, self._ask, self._when, self._joined, self._left = place, ask, when, joined, left
-        # A worker has as many cores as torch has threads, so that it computes as the command's own process would.
+        # All cores that it uses: on a CPU as many as torch has threads, so that it computes as the command would.
         self.needs = {"num_cpus": place.threads, "num_gpus": int(place.device == "cuda")}
         self.actors: list[Actor] = []
         self._failed_starts = 0  # in a row
@@ -118,8 +125,8 @@ class WorkerPool:
         room = sum(min(int(r.get("CPU", 0) // cores), int(r.get("GPU", 0)) if gpus else 1 << 30) for r in nodes)
         if not room:
             raise BenchError(
-                f"no node of the Ray cluster has room for a worker, which takes {cores} cores (as many as torch takes "
-                f"threads here: set OMP_NUM_THREADS) and {gpus} GPUs"
+                f"no node of the Ray cluster has room for a worker, which takes {cores} cores"
+                + (f" and {gpus} GPU" if gpus else " (as many as torch takes threads here: set OMP_NUM_THREADS)")
             )
         wanted = max(0, room - trainings)
         for actor in self.actors[wanted:] if trainings else []:

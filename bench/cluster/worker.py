@@ -52,7 +52,7 @@ class Place:
     folder: str  # names of files are relative to it
     variables: dict[str, str]
     plugins: dict[str, bytes]  # see ``plugins.sources``
-    threads: int
+    threads: int  # of a worker, which reserves as many cores
     device: str  # its type: cpu or cuda
     timeout: float
 
@@ -111,7 +111,7 @@ class VoteWorker:
     def __init__(self, place: Place) -> None:
         self._here = ExitStack()  # until the process ends
         self._device = self._here.enter_context(place.entered())
-        self._threads = environment.threads(self._device)
+        self._threads = place.threads
         environment.keep_freed_memory()
         self._held: dict[int, DeviceCertifier | BenchError] = {}  # by run; an error: why it cannot
 

@@ -32,7 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": name,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "packages": {p: _version(p) for p in PACKAGES},
     }
@@ -118,17 +118,28 @@ def same_kind(device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
-def threads(device: torch.device) -> int:
-    """Return the number of threads that draw votes on a device.
+def cores() -> int:
+    """Return the number of cores that this process may use, which a container or a batch system may have limited."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    On a CPU, torch's number of threads (``OMP_NUM_THREADS``). On a GPU, its share of the cores, up to 8, since noise is
-    drawn on the CPU.
+
+def threads(device: torch.device) -> int:
+    """Return the number of threads that draw votes on a device, at most.
+
+    On a CPU, torch's number of threads (``OMP_NUM_THREADS``); on a GPU, its share of the cores.
     """
     if device.type == "cpu":
         return torch.get_num_threads()
     if device.type == "cuda":
-        return max(1, min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())))
+        return gpu_threads(cores(), torch.cuda.device_count())
     return 1
+
+
+def gpu_threads(cores: int, gpus: int) -> int:
+    """Return the number of threads for each of the GPUs of a machine: float noise and draws are made on its CPU."""
+    return max(1, min(8, cores // max(1, gpus)))
 
 
 def keep_freed_memory() -> None:

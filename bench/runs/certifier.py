@@ -32,6 +32,8 @@ from bench.smoothing.task import ImageCache, Model, Task
 from bench.smoothing.threads import side_by_side
 from bench.smoothing.votes import Batch, Voted
 
+IN_FLIGHT = 2  # batches of a GPU: it computes one while the host counts another's votes
+GPU_THREADS = 2  # that start blocks on a GPU which makes its own noise: one may draw for the defense on the CPU
 ROUNDS = 4  # blocks that each thread computes while the others compute theirs
 
 
@@ -99,7 +101,7 @@ class DeviceCertifier:
     @property
     def device(self) -> Device:
         """The device and its models, for the engine."""
-        return Device(self.task, self._models)
+        return Device(self.task, self._models, IN_FLIGHT if self.task.device.type == "cuda" else 1)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -108,7 +110,7 @@ class DeviceCertifier:
         return fingerprint.of(logits, self._index, environment.describe(self.task.device))
 
     def use_threads(self, threads: int) -> None:
-        """Vote in several threads: on a CPU each computes blocks; on a GPU all draw noise, one at a time computes.
+        """Vote in several threads: on a CPU each computes blocks; for a GPU each draws, and one at a time calls it.
 
         On a CPU one thread votes where the defense cannot be copied, where its copies do not fit into memory, or where
         they change one another's logits.
@@ -117,7 +119,8 @@ class DeviceCertifier:
         if threads == 1 or not isinstance(self.certifier.base, LocalBase):
             return
         if device.type != "cpu":
-            self._models = [serialized(self._models[0])] * threads
+            most = threads if self.task.noise_on_cpu else GPU_THREADS
+            self._models = [serialized(self._models[0])] * min(threads, most)
             return
         try:
             # Modules may keep state of a call in attributes, so each thread has modules of its own.

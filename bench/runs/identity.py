@@ -73,6 +73,7 @@ def make_task(
         noise=source,
         block=rows or block_rows(plan.card.shape, device),
         device=device,
+        noise_on_cpu=plan.noise == "float",
     )
 
 

@@ -27,7 +27,7 @@ from bench.smoothing.task import ImageCache, Model, Task
 from bench.smoothing.threads import share_out
 from bench.smoothing.votes import TILE, Batch, Certificate, ImageProcedure, Voted
 
-BLOCKS = 4  # of a batch, for each thread of a device: its threads wait for one another only at a batch's end
+BLOCKS = 4  # of a batch, for each thread of a CPU: the threads wait for one another only at a batch's end
 KEPT_IMAGES = 4  # times the images of a batch: open images take turns
 
 OnBatch = Callable[[Batch, Voted], None]
@@ -73,7 +73,8 @@ class Device:
     @property
     def rows(self) -> int:
         """Votes of a batch that is large enough to keep all threads busy."""
-        return self.task.block * len(self.models) * (1 if len(self.models) == 1 else BLOCKS)
+        blocks = 1 if len(self.models) == 1 or self.in_flight > 1 else BLOCKS
+        return self.task.block * len(self.models) * blocks
 
     def vote(self, batch: Batch, images: Mapping[int, NDArray[Any]]) -> Voted:
         """Draw a batch: the class that each row votes for, ``task.classes`` if its logits hold NaN, [batch.rows]."""

@@ -32,6 +32,7 @@ class Task:
     noise: Noise  # for a defense's own draws
     block: int  # rows
     device: torch.device
+    noise_on_cpu: bool = True  # whatever the device
 
     def image(self, index: int) -> Tensor:
         """Return one image on the device, [1, C, H, W]."""

@@ -75,6 +75,17 @@ def test_each_gpu_has_one_worker(ray: FakeRay) -> None:
     assert ray.running == 3
 
 
+def test_a_worker_with_a_gpu_reserves_its_share_of_the_cores(ray: FakeRay) -> None:
+    """Float noise and draws are made on the CPU, in as many threads."""
+    ray.nodes = [node(16, gpus=2), node(12, gpus=4), node(64), node(2, gpus=2, alive=False)]
+    assert pool.threads_beside_gpus() == 3
+    found = workers(pool.threads_beside_gpus(), device="cuda")
+    found.look(trainings=0)
+    assert ray.running == 6 and found.needs == {"num_cpus": 3, "num_gpus": 1}
+    ray.nodes = [node(64, gpus=1)]
+    assert pool.threads_beside_gpus() == 8
+
+
 def test_a_cluster_without_room_is_refused(ray: FakeRay) -> None:
     ray.nodes = [node(2)]
     with pytest.raises(BenchError, match="has room for a worker, which takes 4 cores"):

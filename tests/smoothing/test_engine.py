@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.errors import BenchError
 from bench.interface import Draw
-from bench.smoothing import bounds
+from bench.smoothing import bounds, engine
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.engine import Device, certify
 from bench.smoothing.fixed import Fixed
@@ -24,7 +25,7 @@ from bench.smoothing.noise import Noise, Vote
 from bench.smoothing.rowcheck import check_rows
 from bench.smoothing.rows import Rows, add_float
 from bench.smoothing.task import Task, block_rows
-from bench.smoothing.votes import TILE, Certificate
+from bench.smoothing.votes import TILE, Batch, Certificate, Span, Voted
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 4)
@@ -65,6 +66,66 @@ def test_counts_do_not_depend_on_order_subset_or_packing(order: list[int], n0: i
     for index in order[:4]:
         assert certificates(model, task(), [index], fixed)[index] == together[index]
     assert certificates(model, task(), order[::-1], fixed) == together
+
+
+@pytest.mark.parametrize("procedure", [Fixed(10, 100, 0.01), Anytime(10, 2000, 0.01, (0.1, 0.4))])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_counts_do_not_depend_on_the_batches_in_flight(procedure: Fixed | Anytime, devices: int) -> None:
+    """As on a GPU, which works on a batch while the next one is started."""
+    t, model, order = task(), network(), list(range(30))
+
+    def found(devices: list[Device]) -> dict[int, Certificate]:
+        with torch.inference_mode():
+            done = certify(devices, lambda label: procedure.certify(t.sigma, label), order)
+            return {c.index: replace(c, seconds=0.0) for c in done}
+
+    assert found([Device(t, [model] * 2, in_flight=2)] * devices) == found([Device(t, [model])])
+
+
+def test_the_next_batch_is_started_before_the_votes_of_the_first_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, most, begin = 0, 0, Device.begin
+
+    def counted(self: Device, *batch: Any) -> Callable[[], Voted]:
+        nonlocal begun, most
+        begun += 1
+        most = max(most, begun)
+        wait = begin(self, *batch)
+
+        def waited() -> Voted:
+            nonlocal begun
+            begun -= 1
+            return wait()
+
+        return waited
+
+    monkeypatch.setattr(Device, "begin", counted)
+    t, fixed = task(), Fixed(10, 200, 0.01)
+    for in_flight in (1, 2):
+        most = 0
+        with torch.inference_mode():
+            list(certify([Device(t, [network()], in_flight)], lambda label: fixed.certify(t.sigma, label), range(9)))
+        assert begun == 0 and most == in_flight
+
+
+def test_an_image_is_copied_to_the_device_once_while_it_gets_votes(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Tensor] = []
+    monkeypatch.setattr(engine, "to_device", lambda x, device: copied.append(x) or x)
+    t, fixed = task(64), Fixed(10, 2000, 0.01)
+    with torch.inference_mode():
+        list(certify([Device(t, [network()])], lambda label: fixed.certify(t.sigma, label), range(6)))
+    assert len(copied) == 6
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(10, torch.uint8), (255, torch.uint8), (256, torch.int16)])
+def test_votes_travel_in_the_smallest_integers(classes: int, dtype: torch.dtype) -> None:
+    """With the class after the last, of NaN, among them."""
+    t = replace(task(), classes=classes)
+    logits = torch.zeros(64, classes)
+    logits[0], logits[1, -1] = math.nan, 1.0
+    batch = Batch(0, (Span("estimate", 0, 0, 64),))
+    voted = Device(t, [lambda x, draw: logits]).vote(batch, {0: PIXELS[0]})
+    assert voted[:3].tolist() == [classes, classes - 1, 0] and voted.dtype == np.int64
+    assert engine._smallest_type(classes) == dtype
 
 
 def test_certificates_follow_cohen_exactly() -> None:
