@@ -158,8 +158,8 @@ def test_engine_against_others(
     theirs_at = [sum(radius >= at for radius in right) / IMAGES for at in RADII]
     with capsys.disabled():
         print(
-            f"\nCIFAR ViT, {other.__name__} / engine: median {statistics.median(ratios):.2f} (from {min(ratios):.2f} to "
-            f"{max(ratios):.2f}); certified accuracy at {RADII}: theirs {theirs_at}, ours {ours_at}"
+            f"\nCIFAR ViT, {other.__name__} / engine: median {statistics.median(ratios):.2f} (from {min(ratios):.2f} "
+            f"to {max(ratios):.2f}); certified accuracy at {RADII}: theirs {theirs_at}, ours {ours_at}"
         )
     certificates = sorted(found["ours"], key=lambda c: c.index)
     assert all(agrees(c, theirs) for c, theirs in zip(certificates, found["theirs"], strict=True))
