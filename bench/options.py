@@ -53,7 +53,7 @@ class RunOptions:
         None,
         metavar="<path>",
     )
-    preset: str | None = option("quick, standard or paper; default: the card's.", None)
+    preset: str | None = option("A preset of the card: quick, standard, paper, ...; default: the card's.", None)
     split: str = option("test; or validation, to choose sigma by: never in one table with test.", "test")
     examples: str | None = option("N images, class-balanced, or every:K.", None)
     n0: int | None = option("Votes that select the class, per image.", None)

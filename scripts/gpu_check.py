@@ -33,9 +33,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
 
+from bench.globalstate import fixed_rng
 from bench.interface import Draw
-from bench.models import architectures  # noqa: F401 - registers the ResNet-110 with timm
-from bench.models import arithmetic
+from bench.models import (
+    architectures,  # noqa: F401 - registers the ResNet-110 with timm
+    arithmetic,
+)
 from bench.models.arithmetic import deterministic
 from bench.process import environment
 from bench.smoothing.engine import Device, certify
@@ -59,8 +62,8 @@ class Net(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.net = timm.create_model(MODELS[name], pretrained=False).eval().requires_grad_(False)
+        with fixed_rng(0):
+            self.net = timm.create_model(MODELS[name], pretrained=False).eval().requires_grad_(False)
 
     def forward(self, x: Tensor, draw: Draw) -> Tensor:
         out: Tensor = self.net((x - 0.5) / 0.25)
@@ -271,12 +274,12 @@ def main() -> None:
     print(f"on {found['environment']['device']}, {args.threads} host threads", flush=True)
 
     found["same"] = same_noise(device, 4e8 if gpu else 4e6)
-    print("noise on the device and on the CPU: {different_pixels:,} of {compared_pixels:,} pixels differ".format(**found["same"]))
+    same = found["same"]
+    print(f"noise here and on the CPU: {same['different_pixels']:,} of {same['compared_pixels']:,} pixels differ")
     found["wait"] = no_wait(device, args.threads if gpu else 1)
     print(f"the hot path waits for the device: {found['wait']['waits'] or 'never'}", flush=True)
-    found["noise_pixels_per_second"] = {
-        name: noise_speed(Subject(name, device, block_rows(shape, device) if gpu else TILE)) for name, shape in SHAPES.items()
-    }
+    blocks = {name: block_rows(shape, device) if gpu else TILE for name, shape in SHAPES.items()}
+    found["noise_pixels_per_second"] = {n: noise_speed(Subject(n, device, rows)) for n, rows in blocks.items()}
     for name, speed in found["noise_pixels_per_second"].items():
         print(f"noise for {name}: {speed:.3g} pixels a second", flush=True)
     print(HEADER, flush=True)

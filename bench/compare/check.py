@@ -108,6 +108,8 @@ def _judge(
     """Compare one entry with its run: all but the correction of the tests, which is over all entries."""
     wanted = old.key(baseline.any_base)
     same = [(r, new) for r, new in finished if new.key(baseline.any_base) == wanted]
+    # Where there are runs of several versions of grid noise, those of the baseline's.
+    same = [(r, new) for r, new in same if new.comparable.noise == old.comparable.noise] or same
     if len(same) > 1:
         raise BenchError(f"{' and '.join(str(r.path) for r, _ in same)} both match {old.name}; move one away")
     if not same:
@@ -155,6 +157,8 @@ def _check_counts(old: Entry, new: Entry, found: Judgement) -> bool:
     if old.identity.sha256 != new.identity.sha256:
         other = [k for k in ("source", "weights", "parts") if getattr(old.identity, k) != getattr(new.identity, k)]
         other += ["base"] if old.comparable.base != new.comparable.base else []
+        versions = [one.comparable.noise.grid_version for one in (old, new)]
+        other += [f"noise ({versions[1]}, was {versions[0]})"] if versions[0] != versions[1] else []
         found.notes.append(f"counts may differ: other {', '.join(other) or 'settings found by search'}")
         return False
     machine, machine_now = old.environment.as_json(), new.environment.as_json()

@@ -12,7 +12,7 @@ from bench.io.files import digest
 from bench.options import command
 from bench.records import grouping
 from bench.records.record import Record
-from bench.records.schema import BaseIdentity, Cost, Sampling
+from bench.records.schema import BaseIdentity, Cost, NoiseKind, Sampling
 from bench.records.stored import Amount, Positive, Stored, Votes, Whole
 
 # Where these agree, the same identity must give the same counts. Threads may change the order of a sum.
@@ -34,6 +34,7 @@ class Comparable(Stored):
     """What must agree for two runs to be comparable, besides the images (see ``grouping.comparable``)."""
 
     base: BaseIdentity
+    noise: NoiseKind
     sampling: Sampling = Field(alias="procedure")
 
 
@@ -100,6 +101,7 @@ class Entry(Stored):
     def key(self, any_base: bool) -> dict[str, Any]:
         """Return what matches an entry to a run; ``any_base``: whatever the weights of its base."""
         comparable = self.comparable.as_json()
+        comparable["noise"] = {k: v for k, v in comparable["noise"].items() if k != "grid_version"}
         if any_base:
             comparable["base"] = {k: v for k, v in comparable["base"].items() if k != "sha256"}
         return {**comparable, **self.method.as_json(), "indices": [outcome.image for outcome in self.images]}
@@ -116,7 +118,7 @@ def entry_of(record: Record) -> Entry:
 def _fields(record: Record) -> dict[str, Any]:
     identity, info = record.identity, record.info
     defense, searched = identity.defense, grouping.searched(record)
-    comparable = grouping.comparable(record)
+    comparable = grouping.comparable(record) | {"noise": identity.noise.as_json()}  # its version, to explain counts
     del comparable["indices"]  # those of the images below
     stored = identity.defense.as_json()
     return {

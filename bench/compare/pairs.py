@@ -160,14 +160,18 @@ def compare(paths: Sequence[Path]) -> Comparison:
 def _must_agree(identity: Identity) -> dict[str, Any]:
     """Return all that decides a certified accuracy except base and defense; None where not known."""
     found = {k: getattr(identity, k) for k in ("dataset", "split", "indices", "images", "sigma", "bound")}
-    # The rest of the noise follows from its kind and the images' levels.
+    # The rest of the noise follows from its kind and the images' levels, but for its version: see _may_differ.
     return found | {"noise": identity.noise.kind} | flatten(identity.sampling.as_json(), "procedure.")
 
 
 def _may_differ(identity: Identity) -> dict[str, Any]:
-    """Return the rest of an identity, whose differences are listed."""
+    """Return the rest of an identity, whose differences are listed.
+
+    Versions of grid noise draw from one distribution; runs of two versions share no noise, even with one seed.
+    """
     settled = {"dataset", "card", "split", "indices", "images", "sigma", "noise", "procedure", "bound"}
-    return flatten({k: v for k, v in identity.as_json().items() if k not in settled})
+    rest = flatten({k: v for k, v in identity.as_json().items() if k not in settled})
+    return rest if identity.noise.grid_version is None else rest | {"noise.grid_version": identity.noise.grid_version}
 
 
 def _same(values: Sequence[Any]) -> bool:

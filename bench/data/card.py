@@ -29,7 +29,7 @@ _Std = tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...]
 
 @checked(config=_STRICT, frozen=True)
 class Preset:
-    """The settings of a preset (quick, standard or paper) for this data set."""
+    """The settings of a preset for this data set: quick, standard, paper, or a name of the card's own."""
 
     examples: PositiveInt | Annotated[str, StringConstraints(pattern=r"^every:[1-9]\d*$")]
     n0: PositiveInt
@@ -38,6 +38,7 @@ class Preset:
     transfer_base: str = ""  # a value of --base for defenses that adapt a base of another task; default: none
     # A value of --base for defenses that use its architecture alone; its weights stay untrained. Default: base.
     scratch_base: str = ""
+    better_base: str = ""  # printed with the accuracy of ``base`` after its training: what would give a better one
     train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
     epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of defenses' default schedules
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import timm as timm
+from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from bench.models import transformers_architecture as transformers_architecture
@@ -84,7 +88,17 @@ default_cfgs = generate_default_cfgs(  # where timm looks for them
             "std": (0.2023, 0.1994, 0.2010),
             "first_conv": "conv1",
             "classifier": "fc",
-        }
+        },
+        "vit_earlyconv": {
+            "num_classes": 10,
+            "input_size": (3, 32, 32),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2470, 0.2435, 0.2616),
+            "first_conv": "patch_embed.backbone.0.conv",
+            "classifier": "head",
+        },
     }
 )
 
@@ -93,4 +107,32 @@ default_cfgs = generate_default_cfgs(  # where timm looks for them
 def resnet110(pretrained: bool = False, **args: Any) -> nn.Module:
     """Make Cohen et al.'s ResNet-110 for CIFAR-10."""
     model: nn.Module = build_model_with_cfg(CifarResNet, "resnet110", pretrained, **args)
+    return model
+
+
+@register_model
+def vit_earlyconv(pretrained: bool = False, stem_width: int = 48, **args: Any) -> nn.Module:
+    """Make timm's vision transformer with early convolutions in place of patches (Xiao et al. 2021, arXiv 2106.14881).
+
+    Four 3x3 convolutions, each with a batch norm and a ReLU, then a 1x1 convolution to the transformer's width: a token
+    for each 4x4 pixels. The strides are those for 32x32 images; the paper's are 2, for 224x224.
+
+    Args:
+        pretrained: Part of timm's interface; there are no published weights.
+        stem_width: Channels of the first two convolutions; the next two have twice as many.
+        args: Further arguments of timm's ``VisionTransformer``; by default width 128, depth 4, 4 heads.
+    """
+    args = {"img_size": 32, "in_chans": 3, "embed_dim": 128, "depth": 4, "num_heads": 4} | args
+    stem = ConvStem(
+        in_chans=args["in_chans"],
+        depth=5,
+        channels=(stem_width, stem_width, 2 * stem_width, 2 * stem_width, args["embed_dim"]),
+        kernel_size=(3, 3, 3, 3, 1),
+        stride=(1, 2, 1, 2, 1),
+    )
+    # timm's class for tokens of a convnet; patch_size counts its output's pixels.
+    embed = partial(HybridEmbed, backbone=stem, proj=False)
+    model: nn.Module = build_model_with_cfg(
+        VisionTransformer, "vit_earlyconv", pretrained, embed_layer=embed, patch_size=1, **args
+    )
     return model

@@ -69,6 +69,7 @@ class BaseRecord(TypedDict, total=False):
     classes: str  # a remark on the order of its classes
     preprocessing: Preprocessing
     trained_on_classes: list[str]
+    schedule: dict[str, Any]  # of the clean training here
     train_seconds: float
     validation_clean_accuracy: float  # 0 to 1
     before_probe: str  # sha256 of the base without its probe

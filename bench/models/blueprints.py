@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from bench.data.card import Card
 from bench.data.split import Split
 from bench.errors import BenchError, one_line
-from bench.interface import Schedule
 from bench.models.base import BaseRecord, Classifier, LocalBase, Preprocessing, WeightsSource
 from bench.models.labels import Names
 from bench.models.resampling import DEFAULT, check_interpolation
 from bench.models.timm_configs import Described, described
 from bench.models.timm_models import Architecture
+from bench.training.clean import CleanSchedule
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value a channel
 GIVEN = "--mean and --std"
@@ -51,7 +51,7 @@ class Blueprint:
     states_mean: bool = True  # False: the weights come with no mean and std
     interpolation: str = DEFAULT  # by which images are resized; a recipe states none
     interpolation_from: str = "certbench's default"  # source of the interpolation
-    schedule: Schedule | None = None  # clean training on the card's data, if any
+    schedule: CleanSchedule | None = None  # clean training on the card's data, if any
     only: tuple[int, ...] = ()  # labels of this training, in the order of its head; empty: all
 
     @property

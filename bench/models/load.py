@@ -5,7 +5,7 @@ Each base is made once; all defenses of a comparison share it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,13 @@ from bench import globalstate
 from bench.data.card import Card
 from bench.data.split import Split
 from bench.errors import BenchError
-from bench.interface import Schedule
 from bench.models.base import BaseModel, BaseRecord, Classifier, state_sha256
 from bench.models.blueprints import Blueprint
 from bench.models.labels import card_order, permute
 from bench.models.names import Given, blueprint, file_weights
 from bench.models.probe import linear_probe, new_head
 from bench.models.served import HTTPBase, is_url
-from bench.training import loop, objectives, versions
+from bench.training import clean, loop, objectives, versions
 from bench.training.weights import Weights, cached_training
 
 NOTHING = Given()
@@ -127,7 +126,7 @@ def _in_card_order(plan: Blueprint, module: Classifier, used: bool, classes: tup
 
 def _train_clean(
     plan: Blueprint,
-    schedule: Schedule,
+    schedule: clean.CleanSchedule,
     module: Classifier,
     splits: tuple[Split, Split],
     device: torch.device,
@@ -146,12 +145,12 @@ def _train_clean(
     identity = plan.describe() | {
         "normalisation": [plan.mean, plan.std],
         "start": start,
-        "schedule": asdict(schedule),
+        "schedule": schedule.identity(),
         "train": train.sha256(),
         "augment": card.augment,
         "classes": classes,
         "device": device.type,
-        "versions": versions.of("clean"),
+        "versions": versions.of("clean") | ({"clean": clean.VERSION} if schedule.own() else {}),
     }
 
     def fit(checkpoint: Path) -> Weights:
@@ -165,14 +164,15 @@ def _train_clean(
             checkpoint=checkpoint,
             progress=progress,
         )
-        job.train(module, lambda x, y, draw: job.objective(lambda z, _: module(z), x, y, draw), schedule)
+        job.train(module, clean.loss(module, schedule, classes, plan.mean), schedule, schedule.clip_grad)
         accuracy = plan.accuracy(module, validation, device)
         return module.state_dict(), {"train_seconds": job.seconds, "validation_clean_accuracy": accuracy}
 
     trained = cached_training(f"{card.name}-base-{plan.name}", {**identity, **subset}, fit)
     module.load_state_dict(trained.state)
     seconds, accuracy = trained.meta["train_seconds"], trained.meta["validation_clean_accuracy"]
-    return {**subset, "train_seconds": seconds, "validation_clean_accuracy": accuracy}
+    made: BaseRecord = {"schedule": schedule.identity(), "train_seconds": seconds}
+    return {**subset, **made, "validation_clean_accuracy": accuracy}
 
 
 def _only(split: Split, plan: Blueprint) -> Split:

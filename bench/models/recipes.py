@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bench.data.card import Card
 from bench.errors import BenchError, unknown
-from bench.interface import Schedule
 from bench.io import tensors
 from bench.models.blueprints import GIVEN, Blueprint, Normalisation, card_size, from_described, unwrap
 from bench.models.sources import hub_weights
 from bench.models.timm_configs import architecture_config, check_source, from_pretrained_cfg, input_size
+from bench.training.clean import CleanSchedule
 
 
 def recipe_base(card: Card, name: str) -> Blueprint:
@@ -25,9 +25,13 @@ def recipe_base(card: Card, name: str) -> Blueprint:
     recipe = card.bases[name]
     check_source(f"card {card.name}: bases.{name}", recipe.model, recipe.args)
     try:
-        schedule = TypeAdapter(Schedule | None).validate_python(recipe.schedule)
+        schedule = TypeAdapter(CleanSchedule | None).validate_python(recipe.schedule)
     except ValidationError as e:
-        raise BenchError(f"card {card.name}: bases.{name}.schedule: {e.errors()[0]['msg']}") from None
+        first = e.errors()[0]
+        key = ".".join(["schedule", *map(str, first["loc"])])
+        raise BenchError(f"card {card.name}: bases.{name}.{key}: {first['msg']}") from None
+    if schedule and schedule.randaugment and card.levels != 256:
+        raise BenchError(f"card {card.name}: bases.{name}.schedule.randaugment: needs images of 256 levels")
     for label in recipe.classes:
         if label not in card.classes:
             raise unknown(f"class in bases.{name}.classes of card {card.name}", label, card.classes)

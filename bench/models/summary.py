@@ -14,14 +14,20 @@ _IMAGES = 100  # images on which clean accuracy is compared with guessing
 _LIKELY = 0.05  # p-value above which an accuracy may be due to guessing
 
 
-def report_base(base: BaseModel, validation: Split, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
+def report_base(
+    base: BaseModel, validation: Split, say: Callable[[str], None], warn: Callable[[str], None], better: str = ""
+) -> None:
     """Report how the base preprocesses images; warn where its validation accuracy is no better than guessing.
 
-    A served base gives no such information, and no request is sent to it.
+    A served base gives no such information, and no request is sent to it. ``better`` is printed with the accuracy of
+    a base that was trained here: how to get a better one.
     """
     if not isinstance(base, LocalBase):
         return
     say(shown(describe(base)))
+    if better and "validation_clean_accuracy" in base.meta:
+        share = base.meta["validation_clean_accuracy"]
+        say(shown(f"base {base.name} classifies {share:.1%} of the clean validation images correctly; {better}"))
     if base.untrained_weights:
         return
     if base.classes < 2 or int(validation.labels.max()) >= base.classes or "trained_on_classes" in base.meta:

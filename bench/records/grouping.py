@@ -15,8 +15,13 @@ from bench.records.record import Record
 
 
 def comparable(record: Record) -> dict[str, Any]:
-    """Return the part of an identity that must agree for two runs to share a table, as JSON."""
+    """Return the part of an identity that must agree for two runs to share a table, as JSON.
+
+    Not the version of grid noise, whose votes all versions draw from one distribution, with the same tau: the exact
+    rounded Gaussian of the same thresholds. Tests of a table pair images, never votes.
+    """
     kept = {k: v for k, v in record.identity.as_json().items() if k not in ("defense", "train_sigma", "seed")}
+    kept["noise"] = {k: v for k, v in kept["noise"].items() if k != "grid_version"}
     return kept if record.imported else kept | {"base": {**kept["base"], "sha256": record.info.base_sha256}}
 
 

@@ -70,6 +70,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
         "Grid noise: a certificate covers every image of integer pixel values within its radius."
         if setting.noise == "grid"
         else "",
+        _versions(methods),
         _imported() if setting.imported else _heads(setting, methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
         if setting.preset == "quick"
@@ -116,6 +117,17 @@ def _marks(methods: Sequence[Method]) -> str:
     return (
         f"=: not significantly different from the best in that column ({test} on the same images, "
         f"{paired.LEVEL:.0%} level, Holm's correction over {over})."
+    )
+
+
+def _versions(methods: Sequence[Method]) -> str:
+    """Say that the noise differs between runs of several versions of grid noise."""
+    versions = {r.identity.noise.grid_version for m in methods for r in m.records}
+    if len(versions) == 1:
+        return ""
+    return (
+        f"Grid noise is of {len(versions)} versions ({', '.join(sorted(map(str, versions)))}): their distribution is "
+        "the same, but runs of different versions share no noise, even with one seed."
     )
 
 

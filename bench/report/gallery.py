@@ -53,14 +53,14 @@ def pictures(record: Record, split: Split, index: int, votes: Sequence[int]) -> 
     """
     identity = record.identity
     kind, sigma = identity.noise.kind, identity.sigma
-    drawn_with = [identity.noise.version, identity.noise.grid_version]
-    if drawn_with != [noise.VERSION, gridnoise.VERSION if kind == "grid" else None]:
+    grid = gridnoise.KINDS.get(str(identity.noise.grid_version))
+    if identity.noise.version != noise.VERSION or (kind == "grid" and grid is None):
         raise BenchError("the noise of these runs was drawn by another version of bench")
     source = Noise(identity.seed or 0, identity.split)
     keys, rows = [Vote("estimate", index, v) for v in votes], [index] * len(votes)
-    if kind == "grid":
+    if grid is not None:
         integers = split.integers(rows)
-        drawn = gridnoise.GridNoise(source, sigma, split.levels).draw(keys, integers[0].size).numpy()
+        drawn = grid(source, sigma, split.levels).draw(keys, integers[0].size).numpy()
         noisy = (integers + drawn.reshape(integers.shape)) / np.float32(split.levels - 1)
     else:
         pixels = split.pixels(rows)

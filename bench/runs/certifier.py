@@ -27,6 +27,7 @@ from bench.runs import fitting
 from bench.runs.costs import Measured, cost_per_vote, distinct
 from bench.smoothing import blocks
 from bench.smoothing.engine import Device
+from bench.smoothing.noisecheck import check_device
 from bench.smoothing.rowcheck import check_rows
 from bench.smoothing.task import ImageCache, Model, Task
 from bench.smoothing.threads import side_by_side
@@ -88,9 +89,12 @@ class DeviceCertifier:
     def __init__(self, certifier: Certifier, task: Task, index: int) -> None:
         """Check the certifier on ``task.device``; ``index``: the run's first image, used for the fingerprint.
 
-        Raises DefenseFault where logits are no function of one image (see ``check_rows``).
+        Raises DefenseFault where logits are no function of one image (see ``check_rows``), BenchError where the device
+        draws other grid noise than the CPU.
         """
         self.certifier, self.task, self._index = certifier, task, index
+        with torch.inference_mode():
+            check_device(task, index)
         environment.reset_peak_memory(task.device)
         self._models = [certifier.model(task.device)]
         with deterministic(), torch.inference_mode():

@@ -20,7 +20,7 @@ from bench.records.schema import Identity
 from bench.records.stored import parse_json
 from bench.runs.fitting import Fitted
 from bench.runs.plan import SCHEDULE, Plan
-from bench.smoothing import gridnoise, noise
+from bench.smoothing import gridnoise, noise, thresholds
 from bench.smoothing.noise import Noise
 from bench.smoothing.procedures import describe
 from bench.smoothing.rows import add_float
@@ -62,7 +62,8 @@ def make_task(
     images: Callable[[list[int]], NDArray[Any]] = split.pixels
     noisy = add_float(source, plan.sigma)
     if plan.noise == "grid":
-        images, noisy = split.integers, gridnoise.GridNoise(source, plan.sigma, plan.card.levels).inputs
+        kind = gridnoise.KINDS[plan.grid_version]
+        images, noisy = split.integers, kind(source, plan.sigma, plan.card.levels).inputs
     return Task(
         images=images,
         labels=lambda i: int(split.labels[i]),
@@ -73,7 +74,7 @@ def make_task(
         noise=source,
         block=rows or block_rows(plan.card.shape, device),
         device=device,
-        noise_on_cpu=plan.noise == "float",
+        noise_on_cpu=plan.noise == "float" or plan.grid_version != gridnoise.VERSION,
     )
 
 
@@ -81,8 +82,8 @@ def _noise(plan: Plan) -> dict[str, Any]:
     """Describe the noise; ``tau``: what the sampling error of grid noise costs the bound."""
     found: dict[str, Any] = {"kind": plan.noise, "version": noise.VERSION, "tau": 0.0}
     if plan.noise == "grid":
-        tau = gridnoise.tau(plan.sigma, plan.card.levels, math.prod(plan.card.shape))
-        found |= {"grid_version": gridnoise.VERSION, "levels": plan.card.levels, "tau": tau}
+        tau = thresholds.tau(plan.sigma, plan.card.levels, math.prod(plan.card.shape))
+        found |= {"grid_version": plan.grid_version, "levels": plan.card.levels, "tau": tau}
     return found
 
 

@@ -23,7 +23,7 @@ from bench.models.peft_folders import FolderWeights
 from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.runs.settings import Values, Variant, as_stored, variants
-from bench.smoothing import bounds
+from bench.smoothing import bounds, gridnoise
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.votes import MAX_VOTES
@@ -61,6 +61,7 @@ class Plan:
     arithmetic: tuple[str, ...]  # how F is computed; empty: plain float32
     seed: int
     options: RunOptions  # of this run alone
+    grid_version: str = gridnoise.VERSION  # of grid noise; a recorded run is rebuilt with the record's
 
     @property
     def from_scratch(self) -> bool:

@@ -26,6 +26,7 @@ from bench.runs.certifier import DeviceCertifier
 from bench.runs.plan import Plan, make_plans
 from bench.runs.prepared import PreparedRun
 from bench.runs.session import Session
+from bench.smoothing import gridnoise
 from bench.smoothing.engine import certify
 from bench.smoothing.task import ImageCache
 from bench.smoothing.votes import Certificate
@@ -161,4 +162,12 @@ def plan_of(record: Record, defense: str | None, base: str | None) -> Plan:
         raise BenchError(f"{record.path}: cannot be rebuilt: {e}") from None
     if len(plans) != 1:
         raise BenchError(f"{record.path}: cannot be rebuilt: its arguments are of {len(plans)} runs")
-    return plans[0]
+    version = record.identity.noise.grid_version
+    if version is None:
+        return plans[0]
+    if version not in gridnoise.KINDS:
+        raise BenchError(
+            f"{record.path}: cannot be rebuilt: its grid noise is of version {version}, which this certbench does not "
+            f"draw; use the one that made it, {record.info.environment.certbench}"
+        )
+    return replace(plans[0], grid_version=str(version))

@@ -71,7 +71,9 @@ class Session:
             else:
                 with self.reporter.training(f"base {plan.base}") as progress:
                     base = load_base(plan.card, plan.base, train, validation, self.device, progress, given, probe)
-            report_base(base, validation, self.reporter.say, log.warning)
+            means = plan.card.presets[plan.preset]
+            better = means.better_base if plan.base == means.base else ""
+            report_base(base, validation, self.reporter.say, log.warning, better)
             self._materials[key] = Materials(train, validation, test, base)
         return self._materials[key]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +18,13 @@ from bench.process.runlog import CERTIFY, PERIOD, LoggingReporter, Reporter, Run
 from bench.records import fingerprint, metrics
 from bench.records.schema import Cost, Fingerprint
 from bench.records.shards import Shard
-from bench.records.writer import RunFolder
+from bench.records.writer import RunFolder, run_folder
 from bench.runs import fresh_noise
 from bench.runs.certifier import NotOneFunction
 from bench.runs.costs import Measured
 from bench.runs.fresh_noise import Audit
 from bench.runs.prepared import RunHeader
+from bench.smoothing import gridnoise
 from bench.smoothing.votes import Certificate, ImageProcedure
 
 
@@ -60,6 +61,12 @@ class RunWriter:
             raise
         if done:
             own_log.write(f"resumed: {len(done)} of {len(self.indices)} images are done")
+            return
+        for version, folder in _of_other_noise(out, header):
+            self._reporter.say(
+                f"{folder} is of grid noise {version}, whose votes are not mixed with those of "
+                f"{gridnoise.VERSION}; {self.record.path.name} starts from its first image"
+            )
 
     def check_same_function(self, found: Fingerprint, adder: str) -> None:
         """Check that ``adder`` certifies the function of the certificates so far; the first one records it.
@@ -198,3 +205,14 @@ class RunWriter:
     def close(self) -> None:
         """Release the record to other processes."""
         self.record.close()
+
+
+def _of_other_noise(out: Path, header: RunHeader) -> Iterator[tuple[str, Path]]:
+    """Yield the folders of the same run with other versions of grid noise, as another certbench made them."""
+    identity = header.info.identity
+    noise = identity.noise
+    for version in gridnoise.KINDS:
+        if noise.grid_version not in (None, version):
+            other = identity.replace(noise=noise.replace(grid_version=version))
+            if (folder := run_folder(out, header.name, other)).exists():
+                yield version, folder

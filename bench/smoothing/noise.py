@@ -12,6 +12,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,13 +46,13 @@ class Noise:
     """The noise of one (seed, split): a key always gives the same values, in any thread or process."""
 
     def __init__(self, seed: int, split: str) -> None:
-        self._key = seed, split
+        self.seed, self.split = seed, split
         self._prefix = f"{VERSION}|{seed}|{split}|"
         self._own = threading.local()  # an encryptor has a position, so each thread has its own encryptors
         self._zeros = b""
 
     def __reduce__(self) -> tuple[type[Noise], tuple[int, str]]:
-        return Noise, self._key
+        return Noise, (self.seed, self.split)
 
     def _fill(self, vote: Vote, call: int, parts: list[tuple[memoryview, int]]) -> None:
         """Write the key's bits into the given buffers in order (each has 15 spare bytes).
@@ -131,13 +132,15 @@ class VoteDraw:
     def __init__(self, noise: Noise, votes: Votes, sigma: float, device: torch.device) -> None:
         self.sigma = sigma
         self._noise, self._given, self._device = noise, votes, device
-        self._votes: list[Vote] | None = None  # made at the first draw, since most defenses draw nothing
         self._calls = 0
 
+    @cached_property
+    def _votes(self) -> list[Vote]:
+        """The keys of the draws, made at the first one, since most defenses draw nothing."""
+        # A separate stream: a defense never sees the noise that was added to the image.
+        return [Vote(f"{v.purpose}/defense", v.image, v.vote) for v in self._given]
+
     def normal(self, *shape: int) -> Tensor:
-        if self._votes is None:
-            # A separate stream: a defense never sees the noise that was added to the image.
-            self._votes = [Vote(f"{v.purpose}/defense", v.image, v.vote) for v in self._given]
         self._calls += 1
         flat = self._noise.normals(self._votes, math.prod(shape), self._calls)
         return to_device(flat.reshape(len(self._votes), *shape), self._device)

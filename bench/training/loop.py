@@ -99,11 +99,12 @@ class TrainingJob:
         checkpoint = self.checkpoint.with_name(f"{self.checkpoint.stem}-{name}.pt")
         return replace(self, seed=int(seed), checkpoint=checkpoint, sigma=self.sigma if sigma is None else sigma)
 
-    def train(self, module: nn.Module, loss: Loss, schedule: Schedule) -> None:
+    def train(self, module: nn.Module, loss: Loss, schedule: Schedule, clip_grad: float = 0.0) -> None:
         """Minimise ``loss`` over the parameters that require a gradient; leave the module in eval mode.
 
-        The batch, augmentation, noise and dropout of a step depend on (seed, step) alone, so a resumed training gives
-        the same weights as an uninterrupted one. Raises BenchError where the loss is not finite.
+        ``clip_grad`` is the maximum l2 norm of a step's gradient; 0: none. The batch, augmentation, noise and dropout
+        of a step depend on (seed, step) alone, so a resumed training gives the same weights as an uninterrupted one.
+        Raises BenchError where the loss is not finite.
         """
         params = [p for p in module.parameters() if p.requires_grad]
         optimizer = _optimizer(params, schedule)
@@ -115,6 +116,8 @@ class TrainingJob:
             value = loss(step.x, step.y, step.draw)
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
+            if clip_grad:
+                nn.utils.clip_grad_norm_(params, clip_grad)
             optimizer.step()
             step.report(value.detach())
         module.eval()

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bench.smoothing import bounds, gridnoise
+from bench.smoothing import bounds, thresholds
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote
 from bench.smoothing.procedures import procedure_of
@@ -184,7 +184,7 @@ def test_the_noise_error_of_the_identity_is_charged(
 ) -> None:
     """With an error of .05, larger than any real one, every radius follows from the counts and that error."""
     tau = 0.05
-    monkeypatch.setattr(gridnoise, "tau", lambda sigma, levels, size: tau)
+    monkeypatch.setattr(thresholds, "tau", lambda sigma, levels, size: tau)
     ((identity, rows),) = certified(card, tmp_path, "--procedure", kind, "--target", "label").values()
     assert identity["noise"]["tau"] == tau
     procedure, certifies = procedure_of(identity), 0

@@ -658,7 +658,7 @@ def test_real_base_finds_its_recipe() -> None:
 @real
 def test_probe_of_real_features_is_near_logistic_regression(tmp_path: Path, digits: Card) -> None:
     """A ViT trained on CIFAR-10 gets a probe for digits: its features separate them, its own head does not fit."""
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **load_card("cifar10").bases["vit"].args)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **load_card("cifar10").bases["vit-patch4"].args)
     model.load_state_dict(load_file(REAL))
     model.reset_classifier(7)  # type: ignore[operator]
     splits = load_split(digits, "train"), load_split(digits, "validation")

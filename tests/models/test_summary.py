@@ -67,6 +67,22 @@ def test_first_lines_and_record_hold_it_and_guessing_is_warned_of(bench: Bench, 
     assert "guessing" not in bench(*args).err
 
 
+def test_a_trained_bases_accuracy_is_printed_with_what_gives_a_better_one(bench: Bench, tmp_path: Path) -> None:
+    text, card = Path(TINY).read_text(), tmp_path / "card.toml"
+    card.write_text(text.replace("[presets.quick]", '[presets.quick]\nbase = "vit"\nbetter_base = "try harder"'))
+    args = ("run", "--defense", "none", "--dataset", card, "--examples", 1, "--set", "clip=false")
+    result = bench(*args, "--out", tmp_path / "runs")
+    assert result.code == 0, result.err
+    (record,) = (tmp_path / "runs").glob("*/run.json")
+    base = json.loads(record.read_text())["base"]
+    share = base["validation_clean_accuracy"]
+    assert f"base vit classifies {share:.1%} of the clean validation images correctly; try harder\n" in result.err
+    assert base["schedule"]["lr"] == 4e-3
+    # Not for a base that the preset has not chosen, nor where the card says nothing.
+    assert "try harder" not in bench(*args, "--base", "vit-0to4", "--out", tmp_path / "other").err
+    assert "of the clean validation images correctly" not in bench(*args[:4], TINY, *args[5:], "--out", tmp_path).err
+
+
 @pytest.mark.parametrize(
     ("right", "total", "classes", "expected"),
     [

@@ -15,7 +15,7 @@ from bench.process import environment
 def test_the_cores_are_those_that_the_process_may_use() -> None:
     """As in a container or a batch job with fewer cores than the machine."""
     one = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, {{{one}}}); from bench.process import environment as e; print(e.cores())"
+    code = f"import os; os.sched_setaffinity(0, {{{one}}}); from bench.process.environment import cores; print(cores())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 

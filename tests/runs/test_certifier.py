@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import platform
 import resource
 import threading
@@ -21,7 +22,7 @@ from bench.interface import Draw
 from bench.options import RunOptions
 from bench.process.console import ConsoleReporter
 from bench.records.record import Record
-from bench.runs import session
+from bench.runs import certifier, session
 from bench.runs.certifier import Certifier, serialized
 from bench.runs.plan import make_plans
 from bench.smoothing import engine
@@ -114,6 +115,24 @@ def test_a_defense_that_cannot_be_copied_votes_in_one_thread(
     reporter = Quiet()
     session.Session(CPU, tmp_path / "three", reporter).run(plan)
     assert any("votes in one thread, not 3: TypeError" in line for line in reporter.said)
+
+
+def test_nothing_is_certified_where_a_device_draws_other_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command ends before the first vote; ``test_noisecheck`` tests the check."""
+
+    def differs(task: Task, index: int) -> None:
+        assert task.sigma == 0.25 and index == 0
+        raise BenchError("cuda:0 draws other noise than the CPU")
+
+    monkeypatch.setattr(certifier, "check_device", differs)
+    (plan,) = make_plans(RunOptions(defenses="none", dataset=TINY))
+    with pytest.raises(BenchError, match="draws other noise"):
+        session.Session(CPU, tmp_path, Quiet()).run(plan)
+    (path,) = tmp_path.glob("*/run.json")
+    assert not path.with_name("certificates.jsonl").exists()
+    assert json.loads(path.read_text())["status"] == "started"
 
 
 def task_of(images: int) -> Task:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -17,12 +17,17 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from bench.smoothing import gridnoise
-from bench.smoothing.gridnoise import CALL, GridNoise, Thresholds, tau, thresholds
-from bench.smoothing.noise import Noise, Vote
+from bench.smoothing import chacha, gridnoise
+from bench.smoothing.gridnoise import KINDS, VERSION, AesGridNoise, GridNoise
+from bench.smoothing.gridnoise_torch import TorchNoise
+from bench.smoothing.noise import Noise, Vote, Votes
+from bench.smoothing.rows import Rows
+from bench.smoothing.thresholds import AMBIGUOUS, Thresholds, tau, thresholds
+from tests.helpers import chacha as definition
 
 CASES = [(0.25, 17, 64), (0.25, 256, 3072), (1.0, 256, 3072)]  # sigma, levels, pixels: digits, CIFAR-10
 cases = pytest.mark.parametrize(("sigma", "levels", "size"), CASES)
+CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 keys = st.tuples(st.sampled_from(["select", "estimate"]), st.integers(0, 2**32 - 1), st.integers(0, 2**40 - 1)).map(
     lambda t: Vote(*t)
@@ -109,29 +114,30 @@ def test_distribution_is_the_rounded_gaussian(sigma: float, levels: int, size: i
 def test_look_up_equals_the_search(sigma: float, levels: int, size: int) -> None:
     table = thresholds(sigma, levels)
     words = all_words(table)
-    assert np.array_equal(table.values(words), table.search(words))
+    leads, asked = (words >> np.uint64(32)).astype(np.uint32), []
+
+    def lower(indices: NDArray[np.int64]) -> NDArray[np.uint32]:
+        asked.append(indices)
+        return words[indices].astype(np.uint32)
+
+    assert np.array_equal(table.values(leads, lower), table.search(words))
+    # The lower bits are asked for only where they can matter.
+    assert np.isin(leads[asked[0]], table.edges >> np.uint64(32)).all() and len(asked) == 1
     for near in (table.edges, table.edges - np.uint64(1)):
         below = [int((table.edges <= word).sum()) - table.reach for word in near]
         assert table.search(near).tolist() == below
     assert np.array_equal(np.diff(table.search(np.sort(words))) >= 0, np.ones(len(words) - 1, bool))
-    assert (table.guide == gridnoise.AMBIGUOUS).mean() < 0.03
+    assert (table.guide == AMBIGUOUS).mean() < 0.03
 
 
 @cases
-def test_tail_reaches_beyond_9_sigma(sigma: float, levels: int, size: int) -> None:
+def test_tail_reaches_beyond_9_sigma(sigma: float, levels: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least and the largest word give more than 9 sigma; 24-bit uniforms stop at 5.77."""
-
-    class Constant(Noise):
-        byte = b"\x00"
-
-        def _fill(self, vote: Vote, call: int, parts: list[tuple[memoryview, int]]) -> None:
-            for buffer, length in parts:
-                buffer[:length] = self.byte * length
-
-    bits = Constant(0, "test")
-    low = GridNoise(bits, sigma, levels).draw([Vote("estimate", 0, 0)], 3)
-    bits.byte = b"\xff"
-    high = GridNoise(bits, sigma, levels).draw([Vote("estimate", 0, 0)], 3)
+    noise, drawn = GridNoise(Noise(0, "test"), sigma, levels), []
+    for word in (0, 2**32 - 1):
+        monkeypatch.setattr(chacha.KeyStreams, "fill", lambda self, words, *_, word=word: words.fill(word))
+        drawn.append(noise.draw([Vote("estimate", 0, 0)], 3))
+    low, high = drawn
     reach = thresholds(sigma, levels).reach
     assert reach > 9 * sigma * (levels - 1)
     assert (low == -reach).all()
@@ -154,21 +160,24 @@ def test_rows_do_not_depend_on_the_block(votes: list[Vote], size: int, cut: int)
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     noise, votes = GridNoise(Noise(3, "test"), 0.25, 256), [Vote("estimate", 0, i) for i in range(50)]
     whole = noise.draw(votes, 100)
-    for chunk in (1, 700, 5000):
+    for chunk in (16, 48, 704, 4992):
         monkeypatch.setattr(gridnoise, "CHUNK", chunk)
         assert torch.equal(noise.draw(votes, 100), whole)
 
 
 def test_values_never_change() -> None:
-    """Changing the stream would silently change every certificate: bump gridnoise.VERSION with these values."""
+    """Changing a stream would silently change every certificate: bump chacha.VERSION with these values."""
     noise, votes = Noise(7, "test"), [Vote("estimate", 5, 11)]
-    assert noise.words(votes, 2)[0].tolist() == WORDS
-    assert GridNoise(noise, 1.0, 256).draw(votes, 8)[0].tolist() == GOLDEN
-    assert noise.words(votes, 2, CALL)[0].tolist() != WORDS  # grid noise has bits of its own
+    assert GridNoise(noise, 1.0, 256).draw(votes, 8)[0].tolist() == VALUES
+    assert noise.words(votes, 2)[0].tolist() == AES_WORDS
+    assert AesGridNoise(noise, 1.0, 256).draw(votes, 8)[0].tolist() == AES_VALUES
+    assert noise.words(votes, 2, AesGridNoise.CALL)[0].tolist() != AES_WORDS  # grid noise has bits of its own
+    assert list(KINDS) == ["chacha20-grid64-1", "aes128ctr-grid64-1"] and KINDS[VERSION] is GridNoise
 
 
-WORDS = [13886032597867830456, 1529727839825043434]
-GOLDEN = [250, -290, -520, -209, -90, 282, -113, 118]
+VALUES = [-96, -112, 286, -99, -297, -151, -43, 156]
+AES_WORDS = [13886032597867830456, 1529727839825043434]
+AES_VALUES = [250, -290, -520, -209, -90, 282, -113, 118]
 
 
 class Given(GridNoise):
@@ -176,20 +185,24 @@ class Given(GridNoise):
 
     values: Tensor
 
-    def draw(self, votes: Sequence[Vote], size: int) -> Tensor:
+    def draw(self, votes: Votes, size: int) -> Tensor:
         return self.values.reshape(len(votes), size)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+def shown(votes: list[Vote], device: str | torch.device = "cpu") -> Rows:
+    """Rows that show one image each, in order."""
+    return Rows.of_votes(votes, range(len(votes)), torch.device(device))
+
+
 @pytest.mark.parametrize("levels", [17, 256])
-def test_f_sees_nothing_but_the_sum(levels: int, device: str) -> None:
+def test_f_sees_nothing_but_the_sum(levels: int) -> None:
     """For every pixel and every sum, the bits depend on the sum alone and are correctly rounded."""
     noise = Given(Noise(0, "test"), 1.0, levels)
     reach = thresholds(1.0, levels).reach
     pixels, sums = torch.arange(levels), torch.arange(-reach, levels + reach)
     noise.values = (sums - pixels[:, None]).to(torch.int16)
     images = pixels.to(torch.uint8)[:, None].expand(levels, len(sums)).contiguous()
-    found = noise.inputs(images.view(levels, 1, 1, -1).to(device), [Vote("estimate", 0, 0)] * levels).cpu()
+    found = noise.inputs(images.view(levels, 1, 1, -1), shown([Vote("estimate", 0, 0)] * levels)).cpu()
     bits = found.view(levels, -1).view(torch.int32)
     assert found.dtype == torch.float32
     assert torch.equal(bits, bits[:1].expand_as(bits))
@@ -212,7 +225,7 @@ def test_equal_sums_give_equal_bits(device: str, data: st.DataObject, levels: in
     noise, moved = GridNoise(Noise(0, "test"), sigma, levels), Given(Noise(0, "test"), sigma, levels)
     k = noise.draw(votes, 60).view(3, 3, 4, 5)
     moved.values = k + x.cpu() - other.cpu().to(torch.int16)
-    one, two = noise.inputs(x, votes), moved.inputs(other, votes)
+    one, two = noise.inputs(x, shown(votes, device)).cpu(), moved.inputs(other.cpu(), shown(votes))
     assert torch.equal(one.view(torch.int32), two.view(torch.int32))
     assert torch.equal((one.double() * (levels - 1)).round().long().cpu(), x.cpu().long() + k)  # unclipped
 
@@ -230,10 +243,78 @@ def test_adding_floats_would_leak_the_image() -> None:
 def test_invalid_arguments_raise() -> None:
     noise = GridNoise(Noise(0, "test"), 0.25, 17)
     with pytest.raises(TypeError, match="integer pixels"):
-        noise.inputs(torch.zeros(1, 1, 8, 8), [Vote("estimate", 0, 0)])
+        noise.inputs(torch.zeros(1, 1, 8, 8), shown([Vote("estimate", 0, 0)]))
     for sigma, levels in ((0.0, 17), (float("nan"), 17), (0.25, 1)):
         with pytest.raises(ValueError, match="sigma > 0"):
             thresholds(sigma, levels)
     with pytest.raises(ValueError, match="16-bit"):
         thresholds(1.0, 2**14)
     assert thresholds(0.001, 2).reach == 0  # noise that never leaves its cell
+
+
+# The same bits on every device --------------------------------------------------------------------------------------
+
+MIXED = [Vote("estimate", 0, 0), Vote("select", 2**32 - 1, 2**40 - 1), Vote("check", 7, 2**32), Vote("estimate", 1, 5)]
+GRIDS = [(0.25, 17, 64), (0.12, 256, 105), (0.5, 256, 784), (1.0, 256, 3072), (0.001, 2, 3), (0.25, 17, 1)]
+grids = pytest.mark.parametrize(("sigma", "levels", "size"), [*GRIDS, (0.25, 256, 150_528)])
+
+
+@grids
+def test_values_are_those_of_the_definition(sigma: float, levels: int, size: int) -> None:
+    """On the CPU and in plain torch; 105 and 3 pixels end within a block, 150,528 need several chunks."""
+    wanted = torch.from_numpy(definition.draw((3, "test"), MIXED, size, thresholds(sigma, levels)))
+    noise = GridNoise(Noise(3, "test"), sigma, levels)
+    assert torch.equal(noise.draw(MIXED, size), wanted)
+    streams, table = chacha.KeyStreams(3, "test"), thresholds(sigma, levels)
+    for device in DEVICES:
+        place = torch.device(device)
+        assert torch.equal(TorchNoise(streams, table, place).draw(shown(MIXED, device), size).cpu(), wanted)
+
+
+def test_lower_bits_decide_where_leading_ones_are_a_thresholds() -> None:
+    """A table in which that is so for half of the pixels, below, at and above one threshold or several."""
+    vote, size = Vote("estimate", 3, 2**33), 4000
+    table = definition.tied_table((3, "test"), vote, size)
+    votes = [Vote("estimate", 0, 0), vote, vote]
+    wanted = definition.draw((3, "test"), votes, size, table)
+    leads = definition.words((3, "test"), vote, 0, size)
+    assert np.isin(leads, table.upper).mean() >= 0.5
+    halves = [np.searchsorted(table.upper, leads, side=side) - table.reach for side in ("left", "right")]
+    assert all((half != wanted[1]).mean() > 0.1 for half in halves)  # the leading bits alone give other values
+    noise = GridNoise(Noise(3, "test"), 0.25, 256)
+    noise._table = table
+    assert np.array_equal(noise.draw(votes, size).numpy(), wanted)
+    assert np.array_equal(TorchNoise(noise._streams, table, CPU).draw(shown(votes), size).numpy(), wanted)
+
+
+def test_lower_bits_of_a_run_are_those_of_the_definition() -> None:
+    """The first votes of a run in which a lead is a threshold's: 1 pixel in 3.7 million at sigma .25."""
+    table, size, streams = thresholds(0.25, 256), 150_528, chacha.KeyStreams(0, "test")
+    votes = definition.tied_votes(streams, table, size, 3)
+    wanted = definition.draw((0, "test"), votes, size, table)
+    assert np.array_equal(GridNoise(Noise(0, "test"), 0.25, 256).draw(votes, size).numpy(), wanted)
+    assert np.array_equal(TorchNoise(streams, table, CPU).draw(shown(votes), size).numpy(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_rows_show_the_image_at_their_place(dtype: torch.dtype) -> None:
+    images = torch.arange(3 * 60).reshape(3, 3, 4, 5).to(dtype)
+    rows = Rows.of_votes(MIXED, [2, 0, 0, 1], CPU)
+    noise = GridNoise(Noise(3, "test"), 0.25, 256)
+    total = images[[2, 0, 0, 1]].to(torch.int32) + noise.draw(MIXED, 60).view(4, 3, 4, 5)
+    wanted = total.to(torch.float32) / torch.tensor(255.0)
+    assert torch.equal(noise.inputs(images, rows).view(torch.int32), wanted.view(torch.int32))
+    assert torch.equal(noise.inputs(images, rows[1:3]), wanted[1:3])
+    assert torch.equal(noise.inputs(images, rows.filled(6)), wanted[[0, 1, 2, 3, 0, 0]])
+
+
+def test_noise_of_the_aes_version_is_added_alike() -> None:
+    images, noise = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), AesGridNoise(Noise(3, "test"), 0.25, 17)
+    assert torch.equal(noise.inputs(images, shown(MIXED)).view(4, 64) * 16, noise.draw(MIXED, 64).float())
+
+
+def test_a_copy_draws_the_same() -> None:
+    for kind in KINDS.values():
+        noise = kind(Noise(3, "test"), 0.25, 17)
+        again = pickle.loads(pickle.dumps(noise))
+        assert type(again) is kind and torch.equal(again.draw(MIXED, 70), noise.draw(MIXED, 70))

@@ -20,14 +20,15 @@ from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.context import PartTraining
 from bench.runs.plan import Plan, make_plans
-from bench.training import autoencoder, loop, objectives, prompts, spsa, versions
+from bench.training import autoencoder, clean, loop, objectives, prompts, spsa, versions
 from bench.training.autoencoder import MaskedAutoencoder
 from tests.helpers.commands import TINY, defense
 
 LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives.OBJECTIVES}
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "aaf498ed444cdda7"),
+    "loop": (1, "043c954c9dc2703f"),
+    "clean": (1, "ad38de55ce940d08"),
     "spsa": (1, "a091cc145e9ce5ba"),
     "autoencoder": (1, "462aa627c9db045b"),
     "prompts": (1, "a0f873c1e8456c3b"),
@@ -77,7 +78,9 @@ def of_objective(name: str) -> str:
 
 
 def current() -> dict[str, tuple[int, str]]:
-    found = {m.__name__.rpartition(".")[2]: (m.VERSION, of_module(m)) for m in (loop, spsa, autoencoder, prompts)}
+    found = {
+        m.__name__.rpartition(".")[2]: (m.VERSION, of_module(m)) for m in (loop, clean, spsa, autoencoder, prompts)
+    }
     return found | {f"objective {name}": (objectives.VERSIONS[name], of_objective(name)) for name in LOSSES}
 
 

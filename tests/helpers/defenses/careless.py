@@ -75,7 +75,7 @@ class Careless(Defense):
     def _from_truth(self, draw: Draw) -> Tensor:
         """Return the true class, looked up by the keys of a draw."""
         labels = self._truth()[0]
-        at = torch.tensor([vote.image % len(labels) for vote in draw._votes])  # type: ignore[attr-defined]
+        at = torch.tensor([vote.image % len(labels) for vote in draw._given])  # type: ignore[attr-defined]
         return F.one_hot(labels[at], 10).float()
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
@@ -104,7 +104,7 @@ class Careless(Defense):
                         out[i] = F.one_hot(torch.tensor(y), 10)
                 return out
             case "subtract_noise":
-                keys = [Vote(v.purpose.removesuffix("/defense"), v.image, v.vote) for v in draw._votes]  # type: ignore[attr-defined]
+                keys = [Vote(v.purpose.removesuffix("/defense"), v.image, v.vote) for v in draw._given]  # type: ignore[attr-defined]
                 noise = GridNoise(draw._noise, draw.sigma, 17).draw(keys, 64).view_as(x)  # type: ignore[attr-defined]
                 return base(x - noise / 16)
             case "honest_when_checked":
