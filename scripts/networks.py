@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -39,33 +38,3 @@ def resnet20() -> nn.Module:
 def cifar_vit() -> VisionTransformer:
     """Make a vision transformer of width 128, depth 6 and patch 4: 1.2 M parameters, 77 M multiplications per image."""
     return VisionTransformer(img_size=32, patch_size=4, num_classes=10, embed_dim=128, depth=6, num_heads=4).eval()
-
-
-class EarlyConvolutions(nn.Module):
-    """Tokens by four 3x3 convolutions and one of 1x1 (Xiao et al. 2021, arXiv 2106.14881), timm's ``embed_layer``."""
-
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
-        super().__init__()
-        side = img_size // patch_size
-        self.num_patches, self.grid_size, self.patch_size = side**2, (side, side), (patch_size, patch_size)
-        widths, layers = [in_chans, 48, 48, 96, 96], list[nn.Module]()
-        for (a, b), stride in zip(itertools.pairwise(widths), (1, 2, 1, 2), strict=True):
-            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Conv2d(96, embed_dim, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.net(x).flatten(2).transpose(1, 2)
-        return tokens
-
-
-def early_conv_vit() -> VisionTransformer:
-    """Make a vision transformer of width 128 and depth 4 behind early convolutions."""
-    return VisionTransformer(
-        img_size=32,
-        patch_size=4,
-        num_classes=10,
-        embed_dim=128,
-        depth=4,
-        num_heads=4,
-        embed_layer=EarlyConvolutions,
-    ).eval()

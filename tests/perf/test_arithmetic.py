@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from networks import cifar_vit, early_conv_vit, resnet20
+from networks import cifar_vit, resnet20
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench.interface import Draw
 from bench.models import arithmetic
-from bench.models.architectures import CifarResNet
+from bench.models.architectures import CifarResNet, vit_earlyconv
 from bench.models.arithmetic import deterministic
 from bench.models.load import untrained_base
 from bench.options import RunOptions
@@ -78,7 +78,7 @@ def say(capsys: pytest.CaptureFixture[str], what: str, ratios: list[float]) -> N
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "digits ViT": lambda: untrained_base(plan("none").card, "vit", CPU).module,
     "CIFAR ViT": cifar_vit,
-    "early-convolution ViT": early_conv_vit,
+    "early-convolution ViT": lambda: vit_earlyconv().eval(),
     "ResNet-20 size": resnet20,
     "ResNet-110": lambda: CifarResNet().eval(),
 }
