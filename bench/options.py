@@ -76,7 +76,7 @@ class RunOptions:
         "grid: rounded to the pixel grid, sound in floating point; float: as published numbers.", "grid"
     )
     arithmetic: str = option(
-        "How logits are computed when certifying: float32, or bfloat16, channels-last, compile, several "
+        "How logits are computed when certifying: float32, bfloat16 or tf32; channels-last; compile; several "
         "with commas. Each makes another classifier, named in tables.",
         "float32",
     )

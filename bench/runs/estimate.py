@@ -49,6 +49,7 @@ class Estimate:
 
 def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Estimate:
     """Estimate a run, or its shard, without training or certifying anything."""
+    arithmetic.check(plan.arithmetic, device)
     environment.keep_freed_memory()
     at_once = environment.threads(device) if device.type == "cpu" else 1
     split, train, validation = load_splits(plan.card, plan.split, "train", "validation")
@@ -60,7 +61,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         indices = shard.part(indices)
     with deterministic(), torch.inference_mode(), fitting.attribute_errors(plan.defense, "in the estimate"):
         fitting.merge(defense, train, plan, device)  # as it certifies
-        model, whole = arithmetic.model(defense, plan.arithmetic, device), task.block
+        model, whole = arithmetic.model(defense, plan.arithmetic, device, base.module), task.block
         seconds, rows = (0.0, whole) if is_url(plan.base) else vote_seconds(model, task, indices[0])
         if rows == whole:
             task = blocks.fitting_block(defense, task, indices[0])
