@@ -82,7 +82,9 @@ oldest:
 		--deselect 'tests/defenses/test_coordinator.py::test_an_encoder_without_class_token_is_refused_by_name' \
 		--deselect 'tests/defenses/test_peft.py::test_no_prompts_is_the_base'
 
+# About ten minutes on an otherwise idle machine.
 perf: develop
+	$(BIN)/python -m pip install --quiet --editable '.[perf]'
 	$(BIN)/pytest tests/perf --benchmark-only --benchmark-columns=median,iqr,rounds
 
 # Time the hot paths of this tree and of another commit in turn; fails where one became slower (scripts/ratio.py).

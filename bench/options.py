@@ -62,12 +62,21 @@ class RunOptions:
     procedure: str = option(
         "fixed: n votes an image (Cohen et al.); anytime: stop as soon as the answer is known.", "fixed"
     )
-    target: str = option("selected: the class chosen on n0 votes; label: test the known label directly.", "selected")
+    target: str = option(
+        "selected: the class chosen on n0 votes; label: test the known label directly; correct: chosen, and stop "
+        "where it is not the label.",
+        "selected",
+    )
+    radii: str | None = option(
+        "Radii of the table, l2 in pixels of [0, 1], with commas; 0 is always one. Anytime certifies at these alone. "
+        "Default: the card's.",
+        None,
+    )
     noise: str = option(
         "grid: rounded to the pixel grid, sound in floating point; float: as published numbers.", "grid"
     )
     arithmetic: str = option(
-        "How logits are computed when certifying: float32, or bfloat16, channels-last, compile, several "
+        "How logits are computed when certifying: float32, bfloat16 or tf32; channels-last; compile; several "
         "with commas. Each makes another classifier, named in tables.",
         "float32",
     )

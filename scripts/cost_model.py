@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 import timm
 import torch
-from convnets import resnet20
+from networks import resnet20
 from tabulate import tabulate
 from torch import Tensor, nn
 

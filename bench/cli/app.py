@@ -24,7 +24,6 @@ from bench.process import watchdog
 if TYPE_CHECKING:  # these import torch
     from bench.records.record import Record
     from bench.records.shards import Shard
-    from bench.runs.estimate import Estimate
     from bench.runs.plan import Plan
 
 app = typer.Typer(
@@ -60,7 +59,7 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-LISTS = ("--defense", "--sigma", "--seed", "--arithmetic")  # options that take several values with commas
+LISTS = ("--defense", "--sigma", "--seed", "--arithmetic", "--radii")  # options that take several values with commas
 REPEATED = ("--set", "--search")
 
 
@@ -99,11 +98,12 @@ def run(options: RunOptions, execution: Execution) -> None:
     plans = make_plans(options)
     check_effects(plans)
     if execution.dry_run:
+        from bench.cli.estimates import print_estimates
         from bench.process.environment import pick_device
         from bench.runs.estimate import estimate
 
         device = pick_device(execution.device)
-        _print_estimates([estimate(plan, device, shard) for plan in plans], execution.as_json)
+        print_estimates([estimate(plan, device, shard) for plan in plans], execution.as_json)
         return
     records, faults = [], []
     try:
@@ -167,33 +167,6 @@ def _on_ray(execution: Execution) -> bool:
     if importlib.util.find_spec("ray") is None:
         raise BenchError("--executor ray: Ray is not installed; pip install 'certbench[ray]'")
     return True
-
-
-def _print_estimates(rows: list[Estimate], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps([vars(row) for row in rows], indent=1))
-        return
-    from bench.process.console import duration
-
-    for row in rows:
-        print(
-            f"{row.label}: {row.images} images, {row.votes:,} votes{_of(row.flops_per_vote)}, "
-            f"certify about {duration(row.seconds)}, train about {duration(row.train_seconds)}"
-        )
-    if fewer := [row for row in rows if row.timed_rows < row.block]:
-        part = " or ".join(dict.fromkeys(f"{r.timed_rows} of {r.block}" for r in fewer))
-        print(
-            f"timed on {part} rows of a block in {len(fewer)} of {len(rows)} runs, since a whole block takes long here"
-        )
-    total = sum(r.seconds + r.train_seconds for r in rows)
-    print(
-        f"total: {sum(r.votes for r in rows):,} votes, about {duration(total)}, "
-        "without the training of bases and shared parts"
-    )
-
-
-def _of(flops: float | None) -> str:
-    return "" if flops is None else f" of {flops / 1e9:.3g} GFLOPs"
 
 
 @app.command("list")

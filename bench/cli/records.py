@@ -173,7 +173,9 @@ class ImportOptions:
     n0: int | None = option("Votes that select the class; not stated: unknown.", None)
     noise: str | None = option("float, or grid: rounded to the pixel grid; not stated: float.", None)
     target: str | None = option(
-        "selected: the class chosen on n0 votes, or label: the known label; not stated: selected.", None
+        "selected: the class chosen on n0 votes, label: the known label, or correct: chosen, and stopped where it "
+        "is not the label; not stated: selected.",
+        None,
     )
     format: str | None = option("cohen: n votes an image; adaptive: their number varies; not stated: cohen.", None)
     radius: float | None = option("The tested radius, if an adaptive log states only whether it was certified.", None)

@@ -13,7 +13,8 @@ from bench.options import command
 from bench.records import grouping
 from bench.records.record import Record
 from bench.records.schema import BaseIdentity, Cost, NoiseKind, Sampling
-from bench.records.stored import Amount, Positive, Stored, Votes, Whole
+from bench.records.stored import Amount, Positive, Stored, Whole
+from bench.smoothing.votes import MAX_VOTES
 
 # Where these agree, the same identity must give the same counts. Threads may change the order of a sum.
 MACHINE = ("device", "platform", "packages", "threads")
@@ -72,7 +73,7 @@ class Outcome(NamedTuple):
 
     image: Whole
     radius: Amount | None
-    n: Votes
+    n: Annotated[int, Field(ge=0, le=MAX_VOTES)]  # 0: target "correct" stopped, since the class was wrong
     top_count: Whole
 
 

@@ -54,10 +54,10 @@ class PairedTest:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run predicts for an image (None: it abstains), and the certified radius."""
+    """What a run predicts for an image (None: it abstains), and the certified radius (None: it tested none)."""
 
     predicted: int | None
-    radius: float
+    radius: float | None
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def groups(paths: Sequence[Path]) -> list[list[Path]]:
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """Test all pairs of the runs at every radius of the card's grid within reach.
+    """Test all pairs of the runs at every radius of their table within reach.
 
     Raises NotComparable with the reason, and BenchError if a run cannot be read, is unfinished or does not hold.
     """
@@ -215,8 +215,8 @@ def _reason(key: str, values: Sequence[Any]) -> str:
 
 
 def _radii(records: Sequence[Record]) -> list[float]:
-    common = set.intersection(*(set(r.info.radii) for r in records))
-    radii = sorted(r for r in common if r <= min(map(grouping.reach, records)))
+    within = min(map(grouping.reach, records))
+    radii = [r for r in grouping.table_radii(records) if r <= within]
     if not radii:
         raise NotComparable("not comparable: the runs' tables have no radius within reach in common")
     return radii
@@ -258,9 +258,9 @@ def _leads(ahead: Record, behind: Record) -> list[Lead]:
     found = []
     for k in (-lead).argsort(kind="stable")[:TOP]:  # of equals, those of lower index
         if lead[k] > 0:
-            one, other = (_line(record, int(indices[k])) for record in (ahead, behind))
-            sides = (Prediction(c.predicted, c.radius) for c in (one, other))
-            found.append(Lead(one.index, one.label, float(lead[k]), *sides))
+            lines = [(record, _line(record, int(indices[k]))) for record in (ahead, behind)]
+            sides = (Prediction(c.predicted, None if r.stopped(c) else c.radius) for r, c in lines)
+            found.append(Lead(lines[0][1].index, lines[0][1].label, float(lead[k]), *sides))
     return found
 
 

@@ -82,6 +82,8 @@ def _tests(tests: Sequence[PairedTest], first: int, second: int) -> str:
 def _outcome(found: Prediction) -> str:
     if found.predicted is None:
         return "abstains"
+    if found.radius is None:
+        return f"{found.predicted}, no radius"
     return f"{found.predicted} within {bounds.printed_radius(found.radius)}"
 
 

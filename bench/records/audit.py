@@ -57,9 +57,12 @@ def _unsupported(record: Record) -> str:
             f"image {index[at]}: p_lower {stated.p_lower} and radius {stated.radius} are recorded, "
             f"but {top[at]} of {n[at]} votes give {p_lower[at]} and {radius[at]}"
         )
-    differs = (predicted == NULL) != (p_lower <= 0.5)
-    if procedure.target == "label":
-        differs |= (predicted != NULL) & (predicted != label)
+    tests_label = procedure.target != "selected"
+    stopped = tests_label & (n == 0)  # of target "correct": the selected class is wrong, and no votes bound it
+    differs = ((predicted == NULL) != (p_lower <= 0.5)) & ~stopped
+    if tests_label:
+        differs |= (predicted != NULL) & (predicted != label) & ~stopped
+        differs |= stopped & ((predicted == NULL) | (predicted == label))
     if differs.any():
         at = int(differs.argmax())
         return f"image {index[at]}: the recorded prediction does not follow from {top[at]} of {n[at]} votes"

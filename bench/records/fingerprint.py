@@ -19,8 +19,9 @@ from bench.records.schema import Fingerprint
 
 ROWS = 16  # rows whose class and its logit are recorded
 TIED = 2  # rows whose class may differ on another kind of machine
-# How much logits may differ on another kind of machine, as a share of the largest of them.
-TOLERANCE, TOLERANCE_BFLOAT16 = 1e-3, 5e-2
+# How much logits may differ on another kind of machine, as a share of the largest of them. TF32 keeps three bits more
+# than bfloat16, so an eighth of its tolerance.
+TOLERANCE, ROUNDED = 1e-3, {"bfloat16": 5e-2, "tf32": 5e-2 / 8}
 
 
 def of(logits: NDArray[np.float32], index: int, machine: Mapping[str, Any]) -> Fingerprint:
@@ -57,7 +58,7 @@ def differs(one: Fingerprint, other: Fingerprint, arithmetic: Sequence[str] = ()
     difference = float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-30)
     if environment.same_machine(one.machine.as_json(), other.machine.as_json()):
         return f"logits differ by {difference:.2g} of the largest, on the same kind of machine with the same versions"
-    allowed = TOLERANCE_BFLOAT16 if "bfloat16" in arithmetic else TOLERANCE
+    allowed = max([TOLERANCE, *(ROUNDED[word] for word in arithmetic if word in ROUNDED)])
     if difference > allowed:
         return f"logits differ by {difference:.2g} of the largest, more than another machine explains ({allowed:g})"
     changed = int(np.sum(np.array(one.classes) != np.array(other.classes)))

@@ -23,7 +23,7 @@ from scipy import special
 from bench.errors import BenchError, unknown
 from bench.smoothing import bounds
 from bench.smoothing.fixed import Fixed
-from bench.smoothing.votes import MAX_VOTES
+from bench.smoothing.votes import MAX_VOTES, TARGETS
 
 # Images of test splits that have one size everywhere: a log that ends earlier is incomplete.
 SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "imagenet": 50_000}
@@ -31,7 +31,9 @@ SIZES = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032,
 TOLERANCE = 1e-6
 HUGE = 1e30  # no radius, sigma or time is so large; sums of such numbers may overflow
 FORMATS = ("cohen", "adaptive")
-CHOICES = {"noise": ("float", "grid"), "target": ("selected", "label"), "split": ("test", "validation")}
+CHOICES: dict[str, tuple[str, ...]] = {
+    **{"noise": ("float", "grid"), "target": TARGETS, "split": ("test", "validation")},
+}
 
 Floats = NDArray[np.float64]
 
@@ -142,6 +144,17 @@ def abstentions(rows: Sequence[Row]) -> Iterator[str]:
         yield f"abstentions with a radius, taken as 0: {affected(odd)}"
     if odd := [r for r in rows if r.predicted >= 0 > r.radius]:
         yield f"predictions with a radius below 0, taken as abstentions: {affected(odd)}"
+
+
+def stopped(row: Row, target: str | None) -> bool:
+    """Whether a row says that an image of a wrong class got no votes to bound it, as with target "correct"."""
+    return target == "correct" and row.predicted not in (-1, row.label) and row.radius >= 0
+
+
+def stops(rows: Sequence[Row], target: str | None) -> Iterator[str]:
+    """Find wrong predictions with a radius, in a log of target "correct", which tests none."""
+    if odd := [r for r in rows if stopped(r, target) and r.radius > 0]:
+        yield f"wrong predictions with a radius, which target correct does not test, taken as 0: {affected(odd)}"
 
 
 def units(rows: Sequence[Row]) -> Floats:

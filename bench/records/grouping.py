@@ -70,16 +70,33 @@ def searched(record: Record) -> set[str]:
     return {key for tried in record.info.defense.search for key in tried.values}
 
 
-def selects(record: Record) -> bool:
-    """Return whether the run predicts at all: one that tests the known label neither predicts nor abstains."""
+def abstentions_known(record: Record) -> bool:
+    """Return whether every image shows if the model abstains on it.
+
+    A run that tests the known label neither predicts nor abstains. One of target "correct" draws no votes from which
+    an image of a wrong class could abstain.
+    """
     return record.identity.sampling.target == "selected"
+
+
+def table_radii(records: Sequence[Record]) -> list[float]:
+    """Return the radii of a table of these runs: all that any of them states.
+
+    Of imported logs, which are checked for rounding at their own radii alone, only those that all of them state.
+    """
+    imported = [r.info.radii for r in records if r.imported]
+    stated = {radius for record in records for radius in record.info.radii}
+    kept = [r for r in stated if all(r in radii for radii in imported)]
+    # Of two that are printed alike the larger: what is certified there is certified at the other too.
+    return list({f"{r:g}": r for r in sorted(kept)}.values())
 
 
 def setting(record: Record) -> str:
     """Describe what any two runs that are compared have in common, in one line."""
     identity = record.identity
     p = identity.sampling
-    selection = f"n0 {p.n0 or 'not stated'}, " if selects(record) else "known label, "
+    selection = "known label, " if p.target == "label" else f"n0 {p.n0 or 'not stated'}, "
+    selection += "target correct, " if p.target == "correct" else ""
     votes = f"n {p.n:,}" if p.kind == "fixed" else f"{p.kind} up to {p.n:,} votes"
     return (
         f"{identity.dataset}, sigma {identity.sigma:g}: {len(identity.indices)} {identity.split} images, "

@@ -88,7 +88,8 @@ def read_log(data: bytes, parameters: LogParameters, radii: Sequence[float], cla
         if getattr(parameters, column) not in (None, value):
             flags.append(f"its column {column} says {value}; {getattr(parameters, column)} was given")
     flags += flaws.structure(rows, parameters.dataset, classes)
-    predicted = [r for r in rows if r.predicted >= 0]
+    flags += flaws.stops(rows, parameters.target)
+    predicted = [r for r in rows if r.predicted >= 0 and not flaws.stopped(r, parameters.target)]
     if parameters.format == "adaptive" and ("radius proved" in columns or {r.radius for r in rows} == {-1.0, 1.0}):
         if parameters.radius is None:
             raise BenchError("it says only whether a radius was proved, not which: give the radius with --radius")
@@ -230,15 +231,17 @@ def _whole(text: str, least: int) -> int:
 
 def _certificate(row: Row, parameters: LogParameters, radius: float) -> ImportedCertificate:
     abstained = row.predicted < 0 or radius < 0
+    stopped = flaws.stopped(row, parameters.target)
     samples = row.fields.get(VOTES, "")
     votes = int(samples) if re.fullmatch(r"\d{1,15}", samples) else None
     if parameters.format == "cohen" and (parameters.n0 or parameters.target == "label"):
-        votes = parameters.n + (parameters.n0 or 0 if parameters.target != "label" else 0)
+        selection = parameters.n0 or 0 if parameters.target != "label" else 0
+        votes = selection + (0 if stopped else parameters.n)
     return ImportedCertificate(
         index=row.index,
         label=row.label,
-        predicted=None if abstained else row.predicted,
-        radius=0.0 if abstained else radius,
+        predicted=None if abstained and not stopped else row.predicted,
+        radius=0.0 if abstained or stopped else radius,
         votes=votes,
         seconds=_seconds(row.fields.get("time", "")),
     )

@@ -11,7 +11,7 @@ from bench.errors import BenchError
 from bench.io.files import file_sha256
 from bench.options import command
 from bench.process.runlog import NAME, is_locked
-from bench.records import fingerprint, metrics
+from bench.records import fingerprint, grouping, metrics
 from bench.records.record import Record, read_run
 from bench.records.schema import Cost, RunInfo
 from bench.records.shards import Shard, shards_in
@@ -123,9 +123,8 @@ def _write(run: Path, shards: Sequence[Record]) -> None:
     first = shards[0]
     done = {c.index: c for record in shards for c in record.counted}
     lines = [done[i] for i in first.identity.indices]
-    parts = [record.info.as_json() for record in shards]
     try:
-        info = _info(parts)
+        info = _info(shards)
         cost = _cost([record.cost for record in shards])
     except BenchError as e:  # sums may leave the range that each of them is in
         raise BenchError(f"{run}: its shards together make no run: {e}; move away what bench did not write") from None
@@ -139,9 +138,13 @@ def _write(run: Path, shards: Sequence[Record]) -> None:
         merged.close()
 
 
-def _info(parts: Sequence[dict[str, Any]]) -> RunInfo:
+def _info(shards: Sequence[Record]) -> RunInfo:
     """Return the run.json of the whole: that of the first shard, with what each shard states about itself."""
+    parts = [record.info.as_json() for record in shards]
     kept = {k: v for k, v in parts[0].items() if k not in (*OF_ONE_SHARD, *OF_THE_RUN)}
+    if any(part["radii"] != kept["radii"] for part in parts):  # of a table; they decide no certificate
+        radii = grouping.table_radii(shards)
+        kept |= {"radii": radii, "arguments": {**kept["arguments"], "radii": ",".join(map(repr, radii))}}
     return RunInfo.of(
         {
             "status": "started",

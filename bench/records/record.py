@@ -67,6 +67,10 @@ class Record:
         """The certificates with counts: all of them, or none of an imported log."""
         return Columns(Certificate) if self.imported else cast(Columns[Certificate], self.certificates)
 
+    def stopped(self, line: Line) -> bool:
+        """Whether an image got no votes to bound its class: target "correct" stops where the class is not the label."""
+        return self.identity.sampling.target == "correct" and line.predicted not in (None, line.label)
+
     @property
     def flags(self) -> list[str]:
         """Defects of an imported log."""

@@ -34,7 +34,7 @@ from bench.records.stored import (
 from bench.smoothing.anytime import Anytime
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.procedures import procedure_of
-from bench.smoothing.votes import MAX_VOTES
+from bench.smoothing.votes import MAX_VOTES, Target
 
 SCHEMA = 3
 
@@ -47,7 +47,7 @@ class Sampling(Stored):
     n: Votes
     alpha: Open
     radii: Annotated[list[Positive], Field(max_length=100)] = Field(default_factory=list)
-    target: Literal["selected", "label"] = "selected"
+    target: Target = "selected"
     # Of the anytime procedure: bounds within which its tables are small and soon made.
     calibration: Literal["exact", "ville"] = "ville"
     spending: Annotated[float, Field(gt=0, le=100), WrapValidator(unchanged)] = 1

@@ -101,18 +101,25 @@ def _each(record: Record, problem_with: Callable[[Identity, Certificate], str]) 
 
 def _counts(identity: Identity, c: Certificate) -> str:
     procedure = identity.procedure
-    n0 = procedure.n0 if procedure.target == "selected" else 0
+    n0 = procedure.selection_votes
     if c.n0 != n0:
         return f"n0 is {c.n0}, the procedure's is {n0}"
     if not 0 <= c.top_count <= c.n or not 0 <= c.runner_up_count <= c.n - c.top_count:
         return f"{c.top_count} and {c.runner_up_count} of {c.n} votes are not possible"
     if (c.runner_up is None) != (c.runner_up_count == 0):
         return "the runner-up and its count disagree"
-    if not c.n <= c.votes - c.n0 <= procedure.n or (procedure.kind == "fixed" and c.votes != procedure.max_votes):
+    stopped = _stopped(identity, c)
+    most, fixed = 0 if stopped else procedure.n, procedure.kind == "fixed" and not stopped
+    if not c.n <= c.votes - c.n0 <= most or (fixed and c.votes != procedure.max_votes):
         return f"{c.votes} votes are not what the procedure draws"
     if c.seconds < 0:
         return "seconds are negative"
     return ""
+
+
+def _stopped(identity: Identity, c: Certificate) -> bool:
+    """Whether target "correct" stopped after the selection, as it does where the selected class is not the label."""
+    return identity.sampling.target == "correct" and c.n == 0
 
 
 def _at_high_precision(identity: Identity, c: Certificate) -> str:
@@ -154,8 +161,11 @@ def _radius(identity: Identity, c: Certificate) -> str:
         return problem
     if (c.p_lower, c.radius) != (p_lower, radius):
         return f"p_lower {c.p_lower} and radius {c.radius}; the counts give {p_lower} and {radius}"
+    if _stopped(identity, c):
+        right = c.predicted in (None, c.label)
+        return "it has no votes, though its class is not a wrong one" if right else ""
     if (c.predicted is None) != (p_lower <= 0.5):
         return "it abstains or predicts against its bound"
-    if procedure.target == "label" and c.predicted not in (None, c.label):
+    if procedure.target != "selected" and c.predicted not in (None, c.label):
         return "the class tested is not the label"
     return ""

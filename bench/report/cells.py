@@ -70,6 +70,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
         "Grid noise: a certificate covers every image of integer pixel values within its radius."
         if setting.noise == "grid"
         else "",
+        _target(setting),
         _versions(methods),
         _imported() if setting.imported else _heads(setting, methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
@@ -117,6 +118,16 @@ def _marks(methods: Sequence[Method]) -> str:
     return (
         f"=: not significantly different from the best in that column ({test} on the same images, "
         f"{paired.LEVEL:.0%} level, Holm's correction over {over})."
+    )
+
+
+def _target(setting: Setting) -> str:
+    """Explain what a run of target "correct" does not know."""
+    if setting.target != "correct":
+        return ""
+    return (
+        "Target correct: an image whose selected class is wrong cannot count as certified, so it gets no further "
+        "votes. It has a prediction but no radius, and the model may abstain on it: 'abstained' is unknown (a dash)."
     )
 
 

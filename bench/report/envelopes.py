@@ -16,7 +16,7 @@ import pandas as pd
 
 from bench.io.files import digest
 from bench.records import metrics
-from bench.records.grouping import common, comparable_but_sigma, method_key, method_name, reach
+from bench.records.grouping import common, comparable_but_sigma, method_key, method_name, reach, table_radii
 from bench.records.record import Record
 from bench.text import DASH
 
@@ -116,7 +116,8 @@ def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[R
         usable = [s for s in test if _seeds(test[s]) == _seeds(validation.get(s, []))]
         label = _label(test, names)
         if len(usable) > 1:
-            curves.append(_curve(label, {s: test[s] for s in usable}, {s: validation[s] for s in usable}))
+            radii = table_radii(tests)
+            curves.append(_curve(label, radii, {s: test[s] for s in usable}, {s: validation[s] for s in usable}))
         else:
             lacking.append(label)
     if not several:
@@ -125,7 +126,7 @@ def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[R
     return Envelope(
         section=section,
         heading=f"{tests[0].identity.dataset}, best-sigma curve: {common(tests[0])}",
-        radii=tests[0].info.radii,
+        radii=table_radii(tests),
         validation_images=len(validation_runs[0].certificates) if validation_runs else 0,
         curves=curves,
         lacking=sorted(lacking),
@@ -141,9 +142,9 @@ def choose(validation: Mapping[float, Sequence[Record]], radius: float) -> tuple
     return max(within.items(), key=lambda at: (at[1], -at[0]), default=None)
 
 
-def _curve(label: str, test: BySigma, validation: BySigma) -> Curve:
+def _curve(label: str, radii: Sequence[float], test: BySigma, validation: BySigma) -> Curve:
     points = []
-    for radius in next(iter(test.values()))[0].info.radii:
+    for radius in radii:
         chosen = choose(validation, radius)
         if chosen:
             sigma, value = chosen

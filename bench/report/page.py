@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from bench import __version__
 from bench.errors import BenchError
-from bench.records import metrics
+from bench.records.columns import NULL
 from bench.records.record import Line, Record
 from bench.report import gallery, plots
 from bench.report.envelopes import Envelope
@@ -175,8 +175,10 @@ def _costs(table: Table, looks: Looks, figures: _Figures) -> str:
 
 
 def _abstention(table: Table, looks: Looks, figures: _Figures) -> str:
-    if any(m.row.abstained is None for m in table.methods):
+    if table.setting.target == "label":
         return "<p>These runs test the known label, so they neither predict nor abstain.</p>"
+    if table.setting.target == "correct":
+        return "<p>How often the model abstains is not known: images of a wrong class got no votes that say so.</p>"
     views = {"": plots.abstention(table.methods, looks)}
     return figures.add("Abstained, of all images, with 95% intervals", views, {})
 
@@ -216,8 +218,9 @@ def _gallery(table: Table) -> str:
 
 def _spread(record: Record, count: int) -> list[Line]:
     """Choose images evenly from the largest certified radius, over abstentions, to the most certain error."""
-    radius = record.certificates.column("radius")
-    ranked = np.where(metrics.earned(record.certificates) >= 0, -radius, radius).argsort(kind="stable")
+    radius, predicted, label = (record.certificates.column(name) for name in ("radius", "predicted", "label"))
+    right, wrong = predicted == label, (predicted != label) & (predicted != NULL)
+    ranked = np.lexsort((np.where(right, -radius, radius), np.where(right, 0, np.where(wrong, 2, 1))))
     count = min(count, len(ranked))
     return [record.certificates[int(ranked[i * (len(ranked) - 1) // max(1, count - 1)])] for i in range(count)]
 
@@ -234,11 +237,12 @@ def _picture(certificate: Line, table: Table, uris: list[str]) -> str:
 
 def _outcomes(method: Method, index: int, setting: Setting) -> str:
     outcomes = []
-    nothing = "not certified" if method.row.abstained is None else "abstained"
+    nothing = "not certified" if setting.target == "label" else "abstained"
     for record in method.records:
         c = record.certificates[record.certificates.place("index", index)]
         wrong = "" if c.predicted in (None, c.label) else f"wrong ({setting.class_name(c.predicted)}), "
-        outcomes.append(nothing if c.predicted is None else f"{wrong}radius {bounds.printed_radius(c.radius)}")
+        radius = "no radius" if record.stopped(c) else f"radius {bounds.printed_radius(c.radius)}"
+        outcomes.append(nothing if c.predicted is None else f"{wrong}{radius}")
     return "; ".join(outcomes)
 
 

@@ -9,8 +9,17 @@ from typing import Any
 
 from bench.io.files import digest
 from bench.records import metrics
-from bench.records.grouping import comparable, comparable_but_sigma, heading, method_name, reach, selects
+from bench.records.grouping import (
+    abstentions_known,
+    comparable,
+    comparable_but_sigma,
+    heading,
+    method_name,
+    reach,
+    table_radii,
+)
 from bench.records.record import Record
+from bench.smoothing.votes import Target
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ class Setting:
     radii: list[float]
     reach: float  # the largest radius that any image can be certified at
     grid_only: bool  # the procedure certifies at ``radii`` only
+    target: Target  # the class that is tested
     noise: str
     n: int
     alpha: float
@@ -108,8 +118,9 @@ class Setting:
         return str(self.classes[label]) if label < len(self.classes) else str(label)
 
 
-def read_setting(record: Record) -> Setting:
-    """Read what the runs of a record's table have in common."""
+def read_setting(records: Sequence[Record]) -> Setting:
+    """Read what the runs of a table have in common."""
+    record = records[0]
     identity, info = record.identity, record.info
     sampling, head = identity.sampling, heading(record)
     return Setting(
@@ -122,9 +133,10 @@ def read_setting(record: Record) -> Setting:
         sigma=identity.sigma,
         images=len(identity.indices),
         base="not stated" if identity.base is None else identity.base.name,
-        radii=info.radii,
+        radii=table_radii(records),
         reach=reach(record),
         grid_only=sampling.on_grid,
+        target=sampling.target,
         noise=identity.noise.kind,
         n=sampling.n,
         alpha=sampling.alpha,
@@ -135,10 +147,10 @@ def read_setting(record: Record) -> Setting:
     )
 
 
-def read_row(record: Record) -> Row:
-    """Read the row of one run; accuracies are recomputed from its certificates."""
+def read_row(record: Record, radii: Sequence[float]) -> Row:
+    """Read the row of one run; accuracies at the table's ``radii`` are recomputed from its certificates."""
     info, cost, base = record.info, record.cost, record.info.base
-    found = metrics.summarise(record.certificates, info.radii)
+    found = metrics.summarise(record.certificates, radii)
     return Row(
         run=record.path.name,
         defense=method_name(record),
@@ -151,7 +163,7 @@ def read_row(record: Record) -> Row:
         extra_data=", ".join(info.defense.trained_elsewhere),
         images=found.images,
         base_clean_accuracy=None if base is None or base.clean_correct is None else base.clean_correct / base.images,
-        abstained=found.abstained.value if selects(record) else None,
+        abstained=found.abstained.value if abstentions_known(record) else None,
         train_seconds=cost.train_seconds,
         certify_seconds=cost.certify_seconds,
         votes=cost.votes,

@@ -67,7 +67,8 @@ def build(records: Sequence[Record], with_published: bool = False) -> Report:
 
 
 def _table(group: Sequence[Record], with_published: bool) -> Table:
-    setting, runs = rows.read_setting(group[0]), {id(r): rows.read_row(r) for r in group}
+    setting = rows.read_setting(group)
+    runs = {id(r): rows.read_row(r, setting.radii) for r in group}
     pooled = [(rows.pool([runs[id(r)] for r in seeds], seeds), seeds) for seeds in grouping.methods(group)]
     pooled = [pooled[i] for i in rows.ordered([row for row, _ in pooled])]
     level = [(r, place) for r in setting.within for place in _level(r, pooled)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from bench.interface import Defense, Draw
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
 from bench.models.base import BaseModel, LocalBase
+from bench.models.rounded import RoundedWeights
 from bench.process import environment
 from bench.process.runlog import log
 from bench.records import fingerprint
@@ -49,13 +50,15 @@ class Certifier:
     defense: Defense
     base: BaseModel  # kept alive here, since the defense's view of it keeps only a weak reference
     arithmetic: tuple[str, ...] = ()
+    _rounded: RoundedWeights = field(default_factory=RoundedWeights)  # one copy of the weights for all threads
 
     def model(self, device: torch.device) -> Model:
         """Make the function from noisy pixels to logits [B, classes], in the arithmetic that is certified.
 
         The function raises DefenseFault naming the defense.
         """
-        logits, kept = arithmetic.model(self.defense, self.arithmetic, device), self
+        base = self.base.module
+        logits, kept = arithmetic.model(self.defense, self.arithmetic, device, base, self._rounded), self
 
         def model(x: Tensor, draw: Draw) -> Tensor:
             with fitting.attribute_errors(kept.name, "in certification", alone=False):
@@ -76,7 +79,8 @@ class Certifier:
             tensors = [t for m in (self.defense, self.base.module) for t in (*m.parameters(), *m.buffers())]
             kept = {id(t): t for t in tensors}
         defense, base = copy.deepcopy((self.defense, self.base), kept)
-        return Certifier(self.name, defense, base, self.arithmetic)
+        rounded = self._rounded if share_weights else RoundedWeights()
+        return Certifier(self.name, defense, base, self.arithmetic, rounded)
 
 
 class DeviceCertifier:

@@ -17,9 +17,11 @@ from bench.process import environment
 from bench.records.shards import Shard
 from bench.runs import fitting
 from bench.runs.costs import cost_per_vote
-from bench.runs.identity import examples, make_task, run_label, run_name
+from bench.runs.identity import describe_noise, examples, make_task, run_label, run_name
 from bench.runs.plan import Plan
 from bench.smoothing import blocks
+from bench.smoothing.anytime import Anytime
+from bench.smoothing.expected import RadiusCost, radius_costs
 from bench.smoothing.rowcheck import check_rows
 from bench.smoothing.task import Model, Task
 
@@ -40,10 +42,14 @@ class Estimate:
     block: int  # rows
     seconds: float  # of certification
     train_seconds: float
+    sigma: float
+    at_most: bool  # ``votes`` are the most that may be drawn; the procedure stops earlier where it can
+    radii: list[RadiusCost] | None  # what each costs; None: the same votes, since their number is fixed
 
 
 def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Estimate:
     """Estimate a run, or its shard, without training or certifying anything."""
+    arithmetic.check(plan.arithmetic, device)
     environment.keep_freed_memory()
     at_once = environment.threads(device) if device.type == "cpu" else 1
     split, train, validation = load_splits(plan.card, plan.split, "train", "validation")
@@ -55,7 +61,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         indices = shard.part(indices)
     with deterministic(), torch.inference_mode(), fitting.attribute_errors(plan.defense, "in the estimate"):
         fitting.merge(defense, train, plan, device)  # as it certifies
-        model, whole = arithmetic.model(defense, plan.arithmetic, device), task.block
+        model, whole = arithmetic.model(defense, plan.arithmetic, device, base.module), task.block
         seconds, rows = (0.0, whole) if is_url(plan.base) else vote_seconds(model, task, indices[0])
         if rows == whole:
             task = blocks.fitting_block(defense, task, indices[0])
@@ -80,6 +86,11 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         seconds=votes * per_vote,
         # A training step's backward pass costs about twice its forward pass.
         train_seconds=(3 * images + queries) * per_vote,
+        sigma=plan.sigma,
+        at_most=isinstance(plan.procedure, Anytime) or plan.procedure.target == "correct",
+        radii=radius_costs(plan.procedure, plan.sigma, describe_noise(plan)["tau"])
+        if isinstance(plan.procedure, Anytime)
+        else None,
     )
 
 

@@ -62,8 +62,8 @@ def audit_of_run(certificates: Sequence[Certificate], block: int) -> Audit | Non
 
 
 def audit_of(certificates: Sequence[Certificate], images: int, votes: int) -> Audit | None:
-    """Choose at most ``images`` random images with a prediction, since an abstention claims nothing."""
-    claims = {c.index: c.predicted for c in certificates if c.predicted is not None}
+    """Choose at most ``images`` random images with a prediction that votes bound: no other one claims anything."""
+    claims = {c.index: c.predicted for c in certificates if c.predicted is not None and c.n}
     if not claims:
         return None
     seed = secrets.randbits(62)
@@ -142,9 +142,19 @@ def contradiction(old: Certificate, new: Certificate, procedure: Fixed | Anytime
     if exactly:
         same = {**asdict(old), "seconds": 0.0} == {**asdict(new), "seconds": 0.0}
     else:
-        a, b = (old.top_count, old.n), (new.top_count, new.n)
-        same = not (fewer(a, b, procedure, level / 2) or fewer(b, a, procedure, level / 2))
+        same = not (
+            fewer(_most(old, procedure), (new.top_count, new.n), procedure, level / 2)
+            or fewer(_most(new, procedure), (old.top_count, old.n), procedure, level / 2)
+        )
     return "" if same else f"image {new.index}: {_votes(new)}, not {_votes(old)}"
+
+
+def _most(c: Certificate, procedure: Fixed | Anytime) -> tuple[int, int]:
+    """Return the most votes that a certificate allows for its class, and of how many.
+
+    Where target "correct" stopped, the label had no more of the votes of the selection than the class selected.
+    """
+    return (c.top_count, c.n) if c.n else (procedure.n0 // 2, procedure.n0)
 
 
 def _votes(c: Certificate) -> str:

@@ -78,7 +78,7 @@ def make_task(
     )
 
 
-def _noise(plan: Plan) -> dict[str, Any]:
+def describe_noise(plan: Plan) -> dict[str, Any]:
     """Describe the noise; ``tau``: what the sampling error of grid noise costs the bound."""
     found: dict[str, Any] = {"kind": plan.noise, "version": noise.VERSION, "tau": 0.0}
     if plan.noise == "grid":
@@ -121,7 +121,7 @@ def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices:
         },
         "train_sigma": _train_sigma(plan, fitted),
         "sigma": plan.sigma,
-        "noise": _noise(plan),
+        "noise": describe_noise(plan),
         "procedure": describe(plan.procedure),
         "bound": "clopper-pearson",
         "seed": plan.seed,

@@ -9,7 +9,7 @@ from typing import Any
 from bench.errors import shown
 from bench.options import command
 from bench.records import metrics
-from bench.records.grouping import method_name, reach, setting
+from bench.records.grouping import abstentions_known, method_name, reach, setting
 from bench.records.record import Record
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,6 +34,7 @@ def model_card(record: Record, library: str, use: Sequence[str]) -> str:
         if r <= reach(record)
     ]
     beyond = [f"{r:g}" for r in found.radii if r > reach(record)]
+    abstained = f"; {100 * found.abstained.value:.1f}% abstained" if abstentions_known(record) else ""
     trained_on = "trained elsewhere, under noise that was not stated"
     if not identity.defense.weights:
         trained_on = "not trained"
@@ -58,7 +59,7 @@ def model_card(record: Record, library: str, use: Sequence[str]) -> str:
         *rows,
         "",
         *([f"Out of reach with these votes: radius {', '.join(beyond)}.", ""] if beyond else []),
-        f"Average certified radius {found.acr:.3f}; {100 * found.abstained.value:.1f}% abstained.",
+        f"Average certified radius {found.acr:.3f}{abstained}.",
         "",
         "| | |",
         "|---|---|",

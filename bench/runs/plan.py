@@ -26,12 +26,13 @@ from bench.runs.settings import Values, Variant, as_stored, variants
 from bench.smoothing import bounds, gridnoise
 from bench.smoothing.anytime import Anytime, calibration
 from bench.smoothing.fixed import Fixed
-from bench.smoothing.votes import MAX_VOTES
+from bench.smoothing.votes import MAX_VOTES, TARGETS
 from bench.training.objectives import OBJECTIVES
 
 UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
 SCHEDULE = frozenset(one.name for one in fields(Schedule))  # settings of training alone
 LARGE = 2.0  # noise, in pixels of [0, 1], through which no image is recognised
+MOST_RADII, LARGEST_RADIUS = 100, 1e30  # of a table, as its record may hold them
 _Number = TypeVar("_Number", int, float)
 Loaded = Mapping[str, tuple[type[Defense], str]]  # name -> class and hash of its source
 
@@ -56,6 +57,7 @@ class Plan:
     objective: str  # gaussian is every trained defense's default
     split: Literal["test", "validation"]  # whose images are certified
     examples: str
+    radii: tuple[float, ...]  # of the run's table; the anytime procedure certifies at these alone
     procedure: Fixed | Anytime
     noise: str  # float or grid
     arithmetic: tuple[str, ...]  # how F is computed; empty: plain float32
@@ -97,7 +99,8 @@ def make_plans(options: RunOptions) -> list[Plan]:
         raise unknown(f"preset of {card.name}", preset, card.presets)
     means = card.presets[preset]
     n0, n = means.n0 if o.n0 is None else o.n0, means.n if o.n is None else o.n
-    procedure = _procedure(o.procedure, o.target, n0, n, o.alpha, card)
+    radii = card.radii if o.radii is None else _radii(o.radii)
+    procedure = _procedure(o.procedure, o.target, n0, n, o.alpha, radii)
     if o.split != "test" and o.split != "validation":
         raise unknown("--split", o.split, ("test", "validation"))
     if o.noise not in ("float", "grid"):
@@ -147,6 +150,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
                 objective=o.objective,
                 split=o.split,  # type: ignore[arg-type]
                 examples=o.examples or str(means.examples),
+                radii=radii,
                 procedure=procedure,
                 noise=o.noise,
                 arithmetic=words,
@@ -241,6 +245,14 @@ def check_effects(plans: Sequence[Plan]) -> None:
             note(f"{option} has no effect: --weights are trained already")
     if given.target == "label" and given.n0 is not None:
         note(f"--n0 {given.n0} has no effect: with --target label no votes select the class")
+    if given.radii is not None:
+        # The noise's error, which is below 1e-12 and not known yet, lowers the reach by as little.
+        within = max(plan.procedure.largest_radius(plan.sigma) for plan in plans)
+        if beyond := [f"{r:g}" for r in plans[0].radii if r > within]:
+            note(
+                f"--radii {', '.join(beyond)}: a dash in tables, since no image can be certified beyond "
+                f"{bounds.printed_reach(within)} with {plans[0].procedure.n:,} votes at alpha {given.alpha:g}"
+            )
     levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given.train_sigma or 0.0)]
     for option, level in dict.fromkeys(levels):
         if level > LARGE:
@@ -252,22 +264,34 @@ def large(option: str, level: float) -> str:
     return f"{option} {level:g}: pixels are in [0, 1], so {level:g} of 255 levels are {option} {level / 255:.4g}"
 
 
-def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, card: Card) -> Fixed | Anytime:
+def _radii(text: str) -> tuple[float, ...]:
+    """Read ``--radii``: in any order, with 0 or without. Raises BenchError."""
+    found = sorted({0.0, *_numbers("--radii", text, float)})
+    if not all(0 <= r <= LARGEST_RADIUS for r in found):  # NaN is not
+        raise BenchError(f"--radii {text}: radii are l2 distances, from 0 up")
+    if len(found) > MOST_RADII:
+        raise BenchError(f"--radii: {len(found) - 1} radii; at most {MOST_RADII - 1} above 0")
+    if len({f"{r:g}" for r in found}) < len(found):
+        raise BenchError(f"--radii {text}: two of them are printed alike; leave one out")
+    return tuple(found)
+
+
+def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, radii: tuple[float, ...]) -> Fixed | Anytime:
     if kind not in ("fixed", "anytime"):
         raise unknown("--procedure", kind, ("fixed", "anytime"))
-    if target not in ("selected", "label"):
-        raise unknown("--target", target, ("selected", "label"))
+    if target not in TARGETS:
+        raise unknown("--target", target, TARGETS)
     if n0 < 1:
         raise BenchError(f"--n0 {n0}: must be at least 1")
     if max(n0, n) > MAX_VOTES:
         raise BenchError(f"--n0 {n0} and --n {n}: at most {MAX_VOTES:,} votes an image")
     if not 0 < alpha < 1:
         raise BenchError(f"--alpha {alpha:g}: must lie strictly between 0 and 1")
-    made: Fixed | Anytime = Fixed(n0, n, alpha, target)  # type: ignore[arg-type]
+    made: Fixed | Anytime = Fixed(n0, n, alpha, target)
     at_cap = alpha
     if kind == "anytime":
-        radii = tuple(r for r in card.radii if r > 0)
-        made = Anytime(n0, n, alpha, radii, target, calibration(n, alpha, radii))  # type: ignore[arg-type]
+        tested = tuple(r for r in radii if r > 0)
+        made = Anytime(n0, n, alpha, tested, target, calibration(n, alpha, tested))
         at_cap *= 1 - made.ville_share if made.calibration == "ville" else 1
     if n < (least := bounds.smallest_n(at_cap)):
         raise BenchError(f"--n {n}: too few votes for any certificate at alpha {alpha:g}; the smallest is --n {least}")

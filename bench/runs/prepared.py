@@ -121,7 +121,7 @@ class PreparedRun:
         about = {
             "environment": environment.describe(self.task.device),
             "arguments": plan.options.record(),
-            "radii": list(plan.card.radii),
+            "radii": list(plan.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
             "data": {"train": self.materials.trained_on(plan).origin, plan.split: self.split.origin},

@@ -14,6 +14,7 @@ from bench.data.datasets import load_splits
 from bench.data.split import Split
 from bench.errors import DefenseFault
 from bench.io.files import digest
+from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
 from bench.models.base import LocalBase
 from bench.models.load import architecture_base, load_base, untrained_base
@@ -132,7 +133,8 @@ class Session:
             return search.best(plan, materials.base, materials.train, task, len(validation), progress)
 
     def begin(self, plan: Plan) -> PreparedRun:
-        """Log the start of a run and prepare it."""
+        """Log the start of a run and prepare it. Raises BenchError where the device lacks its arithmetic."""
+        arithmetic.check(plan.arithmetic, self.device)
         words = ["--device", self.device.type, "--out", str(self.out)]
         words += ["--shard", str(self.shard)] if self.shard else []
         versions = ", ".join(f"{k} {v}" for k, v in environment.describe(self.device).items())

@@ -51,6 +51,7 @@ class RunWriter:
         self._noted = -math.inf  # when progress was last logged
         self.complete = self.record.info.complete
         try:
+            self._restate_radii()
             if self.complete:
                 own_log.discard()
                 reporter.say(f"{self.record.path}: already complete, nothing to do")
@@ -67,6 +68,18 @@ class RunWriter:
                 f"{folder} is of grid noise {version}, whose votes are not mixed with those of "
                 f"{gridnoise.VERSION}; {self.record.path.name} starts from its first image"
             )
+
+    def _restate_radii(self) -> None:
+        """Give the record the radii that ``--radii`` asks for now: its certificates, of the same identity, stay."""
+        asked, info = self.header.plan.options.radii, self.record.info
+        radii = list(self.header.plan.radii)
+        if asked is None or radii == info.radii:
+            return
+        changes: dict[str, Any] = {"radii": radii, "arguments": {**info.arguments, "radii": asked}}
+        if info.complete:
+            changes["metrics"] = metrics.summarise(self.record.done, radii).as_json()
+        self.record.update(**changes)
+        self._reporter.say(f"{self.record.path}: its table now has the radii {', '.join(f'{r:g}' for r in radii)}")
 
     def check_same_function(self, found: Fingerprint, adder: str) -> None:
         """Check that ``adder`` certifies the function of the certificates so far; the first one records it.
@@ -199,7 +212,7 @@ class RunWriter:
         }
         if workers is not None:
             self._write_workers(workers)
-        self.record.finish(Cost.of(cost), metrics.summarise(done, self.header.plan.card.radii))
+        self.record.finish(Cost.of(cost), metrics.summarise(done, self.record.info.radii))
         self._log.write(f"finished: {len(done)} images")
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from scipy import special
 
 from bench.smoothing import bounds
 from bench.smoothing.spending import acceptance_counts
-from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest, decide
+from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest, decide, stop
 
 Floats = NDArray[np.float64]
 
@@ -81,7 +81,7 @@ class Anytime:
     @property
     def selection_votes(self) -> int:
         """Votes of an image that select its class."""
-        return self.n0 if self.target == "selected" else 0
+        return 0 if self.target == "label" else self.n0
 
     @property
     def max_votes(self) -> int:
@@ -97,6 +97,8 @@ class Anytime:
 
         Raises ValueError if the procedure has no such look.
         """
+        if self.target == "correct" and n == top_count == 0:  # it stopped
+            return 0.0, 0.0
         tables = tabulate(self, sigma, tau)
         at = bisect_left(tables.looks, n)
         if at == len(tables.looks) or tables.looks[at] != n or not 0 <= top_count <= n:
@@ -122,8 +124,8 @@ class _AnytimeImage:
     """``Anytime`` at work on one image."""
 
     def __init__(self, config: Anytime, tables: Tables, label: int) -> None:
-        self._config, self._tables = config, tables
-        self._top = None if config.target == "selected" else label  # the class to bound
+        self._config, self._tables, self._label = config, tables, label
+        self._top = label if config.target == "label" else None  # the class to bound
         self._at = 0  # index of the next look
         self._level = 0  # number of radii certified
         self._counts: Counts | None = None  # of all looks so far
@@ -135,6 +137,8 @@ class _AnytimeImage:
     def update(self, counts: Counts) -> VoteRequest | Decision:
         if self._top is None:
             self._top = int(counts[:-1].argmax())
+            if self._config.target == "correct" and self._top != self._label:
+                return stop(self._top, self._config.n0)
             return self._next_look()
         self._counts = counts if self._counts is None else self._counts + counts
         tables, at = self._tables, self._at

@@ -54,6 +54,7 @@ class KeyStreams:
     def __init__(self, seed: int, split: str) -> None:
         self.seed, self.split = seed, split
         self._own = threading.local()  # an encryptor has a position, so each thread has its own encryptors
+        self._zeros = b""  # what is encrypted: the result is the key stream
 
     def __reduce__(self) -> tuple[type[KeyStreams], tuple[int, str]]:
         return KeyStreams, (self.seed, self.split)
@@ -72,7 +73,10 @@ class KeyStreams:
                 f"noise key out of range: draw {call} of the vote (below {CALLS}), part {part} (below 256), blocks "
                 f"{first} to {last} (at most {SIZE // BLOCK})"
             )
-        zeros, into = memoryview(bytes(size)), words.view(np.uint8).data
+        zeros = self._zeros  # another thread may replace it
+        if len(zeros) < size:
+            zeros = self._zeros = bytes(size)
+        text, into = memoryview(zeros)[:size], words.view(np.uint8).data
         encryptors: dict[str, CipherContext] = self._own.__dict__
         for i, (purpose, image, vote) in enumerate(votes):
             if not (0 <= image < IMAGES and 0 <= vote < VOTES):
@@ -80,7 +84,7 @@ class KeyStreams:
             encryptor = encryptors.get(purpose) or self._encryptor(purpose)
             high = last_nonce_word(vote >> 32, call, part)
             encryptor.reset_nonce(_NONCE.pack(first, image, vote & 0xFFFFFFFF, high))
-            encryptor.update_into(zeros, into[i * size : (i + 1) * size])
+            encryptor.update_into(text, into[i * size : (i + 1) * size])
         if sys.byteorder == "big":
             words.byteswap(inplace=True)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench.smoothing import bounds
-from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest, decide
+from bench.smoothing.votes import Counts, Decision, ImageProcedure, Target, VoteRequest, decide, stop
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Fixed:
     @property
     def selection_votes(self) -> int:
         """Votes of an image that select its class."""
-        return self.n0 if self.target == "selected" else 0
+        return 0 if self.target == "label" else self.n0
 
     @property
     def max_votes(self) -> int:
-        """Votes of an image, selection included."""
+        """Votes of an image, selection included; fewer where target "correct" stops."""
         return self.selection_votes + self.n
 
     def certify(self, sigma: float, label: int, tau: float = 0.0) -> ImageProcedure:
@@ -38,6 +38,8 @@ class Fixed:
 
         Raises ValueError if the procedure never decides at ``n`` votes.
         """
+        if self.target == "correct" and n == top_count == 0:  # it stopped
+            return 0.0, 0.0
         if n != self.n:
             raise ValueError(f"the procedure decides at {self.n} votes, not at {n}")
         p_lower = max(0.0, bounds.lower_bound(top_count, n, self.alpha) - tau)
@@ -52,8 +54,8 @@ class _FixedImage:
     """``Fixed`` at work on one image."""
 
     def __init__(self, config: Fixed, sigma: float, label: int, tau: float) -> None:
-        self._config, self._sigma, self._tau = config, sigma, tau
-        self._top = None if config.target == "selected" else label  # the class to bound
+        self._config, self._sigma, self._label, self._tau = config, sigma, label, tau
+        self._top = label if config.target == "label" else None  # the class to bound
 
     def first(self) -> VoteRequest:
         c = self._config
@@ -63,6 +65,8 @@ class _FixedImage:
         c = self._config
         if self._top is None:
             self._top = int(counts[:-1].argmax())
+            if c.target == "correct" and self._top != self._label:
+                return stop(self._top, c.n0)
             return VoteRequest("estimate", c.n)
         p_lower, radius = c.recompute(self._sigma, c.n, int(counts[self._top]), self._tau)
         return decide(self._top, counts, c.selection_votes, c.n, c.max_votes, p_lower, radius)

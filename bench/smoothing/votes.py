@@ -7,7 +7,7 @@ packs requests into batches, the engine draws them, and the procedure turns thei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,10 @@ Counts = NDArray[np.int64]  # votes by class; the last entry counts votes whose 
 Voted = NDArray[np.int64]  # the class of each row; NaN logits count as a class after the last
 
 # The class whose probability is bounded: selected on votes of its own (what a deployed model can do), or
-# the known label (all that a benchmark's certified accuracy needs).
-Target = Literal["selected", "label"]
+# the known label (all that a benchmark's certified accuracy needs). With "correct" it is selected, and an image
+# whose class is not the label, which cannot count as certified, gets no further votes.
+Target = Literal["selected", "label", "correct"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Decision:
     """A procedure's conclusion about one image; ``predicted`` is None and the radius 0 if it abstains.
 
     ``n``, ``top_count`` and the runner-up belong to the decisive look, which determines the radius; ``votes`` is the
-    image's total, selection included.
+    image's total, selection included. ``n`` is 0 if the procedure stopped after selecting a wrong class (``stop``).
     """
 
     predicted: int | None
@@ -104,6 +106,11 @@ class Batch:
     def rows(self) -> int:
         """The number of votes to draw."""
         return sum(s.rows for s in self.spans)
+
+
+def stop(top: int, n0: int) -> Decision:
+    """Make the decision for an image whose selected class is wrong: a prediction that no votes bound."""
+    return Decision(top, 0.0, n0, 0, 0, None, 0, 0.0, n0)
 
 
 def decide(top: int, counts: Counts, n0: int, n: int, votes: int, p_lower: float, radius: float) -> Decision:

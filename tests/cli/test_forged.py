@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from bench.records import audit
+from bench.records.record import read_run
 from bench.records.verify import check_record
 from bench.smoothing import bounds
 from tests.helpers.commands import Result
@@ -39,11 +41,13 @@ def forge(run: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.01])
-@pytest.mark.parametrize("target", ["selected", "label"])
+@pytest.mark.parametrize("target", ["selected", "label", "correct"])
 def test_a_true_record_has_nothing_wrong_with_it(tmp_path: Path, target: str, tau: float) -> None:
     noise = {"kind": "grid", "version": 1, "tau": tau}
-    run = made_up(tmp_path, COUNTS, counted=True, procedure=LABEL | {"target": target}, noise=noise)
+    wrong = [] if target == "label" else [1]
+    run = made_up(tmp_path, COUNTS, wrong, counted=True, procedure=LABEL | {"target": target}, noise=noise)
     assert not [f for f in check_record(run) if f.problem]
+    assert audit.problem(read_run(run)) == ""
 
 
 @pytest.mark.parametrize(
@@ -113,3 +117,45 @@ def test_a_radius_that_is_rounded_up_fails_at_high_precision(
     monkeypatch.setattr(bounds, "radius", lambda p_lower, sigma: exact(p_lower, sigma) * (1 + 1e-9))
     (found,) = problems(bench, made_up(tmp_path, COUNTS, counted=True)).values()
     assert found.startswith("image 0: radius ") and "is above what p_lower" in found
+
+
+CORRECT = LABEL | {"target": "correct"}
+STOPPED = {"n": 0, "top_count": 0, "runner_up": None, "runner_up_count": 0, "p_lower": 0.0, "radius": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "procedure", "changes", "check", "words"),
+    [
+        # The first image is of class 0; where it is wrong, its class is 1 and no votes bound it.
+        ([0], CORRECT, {"predicted": 0}, "every", "it has no votes, though its class is not a wrong one"),
+        ([0], CORRECT, {"predicted": None}, "every", "it has no votes, though its class is not a wrong one"),
+        ([0], CORRECT, {"p_lower": 0.9}, "every", "the counts give 0.0 and 0.0"),
+        ([0], CORRECT, {"radius": 0.1}, "every", "the counts give 0.0 and 0.0"),
+        ([0], CORRECT, {"top_count": 1}, "counts", "1 and 0 of 0 votes are not possible"),
+        ([], CORRECT, {"predicted": 1}, "every", "the class tested is not the label"),
+        ([], CORRECT, STOPPED | {"votes": 100, "n0": 100}, "every", "it has no votes, though"),
+        ([0], LABEL | {"target": "selected"}, STOPPED | {"votes": 100}, "every", "decides at 1000 votes, not at 0"),
+        ([], LABEL, STOPPED | {"votes": 0}, "every", "decides at 1000 votes, not at 0"),
+    ],
+)
+def test_only_a_wrong_class_of_target_correct_has_no_votes(
+    bench: Bench,
+    tmp_path: Path,
+    wrong: list[int],
+    procedure: dict[str, Any],
+    changes: dict[str, Any],
+    check: str,
+    words: str,
+) -> None:
+    run = forge(made_up(tmp_path, COUNTS, wrong, counted=True, procedure=procedure), **changes)
+    assert words in problems(bench, run)[check]
+    assert "image 0: " in audit.problem(read_run(run))
+    assert bench("report", tmp_path).code == 2  # nothing is left to report
+
+
+@pytest.mark.parametrize("votes", [99, 101, 1100])
+def test_a_wrong_class_of_target_correct_has_the_votes_of_its_selection(
+    bench: Bench, tmp_path: Path, votes: int
+) -> None:
+    run = forge(made_up(tmp_path, COUNTS, [0], counted=True, procedure=CORRECT), votes=votes)
+    assert problems(bench, run)["counts"] == f"image 0: {votes} votes are not what the procedure draws"

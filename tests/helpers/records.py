@@ -121,7 +121,9 @@ def _fewest(made: Fixed | Anytime, sigma: float, tau: float, radius: float | Non
 def certificate(identity: Identity, index: int, label: int, top: int, wrong: bool = False) -> Certificate:
     """Return the certificate of an image with ``top`` of the procedure's votes."""
     procedure = identity.procedure
-    n0, n = procedure.n0 if procedure.target == "selected" else 0, procedure.n
+    n0, n = procedure.selection_votes, procedure.n
+    if wrong and procedure.target == "correct":
+        return Certificate((label + 1) % 10, 0.0, n0, 0, 0, None, 0, 0.0, n0, index, label, 0.5)
     p_lower, radius = procedure.recompute(identity.sigma, n, top, identity.noise.tau)
     predicted = None if p_lower <= 0.5 else (label + 1) % 10 if wrong else label
     second = None if top == n else 9

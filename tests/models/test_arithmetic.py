@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,17 @@ def test_words_have_one_order_without_float32() -> None:
     assert arithmetic.parse("float32") == ()
     assert arithmetic.parse("compile, channels-last,bfloat16") == ("bfloat16", "channels-last", "compile")
     assert arithmetic.parse("float32,channels-last") == ("channels-last",)
+    assert arithmetic.parse("compile,tf32") == ("tf32", "compile")
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("bfloat", "did you mean bfloat16"), ("float32,bfloat16", "not both"), ("", "known: ")]
+    ("text", "words"),
+    [
+        ("bfloat", "did you mean bfloat16"),
+        ("float32,bfloat16", "not both"),
+        ("tf32,bfloat16", "not both"),
+        ("", "known: "),
+    ],
 )
 def test_wrong_words_are_one_line(text: str, words: str) -> None:
     with pytest.raises(BenchError, match=words):
@@ -90,13 +99,139 @@ def test_each_word_changes_the_arithmetic(words: str) -> None:
     with torch.inference_mode():
         expected = Convnet().eval()(x, None)
         logits = arithmetic.model(net, arithmetic.parse(words), CPU)(x, None)  # type: ignore[arg-type]
-    (seen,) = net.seen
+    seen = net.seen[-1]
     assert seen.dtype == (torch.bfloat16 if "bfloat16" in words else torch.float32)
     assert seen.is_contiguous(memory_format=torch.channels_last) == ("channels-last" in words)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, expected) == (words == "float32") or words == "channels-last"
     assert (logits - expected).abs().max() < (2e-2 if "bfloat16" in words else 1e-5)
     assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_tf32_is_refused_where_it_would_be_float32(bench: Bench, tmp_path: Path, more: tuple[str, ...]) -> None:
+    command = ("run", "--defense", "full", "--dataset", TINY, "--out", tmp_path, "--device", "cpu")
+    said = bench(*command, "--arithmetic", "tf32", *more)
+    assert said.code == 2
+    assert said.err.count("\n") == 1
+    assert "cpu would compute in float32" in said.err and "--device cuda" in said.err
+    assert not list(tmp_path.glob("*/run.json"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "has"), [((8, 0), "13.0", True), ((7, 5), "13.0", False), ((9, 4), None, False)]
+)
+def test_tf32_is_refused_on_gpus_without_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str | None, has: bool
+) -> None:
+    """On NVIDIA's before Ampere, and on those of another maker, which torch also calls cuda."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if has:
+        arithmetic.check(("tf32",), torch.device("cuda"))
+    else:
+        with pytest.raises(BenchError, match="a card would compute in float32"):
+            arithmetic.check(("tf32",), torch.device("cuda"))
+
+
+def precision() -> tuple[str, bool]:
+    """Return torch's settings of TF32, which all threads share."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+TF32, FLOAT32 = ("high", True), ("highest", False)
+NOTING = '''
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.interface import Access, Defense, Draw, Schedule
+
+SEEN: list[tuple[bool, str, bool]] = []
+
+
+class Noting(Defense):
+    """Notes torch's settings whenever it computes logits."""
+
+    access = Access.WEIGHTS
+
+    @dataclass(frozen=True)
+    class Config(Schedule):
+        epochs: float = 10
+        batch: int = 64
+        lr: float = 1e-3
+
+    def build(self) -> None:
+        self.net = self.context.base.copy()
+
+    def logits(self, x: Tensor, draw: Draw) -> Tensor:
+        settings = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        SEEN.append((self.training, *settings))
+        return self.net(x)
+'''
+
+
+def test_tf32_is_on_while_votes_are_computed_only(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
+    """In every thread, at every check; not in training, nor in the next run of the process."""
+    monkeypatch.setattr(arithmetic, "check", lambda words, device: None)  # as if this CPU had it
+    (tmp_path / "noting.py").write_text(NOTING)
+    set_threads(2)
+    before = precision()
+    calls = {}
+    for words in ("tf32", "float32", "tf32,channels-last"):
+        command = ("run", "--defense", tmp_path / "noting.py", "--dataset", TINY, "--out", tmp_path / "runs")
+        ran = bench(*command, "--arithmetic", words)
+        assert ran.code == 0, ran.err
+        assert precision() == before
+        (module,) = (m for m in list(sys.modules.values()) if "Noting" in vars(m))
+        calls[words] = [(training, tuple(settings)) for training, *settings in module.SEEN]
+        module.SEEN.clear()
+    assert infos(tmp_path / "runs").keys() == {"noting", "noting tf32", "noting tf32 channels-last"}
+    assert calls["tf32"].count((True, before)) > 0  # trained, once for all three
+    evaluations = {words: [settings for training, settings in found if not training] for words, found in calls.items()}
+    assert set(evaluations["float32"]) == {FLOAT32}
+    for words in ("tf32", "tf32,channels-last"):
+        assert len(evaluations[words]) == len(evaluations["float32"]) > 20
+        # Two are no votes and their values are not used: of the first block, to see whether it fits into memory, and of
+        # the block whose operations are counted.
+        assert evaluations[words].count(FLOAT32) == 2 and evaluations[words].count(TF32) == len(evaluations[words]) - 2
+
+
+def test_threads_that_end_at_other_times_leave_tf32_on_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "check", lambda words, device: None)
+    found: dict[str, list[tuple[str, bool]]] = {"first": [], "second": []}
+    both, first_ended = threading.Barrier(2), threading.Event()
+
+    class Waits(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: Tensor, draw: Any) -> Tensor:
+            found[self.name].append(precision())
+            both.wait(10)
+            if self.name == "second":
+                assert first_ended.wait(10)
+            found[self.name].append(precision())
+            return x
+
+    def vote(name: str) -> None:
+        arithmetic.model(Waits(name), ("tf32",), CPU)(torch.zeros(1, 1), None)  # type: ignore[arg-type]
+        if name == "first":
+            first_ended.set()
+
+    with arithmetic.deterministic():
+        threads = [threading.Thread(target=vote, args=(name,)) for name in found]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert precision() == FLOAT32
+    assert found == {"first": [TF32, TF32], "second": [TF32, TF32]}
 
 
 def test_rows_are_checked_in_that_arithmetic(bench: Bench, tmp_path: Path) -> None:

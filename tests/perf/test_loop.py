@@ -1,19 +1,15 @@
-"""The time of a table: this engine compared with the certification loop that papers publish.
-
-That loop has the form of Cohen et al. 2019 (arXiv 1902.02918): one image at a time, batches of 1000 fresh torch
-normals, n0 votes then n, each vote counted in Python. Run by ``make perf``.
-"""
+"""The time of a table: this engine compared with the certification loop that papers publish. Run by ``make perf``."""
 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import beta, norm
 
 from bench.models.arithmetic import deterministic
 from bench.options import RunOptions
@@ -25,29 +21,10 @@ from bench.runs.session import Session
 from bench.smoothing.engine import certify
 from bench.smoothing.noise import Noise, TrainDraw
 from bench.smoothing.votes import Certificate
+from tests.helpers.loop import BATCH, published_loop
 from tests.helpers.turns import paired
 
-SIGMA, N0, N, ALPHA, IMAGES, BATCH = 0.25, 100, 10_000, 0.001, 5, 1000
-
-
-def published_loop(model: Any, pixels: torch.Tensor, classes: int) -> tuple[int, float]:
-    """Return class (-1: abstained) and radius of one image."""
-
-    def count(votes: int) -> np.ndarray[Any, Any]:
-        counts = np.zeros(classes, dtype=int)
-        while votes > 0:
-            size = min(BATCH, votes)
-            votes -= size
-            batch = pixels.repeat((size, 1, 1, 1))
-            batch = batch + torch.randn_like(batch) * SIGMA
-            for predicted in model(batch).argmax(1).cpu().numpy():
-                counts[predicted] += 1
-        return counts
-
-    top = int(count(N0).argmax())
-    hits = int(count(N)[top])
-    lower = float(beta.ppf(ALPHA, hits, N - hits + 1))
-    return (top, SIGMA * float(norm.ppf(lower))) if lower > 0.5 else (-1, 0.0)
+SIGMA, N0, N, ALPHA, IMAGES = 0.25, 100, 10_000, 0.001, 5
 
 
 @pytest.mark.parametrize(("kind", "target"), [("fixed", "selected"), ("anytime", "selected"), ("anytime", "label")])
@@ -79,7 +56,8 @@ def test_engine_against_the_published_loop(
         with torch.inference_mode():
             for i in images:
                 x = torch.from_numpy(test.pixels([i])[0])
-                top, radius = published_loop(lambda z: run.fitted.defense(z, unused), x, task.classes)
+                model = partial(run.fitted.defense, draw=unused)
+                top, radius = published_loop(model, x, task.classes, SIGMA, N0, N, ALPHA)
                 hits += (top == test.labels[i]) & (radius >= np.array(plan.card.radii))
         tables["theirs"] = (hits / len(images)).tolist()
 

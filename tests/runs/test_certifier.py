@@ -117,9 +117,7 @@ def test_a_defense_that_cannot_be_copied_votes_in_one_thread(
     assert any("votes in one thread, not 3: TypeError" in line for line in reporter.said)
 
 
-def test_nothing_is_certified_where_a_device_draws_other_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_certified_where_a_device_draws_other_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends before the first vote; ``test_noisecheck`` tests the check."""
 
     def differs(task: Task, index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,3 +129,29 @@ def test_the_first_block_of_a_batch_is_kept() -> None:
     batch, kept = sample.kept
     assert batch == Batch(7, (Span("select", 0, 0, 16), Span("estimate", 1, 32, 16)))
     assert kept.tolist() == voted[:32].tolist()
+
+
+STOPPED = Certificate(3, 0.0, 100, 0, 0, None, 0, 0.0, 100, 7, 2)
+
+
+def test_an_image_without_votes_claims_nothing() -> None:
+    """Target "correct" stops at a wrong class: its prediction is bounded by no votes."""
+    rng = np.random.default_rng(0)
+    sure = certificate(FIXED, 4, 1.0, rng)
+    assert fresh_noise.audit_of([STOPPED], 5, 64) is None
+    audit = fresh_noise.audit_of([STOPPED, sure], 5, 64)
+    assert audit is not None and audit.claims == {4: 0}
+    assert not fresh_noise.overstated(FIXED, audit, {4: 64}, [STOPPED, sure])
+
+
+@pytest.mark.parametrize("procedure", [FIXED, ANYTIME])
+def test_a_stop_contradicts_votes_for_the_label(procedure: Fixed | Anytime) -> None:
+    """Where another class was selected, at most half of the selection's votes were for the label."""
+    rng = np.random.default_rng(0)
+    sure, even = certificate(procedure, 7, 0.99, rng), certificate(procedure, 7, 0.5, rng)
+    for other in (sure, even):
+        for old, new in ((STOPPED, other), (other, STOPPED)):
+            found = fresh_noise.contradiction(old, new, procedure, False, 1e-6)
+            assert bool(found) == (other is sure)
+    assert not fresh_noise.contradiction(STOPPED, STOPPED, procedure, False, 1e-6)
+    assert fresh_noise.contradiction(STOPPED, replace(STOPPED, predicted=4), procedure, True, 1e-6)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.smoothing import gridnoise_triton
+from bench.smoothing import gridnoise, gridnoise_triton
 from bench.smoothing.chacha import KeyStreams
 from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.gridnoise_triton import TritonNoise, _unsigned, chacha_words
@@ -125,3 +125,7 @@ def test_keys_are_copied_once_and_images_may_be_views() -> None:
     view = images[:, :1].transpose(2, 3)
     compare_view = GridNoise(Noise(3, "test"), 0.25, 17)
     compare(compare_view, VOTES[:2], view, [1, 0], 17)
+
+
+def test_it_is_found_to_work_here() -> None:
+    assert gridnoise._kernel(DEVICE) is TritonNoise

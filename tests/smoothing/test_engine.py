@@ -283,6 +283,14 @@ def test_blocks_are_whole_tiles(side: int, channels: int) -> None:
     assert TILE <= rows <= 256
 
 
+def test_rows_of_a_block_on_a_gpu_and_on_a_cpu() -> None:
+    """256 rows of 224 x 224 keep a GPU's multiprocessors busy; a CPU's blocks are as they were."""
+    gpu = torch.device("cuda")
+    shapes = [(1, 8, 8), (3, 32, 32), (3, 64, 64), (3, 224, 224), (3, 384, 384), (3, 1024, 1024)]
+    assert [block_rows(shape, gpu) for shape in shapes] == [1024, 1024, 1024, 256, 128, 16]
+    assert [block_rows(shape, CPU) for shape in shapes] == [256, 64, 16, 16, 16, 16]
+
+
 ANYTIME = Anytime(20, 3000, 0.01, (0.25, 0.5))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -261,7 +262,7 @@ grids = pytest.mark.parametrize(("sigma", "levels", "size"), [*GRIDS, (0.25, 256
 
 @grids
 def test_values_are_those_of_the_definition(sigma: float, levels: int, size: int) -> None:
-    """On the CPU and in plain torch; 105 and 3 pixels end within a block, 150,528 need several chunks."""
+    """On the CPU and in plain torch; 105 and 3 pixels end within a block."""
     wanted = torch.from_numpy(definition.draw((3, "test"), MIXED, size, thresholds(sigma, levels)))
     noise = GridNoise(Noise(3, "test"), sigma, levels)
     assert torch.equal(noise.draw(MIXED, size), wanted)
@@ -318,3 +319,20 @@ def test_a_copy_draws_the_same() -> None:
         noise = kind(Noise(3, "test"), 0.25, 17)
         again = pickle.loads(pickle.dumps(noise))
         assert type(again) is kind and torch.equal(again.draw(MIXED, 70), noise.draw(MIXED, 70))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_plain_torch_draws_where_triton_does_not_work(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel cannot be launched on a CPU, as it cannot without a C compiler; a note says so, once a device."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, "bench.smoothing.gridnoise_triton", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gridnoise._kernel.cache_clear()
+    assert gridnoise._kernel(CPU) is None and gridnoise._kernel(CPU) is None
+    err = capsys.readouterr().err
+    gridnoise._kernel.cache_clear()
+    assert err.startswith("bench: grid noise on cpu is drawn in plain torch, which is slower: ")
+    assert err.count("\n") == 1
+    assert installed or "ModuleNotFoundError" in err
