@@ -1,3 +1,3 @@
 """certbench: certified defenses compared through one certification engine."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -261,7 +261,7 @@ def plans_of(bench: Bench, monkeypatch: pytest.MonkeyPatch, command: str) -> lis
     """Return the plans that a command makes on its way to an estimate."""
     made: list[Plan] = []
     monkeypatch.setattr(estimate, "estimate", lambda plan, *_: made.append(plan))
-    monkeypatch.setattr("bench.cli.app._print_estimates", lambda *_: None)
+    monkeypatch.setattr("bench.cli.estimates.print_estimates", lambda *_: None)
     result = bench(*shlex.split(command)[1:], "--dry-run")
     assert result.code == 0, result.err
     return made

@@ -79,7 +79,8 @@ def test_counts_do_not_depend_on_the_batches_in_flight(procedure: Fixed | Anytim
             done = certify(devices, lambda label: procedure.certify(t.sigma, label), order)
             return {c.index: replace(c, seconds=0.0) for c in done}
 
-    assert found([Device(t, [model] * 2, in_flight=2)] * devices) == found([Device(t, [model])])
+    several = [Device(t, [model] * 2, in_flight=2) for _ in range(devices)]
+    assert found(several) == found([Device(t, [model])])
 
 
 def test_the_next_batch_is_started_before_the_votes_of_the_first_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,5 +68,5 @@ def test_a_typical_image_lies_half_a_step_beyond() -> None:
 
 
 def test_a_cap_too_large_for_the_distribution_has_fewest_votes_alone() -> None:
-    (zero,) = radius_costs(replace(USUAL, n=2_000_000, radii=()), 0.25)
+    (zero,) = radius_costs(replace(USUAL, n=2_000_000, radii=(), calibration="ville"), 0.25)
     assert zero.fewest_votes == 64 and zero.typical_votes is None
