@@ -32,7 +32,9 @@ TOLERANCE = 1e-6
 HUGE = 1e30  # no radius, sigma or time is so large; sums of such numbers may overflow
 FORMATS = ("cohen", "adaptive")
 CHOICES: dict[str, tuple[str, ...]] = {
-    **{"noise": ("float", "grid"), "target": TARGETS, "split": ("test", "validation")},
+    "noise": ("float", "grid"),
+    "target": TARGETS,
+    "split": ("test", "validation"),
 }
 
 Floats = NDArray[np.float64]
