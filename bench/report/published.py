@@ -10,18 +10,20 @@ import pandas as pd
 from bench.report.rows import Setting
 
 CHECKOUT = Path(__file__).parents[2] / "reports" / "published.csv"
+ADDED = ("guarantee", "checked")  # columns that files written for certbench 0.3 and before do not have
 
 
-def facts() -> pd.DataFrame:
-    """Read all published facts, as text; the columns are the file's."""
-    if CHECKOUT.exists():
-        return pd.read_csv(CHECKOUT, dtype=str, keep_default_na=False)
-    with resources.as_file(resources.files("certbench_cards") / "published.csv") as file:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
+def facts(file: Path | None = None) -> pd.DataFrame:
+    """Read all published facts of a file, by default certbench's, as text; the columns are the file's and ``ADDED``."""
+    if file is None and not CHECKOUT.exists():
+        with resources.as_file(resources.files("certbench_cards") / "published.csv") as packaged:
+            return facts(packaged)
+    found = pd.read_csv(file or CHECKOUT, dtype=str, keep_default_na=False)
+    return found.assign(**{name: "not stated" for name in ADDED if name not in found})
 
 
 def rows_for(setting: Setting) -> pd.DataFrame:
-    """Select what was published for a table's data set, at its sigma or at the best sigma for each radius.
+    """Select what was published for a table's data set, at its sigma, at the best sigma for each radius, or without noise.
 
     Columns are text: method, a percentage for each of the table's radii, and what differs from our runs; a row a
     method and setting. Empty where nothing was published, as for validation images.
@@ -31,20 +33,21 @@ def rows_for(setting: Setting) -> pd.DataFrame:
     radii, found = [f"{r:g}" for r in setting.radii], facts()
     found = found[(found["dataset"] == setting.dataset) & (found["metric"] == "certified_accuracy")]
     sigma = pd.to_numeric(found["sigma"], errors="coerce")
-    found = found[(sigma == setting.sigma) | (found["sigma"] == "envelope")]
+    found = found[(sigma == setting.sigma) | found["sigma"].isin(["envelope", "none"])]
     out = []
-    keys = ["paper", "arxiv", "method", "sigma", "inputs", "n", "alpha", "source"]
+    keys = ["paper", "arxiv", "method", "sigma", "inputs", "n", "alpha", "guarantee", "checked", "source"]
     for key, part in found.groupby(keys, sort=False):
-        paper, arxiv, method, at, inputs, n, alpha, source = key
+        paper, arxiv, method, at, inputs, n, alpha, guarantee, checked, source = key
         values = {f"{float(r):g}": v for r, v in zip(part["radius"], part["value"], strict=True)}
         if not set(values) & set(radii):
             continue
-        noise = "best sigma for each radius" if at == "envelope" else f"sigma {at}"
+        noise = {"envelope": "best sigma for each radius", "none": "no noise"}.get(str(at), f"sigma {at}")
+        votes = "no votes" if n == "none" else f"n {n}, alpha {alpha}"
         out.append(
             {
                 "published": f"{method} ({paper}, arXiv {arxiv})",
                 **{r: f"{values[r]}%" if r in values else "" for r in radii},
-                "differs from ours": f"its own base; {inputs} images; n {n}, alpha {alpha}; {noise}; {source}",
+                "differs from ours": f"its own base; {inputs} images; {votes}; {noise}; {guarantee}; {checked}; {source}",
             }
         )
     return pd.DataFrame(out)

@@ -78,8 +78,24 @@ def test_names_from_a_file_are_escaped(bench: Bench, runs: Path, tmp_path: Path,
 def test_published_rows_come_from_the_file_with_their_source() -> None:
     rows = published.facts()
     assert len(rows) > 100
-    assert (rows[["paper", "arxiv", "dataset", "method", "radius", "value", "source"]] != "").all().all()
+    assert (rows != "").all().all()
     assert pd.to_numeric(rows["value"]).between(0, 100).all()
+    assert set(rows["guarantee"]) == {"probabilistic at alpha", "deterministic"}
+    assert set(rows["metric"]) == {"certified_accuracy", "clean_accuracy", "acr"}
+    named = ["paper", "dataset", "method", "sigma", "metric", "radius"]
+    assert not rows.duplicated(named).any()
+    # At a larger radius never more is certified.
+    accuracy = rows[rows["metric"] == "certified_accuracy"].assign(radius=lambda x: pd.to_numeric(x["radius"]))
+    for _, part in accuracy.groupby(["paper", "dataset", "method", "sigma"]):
+        assert pd.to_numeric(part.sort_values("radius")["value"]).is_monotonic_decreasing
+
+
+def test_a_file_of_published_rows_without_the_newer_columns_is_read(tmp_path: Path) -> None:
+    columns = published.facts().columns.drop(list(published.ADDED))
+    published.facts()[columns].to_csv(tmp_path / "old.csv", index=False)
+    old = published.facts(tmp_path / "old.csv")
+    assert (old[columns] == published.facts()[columns]).all().all()
+    assert (old[list(published.ADDED)] == "not stated").all().all()
 
 
 def test_published_rows_are_below_a_table_and_say_what_differs(bench: Bench, runs: Path, tmp_path: Path) -> None:
