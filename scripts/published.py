@@ -4,9 +4,9 @@
     python scripts/published.py page [RUNS ...]      # report.md and figures, with our rows from folders of runs
 
 ``logs`` imports each log as ``bench import`` does and replaces the rows of the same paper that were recomputed from
-logs; no number is typed. The logs are those of CAT-RS (Jeong et al. 2023, arXiv 2212.09000): seven training methods,
-each trained by its authors. They state neither n nor alpha. A radius is at most sigma Phi^-1(alpha^(1/n)), so a log
-is refused whose largest radius is not that of n and alpha below, to the digits printed.
+logs; no number is typed. The logs are those of CAT-RS (Jeong et al. 2023, arXiv 2212.09000): seven training methods.
+They state neither n nor alpha. A radius is at most sigma Phi^-1(alpha^(1/n)), so a log is refused whose largest radius
+is not that of n and alpha below, to the digits printed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import published_page
 from scipy import special
 
 from bench.errors import BenchError
 from bench.records import importing, metrics
 from bench.records.flaws import LogParameters
 from bench.records.record import Record
+from bench.report import tables
 
 FILE = Path(__file__).parents[1] / "reports" / "published.csv"
 NAME = re.compile(r"(?P<dataset>[a-z0-9]+)-(?P<method>[a-z-]+)-sigma(?P<sigma>[0-9.]+)")
@@ -55,12 +57,12 @@ def recomputed(log: Path) -> list[Fact]:
     largest = max(c.radius for c in record.certificates)
     if f"{largest:.3g}" != f"{reach:.3g}":
         raise BenchError(f"{log}: its largest radius is {largest}, and {reach:.3g} that of n {N} and alpha {ALPHA}")
-    trained = "" if method == "cat-rs" else f"; {method} of {proposed} as trained by {PAPER}"
+    where = "" if proposed == PAPER else f" of {method} ({proposed}) in the repository of {PAPER}"
     about = {
         **{"paper": PAPER, "arxiv": ARXIV, "dataset": named["dataset"], "method": method},
         **{"guarantee": "probabilistic at alpha", "sigma": named["sigma"], "inputs": str(len(record.certificates))},
         **{"n": f"{N} inferred", "alpha": f"{ALPHA} inferred", "checked": CHECKED},
-        "source": f"released per-input logs{trained}; n and alpha are inferred: they give the largest radius {largest}",
+        "source": f"released per-input log{where}; n and alpha are inferred: they give the largest radius {largest}",
     }
     radii = [STEP * i for i in range(int(reach / STEP) + 1)]
     found = metrics.summarise(record.certificates, radii)
@@ -102,6 +104,16 @@ def update(logs: Path, file: Path) -> Iterator[str]:
         writer.writerows([*kept, *made])
 
 
+def drawn(runs: Sequence[Path], out: Path) -> Iterator[str]:
+    """Write the page with the runs of these folders; yield a line for each file. Raises BenchError for a bad run."""
+    found = [tables.load_records(folder) for folder in runs]
+    if left_out := [line for _, lines in found for line in lines]:
+        raise BenchError(left_out[0])
+    records = [record for folder, _ in found for record in folder]
+    for file in published_page.write(tables.build(records) if records else None, out):
+        yield f"wrote {file}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,9 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     logs = commands.add_parser("logs", help="recompute rows from released logs")
     logs.add_argument("logs", type=Path)
     logs.add_argument("--file", type=Path, default=FILE)
+    page = commands.add_parser("page", help="write report.md and figures")
+    page.add_argument("runs", type=Path, nargs="*", help="folders of our runs")
+    page.add_argument("--out", type=Path, default=FILE.parent / "published")
     args = parser.parse_args(argv)
     try:
-        for line in update(args.logs, args.file):
+        for line in update(args.logs, args.file) if args.command == "logs" else drawn(args.runs, args.out):
             print(line)
     except BenchError as e:
         raise SystemExit(f"published: {e}") from None

@@ -23,7 +23,7 @@ def facts(file: Path | None = None) -> pd.DataFrame:
 
 
 def rows_for(setting: Setting) -> pd.DataFrame:
-    """Select what was published for a table's data set, at its sigma, at the best sigma for each radius, or without noise.
+    """Select what was published for a table's data set, at its sigma or the best for each radius, or without noise.
 
     Columns are text: method, a percentage for each of the table's radii, and what differs from our runs; a row a
     method and setting. Empty where nothing was published, as for validation images.
@@ -47,7 +47,9 @@ def rows_for(setting: Setting) -> pd.DataFrame:
             {
                 "published": f"{method} ({paper}, arXiv {arxiv})",
                 **{r: f"{values[r]}%" if r in values else "" for r in radii},
-                "differs from ours": f"its own base; {inputs} images; {votes}; {noise}; {guarantee}; {checked}; {source}",
+                "differs from ours": "; ".join(
+                    ["its own base", f"{inputs} images", votes, noise, str(guarantee), str(checked), str(source)]
+                ),
             }
         )
     return pd.DataFrame(out)
