@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install develop demo readme lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants fidelity
+.PHONY: install develop demo readme reports lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants fidelity
 
 install: .venv/installed
 
@@ -26,12 +26,16 @@ demo: install
 # Update the README's table and figure from the demo's runs.
 readme: demo
 	rm -rf reports/digits-quick
-	$(BIN)/bench report --out reports/digits-quick
-	rm -f reports/digits-quick/*.pdf
+	$(BIN)/bench export runs --record reports/digits-quick/runs
+	$(MAKE) reports
 	cd reports/digits-quick && ls *.svg | grep -v cost > ../../demo/figure
 	sed -i.old "s|(reports/digits-quick/[^)]*)|(reports/digits-quick/$$(cat demo/figure))|" README.md && rm README.md.old
 	sed -n '/^|/p' reports/digits-quick/report.md > demo/table
 	sed -i.old -e '/<!-- table/,/<!-- end/{/^|/d;}' -e '/<!-- table/r demo/table' README.md && rm README.md.old
+
+# Make every table and figure of reports/ that has records again (scripts/reports.py).
+reports: install
+	$(BIN)/python scripts/reports.py
 
 # The parts of make test, each a job of CI.
 lint: develop

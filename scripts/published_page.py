@@ -54,11 +54,15 @@ def write(ours: Report | None, out: Path) -> list[Path]:
     """Write report.md and a figure for each data set into ``out``; return the files."""
     out.mkdir(parents=True, exist_ok=True)
     facts = published.facts().to_dict("records")
+    drawn = {
+        dataset: {s: [*curves(facts, dataset, s), *(our_curves(ours, dataset, s) if ours else [])] for s in SIGMAS}
+        for dataset in DATASETS
+    }
+    with_ours = any(c.low for panels in drawn.values() for found in panels.values() for c in found)
     added = {"ours": " and the records of our runs", "bands": " Bands: 95% intervals of ours."}
-    text, files = INTRO.format(**(added if ours else dict.fromkeys(added, ""))), []
+    text, files = INTRO.format(**(added if with_ours else dict.fromkeys(added, ""))), []
     for dataset, title in DATASETS.items():
-        panels = {s: [*curves(facts, dataset, s), *(our_curves(ours, dataset, s) if ours else [])] for s in SIGMAS}
-        panels = {s: found for s, found in panels.items() if found}
+        panels = {s: found for s, found in drawn[dataset].items() if found}
         files.append(draw(panels, title, out / f"{dataset}.svg"))
         text += f"\n## {title}\n\n![{title}: certified accuracy against radius]({dataset}.svg)\n"
         for sigma, found in panels.items():

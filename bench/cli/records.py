@@ -207,8 +207,15 @@ def import_(options: ImportOptions) -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder; with --record also a folder of runs.")],
     out: Annotated[Path | None, typer.Option(help="The file to write the log to. Default: print.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write copies of the records into this folder instead: run.json and compressed certificates, "
+            "without weights, logs and paths of this machine."
+        ),
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -224,14 +231,17 @@ def export(
     ] = None,
     device: Annotated[str, typer.Option(help="With --weights: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Export a run as a tab-separated log, or its weights for peft and timm."""
+    """Export a run as a tab-separated log, its weights for peft and timm, or its record for a repository."""
     from bench.io.files import write_text, writing
     from bench.records.logs import export_log
     from bench.records.record import read_run
 
+    if len([x for x in (out, weights, record) if x is not None]) > 1:
+        raise BenchError("--out writes the log, --weights the weights and --record the record; give one of them")
+    if record is not None:
+        _copy_records(run, record)
+        return
     if weights is not None:
-        if out is not None:
-            raise BenchError("--out writes the log and --weights the weights; give one of them")
         _export_weights(run, weights, merged, defense, device)
         return
     text = export_log(read_run(run))
@@ -241,6 +251,17 @@ def export(
     with writing(out, "choose another file with --out"):
         write_text(out, text)
     print(f"wrote {out}", file=sys.stderr)
+
+
+def _copy_records(runs: Path, out: Path) -> None:
+    from bench.records.copying import copy_record
+    from bench.records.record import find_runs, read_run
+
+    for path in find_runs(runs) or [runs]:
+        folder, changed = copy_record(read_run(path), out)
+        for line in changed:
+            note(f"{folder}: {line}")
+        print(f"wrote {folder}", file=sys.stderr)
 
 
 def _export_weights(run: Path, weights: Path, merged: bool, defense: str | None, device: str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from bench.errors import BenchError
 
 MB = 2**20
 RUN = 64 * MB  # maximum size of a run.json; a million images take 10 MB
 CERTIFICATE = 10_000  # maximum bytes of a line of certificates.jsonl
+UNPACKED = 512 * MB  # maximum size of a compressed file's contents; the certificates of a million images are 230 MB
+GZIP = ".gz"
 
 _T = TypeVar("_T")
 
@@ -41,19 +45,32 @@ def memory() -> int:
 
 
 def lines(path: Path, longest: int) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends. Raises BenchError where it is not regular or a line is longer."""
+    """Yield the lines of a file with their ends, uncompressed where its name ends in .gz.
+
+    Raises BenchError where the file is not regular, a line is longer or a compressed file holds more than
+    ``UNPACKED``; OSError where it cannot be read.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise BenchError(f"{path}: not a regular file; replace it by a copy")
-    with path.open("rb") as f:
-        number = 0
-        while line := f.readline(longest + 1):
-            number += 1
+    with gzip.open(path, "rb") if path.suffix == GZIP else path.open("rb") as f:
+        number = size = 0
+        while line := _next_line(f, longest):
+            number, size = number + 1, size + len(line)
+            if path.suffix == GZIP and size > UNPACKED:
+                raise BenchError(f"{path}: holds more than {UNPACKED // MB} MB; get the file again")
             if len(line) > longest:
                 raise BenchError(
                     f"{path}:{number}: a line of more than {longest:,} bytes, which bench does not write; "
                     f"delete the line or get the file again"
                 )
             yield line
+
+
+def _next_line(f: IO[bytes] | gzip.GzipFile, longest: int) -> bytes:
+    try:
+        return f.readline(longest + 1)
+    except (EOFError, zlib.error) as e:  # gzip raises these and OSError where a file is cut off or damaged
+        raise OSError(f"damaged: {e}") from None
 
 
 def within(seconds: float, call: Callable[[], _T]) -> _T:

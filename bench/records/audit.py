@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.io.files import file_sha256
 from bench.records.columns import NULL
+from bench.records.lines import certificates_file, sha256
 from bench.records.record import Record
 
 # Relative difference allowed between recorded and recomputed numbers: versions of scipy differ by less than 1e-12.
@@ -23,7 +23,7 @@ def problem(record: Record) -> str:
     if not record.whole:
         return f"{record.path}: corrupt: finished with {images} images, but certificates.jsonl holds other ones"
     stated = record.info.certificates_sha256  # None: written before there was one
-    if stated is not None and file_sha256(record.path / "certificates.jsonl") != stated:
+    if stated is not None and sha256(certificates_file(record.path)) != stated:
         return f"{record.path}: certificates.jsonl was changed after the run finished; restore it, or run again"
     if not record.imported and (wrong := _unsupported(record)):
         return f"{record.path}: {wrong}; bench verify {record.path} says more"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.io.files import file_sha256
 from bench.options import command
 from bench.process.runlog import NAME, is_locked
 from bench.records import fingerprint, grouping, metrics
+from bench.records.lines import certificates_file, sha256
 from bench.records.record import Record, read_run
 from bench.records.schema import Cost, RunInfo
 from bench.records.shards import Shard, shards_in
@@ -102,7 +102,7 @@ def _read(run: Path, shard: Shard, folder: Path) -> Record:
     if record.complete:
         if {c.index for c in record.certificates} != set(shard.part(record.identity.indices)):
             raise BenchError(f"{folder}: its images are not those of shard {shard}; delete it, and run it again")
-        if file_sha256(folder / "certificates.jsonl") != record.info.certificates_sha256:
+        if sha256(certificates_file(folder)) != record.info.certificates_sha256:
             raise BenchError(
                 f"{folder}: certificates.jsonl was changed since it was finished; delete it, and run it again"
             )

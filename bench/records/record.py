@@ -1,7 +1,7 @@
 """Read run folders: the record of one defense certified at one sigma.
 
 ``run.json`` states what was measured (identity), where (environment), at what cost and with what result;
-``certificates.jsonl`` has one line per image. ``writer`` writes both.
+``certificates.jsonl`` has one line per image. ``writer`` writes both. ``copying`` writes copies with compressed lines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from bench.errors import BenchError, one_line
 from bench.io import limits
 from bench.records.columns import NULL, Columns
+from bench.records.lines import certificates_file
 from bench.records.migration import migrate
 from bench.records.schema import Cost, Identity, RunInfo
 from bench.records.shards import Shard, shards_in
@@ -100,7 +101,7 @@ def read_run(path: Path, shard: Shard | None = None) -> Record:
     Raises BenchError when it is not a run folder, of a newer schema, or corrupt.
     """
     info = _read_info(path, shard)
-    return Record(path, info, _certificates(path / "certificates.jsonl", info))
+    return Record(path, info, _certificates(certificates_file(path), info))
 
 
 def _read_info(path: Path, shard: Shard | None) -> RunInfo:

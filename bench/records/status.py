@@ -17,6 +17,7 @@ from bench.io import limits
 from bench.process import runlog
 from bench.process.console import duration
 from bench.process.runlog import CERTIFY, NAME, STARTED, is_locked
+from bench.records.lines import certificates_file
 from bench.records.shards import Shard, shards_in
 from bench.smoothing import bounds
 
@@ -131,6 +132,7 @@ def _begun(file: Path) -> list[RunStatus]:
 def _row(folder: Path, name: str) -> RunStatus:
     file, lines = folder / "run.json", folder / "certificates.jsonl"
     try:
+        lines = certificates_file(folder)
         info = json.loads(limits.contents(file, limits.RUN))
         indices = info["identity"]["indices"]
         images = len(Shard.parse(info["shard"]).part(indices) if "shard" in info else indices)

@@ -11,7 +11,7 @@ import mpmath
 
 from bench.errors import BenchError
 from bench.io.files import file_sha256
-from bench.records import importing, metrics
+from bench.records import importing, lines, metrics
 from bench.records.findings import Finding
 from bench.records.record import Record, read_run
 from bench.records.schema import Identity
@@ -24,7 +24,7 @@ def check_record(path: Path) -> Iterator[Finding]:
     """Yield a finding for each check of the record alone. Raises BenchError where it cannot be read."""
     record = read_run(path)
     info = record.info
-    if record.complete and not (path / "certificates.jsonl").is_file():
+    if record.complete and not (file := lines.certificates_file(path)).is_file():
         raise BenchError(
             f"{path}: certificates.jsonl is missing, and the run is complete; restore it, or move the folder away and "
             "run again"
@@ -39,7 +39,7 @@ def check_record(path: Path) -> Iterator[Finding]:
         if isinstance(record.identity.procedure, Anytime):
             yield _error(record.identity, record.identity.procedure)
     if record.complete:
-        same = file_sha256(path / "certificates.jsonl") == info.certificates_sha256
+        same = lines.sha256(file) == info.certificates_sha256
         same = same or info.certificates_sha256 is None  # written before there was one
         problem = "" if same else "certificates.jsonl is not the file that the finished run wrote"
         yield Finding("the certificates are the file that the finished run wrote", problem)

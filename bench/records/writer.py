@@ -18,6 +18,7 @@ from bench.io.files import drop_partial, file_sha256, write_json, write_text, wr
 from bench.process import runlog
 from bench.process.locks import Lock
 from bench.records.columns import Columns
+from bench.records.lines import NAME, certificates_file
 from bench.records.metrics import Summary
 from bench.records.record import Line, read_run
 from bench.records.schema import Cost, Identity, RunInfo
@@ -63,7 +64,7 @@ class RunFolder:
                 who = self._lock.held_by() or runlog.writer(self.path / runlog.NAME)
                 raise BenchError(f"{self.path} is being written by another process{who}; wait for it, or stop it")
         try:
-            self._certificates = self.path / "certificates.jsonl"
+            self._certificates = certificates_file(self.path)
             self.info, self.done = self._open(info, shard)
         except BaseException:
             self._lock.release()
@@ -79,6 +80,10 @@ class RunFolder:
         record = read_run(self.path, shard)
         if record.identity.sha256 != info.identity.sha256:
             raise BenchError(f"{self.path} holds another identity than its name says; move it away")
+        if self._certificates.name != NAME:
+            if not record.complete:
+                raise BenchError(f"{self._certificates}: a compressed run that is not finished; unpack it with gunzip")
+            return record.info, record.counted
         with writing(self._certificates, SPACE):
             self._drop_torn_line()
         return record.info, record.counted
