@@ -33,9 +33,9 @@ readme: demo
 	sed -n '/^|/p' reports/digits-quick/report.md > demo/table
 	sed -i.old -e '/<!-- table/,/<!-- end/{/^|/d;}' -e '/<!-- table/r demo/table' README.md && rm README.md.old
 
-# Make every table and figure of reports/ that has records again (scripts/reports.py).
+# Make every table and figure of reports/ that has records again (scripts/remake_reports.py).
 reports: install
-	$(BIN)/python scripts/reports.py
+	$(BIN)/python scripts/remake_reports.py
 
 # The parts of make test, each a job of CI.
 lint: develop

@@ -1,6 +1,6 @@
 """Make everything in reports/ again that is made from records: ``make reports``.
 
-    python scripts/reports.py [--out DIR]
+    python scripts/remake_reports.py [--out DIR]
 
 Each folder reports/<study>/runs holds records (``bench export RUNS --record reports/<study>/runs``); ``bench report``
 writes the study's report.md and figures beside it, as SVG alone. The page reports/published/ is made from
