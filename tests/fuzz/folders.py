@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from bench.errors import BenchError
 from bench.io.files import digest
 from bench.records.flaws import LogParameters
 from bench.records.importing import import_log
+from bench.records.lines import COMPRESSED
 from bench.records.logs import export_log
 from bench.records.record import Record, read_run
 from bench.records.verify import check_record
@@ -58,7 +60,7 @@ def in_lines(values: list[Any]) -> bytes:
     return b"".join(dumped(x) + b"\n" for x in values)
 
 
-def _use_run(name: str, info: bytes, lines: bytes) -> None:
+def _use_run(name: str, info: bytes, lines: bytes, packed: bool = False) -> None:
     with scratch() as folder:
         for path, told, rows in (
             (folder / "a" / name, info, lines),
@@ -67,7 +69,7 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
             path.mkdir(parents=True)
             (path / "run.json").write_bytes(told)
             whole = b"".join(dumped(x) + b"\n" for x in RUNS[0][2]) if rows is None else rows
-            (path / "certificates.jsonl").write_bytes(whole)
+            (path / (COMPRESSED if packed and rows is not None else "certificates.jsonl")).write_bytes(whole)
         run, good = folder / "a" / name, folder / "b" / RUNS[0][0]
         listing.rows("runs", folder / "a")
         records: list[Record] = []
@@ -96,20 +98,22 @@ def _use_run(name: str, info: bytes, lines: bytes) -> None:
         judge("run folder, export", lambda: export_log(read_run(run)))
 
 
-@given(st.sampled_from(RUNS), edits, edits, st.sampled_from(["run", "lines", "lines", "both"]), cuts)
+@given(st.sampled_from(RUNS), edits, edits, st.sampled_from(["run", "lines", "lines", "both", "packed"]), cuts)
 def run_folders(run: Any, changes: list[Any], others: list[Any], where: str, torn: list[Any]) -> None:
-    """Read a run folder with changed fields of run.json or certificates, and a damaged file."""
+    """Read a run folder with changed fields of run.json or certificates, compressed or not, and a damaged file."""
     name, info, lines = run
     info = changed(info, changes) if where != "lines" else info
     lines = changed(lines, others) if where != "run" else lines
     rows = lines if isinstance(lines, list) else [lines]
-    _use_run(name, cut(dumped(info), torn), cut(in_lines(rows), torn[1:]))
+    packed = where == "packed"
+    text = gzip.compress(in_lines(rows), mtime=0) if packed else in_lines(rows)
+    _use_run(name, cut(dumped(info), torn), cut(text, torn[1:]), packed)
 
 
-@given(st.sampled_from(RUNS), st.binary(max_size=100), st.binary(max_size=100), st.booleans())
-def random_run_folders(run: Any, info: bytes, lines: bytes, valid: bool) -> None:
-    """Read random bytes as run.json or certificates.jsonl."""
-    _use_run(run[0], dumped(run[1]) if valid else info, lines)
+@given(st.sampled_from(RUNS), st.binary(max_size=100), st.binary(max_size=100), st.booleans(), st.booleans())
+def random_run_folders(run: Any, info: bytes, lines: bytes, valid: bool, packed: bool) -> None:
+    """Read random bytes as run.json or certificates.jsonl, or as its compressed copy."""
+    _use_run(run[0], dumped(run[1]) if valid else info, lines, packed)
 
 
 @given(edits, cuts)
