@@ -38,7 +38,7 @@ def rows_for(setting: Setting) -> pd.DataFrame:
     keys = ["paper", "arxiv", "method", "sigma", "inputs", "n", "alpha", "guarantee", "checked", "source"]
     for key, part in found.groupby(keys, sort=False):
         paper, arxiv, method, at, inputs, n, alpha, guarantee, checked, source = key
-        values = {f"{float(r):g}": v for r, v in zip(part["radius"], part["value"], strict=True)}
+        values = {f"{float(r):g}": _percent(v) for r, v in zip(part["radius"], part["value"], strict=True)}
         if not set(values) & set(radii):
             continue
         noise = {"envelope": "best sigma for each radius", "none": "no noise"}.get(str(at), f"sigma {at}")
@@ -46,13 +46,18 @@ def rows_for(setting: Setting) -> pd.DataFrame:
         out.append(
             {
                 "published": f"{method} ({paper}, arXiv {arxiv})",
-                **{r: f"{values[r]}%" if r in values else "" for r in radii},
+                **{r: values.get(r, "") for r in radii},
                 "differs from ours": "; ".join(
                     ["its own base", f"{inputs} images", votes, noise, str(guarantee), str(checked), str(source)]
                 ),
             }
         )
     return pd.DataFrame(out)
+
+
+def _percent(value: str) -> str:
+    """Return a percentage as published, and with one decimal where the file has more."""
+    return f"{value if len(value.partition('.')[2]) < 2 else f'{float(value):.1f}'}%"
 
 
 def heading(setting: Setting) -> str:
