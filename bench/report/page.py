@@ -24,7 +24,7 @@ from bench import __version__
 from bench.errors import BenchError
 from bench.records.columns import NULL
 from bench.records.record import Line, Record
-from bench.report import gallery, plots
+from bench.report import distribution, gallery, plots
 from bench.report.envelopes import Envelope
 from bench.report.plots import COSTS, Looks
 from bench.report.rows import Method, Setting
@@ -154,6 +154,7 @@ def _part(table: Table, looks: Looks, figures: _Figures) -> str:
         + f"<details><summary>All columns</summary>{_sortable(table.cells)}</details>"
         + _costs(table, looks, figures)
         + _abstention(table, looks, figures)
+        + _distribution(table, looks, figures)
         + figures.add("Certified accuracy of each class", plots.by_class(table), radii)
         + '<p class="note">Percent; the number of images of each class is in brackets. Few images give wide intervals: '
         "point at a cell to see them.</p>"
@@ -183,6 +184,14 @@ def _abstention(table: Table, looks: Looks, figures: _Figures) -> str:
         return "<p>How often the model abstains is not known: images of a wrong class got no votes that say so.</p>"
     views = {"": plots.abstention(table.methods, looks)}
     return figures.add("Abstained, of all images, with 95% intervals", views, {})
+
+
+def _distribution(table: Table, looks: Looks, figures: _Figures) -> str:
+    if table.setting.imported:
+        return "<p>Released logs state radii, but no p_lower.</p>"
+    views = {"": distribution.p_lower(table.methods, looks)}
+    note = f'<p class="note">{escape(distribution.note(table))}</p>'
+    return figures.add("Distribution of p_lower over the images", views, {}) + note
 
 
 def _sortable(shown: pd.DataFrame) -> str:
