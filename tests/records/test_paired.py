@@ -89,7 +89,7 @@ def test_more_seeds_do_not_weaken_a_clear_verdict(tmp_path: Path, seeds: int) ->
         assert (share.low, share.high) == pytest.approx(exact) and share.high - share.low < 0.2
     said = table.notes
     if seeds == 1:
-        assert "(brackets: 95% Clopper-Pearson intervals)" in said
+        assert "(ranges: 95% Clopper-Pearson intervals)" in said
     else:
         assert "95% Clopper-Pearson intervals at the mean over seeds" in said
         assert "not for the choice of seeds" in said and f"differ by up to {seeds - 1}.0 points" in said
