@@ -466,7 +466,7 @@ def test_the_page_fits_a_narrow_screen_and_runs_nothing_of_a_record(
         records += tables.load_records(run)[0]
     (file,) = output.write(tables.build(records), "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
     tab = opened(file, width=360)
-    tab.locator("details").first.evaluate("d => d.open = true")
+    tab.locator("details").last.evaluate("d => d.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     assert tab.locator("table").first.evaluate("t => t.scrollWidth > t.parentElement.clientWidth")  # scrolls within
     assert tab.locator("figure svg.main-svg").first.evaluate("s => s.getBoundingClientRect().right") <= 360
