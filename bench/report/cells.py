@@ -98,7 +98,19 @@ def _best(setting: Setting, methods: Sequence[Method]) -> str:
     others = [m.label for m in methods if radius in m.level and m is not best]
     rest = f"not significantly different: {', '.join(others)}" if others else "all other rows are significantly worse"
     share = best.row.certified[radius].value
-    return f"At r = {radius:g} {best.label} certifies the most images ({share:.1%}); {rest}."
+    first = f"At r = {radius:g} {best.label} certifies the most images ({share:.1%}); {rest}."
+    return first + _elsewhere(setting, methods, best)
+
+
+def _elsewhere(setting: Setting, methods: Sequence[Method], best: Method) -> str:
+    """Name the methods with more certified images than ``best`` at other radii."""
+    leads: dict[str, list[str]] = {}
+    for radius in setting.within:
+        first = max(methods, key=lambda m: m.row.certified[radius].value)
+        if first.row.certified[radius].value > best.row.certified[radius].value:
+            leads.setdefault(first.label, []).append(f"{radius:g}")
+    found = [f"{label} at r = {', '.join(radii)}" for label, radii in leads.items()]
+    return f" The most elsewhere: {'; '.join(found)}." if found else ""
 
 
 def _margin(setting: Setting, methods: Sequence[Method]) -> str:
