@@ -197,7 +197,7 @@ def _distribution(table: Table, looks: Looks, figures: _Figures) -> str:
 def _sortable(shown: pd.DataFrame) -> str:
     """Write a table that sorts by a click on a heading; its first column names the rows."""
     head = "".join(
-        f'<th scope="col" aria-sort="none"><button>{"<br>".join(map(escape, lines))}</button></th>'
+        f'<th scope="col" aria-sort="none"><button>{"<br> ".join(map(escape, lines))}</button></th>'
         for lines in (str(title).split("\n") for title in shown)
     )
     rows = "".join(
@@ -211,9 +211,9 @@ def _sortable(shown: pd.DataFrame) -> str:
 
 
 def _cell(text: str) -> str:
-    """Write a cell; its second line, if it has one, is smaller."""
+    """Write a cell; its second line, if it has one, is smaller. The line break ends the number that it sorts by."""
     first, _, second = text.partition("\n")
-    return escape(first) + (f"<br><small>{escape(second)}</small>" if second else "")
+    return escape(first) + (f"\n<br><small>{escape(second)}</small>" if second else "")
 
 
 def _gallery(table: Table) -> str:
