@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.cli.convert import app as convert_app
-from bench.cli.options import AsJson, Execution, Out, print_findings, print_table, with_options
+from bench.cli.options import (
+    AsJson,
+    Execution,
+    Out,
+    every_column,
+    print_findings,
+    print_report,
+    print_table,
+    with_options,
+)
 from bench.cli.records import app as records_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
 from bench.options import RunOptions
@@ -91,6 +100,7 @@ def run(options: RunOptions, execution: Execution) -> None:
     from bench.records.writer import check_writable
     from bench.runs.plan import check_effects, make_plans
 
+    every_column(execution.columns)  # refused before any work
     shard = Shard.parse(execution.shard) if execution.shard else None
     on_ray = _on_ray(execution) and not execution.dry_run
     if on_ray and shard:
@@ -149,10 +159,10 @@ def _print_records(records: list[Record], execution: Execution, shard: Shard | N
             print(f"{r.path}: complete, {len(r.certificates)} images")
         print(f"bench merge {execution.out} joins the {shard.of} shards when all are complete")
     elif records:
-        from bench.report import tables, text
+        from bench.report import tables
 
-        print(text.render(tables.build(records), "md"))
-        print(f"runs in {execution.out}; bench report {execution.out} makes the report")
+        print_report(tables.build(records), every=every_column(execution.columns))
+        print(f"\nruns in {execution.out}; bench report {execution.out} makes the report")
 
 
 def _on_ray(execution: Execution) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from bench.errors import shown
+from bench.errors import shown, unknown
 from bench.options import flag, option
 
 if TYPE_CHECKING:
     from bench.records.findings import Finding
+    from bench.report.tables import Report
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 RUNS = Path("runs")
+COLUMNS = "default: at most eight; or all. JSON and csv always have all."
 Out = Annotated[Path, typer.Option("--out", help="Folder of run folders.")]
 
 
@@ -37,6 +40,7 @@ class Execution:
     )
     ray_address: str | None = option("The Ray cluster; default: the one running here, else one for the command.", None)
     dry_run: bool = option("Estimate votes and time, then exit.", False)
+    columns: str = option(f"Columns of the table. {COLUMNS}", "default")
     as_json: bool = option("Print JSON to stdout.", False, flag="--json")
 
 
@@ -93,6 +97,26 @@ def print_findings(findings: list[Finding], as_json: bool) -> None:
                 print(shown(f"      {f.problem}"))
     if any(f.problem for f in findings):
         raise typer.Exit(1)
+
+
+def every_column(columns: str) -> bool:
+    """Return whether ``--columns`` asks for all columns. Raises BenchError where it is neither default nor all."""
+    if columns not in (known := ("default", "all")):
+        raise unknown("--columns", columns, known)
+    return columns == "all"
+
+
+def print_report(report: Report, format: str = "md", every: bool = False, wide: bool = False) -> None:
+    """Print a report; on a terminal a table of markdown is laid out for it, unless ``wide`` or all columns are asked.
+
+    Written to a pipe or a file it is markdown.
+    """
+    from bench.report import terminal, text
+
+    if format == "md" and sys.stdout.isatty() and not every and not wide:
+        print(terminal.render(report), end="")
+    else:
+        print(text.render(report, format, every), end="")
 
 
 def print_table(rows: list[dict[str, Any]], nothing: str) -> None:

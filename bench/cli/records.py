@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from bench.cli.options import RUNS, AsJson, print_findings, print_table, with_options
+from bench.cli.options import (
+    COLUMNS,
+    RUNS,
+    AsJson,
+    every_column,
+    print_findings,
+    print_report,
+    print_table,
+    with_options,
+)
 from bench.errors import BenchError, NotComparable, note, shown
 from bench.options import option
 
@@ -30,16 +39,21 @@ def report_(
     published: Annotated[
         bool, typer.Option("--published", help="Add published results below each table, and how they differ.")
     ] = False,
+    columns: Annotated[str, typer.Option(help=COLUMNS)] = "default",
 ) -> None:
     """Report all finished runs as tables, with --out also as figures or a page. Exit 1: some runs were left out."""
     from bench.errors import unknown
-    from bench.report import output, tables, text
+    from bench.report import output, tables
 
+    every = every_column(columns)
+    given = format
     if format not in (known := (None, "md", "latex", "csv", "json", "html")):
         raise unknown("format", format, filter(None, known))
     format = output.format_of(out, format)
     if published and format not in ("md", "latex"):
         raise BenchError(f"--published works with --format md or latex, not {format}")
+    if every and format == "latex":
+        raise BenchError("--columns all is too wide for --format latex; use md, or csv and json, which have them all")
     if format == "html" and out is None:
         raise BenchError(
             "an html page has 5 MB, too much for a terminal; write it to a file: --format html --out report.html"
@@ -51,9 +65,9 @@ def report_(
         raise BenchError(f"no finished run in {runs}; create one with bench run")
     report = tables.build(records, published)
     if format != "html":
-        print(text.render(report, format), end="")
+        print_report(report, format, every, wide=given == "md")
     if out is not None:
-        for file in output.write(report, format, out, left_out):
+        for file in output.write(report, format, out, left_out, every):
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)
@@ -188,7 +202,7 @@ class ImportOptions:
 def import_(options: ImportOptions) -> None:
     """Import a released log as a run folder. Exit 1: the log has defects; it is imported nevertheless."""
     from bench.records import importing
-    from bench.report import tables, text
+    from bench.report import tables
     from bench.runs.plan import LARGE, large
 
     given = {k: getattr(options, k) for k in ("sigma", "alpha", "n", "n0", "noise", "target", "format", "radius")}
@@ -199,8 +213,8 @@ def import_(options: ImportOptions) -> None:
     if options.as_json:
         print(json.dumps({"path": str(record.path), **record.info.as_json()}, indent=1))
     else:
-        print(text.render(tables.build([record]), "md"))
-        print(f"imported as {record.path}")
+        print_report(tables.build([record]))
+        print(f"\nimported as {record.path}")
     if record.flags:
         raise typer.Exit(1)
 

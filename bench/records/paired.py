@@ -7,6 +7,7 @@ number of its seeds that are right.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -122,11 +123,30 @@ def power(images: int, lost: float, won: float, level: float, points: float) -> 
     """
     if lost + won == 0:
         return 0.0
-    changes = np.arange(images + 1)
+    # Numbers of changes outside these limits have a chance below 2e-13 together.
+    least, most = stats.binom.ppf(1e-13, images, lost + won), stats.binom.isf(1e-13, images, lost + won)
+    changes = np.arange(least, most + 1)
     significant = stats.binom.isf(level, changes, 0.5) + 1
     needed = np.maximum(significant, np.ceil((changes + points * images / 100) / 2 - 1e-9))
     caught = stats.binom.sf(needed - 1, changes, lost / (lost + won))
     return float(np.sum(stats.binom.pmf(changes, images, lost + won) * caught))
+
+
+@lru_cache(maxsize=2**8)
+def smallest_shown(images: int, level: float, chance: float, churn: float = 0.0) -> float | None:
+    """Compute the smallest difference that McNemar's exact two-sided test shows with probability ``chance``.
+
+    ``churn`` is the share of images on which the two classifiers also differ by chance, half of it either way; at 0
+    the better classifier is right wherever the worse is. Returned as a share of the images, rounded up to a thousandth;
+    None where no difference is shown with that probability.
+    """
+
+    def shown(thousandths: int) -> bool:
+        return power(images, thousandths / 1000 + churn / 2, churn / 2, level / 2, 0.0) >= chance
+
+    most = round(1000 * (1 - churn))
+    found = bisect.bisect_left(range(most + 1), True, key=shown)
+    return found / 1000 if found <= most else None
 
 
 def largest_size(images: int, level: float) -> float:

@@ -11,6 +11,9 @@ from bench.report.rows import Method, Row, Setting
 from bench.smoothing import bounds
 from bench.text import DASH
 
+POWER = 0.8  # chance at which a difference counts as one that could be shown
+CHURN = 0.1  # share of images on which two methods also differ by chance
+
 
 def label(row: Row, rows: Sequence[Row]) -> str:
     """Name a row of a table: the method and its number of seeds; seed and hash of the run where two have one name."""
@@ -31,18 +34,18 @@ def cells(setting: Setting, methods: Sequence[Method]) -> pd.DataFrame:
     shown |= {
         "family": [row.family or DASH for row in rows],
         "trains": [row.trains for row in rows],
-        "base, clean": _numbers([row.base_clean_accuracy for row in rows], ".1%"),
-        "abstained": _numbers([row.abstained for row in rows], ".1%"),
-        "train (s)": _numbers([row.train_seconds for row in rows], ".1f"),
-        "certify (s)": _numbers([row.certify_seconds for row in rows], ".1f"),
-        "votes": _numbers([row.votes for row in rows], ",.0f"),
-        "GFLOPs / vote": _numbers([row.flops_per_vote for row in rows], ".4g", 1e9),
-        "trained here": _numbers([row.trained_here for row in rows], ",.0f"),
-        "trained elsewhere": _numbers([row.trained_elsewhere for row in rows], ",.0f"),
-        "parameters": _numbers([row.parameters for row in rows], ",.0f"),
+        "base, clean": numbers([row.base_clean_accuracy for row in rows], ".1%"),
+        "abstained": numbers([row.abstained for row in rows], ".1%"),
+        "train (s)": numbers([row.train_seconds for row in rows], ",.1f"),
+        "certify (s)": numbers([row.certify_seconds for row in rows], ",.1f"),
+        "votes": numbers([row.votes for row in rows], ",.0f"),
+        "GFLOPs / vote": numbers([row.flops_per_vote for row in rows], ".4g", 1e9),
+        "trained here": numbers([row.trained_here for row in rows], ",.0f"),
+        "trained elsewhere": numbers([row.trained_elsewhere for row in rows], ",.0f"),
+        "parameters": numbers([row.parameters for row in rows], ",.0f"),
         "extra data": [DASH if setting.imported else row.extra_data or "no" for row in rows],
-        "peak memory (MB)": _numbers([row.peak_memory for row in rows], ",.0f", 1e6),
-        "ACR": _numbers([row.acr for row in rows], ".3f"),
+        "peak memory (MB)": numbers([row.peak_memory for row in rows], ",.0f", 1e6),
+        "ACR": numbers([row.acr for row in rows], ".3f"),
     }
     return pd.DataFrame(shown)
 
@@ -53,20 +56,25 @@ def _accuracy(method: Method, radius: float) -> str:
     return f"{text} =" if radius in method.level else text
 
 
-def _numbers(values: Sequence[float | None], form: str, unit: float = 1) -> list[str]:
+def numbers(values: Sequence[float | None], form: str, unit: float = 1) -> list[str]:
+    """Format numbers in a unit; a dash for one that is not known."""
     return [DASH if v is None else format(v / unit, form) for v in values]
+
+
+def verdict(setting: Setting, methods: Sequence[Method]) -> str:
+    """Say which method certifies the most images, and whether the table may be a result at all."""
+    split = "" if setting.split == "test" else f"These are {setting.split} images, for choosing settings: not a result."
+    return " ".join(filter(None, [split, _best(setting, methods)]))
 
 
 def notes(setting: Setting, methods: Sequence[Method]) -> str:
     """Explain in a few sentences what the table shows and what it cannot show."""
-    split = "" if setting.split == "test" else f"These are {setting.split} images, for choosing settings: not a result."
     beyond = bounds.printed_reach(setting.reach)  # rounded up, so that no certificate lies beyond what is printed
     sentences = [
-        split,
-        _best(setting, methods),
         _margin(setting, methods),
+        _shown(methods),
         _marks(methods),
-        f"With this many votes no image can be certified beyond r = {beyond} (a dash).",
+        f"With this many votes no image can be certified beyond r = {beyond} (a dash or no column).",
         "Grid noise: a certificate covers every image of integer pixel values within its radius."
         if setting.noise == "grid"
         else "",
@@ -90,7 +98,19 @@ def _best(setting: Setting, methods: Sequence[Method]) -> str:
     others = [m.label for m in methods if radius in m.level and m is not best]
     rest = f"not significantly different: {', '.join(others)}" if others else "all other rows are significantly worse"
     share = best.row.certified[radius].value
-    return f"At r = {radius:g} {best.label} certifies the most images ({share:.1%}); {rest}."
+    first = f"At r = {radius:g} {best.label} certifies the most images ({share:.1%}); {rest}."
+    return first + _elsewhere(setting, methods, best)
+
+
+def _elsewhere(setting: Setting, methods: Sequence[Method], best: Method) -> str:
+    """Name the methods with more certified images than ``best`` at other radii."""
+    leads: dict[str, list[str]] = {}
+    for radius in setting.within:
+        first = max(methods, key=lambda m: m.row.certified[radius].value)
+        if first.row.certified[radius].value > best.row.certified[radius].value:
+            leads.setdefault(first.label, []).append(f"{radius:g}")
+    found = [f"{label} at r = {', '.join(radii)}" for label, radii in leads.items()]
+    return f" The most elsewhere: {'; '.join(found)}." if found else ""
 
 
 def _margin(setting: Setting, methods: Sequence[Method]) -> str:
@@ -98,12 +118,32 @@ def _margin(setting: Setting, methods: Sequence[Method]) -> str:
     widest = max((s.high - s.low for s in shares), default=0.0) / 2
     text = f"With {methods[0].row.images:.0f} images the margin of error is up to {100 * widest:.0f} points"
     if all(m.row.seeds == 1 for m in methods):
-        return f"{text} (brackets: 95% Clopper-Pearson intervals)."
+        return f"{text} (ranges: 95% Clopper-Pearson intervals)."
     spread = max((s.spread for s in shares), default=0.0)
     return (
-        f"{text} (brackets: 95% Clopper-Pearson intervals at the mean over seeds, conservative where seeds disagree). "
+        f"{text} (ranges: 95% Clopper-Pearson intervals at the mean over seeds, conservative where seeds disagree). "
         "Intervals and tests account for the choice of images, not for the choice of seeds: seeds of one method differ "
         f"by up to {100 * spread:.1f} points."
+    )
+
+
+def _shown(methods: Sequence[Method]) -> str:
+    """State the smallest difference between two rows that this many images could show."""
+    images, pairs = round(methods[0].row.images), max(1, len(methods) * (len(methods) - 1) // 2)
+    level = paired.LEVEL / pairs
+    best, usual = (paired.smallest_shown(images, level, POWER, churn) for churn in (0.0, CHURN))
+    if best is None:
+        return f"So few images cannot show any difference between two rows with {POWER:.0%} probability."
+    found = f"at least {100 * best:.1f} points where the better row certifies every image that the other does"
+    found += (
+        f", and none with {POWER:.0%} probability where {CHURN:.0%} of the images also differ by chance"
+        if usual is None
+        else f", {100 * usual:.1f} points where {CHURN:.0%} of the images also differ by chance, half either way"
+    )
+    over = f"5% divided by {pairs} pairs, the strictest step of Holm's correction" if pairs > 1 else "5% level"
+    return (
+        f"The smallest difference that {images:,} images could show at {POWER:.0%} power, at any one radius: {found} "
+        f"(McNemar's exact two-sided test, {over}; one seed a row)."
     )
 
 

@@ -77,7 +77,10 @@ class Envelope:
         return " ".join(sentences)
 
     def cells(self) -> pd.DataFrame:
-        """Format the curves, a row a method; a dash for a radius out of every sigma's reach."""
+        """Format the curves, a row a method; a dash for a radius out of every sigma's reach.
+
+        A cell has the value and its sigma above the interval.
+        """
         shown: dict[str, list[str]] = {
             "defense": [curve.label for curve in self.curves],
             "chosen among": [", ".join(f"{s:g}" for s in curve.sigmas) for curve in self.curves],
@@ -85,7 +88,7 @@ class Envelope:
         for radius in self.radii:
             points = [curve.at(radius) for curve in self.curves]
             shown[f"r = {radius:g}"] = [
-                f"{p.value:.1%} [{p.low:.1%}, {p.high:.1%}] at {p.sigma:g}" if p else DASH for p in points
+                f"{p.value:.1%} at {p.sigma:g}\n{100 * p.low:.1f}-{100 * p.high:.1f}" if p else DASH for p in points
             ]
         return pd.DataFrame(shown)
 

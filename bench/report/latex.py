@@ -46,18 +46,22 @@ def _table(table: Table) -> str:
     costs = {
         f"\\shortstack[r]{{{title}}}": [*map(_escape, cells[column])]
         for column, title in (
-            ("train (s)", "train\\\\(s)"),
-            ("GFLOPs / vote", "GFLOPs\\\\a vote"),
+            ("base, clean", "base,\\\\clean"),
             ("trained here", "trained\\\\here"),
+            ("GFLOPs / vote", "GFLOPs\\\\a vote"),
         )
     }
+    seconds = zip(cells["train (s)"], cells["certify (s)"], strict=True)
+    costs["\\shortstack[r]{train,\\\\certify (s)}"] = [
+        f"\\certified{{{_escape(train)}}}{{{_escape(certify)}}}" for train, certify in seconds
+    ]
     title = "certified accuracy in \\% at radius"
     blocks = [(title, pd.DataFrame(accuracies)), ("", pd.DataFrame(costs))]
     parts = [_grid([_escape(m.label) for m in table.methods], blocks)]
     if len(table.published):
         parts.append(_published(table))
     notes = table.notes.replace("=: not", "Bold: not")
-    return _comment(setting.heading) + _comment(notes) + "\n".join(parts)
+    return _comment(setting.heading) + _comment(table.verdict) + _comment(notes) + "\n".join(parts)
 
 
 def _accuracy(method: Method, radius: float) -> str:
@@ -95,8 +99,8 @@ def _escape(text: object) -> str:
 
 
 def _comment(text: str) -> str:
-    """Write a line that LaTeX skips."""
-    return f"% {' '.join(text.split())}\n"
+    """Write a line that LaTeX skips; none for no text."""
+    return f"% {' '.join(text.split())}\n" if text else ""
 
 
 def _interval(value: str, low: float, high: float) -> str:

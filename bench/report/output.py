@@ -30,10 +30,12 @@ def format_of(out: Path | None, format: str | None) -> str:
     return named or format or "md"
 
 
-def write(report: Report, format: str, out: Path, left_out: Sequence[str] = ()) -> list[Path]:
+def write(report: Report, format: str, out: Path, left_out: Sequence[str] = (), every: bool = False) -> list[Path]:
     """Write the report and, for markdown and LaTeX, its figures: into the folder ``out``, or to the file it names.
 
-    A page (html) also lists the runs ``left_out``. Returns the files written. Raises BenchError where they cannot be.
+    A page (html) also lists the runs ``left_out``; ``every``: all columns in markdown.
+
+    Returns the files written. Raises BenchError where they cannot be.
     """
     suffix = next(s for s, f in SUFFIXES.items() if f == format)
     named = ALIASES.get(out.suffix.lower(), out.suffix.lower()) == suffix and not out.is_dir()
@@ -45,7 +47,7 @@ def write(report: Report, format: str, out: Path, left_out: Sequence[str] = ()) 
 
             content = page(report, left_out)
         else:
-            content = text.render(report, format)
+            content = text.render(report, format, every)
         files = [file]
         if format in ("md", "latex"):
             for table in report.tables:

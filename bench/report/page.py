@@ -24,7 +24,7 @@ from bench import __version__
 from bench.errors import BenchError
 from bench.records.columns import NULL
 from bench.records.record import Line, Record
-from bench.report import gallery, plots
+from bench.report import distribution, gallery, plots
 from bench.report.envelopes import Envelope
 from bench.report.plots import COSTS, Looks
 from bench.report.rows import Method, Setting
@@ -148,10 +148,13 @@ def _part(table: Table, looks: Looks, figures: _Figures) -> str:
     radii = {"certified at radius": {f"{r:g}": f"{r:g}" for r in setting.within}}
     identities = "".join(_identity(m.label, r) for m in table.methods for r in m.records)
     return (
-        f'<div data-sigma="{setting.sigma:g}"><h3>sigma {setting.sigma:g}</h3>{_sortable(table.cells)}'
-        f'<p class="note">{escape(table.notes)}</p>'
+        f'<div data-sigma="{setting.sigma:g}"><h3>sigma {setting.sigma:g}</h3>'
+        + (f'<p class="verdict">{escape(table.verdict)}</p>' if table.verdict else "")
+        + f'{_sortable(table.few.cells)}<p class="note">{escape(f"{table.few.note} {table.notes}")}</p>'
+        + f"<details><summary>All columns</summary>{_sortable(table.cells)}</details>"
         + _costs(table, looks, figures)
         + _abstention(table, looks, figures)
+        + _distribution(table, looks, figures)
         + figures.add("Certified accuracy of each class", plots.by_class(table), radii)
         + '<p class="note">Percent; the number of images of each class is in brackets. Few images give wide intervals: '
         "point at a cell to see them.</p>"
@@ -183,17 +186,34 @@ def _abstention(table: Table, looks: Looks, figures: _Figures) -> str:
     return figures.add("Abstained, of all images, with 95% intervals", views, {})
 
 
+def _distribution(table: Table, looks: Looks, figures: _Figures) -> str:
+    if table.setting.imported:
+        return "<p>Released logs state radii, but no p_lower.</p>"
+    views = {"": distribution.p_lower(table.methods, looks)}
+    note = f'<p class="note">{escape(distribution.note(table))}</p>'
+    return figures.add("Distribution of p_lower over the images", views, {}) + note
+
+
 def _sortable(shown: pd.DataFrame) -> str:
     """Write a table that sorts by a click on a heading; its first column names the rows."""
-    head = "".join(f'<th scope="col" aria-sort="none"><button>{escape(t)}</button></th>' for t in map(str, shown))
+    head = "".join(
+        f'<th scope="col" aria-sort="none"><button>{"<br> ".join(map(escape, lines))}</button></th>'
+        for lines in (str(title).split("\n") for title in shown)
+    )
     rows = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        f'<tr><th scope="row">{escape(label)}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>"
         for label, *cells in shown.to_numpy().tolist()
     )
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Table of methods">'
         f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
+
+
+def _cell(text: str) -> str:
+    """Write a cell; its second line, if it has one, is smaller. The line break ends the number that it sorts by."""
+    first, _, second = text.partition("\n")
+    return escape(first) + (f"\n<br><small>{escape(second)}</small>" if second else "")
 
 
 def _gallery(table: Table) -> str:

@@ -47,7 +47,7 @@ def _shares(method: Method, radii: Sequence[float], label: int | None = None) ->
     return 100 * pd.DataFrame(metrics.pooled([r.certificates for r in method.records], radii, label))
 
 
-def _text(words: str, width: int) -> str:
+def text(words: str, width: int) -> str:
     """Wrap and escape text for Plotly, which reads tags, entities and %{templates} in every text."""
     return "<br>".join(escape(line, quote=False).replace("%", "&#37;") for line in wrap(words, width))
 
@@ -56,7 +56,7 @@ def _lines(texts: Sequence[str]) -> list[int]:
     return [text.count("<br>") + 1 for text in texts]
 
 
-def _figure(height: int, *, xaxis: _Axis, yaxis: _Axis, legend: Sequence[str] = ()) -> go.Figure:
+def figure(height: int, *, xaxis: _Axis, yaxis: _Axis, legend: Sequence[str] = ()) -> go.Figure:
     """Make an empty figure with room below for the ``legend``, one entry a line (as on a narrow screen)."""
     fig = go.Figure()
     fig.update_layout(
@@ -81,11 +81,11 @@ def curves(tables: Sequence[Table], looks: Looks) -> go.Figure:
     radius = {"title": "l2 radius", "rangemode": "tozero", "hoverformat": f".{places}~f"}
     several = len(tables) > 1
     names = {
-        (t.setting.sigma, m.label): _text(f"{m.label}, sigma {t.setting.sigma:g}" if several else m.label, 40)
+        (t.setting.sigma, m.label): text(f"{m.label}, sigma {t.setting.sigma:g}" if several else m.label, 40)
         for t in tables
         for m in t.methods
     }
-    fig = _figure(420, xaxis=radius, yaxis=PERCENT, legend=list(names.values()))
+    fig = figure(420, xaxis=radius, yaxis=PERCENT, legend=list(names.values()))
     fig.update_layout(hovermode="x unified")
     for place, table in enumerate(tables):
         sigma, grid = table.setting.sigma, drawn_radii(table.setting)
@@ -134,8 +134,8 @@ def best_sigma(curves: Sequence[Curve], looks: Looks) -> go.Figure:
 
     Between two radii the step line has the value of the larger, which its sigma certifies there too.
     """
-    names = [_text(curve.label, 40) for curve in curves]
-    fig = _figure(420, xaxis={"title": "l2 radius", "rangemode": "tozero"}, yaxis=PERCENT, legend=names)
+    names = [text(curve.label, 40) for curve in curves]
+    fig = figure(420, xaxis={"title": "l2 radius", "rangemode": "tozero"}, yaxis=PERCENT, legend=names)
     for name, curve in zip(names, curves, strict=True):
         look = looks[curve.label]
         fig.add_scatter(
@@ -169,9 +169,9 @@ def cost(methods: Sequence[Method], looks: Looks, radius: float, measure: str) -
     known = [(m, float(spent)) for m in methods if (spent := getattr(m.row, measure)) is not None]
     costs = [spent for _, spent in known]
     places, axis = _cost_axis(costs)
-    names = [_text(m.label, 40) for m, _ in known]
+    names = [text(m.label, 40) for m, _ in known]
     points = [(100 * s.value, 100 * s.low, 100 * s.high) for m, _ in known for s in [m.row.certified[radius]]]
-    fig = _figure(420, xaxis={"title": COSTS[measure], **axis}, yaxis=PERCENT, legend=["", *names])
+    fig = figure(420, xaxis={"title": COSTS[measure], **axis}, yaxis=PERCENT, legend=["", *names])
     front = _front(costs, [value for value, _, _ in points])
     fig.add_scatter(
         x=[places[i] for i in front],
@@ -223,9 +223,9 @@ def abstention(methods: Sequence[Method], looks: Looks) -> go.Figure:
     """Draw the share of images on which each method abstains, with its interval."""
     shares = [metrics.pooled_abstention([r.certificates for r in m.records]) for m in methods]
     points = [(100 * s.value, 100 * s.low, 100 * s.high) for s in shares]
-    names = [_text(m.label, 18) for m in methods]
+    names = [text(m.label, 18) for m in methods]
     tall = max(32, 15 * max(_lines(names)) + 5)
-    fig = _figure(120 + tall * len(methods), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})
+    fig = figure(120 + tall * len(methods), xaxis=PERCENT, yaxis={"autorange": "reversed", "type": "category"})
     fig.add_bar(
         orientation="h",
         x=[value for value, _, _ in points],
@@ -243,13 +243,13 @@ def by_class(table: Table) -> dict[str, go.Figure]:
     methods, radii = table.methods, table.setting.within
     images = Counter(methods[0].records[0].certificates.column("label").tolist())
     labels = sorted(images)
-    rows = [_text(f"{table.setting.class_name(k)} ({images[k]})", 18) for k in labels]
-    columns = [_text(m.label, 18) for m in methods]
+    rows = [text(f"{table.setting.class_name(k)} ({images[k]})", 18) for k in labels]
+    columns = [text(m.label, 18) for m in methods]
     above = max(15 * max(_lines(columns)), 7 * max(len(m.label[:18]) for m in methods))  # level, or turned where narrow
     shares = [[_shares(m, radii, k) for m in methods] for k in labels]
     views = {}
     for i, r in enumerate(radii):
-        fig = _figure(
+        fig = figure(
             60 + above + 28 * len(labels),
             xaxis={"side": "top", "type": "category"},
             yaxis={"autorange": "reversed", "type": "category"},

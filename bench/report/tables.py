@@ -15,8 +15,9 @@ import pandas as pd
 from bench.errors import BenchError
 from bench.records import audit, grouping, metrics, paired
 from bench.records.record import Record, find_runs, read_run
-from bench.report import envelopes, published, rows
-from bench.report.cells import cells, label, notes
+from bench.report import default, envelopes, published, rows
+from bench.report.cells import cells, label, notes, verdict
+from bench.report.default import Columns
 from bench.report.envelopes import Envelope
 from bench.report.rows import Method, Row, Setting
 
@@ -28,7 +29,9 @@ class Table:
     setting: Setting
     runs: list[Row]  # one a run, the best first
     methods: list[Method]  # one a method, the best first
-    cells: pd.DataFrame  # text, a row a method
+    cells: pd.DataFrame  # text of all columns, a row a method
+    few: Columns  # those shown by default
+    verdict: str
     notes: str
     published: pd.DataFrame  # text, a row a published method and setting; empty if not asked for
 
@@ -82,6 +85,8 @@ def _table(group: Sequence[Record], with_published: bool) -> Table:
         runs=[by_run[i] for i in rows.ordered(by_run)],
         methods=methods,
         cells=cells(setting, methods),
+        few=default.columns(setting, methods),
+        verdict=verdict(setting, methods),
         notes=notes(setting, methods),
         published=published.rows_for(setting) if with_published else pd.DataFrame(),
     )

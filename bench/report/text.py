@@ -17,23 +17,31 @@ FORMATS = ("md", "latex", "csv", "json")
 _FROM_RECORDS = ["defense", "family", "trains", "extra data"]  # columns whose text is untrusted
 
 
-def render(report: Report, format: str) -> str:
-    """Write all tables, then the best-sigma curves (not in csv, which has a line a run). ``format``: of ``FORMATS``."""
-    return {"md": _markdown, "latex": latex.render, "csv": _csv, "json": _json}[format](report)
+def render(report: Report, format: str, every: bool = False) -> str:
+    """Write all tables, then the best-sigma curves (not in csv, which has a line a run). ``format``: of ``FORMATS``.
+
+    ``every``: all columns in markdown; csv and json have them always, LaTeX has no room for them.
+    """
+    if format == "md":
+        return _markdown(report, every)
+    return {"latex": latex.render, "csv": _csv, "json": _json}[format](report)
 
 
-def _markdown(report: Report) -> str:
-    parts = [_table(table) for table in report.tables]
+def _markdown(report: Report, every: bool) -> str:
+    parts = [_table(table, every) for table in report.tables]
     if len(parts) > 1:
         parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
     return "\n".join([*parts, *map(_envelope, report.envelopes)])
 
 
-def _table(table: Table) -> str:
-    shown = table.cells.copy()
-    shown[_FROM_RECORDS] = shown[_FROM_RECORDS].map(escape)
+def _table(table: Table, every: bool) -> str:
+    """Write the verdict, the table, and what it cannot show."""
+    shown, notes = (table.cells, table.notes) if every else (table.few.cells, f"{table.few.note} {table.notes}")
+    untrusted = [column for column in _FROM_RECORDS if column in shown]
+    shown = shown.assign(**{column: shown[column].map(escape) for column in untrusted})
     flagged = [escape(f"{m.label}: {m.row.flags}") for m in table.methods if m.row.flags]
-    text = "\n\n".join([f"### {escape(table.setting.heading)}", _grid(shown), table.notes, *flagged]) + "\n"
+    verdict = filter(None, [escape(table.verdict)])
+    text = "\n\n".join([f"### {escape(table.setting.heading)}", *verdict, _grid(shown), notes, *flagged]) + "\n"
     if len(table.published):
         italic = table.published.assign(published=[f"*{p}*" for p in table.published["published"]])
         text += f"\n{published_heading(table.setting)}\n\n{_grid(italic)}\n"
@@ -49,7 +57,10 @@ def _envelope(envelope: Envelope) -> str:
 
 
 def _grid(cells: pd.DataFrame) -> str:
-    return str(cells.to_markdown(index=False, disable_numparse=True))
+    """Write a table of cells already escaped; the second line of a cell is smaller."""
+    titles = [str(title).replace("\n", "<br>") for title in cells]
+    below = cells.map(lambda cell: f"{cell}</sub>".replace("\n", "<br><sub>") if "\n" in cell else cell)
+    return str(below.set_axis(titles, axis=1).to_markdown(index=False, disable_numparse=True))
 
 
 def _csv(report: Report) -> str:

@@ -117,7 +117,7 @@ def test_every_format_shows_the_curve_and_labels_validation(bench: Bench, tmp_pa
     (row,) = (line for line in shown.out[at:].splitlines() if line.startswith("| lora"))
     cells = [c.strip() for c in row.replace(r"\|", "/").split("|")]
     assert cells[1:3] == [r"lora_&/\<b\>", "0.25, 0.5"]
-    assert cells[3].startswith("40.0% [") and cells[3].endswith("] at 0.25")
+    assert cells[3].startswith("40.0% at 0.25<br><sub>12.2-")
     assert shown.out.count("These are validation images, for choosing settings") == 2
     assert shown.out.index("10 test images") < shown.out.index("10 validation images")
     one = next(r for r in (tmp_path / "runs").iterdir() if read_run(r).identity.split == "validation")

@@ -176,9 +176,9 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
     made = tables.build(tables.load_records(runs)[0]).tables
     assert len(made) == 2
     plots = list(seen.views.values())
-    assert len(plots) == 1 + 2 * 3  # curves of both sigmas together; costs, abstention and classes of each
+    assert len(plots) == 1 + 2 * 4  # curves of both sigmas together; costs, abstention, p_lower and classes of each
     lines = {t["name"]: t for t in plots[0][""]["data"] if "name" in t}
-    for table, (costs, abstained, classes) in zip(made, (plots[1:4], plots[4:7]), strict=True):
+    for table, (costs, abstained, _, classes) in zip(made, (plots[1:5], plots[5:9]), strict=True):
         shown, sigma, reach = table.cells, table.setting.sigma, table.setting.reach
         for i, method in enumerate(table.methods):
             label, row = method.label, method.row
@@ -203,11 +203,13 @@ def test_the_numbers_are_those_of_the_tables(runs: Path, page: Path) -> None:
             column = [line[i] for line in classes["0"]["data"][0]["z"]]
             assert np.mean(column) == pytest.approx(100 * row.certified[0].value)  # one image a class
             assert [shown[k][i] for k in shown] in seen.rows
+            few = table.few.cells  # a line break ends the first number of a cell, by which the page sorts
+            assert [few[k][i] for k in few] in seen.rows and any("\n" in few[k][i] for k in few)
         assert "0.5" not in classes or sigma == 0.5  # no view of a radius out of reach
 
 
 def test_no_method_beats_one_on_the_pareto_front(page: Path) -> None:
-    costs = list(read(page).views.values())[4]  # of sigma 0.5
+    costs = list(read(page).views.values())[5]  # of sigma 0.5
     view = costs["0.25|train_seconds"]["data"]
     front, *points = view
     assert {p["name"]: (p["x"][0], p["y"][0]) for p in points} == {
@@ -246,7 +248,7 @@ def test_text_of_a_record_is_escaped(bench: Bench, finished: Path, tmp_path: Pat
     assert all(not k.startswith("on") for _, attrs in seen.tags for k in attrs)
     assert f"odd note={NASTY}" in seen.rows[1]
     assert f"{NASTY}\\\\ud800" in seen.text.replace('\\"', '"') and "<b>torn & 'left'" in seen.text
-    curves, _, _, classes = seen.views.values()
+    curves, _, _, _, classes = seen.views.values()
     for text in (curves[""]["data"][1]["name"], classes["0"]["data"][0]["y"][0]):
         assert "&lt;img" in text and set(re.findall("<[^>]*>", text)) == {"<br>"} and "%" not in text
 
@@ -257,7 +259,7 @@ def test_unfinished_runs_are_listed_and_one_run_is_enough(bench: Bench, finished
     assert empty.code == 2 and "no finished run" in empty.err and not (tmp_path / "page.html").exists()
     alone = bench("report", finished, "--format", "html", "--out", tmp_path / "page.html")
     assert alone.code == 0
-    assert len(read(tmp_path / "page.html").rows) == 2 and "Left out" not in read(tmp_path / "page.html").text
+    assert len(read(tmp_path / "page.html").rows) == 4 and "Left out" not in read(tmp_path / "page.html").text
 
     shutil.copytree(finished, tmp_path / "runs" / "done")
     begun = made_up(finished, tmp_path / "runs", "begun", GOOD, change=lambda info: info.update(status="started"))
@@ -265,7 +267,7 @@ def test_unfinished_runs_are_listed_and_one_run_is_enough(bench: Bench, finished
     (begun / "certificates.jsonl").write_text("".join(lines[:3]))
     assert bench("report", tmp_path / "runs", "--format", "html", "--out", tmp_path / "page.html").code == 1
     seen = read(tmp_path / "page.html")
-    assert f"{begun}: unfinished (3 of 8 images)" in seen.text and len(seen.rows) == 2
+    assert f"{begun}: unfinished (3 of 8 images)" in seen.text and len(seen.rows) == 4
 
 
 def test_pictures_are_the_images_and_the_noise_that_were_certified(finished: Path, tmp_path: Path) -> None:
@@ -312,7 +314,7 @@ def test_runs_of_a_known_label_never_abstain(finished: Path, tmp_path: Path) -> 
     (file,) = output.write(tables.build(records), "html", tmp_path / "page.html")
     seen = read(file)
     assert "neither predict nor abstain" in seen.text and "none: not certified" in seen.text
-    assert "none: abstained" not in seen.text and len(seen.views) == 3
+    assert "none: abstained" not in seen.text and len(seen.views) == 4
 
 
 def test_unknown_costs_are_left_out_of_the_cost_figure(finished: Path, tmp_path: Path) -> None:
@@ -413,7 +415,9 @@ def test_lines_and_sigmas_are_switched_off_and_on(opened: Callable[..., Any], pa
 
 @needs_chromium
 def test_a_table_is_sorted_by_a_click_or_a_key(opened: Callable[..., Any], page: Path) -> None:
-    table = opened(page).locator("table").first
+    tab = opened(page)
+    tab.locator("summary", has_text="All columns").first.click()
+    table = tab.locator("details table").first
     headings = table.locator("thead th")
 
     def cells(title: str) -> list[str]:
@@ -464,7 +468,7 @@ def test_the_page_fits_a_narrow_screen_and_runs_nothing_of_a_record(
         records += tables.load_records(run)[0]
     (file,) = output.write(tables.build(records), "html", tmp_path / "page.html", [f"{NASTY}: {'w' * 200}"])
     tab = opened(file, width=360)
-    tab.locator("details").first.evaluate("d => d.open = true")
+    tab.locator("details").last.evaluate("d => d.open = true")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     assert tab.locator("table").first.evaluate("t => t.scrollWidth > t.parentElement.clientWidth")  # scrolls within
     assert tab.locator("figure svg.main-svg").first.evaluate("s => s.getBoundingClientRect().right") <= 360

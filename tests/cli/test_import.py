@@ -62,7 +62,7 @@ def test_a_clean_log_becomes_a_run_that_every_command_takes(bench: Bench, tmp_pa
     right = [float(r[3]) for r in ROWS if r[1] == r[2]]
     assert counted == {r: sum(v >= r for v in right) for r in (0.0, 0.25, 0.5, 0.75, 1.0)}
     assert info["metrics"]["abstained"]["count"] == 1
-    report = bench("report", tmp_path / "runs", "--out", tmp_path / "report")
+    report = bench("report", tmp_path / "runs", "--out", tmp_path / "report", "--columns", "all")
     assert report.code == 0, report.err
     assert "| imported" in report.out and "†" not in report.out.split("|\n\n")[0]
     assert "base not stated" in report.out and "With 12 images" in report.out

@@ -43,7 +43,7 @@ def test_an_anytime_run_certifies_at_the_radii_given(bench: Bench, tmp_path: Pat
     assert verified.code == 0 and "recorded counts, exactly" in verified.out
     said = bench(*ARGS, "--out", tmp_path, *ANYTIME, "--radii", "0,.1,.3,.3")
     assert "already complete, nothing to do" in said.err and "now has the radii" not in said.err
-    assert "certified at r = 0.1 " in said.out and "r = 0.25" not in said.out
+    assert "| r = 0.1 " in said.out and "r = 0.25" not in said.out
     run(bench, tmp_path, *ANYTIME)
     run(bench, tmp_path, *ANYTIME, "--radii", ".1")
     assert sorted(columns(bench, tmp_path)) == [["0", "0.1"], ["0", "0.1", "0.3"], ["0", "0.25", "0.5"]]
@@ -56,7 +56,7 @@ def test_a_fixed_run_gets_another_table_and_keeps_its_certificates(bench: Bench,
     lines = (path / "certificates.jsonl").read_bytes()
     said = bench(*ARGS, "--out", tmp_path, "--radii", ".1,.2")
     assert f"{path}: its table now has the radii 0, 0.1, 0.2" in said.err and "already complete" in said.err
-    assert "certified at r = 0.2 " in said.out and "r = 0.25" not in said.out
+    assert "| r = 0.2 " in said.out and "r = 0.25" not in said.out
     now = json.loads((path / "run.json").read_text())
     assert [m["radius"] for m in now["metrics"]["certified_accuracy"]] == now["radii"] == [0, 0.1, 0.2]
     changed = {k for k in now if now[k] != before[k]}

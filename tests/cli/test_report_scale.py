@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import tables
+from bench.report import tables, terminal
 from tests.helpers.commands import Result
 from tests.helpers.records import RADII, begun, certificate, fewest, made_up, seal
 
@@ -38,8 +38,8 @@ def rows(text: str, format: str) -> int:
         return len(list(csv.DictReader(io.StringIO(text))))
     if format == "json":
         return sum(len(t["rows"]) for t in json.loads(text)["tables"])
-    if format == "html":
-        return text.count('<tr><th scope="row">')
+    if format == "html":  # a row a method in the default columns, and again in all columns
+        return text.count('<tr><th scope="row">') // 2
     if format == "latex":
         return len(re.findall(r"^[^%\n]+&[^\n]+\\\\$", text, re.M)) - text.count(r"\toprule")
     return len(re.findall(r"^\|", text, re.M)) - 2 * len(re.findall(r"^\|:?-", text, re.M))
@@ -178,15 +178,48 @@ def golden_runs(out: Path) -> None:
     made_up(out, [0.1] * 20 + [None] * 20, name="none", cost={"train_seconds": 0.0, "flops_per_vote": None})
 
 
-@pytest.mark.parametrize(("format", "file"), [("md", "report.md"), ("latex", "report.tex")])
-def test_tables_match_the_golden_files(bench: Bench, tmp_path: Path, format: str, file: str) -> None:
+@pytest.mark.parametrize(
+    ("flags", "file"),
+    [
+        (["--format", "md"], "report.md"),
+        (["--columns", "all"], "report-all.md"),
+        (["--format", "latex"], "report.tex"),
+    ],
+)
+def test_tables_match_the_golden_files(bench: Bench, tmp_path: Path, flags: list[str], file: str) -> None:
     """The numbers in tests/cli/golden were counted by hand (below)."""
     golden_runs(tmp_path)
-    assert bench("report", tmp_path, "--format", format).out == (HERE / "golden" / file).read_text()
+    assert bench("report", tmp_path, *flags).out == (HERE / "golden" / file).read_text()
+
+
+def test_the_golden_table_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    golden_runs(tmp_path)
+    text = terminal.render(tables.build(tables.load_records(tmp_path)[0]))
+    assert text == (HERE / "golden" / "report.txt").read_text()
+
+
+def test_the_golden_default_columns_have_the_numbers_of_all_columns() -> None:
+    """Value, interval and costs of each row, whichever columns hold them."""
+    every, few = (
+        {c[1]: c[2:-1] for line in lines for c in [[x.strip() for x in line.split("|")]] if len(c) > 1}
+        for lines in ((HERE / "golden" / f).read_text().splitlines() for f in ("report-all.md", "report.md"))
+    )
+    assert few["defense"] == [
+        *("r = 0", "r = 0.25", "r = 0.5", "base, clean"),
+        *("trained here<br>GFLOPs/vote", "train (s)<br>certify (s)"),
+    ]
+    for name in ("full", "lora_&_co (3 seeds)", "none"):
+        all_of = dict(zip(every["defense"], every[name], strict=True))
+        words = " ".join(few[name]).replace("<br><sub>", " ").replace("</sub>", "")
+        accuracies = [all_of[c] for c in every["defense"][:3]]
+        expected = [re.sub(r"^(\S+) \[([\d.]+)%, ([\d.]+)%\](.*)", r"\1\4 \2-\3", a) for a in accuracies]
+        costs = ("base, clean", "trained here", "GFLOPs / vote", "train (s)", "certify (s)")
+        assert words == " ".join([*expected, *(all_of[c] for c in costs)])
 
 
 def test_the_golden_numbers_are_those_of_the_records() -> None:
-    lines = (HERE / "golden" / "report.md").read_text().splitlines()
+    lines = (HERE / "golden" / "report-all.md").read_text().splitlines()
     cells = {c[1]: c[2:] for line in lines if line.startswith("|") for c in [[x.strip() for x in line.split("|")]]}
     assert [c.split("%")[0] for c in cells["full"][:3]] == ["95.0", "75.0", "0.0"]  # 38, 30 and 0 of 40
     # 39 of 40 in each seed; 23, 24 and 25; 5 in each.

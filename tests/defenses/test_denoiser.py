@@ -279,7 +279,12 @@ def test_a_released_denoiser_stands_in_the_record_and_the_report(
     assert info["defense"]["trained_elsewhere"] == ["best.safetensors"]
     assert info["defense"]["trains"] == "training-free"
     assert file_sha256(file) in json.dumps(info["identity"])
-    cells = bench("report", tmp_path).out.split(f"| denoiser weights={file} ")[1].partition("\n")[0].split("|")
+    cells = (
+        bench("report", tmp_path, "--columns", "all")
+        .out.split(f"| denoiser weights={file} ")[1]
+        .partition("\n")[0]
+        .split("|")
+    )
     assert "best.safetensors" in [cell.strip() for cell in cells]  # under extra data
 
 

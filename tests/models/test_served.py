@@ -148,7 +148,7 @@ def test_a_record_of_a_served_base_is_reported_reused_and_verified(
 ) -> None:
     out = tmp_path / "runs"
     assert bench(*command(server.url, out, f"none,{defense('half_space')}")).code == 0
-    report = bench("report", out, "--out", tmp_path / "report")
+    report = bench("report", out, "--out", tmp_path / "report", "--columns", "all")
     assert report.code == 0, report.err
     (row,) = [line for line in report.out.splitlines() if line.startswith("| none")]
     header = [c.strip() for c in next(x for x in report.out.splitlines() if x.startswith("| defense")).split("|")]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from bench.records import metrics, paired
 from bench.records.record import read_run
@@ -89,7 +89,7 @@ def test_more_seeds_do_not_weaken_a_clear_verdict(tmp_path: Path, seeds: int) ->
         assert (share.low, share.high) == pytest.approx(exact) and share.high - share.low < 0.2
     said = table.notes
     if seeds == 1:
-        assert "(brackets: 95% Clopper-Pearson intervals)" in said
+        assert "(ranges: 95% Clopper-Pearson intervals)" in said
     else:
         assert "95% Clopper-Pearson intervals at the mean over seeds" in said
         assert "not for the choice of seeds" in said and f"differ by up to {seeds - 1}.0 points" in said
@@ -256,3 +256,51 @@ def test_power_is_the_sum_over_every_outcome(images: int, lost: int, won: int, l
                 ways = math.comb(images, x) * math.comb(images - x, y)
                 expected += ways * a**x * b**y * (1 - a - b) ** (images - x - y)
     assert paired.power(images, a, b, level, points) == pytest.approx(expected, abs=1e-9)
+
+
+def chance_shown(images: int, difference: float, churn: float, level: float) -> float:
+    """Chance that the two-sided test shows the better classifier to be better, summed over every outcome."""
+    better, worse = difference + churn / 2, churn / 2
+    total = 0.0
+    for x in range(images + 1):
+        for y in range(min(x, images - x + 1)):
+            if paired.mcnemar(x, y) <= level:
+                ways = math.comb(images, x) * math.comb(images - x, y)
+                total += ways * better**x * worse**y * max(0.0, 1 - better - worse) ** (images - x - y)
+    return total
+
+
+@pytest.mark.parametrize("images", [20, 50])
+@pytest.mark.parametrize("churn", [0.0, 0.1, 0.2])
+@pytest.mark.parametrize("level", [0.05, 0.05 / 6])
+def test_no_smaller_difference_than_the_one_stated_is_shown(images: int, churn: float, level: float) -> None:
+    found = paired.smallest_shown(images, level, 0.8, churn)
+    assert found is not None
+    assert chance_shown(images, found, churn, level) >= 0.8
+    below = [k / 1000 for k in range(round(1000 * found))]
+    assert all(chance_shown(images, d, churn, level) < 0.8 for d in [*below[::40], *below[-3:]])
+
+
+@pytest.mark.parametrize("images", [6, 100, 1000, 1_000_000])
+def test_the_smallest_difference_of_nested_classifiers_has_a_closed_form(images: int) -> None:
+    """At the 5% level 6 images must differ: 2 / 2^6 is below .05, 2 / 2^5 is not."""
+    exact = float(special.betaincinv(6, images - 5, 0.8))
+    assert paired.smallest_shown(images, 0.05, 0.8) == math.ceil(1000 * exact) / 1000
+
+
+def test_too_few_images_show_nothing(tmp_path: Path) -> None:
+    assert paired.smallest_shown(5, 0.05, 0.8) is None
+    assert paired.smallest_shown(8, 0.05, 0.8, churn=0.5) is None  # half of the images are left to differ
+    for count, said in (
+        (5, "cannot show any difference"),
+        (40, "could show at 80% power, at any one radius: at least"),
+    ):
+        made_up(tmp_path / str(count), [0.3] * count)
+        (table,) = tables.build(tables.load_records(tmp_path / str(count))[0]).tables
+        assert said in table.notes
+    for name in ("two", "three"):
+        made_up(tmp_path / "40", [0.3] * 40, name=name)
+    (table,) = tables.build(tables.load_records(tmp_path / "40")[0]).tables
+    best, usual = (paired.smallest_shown(40, 0.05 / 3, 0.8, churn) for churn in (0.0, 0.1))
+    assert best and usual and f"at least {100 * best:.1f} points" in table.notes
+    assert f"{100 * usual:.1f} points where 10%" in table.notes and "divided by 3 pairs" in table.notes
