@@ -28,8 +28,8 @@ def report_(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder or file (.md, .tex, .csv, .json, .html) to write. Default: print, except html; of a study also "
-            "report.md and report.html beside its file."
+            help="Folder or file (.md, .tex, .csv, .json, .html) to write. Default: print, except html; of a study "
+            "print, and write report.md and report.html beside its file."
         ),
     ] = None,
     published: Annotated[
