@@ -101,17 +101,17 @@ def run(options: RunOptions | None, execution: Execution, study_options: StudyOp
         raise BenchError("--shard and --executor ray are two ways to share the work: leave one out")
     if options is None:
         assert study_options.study is not None
+        if study_options.save_study is not None:
+            raise BenchError("--save-study writes the options of a command, and there is a study file already; copy it")
         file = study.read(study_options.study)
-        plans, out = file.plans(), execution.out or study_options.study.parent / "runs"
+        plans, out = file.plans(), execution.out or study_options.study.parent / RUNS
     else:
         file, plans, out = None, make_plans(options), execution.out or RUNS
         check_effects(plans)
-    if study_options.save_study is not None:
-        if options is None:
-            raise BenchError("--save-study writes the options of a command, and there is a study file already; copy it")
-        study.save(options, study_options.save_study)
-        note(f"bench run {study_options.save_study} makes the runs of this command")
-        return
+        if study_options.save_study is not None:
+            study.save(options, study_options.save_study)
+            note(f"bench run {study_options.save_study} makes the runs of this command")
+            return
     if execution.dry_run:
         from bench.cli.estimates import print_estimates
         from bench.process.environment import pick_device
