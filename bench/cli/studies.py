@@ -32,12 +32,9 @@ class StudyProgress:
                 self._left.ended(number, record)
                 done += 1
         finished = f", {done} of them finished" if done else ""
-        time_left = self._time_left()
+        note(f"{file.path}: {len(plans)} runs{finished}, at most {self._left.votes:,} votes")
         basis = "what finished runs took" if done else "a short timing of the first run's untrained defense"
-        note(
-            f"{file.path}: {len(plans)} runs{finished}, at most {self._left.votes:,} votes; {time_left}, by {basis}, "
-            f"without the training of bases and shared parts"
-        )
+        note(f"{self._time_left()}, by {basis}, without the training of bases and shared parts")
 
     def begin(self, number: int) -> None:
         """Announce a run, counted from 0."""
