@@ -91,6 +91,8 @@ def _replaced(kind: type[Any], instead: str, context: typer.Context, given: dict
         if lacking:
             raise BenchError(f"missing option {lacking[0]}; or give a file in place of options: bench run STUDY.toml")
         return False
+    if given[instead].suffix != ".toml":  # probably a second value of an option, for which there is a hint
+        raise typer.BadParameter(f"unexpected extra argument ({given[instead]}); a study file is a .toml file")
     for one in fields(kind):
         source = context.get_parameter_source(one.name)
         if source is not None and source.name != "DEFAULT":

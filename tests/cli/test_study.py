@@ -206,6 +206,11 @@ def test_options_that_decide_results_are_refused_beside_a_study(bench: Bench, tm
     assert [f.name for f in tmp_path.iterdir()] == ["study.toml"]
 
 
+def test_a_study_file_is_a_toml_file(bench: Bench, tmp_path: Path) -> None:
+    result = bench("run", written(tmp_path, TEXT, "study.txt"))
+    assert result.code == 2 and result.err.count("\n") == 1 and "a study file is a .toml file" in result.err
+
+
 def test_a_missing_study_is_one_line(bench: Bench, tmp_path: Path) -> None:
     for command in ("run", "report"):
         result = bench(command, tmp_path / "none.toml")
