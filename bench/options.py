@@ -15,9 +15,11 @@ def option(help: str, default: Any = MISSING, flag: str | None = None, **details
     """Make a dataclass field that is an option of the command line.
 
     ``help`` is its text for ``--help``; ``flag`` its name, by default the field's. Details: ``metavar`` stands for its
-    value, ``minimum`` is the least one, and ``positional`` makes it an argument without a flag.
+    value, ``minimum`` is the least one, and ``positional`` makes it an argument without a flag. Of a text: ``several``
+    values may stand in it, with commas between, and ``numbers`` says that they are numbers.
     """
-    metadata = {"help": help, "flag": flag, "metavar": None, "minimum": None, "positional": False, **details}
+    metadata: dict[str, Any] = {"help": help, "flag": flag, "metavar": None, "minimum": None, "positional": False}
+    metadata |= {"several": False, "numbers": False, **details}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -34,10 +36,12 @@ class RunOptions:
     """
 
     defenses: str = option(
-        "Names or ./file.py, with commas between, or all that the card has a base for.", flag="--defense"
+        "Names or ./file.py, with commas between, or all that the card has a base for.", flag="--defense", several=True
     )
     dataset: str = option("A card's name or ./card.toml.")
-    sigma: str = option("Noise of the certificate, in pixels of [0, 1]; several with commas.", ".25")
+    sigma: str = option(
+        "Noise of the certificate, in pixels of [0, 1]; several with commas.", ".25", several=True, numbers=True
+    )
     train_sigma: float | None = option("Noise while training; default: sigma.", None)
     base: str | None = option(
         "The card's recipe, timm:MODEL, hf-hub:OWNER/NAME, a .safetensors file, a folder or "
@@ -45,9 +49,14 @@ class RunOptions:
         None,
     )
     mean: str | None = option(
-        "Mean of each channel, with commas, that --base FILE was trained with; for a file that states none.", None
+        "Mean of each channel, with commas, that --base FILE was trained with; for a file that states none.",
+        None,
+        several=True,
+        numbers=True,
     )
-    std: str | None = option("Standard deviation of each channel, with commas; see --mean.", None)
+    std: str | None = option(
+        "Standard deviation of each channel, with commas; see --mean.", None, several=True, numbers=True
+    )
     weights: str | None = option(
         "Certify these weights of the defense (of the base, for none), or for lora a folder of peft; train nothing.",
         None,
@@ -55,7 +64,7 @@ class RunOptions:
     )
     preset: str | None = option("A preset of the card: quick, standard, paper, ...; default: the card's.", None)
     split: str = option("test; or validation, to choose sigma by: never in one table with test.", "test")
-    examples: str | None = option("N images, class-balanced, or every:K.", None)
+    examples: str | None = option("N images, class-balanced, or every:K.", None, numbers=True)
     n0: int | None = option("Votes that select the class, per image.", None)
     n: int | None = option("Votes that bound the probability, per image.", None)
     alpha: float = option("Failure probability of each certificate.", 0.001)
@@ -71,6 +80,8 @@ class RunOptions:
         "Radii of the table, l2 in pixels of [0, 1], with commas; 0 is always one. Anytime certifies at these alone. "
         "Default: the card's.",
         None,
+        several=True,
+        numbers=True,
     )
     noise: str = option(
         "grid: rounded to the pixel grid, sound in floating point; float: as published numbers.", "grid"
@@ -79,8 +90,9 @@ class RunOptions:
         "How logits are computed when certifying: float32, bfloat16 or tf32; channels-last; compile; several "
         "with commas. Each makes another classifier, named in tables.",
         "float32",
+        several=True,
     )
-    seed: str = option("Seed of training and noise; several with commas.", "0")
+    seed: str = option("Seed of training and noise; several with commas.", "0", several=True, numbers=True)
     objective: str = option("Training objective: gaussian, stability, consistency or dign.", "gaussian")
     settings: tuple[str, ...] = option(
         "[defense.]key=value; several values: a run for each. Repeatable.", (), flag="--set"

@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +17,11 @@ import typer
 
 from bench.cli.convert import app as convert_app
 from bench.cli.options import (
+    RUNS,
     AsJson,
     Execution,
     Out,
+    StudyOptions,
     every_column,
     print_findings,
     print_report,
@@ -27,10 +30,11 @@ from bench.cli.options import (
 )
 from bench.cli.records import app as records_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
-from bench.options import RunOptions
+from bench.options import RunOptions, flag
 from bench.process import watchdog
 
 if TYPE_CHECKING:  # these import torch
+    from bench.cli.studies import StudyProgress
     from bench.records.record import Record
     from bench.records.shards import Shard
     from bench.runs.plan import Plan
@@ -68,7 +72,7 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-LISTS = ("--defense", "--sigma", "--seed", "--arithmetic", "--radii")  # options that take several values with commas
+LISTS = tuple(flag(f) for f in fields(RunOptions) if f.metadata["several"])
 REPEATED = ("--set", "--search")
 
 
@@ -93,11 +97,13 @@ def _fail(message: str, code: int) -> None:
 
 
 @app.command()
-@with_options(RunOptions, Execution)
-def run(options: RunOptions, execution: Execution) -> None:
-    """Train (or load) defenses and certify them. Repeat the command to resume."""
+@with_options(RunOptions, Execution, StudyOptions, instead="study")
+def run(options: RunOptions | None, execution: Execution, study_options: StudyOptions) -> None:
+    """Train (or load) defenses and certify them, as options or a study file say. Repeat the command to resume."""
+    from bench.cli.studies import StudyProgress
     from bench.records.shards import Shard
     from bench.records.writer import check_writable
+    from bench.runs import study
     from bench.runs.plan import check_effects, make_plans
 
     every_column(execution.columns)  # refused before any work
@@ -105,8 +111,19 @@ def run(options: RunOptions, execution: Execution) -> None:
     on_ray = _on_ray(execution) and not execution.dry_run
     if on_ray and shard:
         raise BenchError("--shard and --executor ray are two ways to share the work: leave one out")
-    plans = make_plans(options)
-    check_effects(plans)
+    if options is None:
+        assert study_options.study is not None
+        if study_options.save_study is not None:
+            raise BenchError("--save-study writes the options of a command, and there is a study file already; copy it")
+        file = study.read(study_options.study)
+        plans, out = file.plans(), execution.out or study_options.study.parent / RUNS
+    else:
+        file, plans, out = None, make_plans(options), execution.out or RUNS
+        check_effects(plans)
+        if study_options.save_study is not None:
+            study.save(options, study_options.save_study)
+            note(f"bench run {study_options.save_study} makes the runs of this command")
+            return
     if execution.dry_run:
         from bench.cli.estimates import print_estimates
         from bench.process.environment import pick_device
@@ -117,10 +134,13 @@ def run(options: RunOptions, execution: Execution) -> None:
         return
     records, faults = [], []
     try:
-        outcomes = _on_cluster(plans, execution) if on_ray else _here(plans, execution, shard)
-        check_writable(execution.out)
+        check_writable(out)
+        progress = StudyProgress(file, plans, out, execution.device, shard) if file else None
+        outcomes = _on_cluster(plans, execution, out) if on_ray else _here(plans, execution, out, shard, progress)
         with watchdog.time_limit(execution.timeout):
-            for outcome in outcomes:
+            for number, outcome in outcomes:
+                if progress:
+                    progress.ended(number, outcome)
                 if not isinstance(outcome, DefenseFault):
                     records.append(outcome)
                     continue
@@ -129,40 +149,53 @@ def run(options: RunOptions, execution: Execution) -> None:
                     note(f"run {len(records) + len(faults)} of {len(plans)} failed, the others go on: {outcome}")
     except KeyboardInterrupt:  # caught here, since typer would turn it into a silent exit
         raise Interrupted("interrupted; all certified images are kept: repeat the command to resume") from None
-    _print_records(records, execution, shard)
+    records = list({record.path: record for record in records}.values())  # plans may prove to be one run
+    _print_records(records, execution, out, shard, study_options.study)
     if faults:
         raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])
 
 
-def _here(plans: list[Plan], execution: Execution, shard: Shard | None) -> Iterator[Record | DefenseFault]:
+def _here(
+    plans: list[Plan], execution: Execution, out: Path, shard: Shard | None, progress: StudyProgress | None
+) -> Iterator[tuple[int, Record | DefenseFault]]:
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device, same_kind
     from bench.runs.session import Session
 
     device = pick_device(execution.device)
-    return Session(device, execution.out, ConsoleReporter(), shard, same_kind(device)).runs(plans)
+    outcomes = Session(device, out, ConsoleReporter(), shard, same_kind(device)).runs(plans)
+    for number in range(len(plans)):
+        if progress:
+            progress.begin(number)
+        yield number, next(outcomes)
 
 
-def _on_cluster(plans: list[Plan], execution: Execution) -> Iterator[Record | DefenseFault]:
+def _on_cluster(plans: list[Plan], execution: Execution, out: Path) -> Iterator[tuple[int, Record | DefenseFault]]:
     from bench.cluster.executor import run as run_on_ray
     from bench.process.console import ConsoleReporter
 
     address, timeout = execution.ray_address, execution.timeout
-    return run_on_ray(plans, execution.out, ConsoleReporter(), execution.device, address, timeout)
+    return run_on_ray(plans, out, ConsoleReporter(), execution.device, address, timeout)
 
 
-def _print_records(records: list[Record], execution: Execution, shard: Shard | None) -> None:
+def _print_records(
+    records: list[Record], execution: Execution, out: Path, shard: Shard | None, study: Path | None
+) -> None:
     if execution.as_json:
         print(json.dumps([{"path": str(r.path), **r.info.as_json()} for r in records], indent=1))
     elif shard:
         for r in records:
             print(f"{r.path}: complete, {len(r.certificates)} images")
-        print(f"bench merge {execution.out} joins the {shard.of} shards when all are complete")
+        print(f"bench merge {out} joins the {shard.of} shards when all are complete")
     elif records:
+        from bench.records.study import results_file
         from bench.report import tables
 
         print_report(tables.build(records), every=every_column(execution.columns))
-        print(f"\nruns in {execution.out}; bench report {execution.out} makes the report")
+        of = out
+        if study:
+            of = study if execution.out is None else results_file(out, study.name)
+        print(f"\nruns in {out}; bench report {of} makes the report")
 
 
 def _on_ray(execution: Execution) -> bool:

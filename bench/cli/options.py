@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from bench.errors import shown, unknown
+from bench.errors import BenchError, shown, unknown
 from bench.options import flag, option
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Execution:
     timeout: float = option(
         "Seconds that a block of votes or a training step may take; 0: no limit.", 1800.0, minimum=0
     )
-    out: Path = option("Folder of run folders.", RUNS)  # noqa: RUF009 - it makes a field
+    out: Path | None = option(  # noqa: RUF009 - it makes a field
+        "Folder of run folders. Default: runs; of a study, runs beside its file.", None
+    )
     executor: str = option(
         "local: in this process, on all visible GPUs; ray: on a Ray cluster (certbench[ray]).", "local"
     )
@@ -44,33 +46,78 @@ class Execution:
     as_json: bool = option("Print JSON to stdout.", False, flag="--json")
 
 
-def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """A study file of ``bench run``: to be run, or to be written."""
+
+    study: Path | None = option(  # noqa: RUF009 - it makes a field
+        "A study file, STUDY.toml: runs with shared defaults, in place of the options that decide what is certified.",
+        None,
+        positional=True,
+    )
+    save_study: Path | None = option(  # noqa: RUF009 - it makes a field
+        "Write the options of this command to a study file; runs nothing.", None, metavar="<path>"
+    )
+
+
+def with_options(*kinds: type[Any], instead: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function that takes one object of each dataclass of ``option`` fields.
 
-    Every field is an option or a positional argument of the command.
+    Every field is an option or a positional argument of the command. ``instead``: the field of another kind that may be
+    given in place of all options of the first kind, whose object is then None.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        def command(**given: Any) -> None:
-            function(*(kind(**{f.name: _value(f, given[f.name]) for f in fields(kind)}) for kind in kinds))
+        def command(context: typer.Context, **given: Any) -> None:
+            objects: list[Any] = []
+            for kind in kinds:
+                if instead and kind is kinds[0] and _replaced(kind, instead, context, given):
+                    objects.append(None)
+                else:
+                    objects.append(kind(**{f.name: _value(f, given[f.name]) for f in fields(kind)}))
+            function(*objects)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        parameters = [_parameter(f, get_type_hints(kind)[f.name]) for kind in kinds for f in fields(kind)]
+        parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY, annotation=typer.Context)]
+        for kind in kinds:
+            optional = instead is not None and kind is kinds[0]
+            parameters += [_parameter(f, get_type_hints(kind)[f.name], optional) for f in fields(kind)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
         return command
 
     return decorate
 
 
-def _parameter(one: Field[Any], type_: Any) -> inspect.Parameter:
+def _replaced(kind: type[Any], instead: str, context: typer.Context, given: dict[str, Any]) -> bool:
+    """Whether ``instead`` is given. Raises BenchError where options of the kind are too, or required ones are not."""
+    if given[instead] is None:
+        lacking = [flag(f) for f in fields(kind) if f.default is MISSING and given[f.name] is None]
+        if lacking:
+            raise BenchError(f"missing option {lacking[0]}; or give a file in place of options: bench run STUDY.toml")
+        return False
+    if given[instead].suffix != ".toml":  # probably a second value of an option, for which there is a hint
+        raise typer.BadParameter(f"unexpected extra argument ({given[instead]}); a study file is a .toml file")
+    for one in fields(kind):
+        source = context.get_parameter_source(one.name)
+        if source is not None and source.name != "DEFAULT":
+            raise BenchError(
+                f"{flag(one)} beside {given[instead]}: a study is run as its file says, so that results and file "
+                f"agree; write the option into the file"
+            )
+    return True
+
+
+def _parameter(one: Field[Any], type_: Any, optional: bool = False) -> inspect.Parameter:
     repeatable = type_ == tuple[str, ...]
     metadata = one.metadata
+    help_ = metadata["help"] + (" Required without a study." if optional and one.default is MISSING else "")
     if metadata["positional"]:
-        described = typer.Argument(help=metadata["help"])
+        described = typer.Argument(help=help_)
     else:
-        described = typer.Option(flag(one), help=metadata["help"], metavar=metadata["metavar"], min=metadata["minimum"])
+        described = typer.Option(flag(one), help=help_, metavar=metadata["metavar"], min=metadata["minimum"])
     if one.default is MISSING:
-        default: Any = inspect.Parameter.empty
+        default: Any = None if optional else inspect.Parameter.empty
+        type_ = type_ | None if optional else type_
     else:
         default = None if repeatable else one.default
     return inspect.Parameter(

@@ -28,28 +28,33 @@ app = typer.Typer(rich_markup_mode=None)
 
 @app.command("report")
 def report_(
-    runs: Annotated[Path, typer.Argument(help="A folder of runs, or one run.")] = Path("runs"),
+    runs: Annotated[
+        Path, typer.Argument(help="A folder of runs, one run, or a study: its file, or the folder of its file.")
+    ] = Path("runs"),
     format: Annotated[
         str | None, typer.Option(help="md, latex, csv, json or html. Default: by the file name in --out, else md.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder or file (.md, .tex, .csv, .json, .html) to write. Default: print, except html."),
+        typer.Option(
+            help="Folder or file (.md, .tex, .csv, .json, .html) to write. Default: print, except html; of a study "
+            "print, and write report.md and report.html beside its file."
+        ),
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Add published results below each table, and how they differ.")
     ] = False,
     columns: Annotated[str, typer.Option(help=COLUMNS)] = "default",
 ) -> None:
-    """Report all finished runs as tables, with --out also as figures or a page. Exit 1: some runs were left out."""
+    """Report finished runs as tables, with --out also as figures or a page. Exit 1: some runs were left out."""
     from bench.errors import unknown
+    from bench.records import study
     from bench.report import output, tables
 
     every = every_column(columns)
-    given = format
     if format not in (known := (None, "md", "latex", "csv", "json", "html")):
         raise unknown("format", format, filter(None, known))
-    format = output.format_of(out, format)
+    asked, format = format, output.format_of(out, format)
     if published and format not in ("md", "latex"):
         raise BenchError(f"--published works with --format md or latex, not {format}")
     if every and format == "latex":
@@ -58,16 +63,26 @@ def report_(
         raise BenchError(
             "an html page has 5 MB, too much for a terminal; write it to a file: --format html --out report.html"
         )
-    records, left_out = tables.load_records(runs)
+    of_study = None
+    results = study.find_study(runs)
+    if results is None:
+        records, left_out = tables.load_records(runs)
+    else:
+        of_study, folders, missing = study.run_folders(results)
+        records, left_out = tables.load(folders)
+        left_out = [*filter(None, [study.changed_since(runs, of_study)]), *missing, *left_out]
     for line in left_out:
         print(f"bench: left out: {shown(line)}", file=sys.stderr)
     if not records:
         raise BenchError(f"no finished run in {runs}; create one with bench run")
-    report = tables.build(records, published)
+    report = tables.build(records, published, of_study)
     if format != "html":
-        print_report(report, format, every, wide=given == "md")
-    if out is not None:
-        for file in output.write(report, format, out, left_out, every):
+        print_report(report, format, every, wide=asked == "md")
+    pages = [(format, out)] if out is not None else []
+    if results is not None and not pages and not asked:
+        pages = [(kind, study.home(runs)) for kind in ("md", "html")]
+    for kind, place in pages:
+        for file in output.write(report, kind, place, left_out, every):
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)

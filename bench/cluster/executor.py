@@ -38,8 +38,8 @@ _VARIABLES = ("CERTBENCH_CACHE", "CERTBENCH_DATA")  # sent to workers as absolut
 
 def run(
     plans: Sequence[Plan], out: Path, reporter: Reporter, device: str, address: str | None, timeout: float
-) -> Iterator[Record | DefenseFault]:
-    """Do all runs, or resume them; yields the record of each, or its fault, as soon as it ended.
+) -> Iterator[tuple[int, Record | DefenseFault]]:
+    """Do all runs, or resume them; yields each one's number in ``plans`` and its record or fault as soon as it ended.
 
     Raises BenchError where something is missing that they all need.
     """
@@ -73,14 +73,14 @@ class _Driver:
         plugins = sources(plan.defense for plan in plans)
         place = Place(str(Path.cwd()), variables, plugins, threads, device.type, timeout)
         self._answers: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._ended: list[Record | DefenseFault] = []
-        self._voting = Voting(place, self._when, self._ended.append)
+        self._ended: list[tuple[int, Record | DefenseFault]] = []
+        self._voting = Voting(place, self._when, lambda number, outcome: self._ended.append((number, outcome)))
         session = Session(device, out, reporter)
         self._preparations = Preparations(plans, session, reporter, place, self._voting.pool, self._when)
         self._bars, self._shown = ExitStack(), -1
         self._update: Callable[..., None] = print
 
-    def run(self) -> Iterator[Record | DefenseFault]:
+    def run(self) -> Iterator[tuple[int, Record | DefenseFault]]:
         """Do all runs to their end."""
         self._preparations.start(self._prepared)
         looked = -LOOK
@@ -116,7 +116,7 @@ class _Driver:
         if isinstance(outcome, ClusterRun):
             self._voting.open(outcome)
         elif isinstance(outcome, Record):
-            self._ended.append(outcome)
+            self._ended.append((number, outcome))
         else:
             self._voting.fail(number, outcome)
 

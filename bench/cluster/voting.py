@@ -24,8 +24,8 @@ from bench.smoothing.votes import Batch
 class Voting:
     """The runs under way and the workers that vote for them."""
 
-    def __init__(self, place: Place, when: When, ended: Callable[[Record | DefenseFault], None]) -> None:
-        """Call ``ended`` with the record of each run, or with the fault of its defense."""
+    def __init__(self, place: Place, when: When, ended: Callable[[int, Record | DefenseFault], None]) -> None:
+        """Call ``ended`` with each run's number and its record, or the fault of its defense."""
         self.pool = WorkerPool(place, self._send, when, self._joined, self._left)
         self.runs: dict[int, ClusterRun] = {}  # by their numbers
         self._dispatcher, self._timeout, self._ended = Dispatcher(), place.timeout, ended
@@ -55,7 +55,7 @@ class Voting:
                     actor.handle.drop.remote(number)
         if not isinstance(fault, DefenseFault):
             raise fault
-        self._ended(fault)
+        self._ended(number, fault)
 
     def close(self) -> None:
         """Release records and workers."""
@@ -250,4 +250,4 @@ class Voting:
             run.writer.finish(run.measured, run.peak, dict(run.machines))
             run.close()
             del self.runs[run.number]
-            self._ended(read_run(run.writer.record.path))
+            self._ended(run.number, read_run(run.writer.record.path))

@@ -24,6 +24,7 @@ from bench import __version__
 from bench.errors import BenchError
 from bench.records.columns import NULL
 from bench.records.record import Line, Record
+from bench.records.study import Study
 from bench.report import distribution, gallery, plots
 from bench.report.envelopes import Envelope
 from bench.report.plots import COSTS, Looks
@@ -96,12 +97,23 @@ Made by certbench {__version__} from run folders.</p>
 {f'<h2>Left out</h2><ul class="left-out">{missing}</ul>' if missing else ""}
 {f"<nav><ul>{links}</ul></nav>" if len(sections) > 1 else ""}
 {body}
+{_study(report.study) if report.study else ""}
 <script>{get_plotlyjs()}</script>
 <script type="application/json" id="views">{views}</script>
 <script>{js}</script>
 </body>
 </html>
 """
+
+
+def _study(study: Study) -> str:
+    """Show the text of the study file, which can be copied back: a browser would drop its first line break."""
+    text = escape(study.text).replace("\r", "&#13;")
+    return (
+        f'<details id="study"><summary>Study file {escape(study.name)}, sha256 {study.sha256}</summary>'
+        f"<p>Save this text as a file and run <code>bench run FILE</code> to repeat all runs.</p><pre>\n{text}</pre>"
+        "</details>"
+    )
 
 
 def _section(key: str, tables: list[Table], envelope: Envelope | None, figures: _Figures) -> str:

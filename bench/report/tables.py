@@ -5,7 +5,7 @@ Runs share a table only if they differ in nothing but the defense and its seed (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pandas as pd
 from bench.errors import BenchError
 from bench.records import audit, grouping, metrics, paired
 from bench.records.record import Record, find_runs, read_run
+from bench.records.study import Study
 from bench.report import default, envelopes, published, rows
 from bench.report.cells import cells, label, notes, verdict
 from bench.report.default import Columns
@@ -46,12 +47,18 @@ class Report:
 
     tables: list[Table]
     envelopes: list[Envelope]
+    study: Study | None = None  # whose runs these are
 
 
 def load_records(root: Path) -> tuple[list[Record], list[str]]:
     """Load the finished runs below ``root`` whose certificates hold, and a line for each run left out."""
+    return load(find_runs(root))
+
+
+def load(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    """Load those of some runs that ``load_records`` would."""
     records, left_out = [], []
-    for path in find_runs(root):
+    for path in paths:
         try:
             record = read_run(path)
         except BenchError as e:
@@ -64,9 +71,9 @@ def load_records(root: Path) -> tuple[list[Record], list[str]]:
     return records, left_out
 
 
-def build(records: Sequence[Record], with_published: bool = False) -> Report:
+def build(records: Sequence[Record], with_published: bool = False, study: Study | None = None) -> Report:
     """Build the report of finished runs; ``with_published`` adds published results to each table."""
-    return Report([_table(g, with_published) for g in grouping.groups(records)], envelopes.find(records))
+    return Report([_table(g, with_published) for g in grouping.groups(records)], envelopes.find(records), study)
 
 
 def _table(group: Sequence[Record], with_published: bool) -> Table:

@@ -31,7 +31,8 @@ def _markdown(report: Report, every: bool) -> str:
     parts = [_table(table, every) for table in report.tables]
     if len(parts) > 1:
         parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
-    return "\n".join([*parts, *map(_envelope, report.envelopes)])
+    study = [f"Runs of the study {escape(report.study.name)}, sha256 {report.study.sha256}.\n"] if report.study else []
+    return "\n".join([*parts, *map(_envelope, report.envelopes), *study])
 
 
 def _table(table: Table, every: bool) -> str:

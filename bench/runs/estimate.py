@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from bench.data.datasets import load_splits
+from bench.data.split import Split
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
 from bench.models.load import untrained_base
@@ -70,10 +72,6 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         # A server's operations cannot be counted, so it is not asked again.
         flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
     votes = len(indices) * plan.procedure.max_votes
-    trainings = 0 if plan.weights else max(1, len(plan.candidates))
-    epochs = trainings * getattr(defense.schedule(), "epochs", 0.0)
-    queries = trainings * getattr(plan.config, "queries", 0)
-    images = epochs * len(plan.training_images(train.first(plan.card.presets[plan.preset].train_examples), validation))
     return Estimate(
         run=run_name(plan),
         label=run_label(plan),
@@ -84,14 +82,21 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         timed_rows=rows,
         block=task.block,
         seconds=votes * per_vote,
-        # A training step's backward pass costs about twice its forward pass.
-        train_seconds=(3 * images + queries) * per_vote,
+        train_seconds=training_passes(plan, defense.schedule(), train, validation) * per_vote,
         sigma=plan.sigma,
         at_most=isinstance(plan.procedure, Anytime) or plan.procedure.target == "correct",
         radii=radius_costs(plan.procedure, plan.sigma, describe_noise(plan)["tau"])
         if isinstance(plan.procedure, Anytime)
         else None,
     )
+
+
+def training_passes(plan: Plan, schedule: Any, train: Split, validation: Split) -> float:
+    """Estimate what training costs, candidates of a search included, in passes of an image through the defense."""
+    trainings = 0 if plan.weights else max(1, len(plan.candidates))
+    images = len(plan.training_images(train.first(plan.card.presets[plan.preset].train_examples), validation))
+    # A training step's backward pass costs about twice its forward pass.
+    return float(trainings * (3 * getattr(schedule, "epochs", 0.0) * images + getattr(plan.config, "queries", 0)))
 
 
 def vote_seconds(model: Model, task: Task, index: int) -> tuple[float, int]:

@@ -227,7 +227,13 @@ def check_effects(plans: Sequence[Plan]) -> None:
 
     Not part of ``make_plans``, since that also reads the arguments of records. Raises BenchError.
     """
-    given = plans[0].options
+    for text in remarks(plans):
+        note(text)
+
+
+def remarks(plans: Sequence[Plan]) -> list[str]:
+    """Return the notes of ``check_effects``. Raises BenchError as it does."""
+    given, found = plans[0].options, []
     trained = [f"--objective {given.objective}"] if given.objective != "gaussian" else []
     if trained and given.weights:
         raise BenchError(f"{trained[0]} has no effect with --weights, which are trained already; leave one of them out")
@@ -238,25 +244,21 @@ def check_effects(plans: Sequence[Plan]) -> None:
         names = ", ".join(dict.fromkeys(plan.defense for plan in plans))
         raise BenchError(f"{trained[0]} has no effect: {names} trains nothing; leave it out")
     if given.weights:
-        for option in trained:
-            note(f"{option} is only recorded: --weights are trained already")
+        found += [f"{option} is only recorded: --weights are trained already" for option in trained]
         unused = [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in SCHEDULE]
-        for option in dict.fromkeys(unused):
-            note(f"{option} has no effect: --weights are trained already")
+        found += [f"{option} has no effect: --weights are trained already" for option in dict.fromkeys(unused)]
     if given.target == "label" and given.n0 is not None:
-        note(f"--n0 {given.n0} has no effect: with --target label no votes select the class")
+        found.append(f"--n0 {given.n0} has no effect: with --target label no votes select the class")
     if given.radii is not None:
         # The noise's error, which is below 1e-12 and not known yet, lowers the reach by as little.
         within = max(plan.procedure.largest_radius(plan.sigma) for plan in plans)
         if beyond := [f"{r:g}" for r in plans[0].radii if r > within]:
-            note(
+            found.append(
                 f"--radii {', '.join(beyond)}: a dash in tables, since no image can be certified beyond "
                 f"{bounds.printed_reach(within)} with {plans[0].procedure.n:,} votes at alpha {given.alpha:g}"
             )
     levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given.train_sigma or 0.0)]
-    for option, level in dict.fromkeys(levels):
-        if level > LARGE:
-            note(large(option, level))
+    return found + [large(option, level) for option, level in dict.fromkeys(levels) if level > LARGE]
 
 
 def large(option: str, level: float) -> str:

@@ -57,6 +57,20 @@ def test_the_records_of_a_cluster_are_those_of_one_process(bench: Bench, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_study_on_a_cluster_names_the_folder_of_each_run(bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(f'dataset = "{TINY}"\nexamples = 4\n[[run]]\ndefense = ["full", "none"]\nsigma = [0.25, 0.5]\n')
+    first = ["run", "--defense", "none", "--dataset", TINY, "--examples", "4", "--sigma", ".5"]
+    assert bench(*first, "--out", tmp_path / "runs").code == 0  # so that one run is complete before the others
+    ran = bench("run", file, "--executor", "ray", "--ray-address", "local")
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "runs" / "study.study.json").read_text())["runs"]
+    assert [run["folder"].rpartition("-")[0] for run in found] == [run["label"].split(",")[0] for run in found]
+    assert len({run["folder"] for run in found}) == 4
+    assert bench("report", file, "--format", "csv").out.count("\n") == 5
+
+
+@pytest.mark.slow
 def test_a_faulty_defense_on_a_cluster_is_named_and_the_other_run_finishes(bench: Bench, tmp_path: Path) -> None:
     faulty = defense("faulty")
     args = ["run", "--defense", f"{faulty},none", "--dataset", TINY, "--set", "faulty.how=sleeps"]

@@ -88,15 +88,18 @@ class Cluster:
     def __init__(self, plan: Plan, out: Path) -> None:
         self.place = Place(str(Path.cwd()), {}, {}, 1, "cpu", 0.0)
         self.answers: deque[tuple[Call, Callable[[Any], None]]] = deque()
-        self.ended: list[Record | DefenseFault] = []
+        self.ended: list[tuple[int, Record | DefenseFault]] = []
         self.workers: list[VoteWorker] = []
-        self.voting = Voting(self.place, lambda call, then: self.answers.append((call, then)), self.ended.append)
+        self.voting = Voting(self.place, lambda call, then: self.answers.append((call, then)), self._end)
         session = Session(CPU, out, ConsoleReporter())
         preparations = Preparations([plan], session, ConsoleReporter(), self.place, self.voting.pool, lambda *_: None)
         header, certifier = prepare(self.place, pack(plan), out)
         answer: Future[Any] = Future()
         answer.set_result(header)
         preparations._finished(0, certifier, self._prepared, answer)
+
+    def _end(self, number: int, outcome: Record | DefenseFault) -> None:
+        self.ended.append((number, outcome))
 
     def _prepared(self, number: int, outcome: ClusterRun | Record | BenchError) -> None:
         assert isinstance(outcome, ClusterRun)
@@ -122,7 +125,7 @@ class Cluster:
             self.voting.fill()
             call, then = self.answers.popleft()
             then(call.future())
-        (ended,) = self.ended
+        ((_, ended),) = self.ended
         return ended
 
     def close(self) -> None:
