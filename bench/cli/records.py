@@ -55,14 +55,7 @@ def report_(
     if format not in (known := (None, "md", "latex", "csv", "json", "html")):
         raise unknown("format", format, filter(None, known))
     asked, format = format, output.format_of(out, format)
-    if published and format not in ("md", "latex"):
-        raise BenchError(f"--published works with --format md or latex, not {format}")
-    if every and format == "latex":
-        raise BenchError("--columns all is too wide for --format latex; use md, or csv and json, which have them all")
-    if format == "html" and out is None:
-        raise BenchError(
-            "an html page has 5 MB, too much for a terminal; write it to a file: --format html --out report.html"
-        )
+    _check_format(format, out, published, every)
     of_study = None
     results = study.find_study(runs)
     if results is None:
@@ -86,6 +79,18 @@ def report_(
             print(f"wrote {file}", file=sys.stderr)
     if left_out:
         raise typer.Exit(1)
+
+
+def _check_format(format: str, out: Path | None, published: bool, every: bool) -> None:
+    """Raise BenchError where a format cannot show what is asked for."""
+    if published and format not in ("md", "latex"):
+        raise BenchError(f"--published works with --format md or latex, not {format}")
+    if every and format == "latex":
+        raise BenchError("--columns all is too wide for --format latex; use md, or csv and json, which have them all")
+    if format == "html" and out is None:
+        raise BenchError(
+            "an html page has 5 MB, too much for a terminal; write it to a file: --format html --out report.html"
+        )
 
 
 @app.command()
