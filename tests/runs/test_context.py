@@ -116,7 +116,7 @@ def test_a_file_from_a_folder_counts_as_trained_elsewhere_and_its_hash_is_identi
     for value in (1.0, 2.0):
         save_file({"weight": torch.full((1, 1, 1, 1), value), "bias": torch.zeros(1)}, folder / "scale.safetensors")
         args = ("--dataset", TINY, "--out", tmp_path / "runs", "--set", f"source={folder}")
-        ran = bench("run", "--defense", plugin, *args)
+        ran = bench("run", "--defense", plugin, *args, "--columns", "all")
         assert ran.code == 0, ran.err
         assert f"| {folder} " in ran.out  # the column of extra data
     one, other = infos(tmp_path / "runs")
