@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.cli.convert import app as convert_app
+from bench.cli.exchange import app as exchange_app
 from bench.cli.options import (
     RUNS,
     AsJson,
@@ -104,7 +105,8 @@ def run(options: RunOptions | None, execution: Execution, study_options: StudyOp
     from bench.records.shards import Shard
     from bench.records.writer import check_writable
     from bench.runs import study
-    from bench.runs.plan import check_effects, make_plans
+    from bench.runs.plan import make_plans
+    from bench.runs.remarks import check_effects
 
     every_column(execution.columns)  # refused before any work
     shard = Shard.parse(execution.shard) if execution.shard else None
@@ -215,7 +217,7 @@ def _on_ray(execution: Execution) -> bool:
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="defenses, datasets, bases or runs.")] = "defenses",
-    out: Out = Path("runs"),
+    out: Out = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """List defenses, data sets, bases or runs."""
@@ -246,4 +248,5 @@ def doctor(
 
 
 app.add_typer(records_app)
+app.add_typer(exchange_app)
 app.add_typer(convert_app)

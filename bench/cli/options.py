@@ -179,7 +179,7 @@ def print_table(rows: list[dict[str, Any]], nothing: str) -> None:
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*(shown(str(v)) for v in row.values()))
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:  # do not wrap piped output
         console.width = 300
     console.print(grid)

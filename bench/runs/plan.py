@@ -13,7 +13,7 @@ from bench import plugins
 from bench.data.card import Card
 from bench.data.datasets import load_card, whole_train
 from bench.data.split import Split
-from bench.errors import BenchError, note, unknown
+from bench.errors import BenchError, unknown
 from bench.interface import Access, Defense, Schedule
 from bench.io import tensors
 from bench.models import arithmetic
@@ -31,7 +31,6 @@ from bench.training.objectives import OBJECTIVES
 
 UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
 SCHEDULE = frozenset(one.name for one in fields(Schedule))  # settings of training alone
-LARGE = 2.0  # noise, in pixels of [0, 1], through which no image is recognised
 MOST_RADII, LARGEST_RADIUS = 100, 1e30  # of a table, as its record may hold them
 _Number = TypeVar("_Number", int, float)
 Loaded = Mapping[str, tuple[type[Defense], str]]  # name -> class and hash of its source
@@ -106,8 +105,8 @@ def make_plans(options: RunOptions) -> list[Plan]:
     if o.noise not in ("float", "grid"):
         raise unknown("--noise", o.noise, ("float", "grid"))
     words = arithmetic.parse(o.arithmetic)
-    if o.train_sigma is not None and o.train_sigma <= 0:
-        raise BenchError(f"--train-sigma {o.train_sigma:g}: must be above 0")
+    if o.train_sigma is not None and not 0 < o.train_sigma < math.inf:  # NaN is not
+        raise BenchError(f"--train-sigma {o.train_sigma:g}: must be a number above 0")
     chosen = [name for name in plugins.names() if o.defenses == "all"] or _words("--defense", o.defenses)
     loaded = {name: plugins.load(name) for name in chosen}
     if o.defenses == "all" and not (o.base or means.transfer_base):
@@ -127,8 +126,8 @@ def make_plans(options: RunOptions) -> list[Plan]:
     _check_bases(o, each, loaded, bases)
     plans = []
     for sigma, seed in itertools.product(_numbers("--sigma", o.sigma, float), _numbers("--seed", o.seed, int)):
-        if sigma <= 0:
-            raise BenchError(f"--sigma {sigma:g}: must be above 0")
+        if not 0 < sigma < math.inf:
+            raise BenchError(f"--sigma {sigma:g}: must be a number above 0")
         if not 0 <= seed < 2**63:
             raise BenchError(f"--seed {seed}: must be a whole number from 0")
         for name, variant in each:
@@ -220,50 +219,6 @@ def _check_bases(
             raise BenchError(
                 f"--arithmetic {options.arithmetic}: base {bases[name]} is computed by its server; set it there"
             )
-
-
-def check_effects(plans: Sequence[Plan]) -> None:
-    """Refuse options of a command that have no effect, and print a note on those that may be meant differently.
-
-    Not part of ``make_plans``, since that also reads the arguments of records. Raises BenchError.
-    """
-    for text in remarks(plans):
-        note(text)
-
-
-def remarks(plans: Sequence[Plan]) -> list[str]:
-    """Return the notes of ``check_effects``. Raises BenchError as it does."""
-    given, found = plans[0].options, []
-    trained = [f"--objective {given.objective}"] if given.objective != "gaussian" else []
-    if trained and given.weights:
-        raise BenchError(f"{trained[0]} has no effect with --weights, which are trained already; leave one of them out")
-    trained += [f"--train-sigma {given.train_sigma:g}"] if given.train_sigma is not None else []
-    kinds = {plan.cls.kind(plan.config) for plan in plans}
-    # A defense that trains nothing may still be made for a noise level.
-    if trained and kinds <= ({"none"} if trained[0].startswith("--train-sigma") else set(UNTRAINED)):
-        names = ", ".join(dict.fromkeys(plan.defense for plan in plans))
-        raise BenchError(f"{trained[0]} has no effect: {names} trains nothing; leave it out")
-    if given.weights:
-        found += [f"{option} is only recorded: --weights are trained already" for option in trained]
-        unused = [f"--set {k}={v}" for plan in plans for k, v in plan.changed.items() if k in SCHEDULE]
-        found += [f"{option} has no effect: --weights are trained already" for option in dict.fromkeys(unused)]
-    if given.target == "label" and given.n0 is not None:
-        found.append(f"--n0 {given.n0} has no effect: with --target label no votes select the class")
-    if given.radii is not None:
-        # The noise's error, which is below 1e-12 and not known yet, lowers the reach by as little.
-        within = max(plan.procedure.largest_radius(plan.sigma) for plan in plans)
-        if beyond := [f"{r:g}" for r in plans[0].radii if r > within]:
-            found.append(
-                f"--radii {', '.join(beyond)}: a dash in tables, since no image can be certified beyond "
-                f"{bounds.printed_reach(within)} with {plans[0].procedure.n:,} votes at alpha {given.alpha:g}"
-            )
-    levels = [("--sigma", plan.sigma) for plan in plans] + [("--train-sigma", given.train_sigma or 0.0)]
-    return found + [large(option, level) for option, level in dict.fromkeys(levels) if level > LARGE]
-
-
-def large(option: str, level: float) -> str:
-    """Hint that a noise level is probably meant in other units."""
-    return f"{option} {level:g}: pixels are in [0, 1], so {level:g} of 255 levels are {option} {level / 255:.4g}"
 
 
 def _radii(text: str) -> tuple[float, ...]:

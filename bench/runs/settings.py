@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -111,7 +112,11 @@ def configured(name: str, cls: type[Defense], preset: str, card: Card, given: Ma
         values = {f.name: getattr(config, f.name) for f in fields(cls.Config)}
         if wrong := sorted(set(given) - set(values)):
             raise unknown(f"setting of {name}", wrong[0], values)
-        return adapter.validate_python(values | dict(given))
+        made = adapter.validate_python(values | dict(given))
     except ValidationError as e:
         first = e.errors()[0]
         raise BenchError(f"defense {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    for key, value in vars(made).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BenchError(f"defense {name}: {key}: {value} is not a finite number")
+    return made

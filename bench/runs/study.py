@@ -19,7 +19,8 @@ from bench.io import limits
 from bench.io.files import write_text, writing
 from bench.options import RunOptions, flag
 from bench.records.study import LARGEST
-from bench.runs.plan import Plan, make_plans, remarks
+from bench.runs.plan import Plan, make_plans
+from bench.runs.remarks import remarks
 
 _KEYS = {flag(one).removeprefix("--"): one for one in fields(RunOptions)}
 _OF_A_RUN = ("defenses", "settings", "search")  # in a saved file: in the table of the run

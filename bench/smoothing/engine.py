@@ -188,8 +188,8 @@ class _DeviceWorker:
         """End the thread after the batches sent so far."""
         self._requests.put(None)
 
-    def seconds(self) -> float:
-        """Return the seconds since its previous answer, and start anew."""
+    def lap(self) -> float:
+        """Return the seconds since the previous call: those of one batch."""
         before, self._free = self._free, time.perf_counter()
         return self._free - before
 
@@ -218,7 +218,7 @@ def _on_several(devices: Sequence[Device], scheduler: Scheduler, on_batch: OnBat
                 raise answer
             voted = answer()
             on_batch(batch, voted)
-            for certificate in dispatcher.answer(worker, 0, batch.number, voted, worker.seconds()):
+            for certificate in dispatcher.answer(worker, 0, batch.number, voted, worker.lap()):
                 images.drop(certificate.index)
                 yield certificate
     finally:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import fft, special
+from scipy import signal, special, stats
 
 from bench.smoothing.anytime import Anytime, Floats, Tables, tabulate
 
@@ -62,7 +62,7 @@ def expected_votes(tables: Tables, p: float) -> float:
         least, drawn = _binomial(look - before, p)
         found: dict[int, list[tuple[int, Floats]]] = {}
         for level, (first, mass) in running.items():
-            start, grown = first + least, _convolve(mass, drawn)
+            start, grown = first + least, signal.convolve(mass, drawn).clip(0)
             # Levels never fall: hits below accept[level] certify nothing more.
             cuts = [start, *(min(max(a, start), start + len(grown)) for a in accept[level:])]
             for reached, (low, high) in enumerate(itertools.pairwise(cuts), level):
@@ -78,16 +78,7 @@ def _binomial(n: int, p: float) -> tuple[int, Floats]:
     """Return the first of the counts whose probability is not negligible, and the probabilities from there."""
     reach = 10 * math.sqrt(n * p * (1 - p)) + 40
     k = np.arange(max(0, math.floor(n * p - reach)), min(n, math.ceil(n * p + reach)) + 1)
-    log = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
-    return int(k[0]), np.exp(log + special.xlogy(k, p) + special.xlog1py(n - k, -p))
-
-
-def _convolve(a: Floats, b: Floats) -> Floats:
-    if len(a) * len(b) < 10**5:
-        return np.convolve(a, b)
-    size = len(a) + len(b) - 1
-    length = fft.next_fast_len(size, real=True)
-    return np.asarray(fft.irfft(fft.rfft(a, length) * fft.rfft(b, length), length)[:size].clip(0), np.float64)
+    return int(k[0]), np.asarray(stats.binom.pmf(k, n, p), np.float64)
 
 
 def _sum(parts: list[tuple[int, Floats]]) -> tuple[int, Floats]:

@@ -22,7 +22,7 @@ def check_device(task: Task, index: int) -> None:
         BenchError: if a bit differs, so that nothing may be certified on this device.
     """
     image = torch.from_numpy(task.images([index]))
-    if task.device.type == "cpu" or image.is_floating_point():  # float noise is drawn on the CPU, and integers are not
+    if task.device.type == "cpu" or image.is_floating_point():  # float images get float noise, which the CPU draws
         return
     few = max(1, task.block // 4)
     spans = [

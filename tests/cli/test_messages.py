@@ -280,3 +280,11 @@ def test_a_dry_run_of_a_slow_model_times_few_rows_and_reports_it(
     assert [int(n) for n in seen.read_text().split()] == [1, 1, 1]  # a warm-up, the timing, the count of operations
     (row,) = json.loads(bench(*args, "--json").out)
     assert (row["timed_rows"], row["block"]) == (1, 256) and row["seconds"] > 0 and row["flops_per_vote"] > 0
+
+
+def test_names_of_runs_are_listed_as_they_are(bench: Bench, tmp_path: Path) -> None:
+    """Not as the pictures or the colours that a terminal's library reads into them."""
+    name = "x[bold] :smile:"
+    made_up(tmp_path / "runs", [0.3], name=name)
+    for command in (("list", "runs", "--out", tmp_path / "runs"), ("status", tmp_path / "runs")):
+        assert name in bench(*command).out

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bench.data.datasets import load_card
 from bench.models.architectures import timm
 from bench.models.names import Given
+from tests.helpers.norms import moved
 from tests.helpers.timmfolders import load
 
 PARAMETERS = 1_730_714  # of the released ResNet-110
@@ -20,14 +21,8 @@ PARAMETERS = 1_730_714  # of the released ResNet-110
 
 def resnet(blocks: int = 18) -> nn.Module:
     """A network in eval mode whose batch norms are not the identity."""
-    generator = torch.Generator().manual_seed(0)
     model: nn.Module = timm.create_model("resnet110", blocks=blocks).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for value in (module.weight, module.bias, module.running_mean, module.running_var):
-                assert value is not None
-                value.data = 0.5 + torch.rand(value.shape, generator=generator)
-    return model
+    return moved(model)
 
 
 def computed(state: Mapping[str, Tensor], x: Tensor, blocks: int) -> Tensor:

@@ -26,6 +26,7 @@ from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.plan import make_plans
 from tests.helpers.commands import TINY
+from tests.helpers.norms import moved
 from tests.helpers.timmfolders import load
 
 CPU = torch.device("cpu")
@@ -39,15 +40,9 @@ def _one_thread() -> None:
 
 def made(**args: Any) -> VisionTransformer:
     """Make one in eval mode whose batch norms are not the identity."""
-    generator = torch.Generator().manual_seed(0)
     with globalstate.fixed_rng(1):
         model: VisionTransformer = timm.create_model("vit_earlyconv", **args).eval()  # type: ignore[assignment]
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for value in (module.weight, module.bias, module.running_mean, module.running_var):
-                assert value is not None
-                value.data = 0.5 + torch.rand(value.shape, generator=generator)
-    return model
+    return moved(model)
 
 
 def tokens(state: dict[str, Tensor], x: Tensor) -> Tensor:
