@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from bench.interface import Draw, Loss, Schedule
 # Magnitude, number of operations, whether severity increases with magnitude; deviation and maximum of the magnitude.
 _RANDAUGMENT = r"rand(-(m|n|inc)\d+|-(mstd|mmax|p)\d+(\.\d+)?)*"
 _INHERITED = {f.name for f in fields(Schedule)}
-VERSION = 1  # raise it whenever weights trained with a key of CleanSchedule's own would change
+VERSION = 2  # raise it whenever weights trained with a key of CleanSchedule's own would change
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def loss(module: nn.Module, schedule: CleanSchedule, classes: int, mean: tuple[f
     from timm.data import Mixup
 
     augment = randaugment(schedule.randaugment, mean) if schedule.randaugment else None
-    smoothing = schedule.label_smoothing
+    smoothing, rounded = schedule.label_smoothing, schedule.arithmetic == "bfloat16"
     mix = None
     if schedule.mixup or schedule.cutmix:
         mix = Mixup(  # type: ignore[no-untyped-call]
@@ -68,11 +69,33 @@ def loss(module: nn.Module, schedule: CleanSchedule, classes: int, mean: tuple[f
         target: Tensor = y
         if mix is not None:
             x, target = mix(x, y)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=schedule.arithmetic == "bfloat16"):
+        if not rounded:
             logits = module(x)
+        else:
+            with _quick_on_cpu(module, x) as images, torch.autocast(x.device.type, torch.bfloat16):
+                logits = module(images)
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
     return of
+
+
+@contextmanager
+def _quick_on_cpu(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Yield ``x`` laid out for CPU convolutions, with timm's attentions as products instead of one fused call.
+
+    The backward pass of the fused call takes 40% of a step in bfloat16 on a CPU (tests/perf/test_clean.py).
+    """
+    if x.device.type != "cpu":
+        yield x
+        return
+    fused = [m for m in module.modules() if getattr(m, "fused_attn", False)]
+    for attention in fused:
+        attention.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield x.contiguous(memory_format=torch.channels_last)
+    finally:
+        for attention in fused:
+            attention.fused_attn = True  # type: ignore[assignment]
 
 
 def randaugment(config: str, mean: tuple[float, ...]) -> Callable[[Tensor], Tensor]:

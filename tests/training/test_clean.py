@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,6 +187,39 @@ def test_bfloat16_computes_the_logits_and_leaves_weights_and_loss_in_float32() -
     assert 0 < abs(float(value) - float(plain)) < 0.05
 
 
+class Noting(timm.layers.Attention):
+    """timm's attention, which notes how it was computed and can fail."""
+
+    how, fails = "", False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.how = "fused" if self.fused_attn else "products"
+        if self.fails:
+            raise RuntimeError("no memory left")
+        return super().forward(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_bfloat16_on_a_cpu_multiplies_out_attention_and_gives_it_back(fails: bool) -> None:
+    with globalstate.fixed_rng(4):
+        attention = Noting(4, num_heads=2)
+    module = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), attention, nn.Flatten(), nn.Linear(32, CLASSES))
+    assert attention.fused_attn, "timm fuses attention by default"
+    x, y = batch()
+    values = {}
+    for kind in ("float32", "bfloat16"):
+        of = clean.loss(module, CleanSchedule(arithmetic=kind), CLASSES, MEAN)
+        attention.fails = fails and kind == "bfloat16"
+        if attention.fails:
+            with pytest.raises(RuntimeError, match="no memory"):
+                of(x, y, DRAW)
+        else:
+            values[kind] = float(of(x, y, DRAW).detach())
+        assert attention.how == ("fused" if kind == "float32" else "products")
+        assert attention.fused_attn
+    assert fails or 0 < abs(values["float32"] - values["bfloat16"]) < 0.05
+
+
 def network() -> nn.Module:
     with globalstate.fixed_rng(1):
         stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2))
@@ -263,4 +297,4 @@ def test_a_base_records_its_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyP
     base = load_base(card, "vit", train, validation, CPU, lambda *_: None)
     assert {"arithmetic": "bfloat16", "label_smoothing": 0.1, "epochs": 10}.items() <= base.meta["schedule"].items()
     (entry,) = tmp_path.glob("tiny-base-vit-*/meta.json")
-    assert '"arithmetic": "bfloat16"' in entry.read_text() and '"clean": 1' in entry.read_text()
+    assert '"arithmetic": "bfloat16"' in entry.read_text() and f'"clean": {clean.VERSION}' in entry.read_text()
