@@ -76,11 +76,7 @@ def decode(
             with Image.open(stream, formats=FORMATS) as image:
                 largest = 0 if image.mode[0] in "IF" else _largest(image, header)
                 _refuse(image, largest, where, channels)
-                changes = _unusual(image, largest)
-                if lossless and _lossy(image, header):
-                    changes.append(
-                        f"a {image.format} copy, whose pixels differ from those of the data set's own pictures"
-                    )
+                changes = _unusual(image, largest) + _copied(image, header, lossless)
                 if image.has_transparency_data:
                     seen = image.convert("RGBA")  # first, since Pillow warns of palettes converted straight to RGB
                     if seen.getchannel("A").getextrema() != (255, 255):
@@ -161,13 +157,15 @@ def _largest(image: Any, header: bytes) -> int:
     return (1 << bits) - 1
 
 
-def _lossy(image: Any, header: bytes) -> bool:
-    """Return whether the file stores an approximation of the picture it was made from."""
-    return (
+def _copied(image: Any, header: bytes, lossless: bool) -> list[str]:
+    """Describe a file that only approximates a picture of a lossless data set."""
+    lossy = (
         image.format in ("JPEG", "MPO")
         or (image.format == "WEBP" and b"VP8 " in header[12:])
         or (image.format == "TIFF" and image.info.get("compression") == "jpeg")
     )
+    copy = f"a {image.format} copy, whose pixels differ from those of the data set's own pictures"
+    return [copy] if lossless and lossy else []
 
 
 def _unusual(image: Any, largest: int) -> list[str]:
