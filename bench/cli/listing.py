@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import plugins
+from bench.data.card import Card, split_names
 from bench.data.datasets import card_files, load_card
 from bench.errors import shown, unknown
 from bench.records import status
@@ -39,9 +40,20 @@ def _datasets() -> Rows:
             "classes": len(c.classes),
             "source": getattr(c.source, "hub", "") or c.source.reader,
             "presets": ", ".join(c.presets),
+            "splits": ", ".join(_splits(c)),
         }
         for c in cards
     ]
+
+
+def _splits(card: Card) -> list[str]:
+    """Name a card's splits; those of corruptions in one word, with their number."""
+    if card.corruptions is None:
+        return list(split_names(card))
+    parts, severities = card.corruptions.parts(), card.corruptions.severities
+    count = f"{len(card.corruptions.names)} corruptions, such as test-{card.corruptions.names[0]}-1"
+    words = f"test-CORRUPTION-SEVERITY ({count}, of severity 1 to {severities})"
+    return [*(name for name in split_names(card) if name not in parts), words]
 
 
 def _bases() -> Rows:

@@ -97,7 +97,7 @@ def test_the_default_base_sees_every_pixel(tmp_path: Path, side: int, patch: int
         ("classes = 3", 'classes = ["a", "a"]', "classes: at least two, all different"),
         ("classes = 3", "classes = 1000000000", "classes: 1000000000: must be 2 to 100,000"),
         ("classes = 3", "", "classes: missing; give a list of names, or their number"),
-        ('"parquet"', '"csv"', "source: Input tag 'csv'"),
+        ('"parquet"', '"tsv"', "source: Input tag 'tsv'"),
         ('train = "train.parquet"', "", "source.parquet.train: Field required"),
         ('"train.parquet"', '"../train.parquet"', "must be a path below the data folder"),
         ('"train.parquet"', '"/etc/passwd"', "must be a path below the data folder"),
