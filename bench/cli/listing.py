@@ -50,9 +50,8 @@ def _splits(card: Card) -> list[str]:
     """Name a card's splits; those of corruptions in one word, with their number."""
     if card.corruptions is None:
         return list(split_names(card))
-    parts, severities = card.corruptions.parts(), card.corruptions.severities
-    count = f"{len(card.corruptions.names)} corruptions, such as test-{card.corruptions.names[0]}-1"
-    words = f"test-CORRUPTION-SEVERITY ({count}, of severity 1 to {severities})"
+    parts, corruptions = card.corruptions.parts(), card.corruptions
+    words = f"test-CORRUPTION-1 to -{corruptions.severities} ({len(corruptions.names)} corruptions)"
     return [*(name for name in split_names(card) if name not in parts), words]
 
 

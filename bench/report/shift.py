@@ -20,7 +20,7 @@ from bench.records.paired import LEVEL, holm
 from bench.records.record import Record
 from bench.text import DASH
 
-ACROSS = 3  # splits besides the reference that are shown side by side
+ACROSS = 2  # splits besides the reference side by side: they fit into 100 columns
 
 
 @dataclass(frozen=True)
