@@ -60,7 +60,7 @@ def read_csv(card: Card, source: Csv, part: PartName) -> Part:
 
     origin = f"{called}/{source.file}: {_described(place(source, part))}"
     if listed.unused and part == "train":
-        note(f"{path}: {(remark := f'{listed.unused:,} rows are in no part of the card')}")
+        note(f"{path}: {(remark := f'rows in no part of the card: {listed.unused:,}')}")
         origin += f"; {remark}"
     images = Pictures.of(len(files), card.shape, picture, stamp, source.resize)
     domains = np.array(listed.domains) if source.domain else None

@@ -37,14 +37,17 @@ def test_every_card_that_comes_with_certbench_is_valid_without_its_data(monkeypa
     monkeypatch.delenv("CERTBENCH_DATA", raising=False)
     cards = {name: load_card(name) for name in card_files()}
     assert {name: len(card.classes) for name, card in cards.items()} == {
-        **{"camelyon17": 2, "cifar10": 10, "digits": 10, "imagenet": 1000, "iwildcam": 182}
+        **{"camelyon17": 2, "cifar10": 10, "digits": 10},
+        **{"imagenet": 1000, "iwildcam": 182},
     }
     assert {card.name for card in cards.values()} == set(cards)
     # Part of every record's identity: readers may change, but these hashes must not.
     assert {name: card.sha256()[:12] for name, card in cards.items()} == {
+        "camelyon17": "8b73918d5df7",
         "cifar10": "e50c4dacb626",
         "digits": "aaeb6740f84c",
         "imagenet": "cc7e438d0d21",
+        "iwildcam": "be6dc2badd16",
     }
 
 
