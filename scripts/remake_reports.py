@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = parser.parse_args(argv).out
     for file in remake(REPORTS, out):
         print(file)
-    if out == REPORTS:
+    if out == REPORTS and (REPORTS / FRONT / "report.md").exists():
         readme = REPORTS.with_name("README.md")
         write_text(readme, front_page(readme.read_text(), (REPORTS / FRONT / "report.md").read_text()))
 
