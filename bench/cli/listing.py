@@ -40,13 +40,13 @@ def _datasets() -> Rows:
             "classes": len(c.classes),
             "source": getattr(c.source, "hub", "") or c.source.reader,
             "presets": ", ".join(c.presets),
-            "splits": ", ".join(_splits(c)),
+            "splits": ", ".join(splits(c)),
         }
         for c in cards
     ]
 
 
-def _splits(card: Card) -> list[str]:
+def splits(card: Card) -> list[str]:
     """Name a card's splits; those of corruptions in one word, with their number."""
     if card.corruptions is None:
         return list(split_names(card))

@@ -172,6 +172,11 @@ def split_names(card: Card) -> tuple[PartName, ...]:
     return ("train", "validation", *test, *named, *(card.corruptions.parts() if card.corruptions else ()))
 
 
+def first_split(card: Card) -> PartName:
+    """Return test, or validation of a card that has named test parts alone: for a check that needs any images."""
+    return "test" if "test" in split_names(card) else "validation"
+
+
 def root(card: Card, source: Stored | Corruptions) -> tuple[Path, str]:
     """Return the local data folder, and its name in records, without the user's path."""
     if source.folder:

@@ -198,6 +198,11 @@ def test_the_list_of_data_sets_names_their_splits(bench: Bench) -> None:
     assert rows["digits"] == "train, validation, test"
 
 
-def test_the_doctor_needs_no_test_split(bench: Bench, wilds: list[list[Any]]) -> None:
+def test_doctor_and_show_need_no_test_split(bench: Bench, wilds: list[list[Any]]) -> None:
     done = bench("doctor", "none", "--dataset", "camelyon17")
     assert done.code == 0, done.out + done.err
+    done = bench("show", "none", "--dataset", "camelyon17")
+    assert done.code == 0, done.err
+    card = bench("show", "camelyon17").out
+    assert "splits: train, validation, test-id, test-ood\n" in card
+    assert "parts (test-id (center 0 3 4; split 1); test-ood (center 2))" in card
