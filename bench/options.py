@@ -63,7 +63,11 @@ class RunOptions:
         metavar="<path>",
     )
     preset: str | None = option("A preset of the card: quick, standard, paper, ...; default: the card's.", None)
-    split: str = option("test; or validation, to choose sigma by: never in one table with test.", "test")
+    split: str = option(
+        "test, or a named test part of the card (test-ood); validation, to choose sigma by; train, to measure "
+        "overfitting. Splits never share a table.",
+        "test",
+    )
     examples: str | None = option("N images, class-balanced, or every:K.", None, numbers=True)
     n0: int | None = option("Votes that select the class, per image.", None)
     n: int | None = option("Votes that bound the probability, per image.", None)

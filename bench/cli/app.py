@@ -240,10 +240,13 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check that a defense follows the interface, and explain how to fix it. Exit 1 when a check fails."""
+    from bench.data.card import first_split
+    from bench.data.datasets import load_card
     from bench.runs.doctor import examine
     from bench.runs.plan import make_plans
 
-    (plan,) = make_plans(RunOptions(defenses=defense, dataset=dataset, settings=tuple(set_ or ())))
+    split = first_split(load_card(dataset))
+    (plan,) = make_plans(RunOptions(defenses=defense, dataset=dataset, split=split, settings=tuple(set_ or ())))
     print_findings(list(examine(plan)), as_json)
     if not as_json:
         print(f"{defense} is ready: bench run --defense {defense} --dataset {dataset}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import plugins
+from bench.data.card import Card, split_names
 from bench.data.datasets import card_files, load_card
 from bench.errors import shown, unknown
 from bench.records import status
@@ -39,9 +40,19 @@ def _datasets() -> Rows:
             "classes": len(c.classes),
             "source": getattr(c.source, "hub", "") or c.source.reader,
             "presets": ", ".join(c.presets),
+            "splits": ", ".join(splits(c)),
         }
         for c in cards
     ]
+
+
+def splits(card: Card) -> list[str]:
+    """Name a card's splits; those of corruptions in one word, with their number."""
+    if card.corruptions is None:
+        return list(split_names(card))
+    parts, corruptions = card.corruptions.parts(), card.corruptions
+    words = f"test-CORRUPTION-1 to -{corruptions.severities} ({len(corruptions.names)} corruptions)"
+    return [*(name for name in split_names(card) if name not in parts), words]
 
 
 def _bases() -> Rows:

@@ -50,12 +50,14 @@ Shown = tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]  # facts, and tab
 def _defense(name: str, dataset: str) -> Shown:
     import inspect
 
+    from bench.data.card import first_split
+    from bench.data.datasets import load_card
     from bench.options import RunOptions
     from bench.process.environment import pick_device
     from bench.runs import describe
     from bench.runs.plan import make_plans
 
-    (plan,) = make_plans(RunOptions(defenses=name, dataset=dataset))
+    (plan,) = make_plans(RunOptions(defenses=name, dataset=dataset, split=first_split(load_card(dataset))))
     cls, card = plan.cls, plan.card
     trained, flops = describe.cost(plan, pick_device("auto"))
     count = "operations that cannot be counted" if flops is None else f"{flops / 1e9:.4g} GFLOPs"
@@ -81,6 +83,7 @@ def _value(value: object) -> object:
 def _card(name: str) -> Shown:
     from dataclasses import asdict
 
+    from bench.cli import listing
     from bench.data.datasets import load_card
 
     card = load_card(name)
@@ -89,6 +92,7 @@ def _card(name: str) -> Shown:
         "shape": "x".join(map(str, card.shape)) + f" (channels, height, width), {card.levels} levels",
         "classes": f"{len(card.classes)}: {', '.join(card.classes[:20])}{', ...' if len(card.classes) > 20 else ''}",
         "source": ", ".join(f"{k} {_source(v)}" for k, v in asdict(card.source).items() if v),
+        "splits": ", ".join(listing.splits(card)),
         "cut_from_train": ", ".join(f"{size:,} for {part}" for part, size in card.splits.items()),
         "radii": ", ".join(f"{r:g}" for r in card.radii),
         "augment": ", ".join(card.augment),
@@ -104,6 +108,8 @@ def _card(name: str) -> Shown:
 
 
 def _source(value: object) -> str:
+    if isinstance(value, dict):  # parts, or the rows of one by column
+        return "(" + "; ".join(f"{key} {_source(inner)}" for key, inner in value.items()) + ")"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 

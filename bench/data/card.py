@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints
 from pydantic.dataclasses import dataclass as checked
 
-from bench.data.sources import Digits, Source, Stored, has, located, same
+from bench.data.sources import Corruptions, Digits, PartName, Source, Stored, has, located, same
 from bench.errors import BenchError
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -104,6 +104,7 @@ class Card:
     bases: dict[str, Recipe] = field(default_factory=dict)
     preset: str = "quick"
     augment: tuple[Literal["crop", "resized-crop", "flip"], ...] = ()
+    corruptions: Corruptions | None = None  # of the test images, as further test parts
     home: Path = Path()  # the folder of the card's file; not a key of it
 
     def __post_init__(self) -> None:
@@ -115,13 +116,9 @@ class Card:
                 raise ValueError(f"splits.{name}: the source has its own {name} part, which is used completely")
         if "resized-crop" in self.augment and (isinstance(self.source, Digits) or "crop" in self.augment):
             raise ValueError("augment: resized-crop needs pictures, and replaces crop")
-        if not isinstance(self.source, Digits):
-            if self.shape[0] not in (1, 3):
-                raise ValueError(f"shape: pictures have 1 or 3 channels, not {self.shape[0]}")
-            if self.levels != 256:
-                raise ValueError("levels: pictures have 256")
-            if 0 < self.source.resize < max(self.shape[1:]):
-                raise ValueError(f"source.resize: {self.source.resize} is less than the shape's height or width")
+        self._check_pictures()
+        if self.corruptions and self.levels != 256:
+            raise ValueError("levels: corrupted images have 256")
         if len(self.classes) == 1 or len(set(map(same, self.classes))) != len(self.classes):
             raise ValueError("classes: at least two, all different")
         if len({f"{r:g}" for r in self.radii}) < len(self.radii) or list(self.radii) != sorted(self.radii):
@@ -129,11 +126,28 @@ class Card:
         if self.preset not in self.presets:
             raise ValueError(f"preset = {self.preset!r} has no [presets.{self.preset}] table")
 
+    def _check_pictures(self) -> None:
+        if isinstance(self.source, Digits):
+            return
+        if self.shape[0] not in (1, 3):
+            raise ValueError(f"shape: pictures have 1 or 3 channels, not {self.shape[0]}")
+        if self.levels != 256:
+            raise ValueError("levels: pictures have 256")
+        if 0 < self.source.resize < max(self.shape[1:]):
+            raise ValueError(f"source.resize: {self.source.resize} is less than the shape's height or width")
+        if self.corruptions and (both := self.corruptions.parts().keys() & self.source.parts.keys()):
+            raise ValueError(f"corruptions: {min(both)} is a part of the source too; rename one")
+
     def sha256(self) -> str:
-        """Return the hash of everything that decides images and labels; not of presets, recipes and radii."""
+        """Return the hash of everything that decides images and labels; not of presets, recipes and radii.
+
+        A card without named test parts has the hash that it had before these existed.
+        """
         parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
-        # Not of the folder or how its pictures are stored; the images in it are hashed themselves.
-        parts["source"] = {k: v for k, v in asdict(self.source).items() if k not in ("folder", "lossless")}
+        # Not of the folder or how its pictures are stored; the images in it are hashed themselves. Nor of corruptions:
+        # these are other images than those of the other splits, whose records keep the hash that they have.
+        source = {k: v for k, v in asdict(self.source).items() if k not in ("folder", "archive", "lossless")}
+        parts["source"] = {k: v for k, v in source.items() if k != "parts" or v}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -143,13 +157,34 @@ def _check_channels(where: str, owner: Card | Recipe, channels: int) -> None:
             raise ValueError(f"{where}{key}: {len(getattr(owner, key))} values for {channels} channels")
 
 
-def root(card: Card, source: Stored) -> tuple[Path, str]:
+def own_part(card: Card, part: PartName) -> bool:
+    """Return whether the card's data have their own part of that name; others are cut from train."""
+    return has(card.source, part) or bool(card.corruptions and part in card.corruptions.parts())
+
+
+def split_names(card: Card) -> tuple[PartName, ...]:
+    """Return the names of all splits of a card: train, validation, test, and named test parts.
+
+    A source with named test parts alone has no split ``test``, unless the card cuts one from train.
+    """
+    named = [] if isinstance(card.source, Digits) else list(card.source.parts)
+    test = ["test"] if not named or "test" in card.splits or has(card.source, "test") else []
+    return ("train", "validation", *test, *named, *(card.corruptions.parts() if card.corruptions else ()))
+
+
+def first_split(card: Card) -> PartName:
+    """Return test, or validation of a card that has named test parts alone: for a check that needs any images."""
+    return "test" if "test" in split_names(card) else "validation"
+
+
+def root(card: Card, source: Stored | Corruptions) -> tuple[Path, str]:
     """Return the local data folder, and its name in records, without the user's path."""
     if source.folder:
         return located(card.home, source.folder), Path(source.folder).name
+    usual = f"{card.name}-c" if isinstance(source, Corruptions) else card.name
     data = os.environ.get("CERTBENCH_DATA")
     if not data:
-        raise BenchError(
-            f"card {card.name}: no data folder; set CERTBENCH_DATA to the folder that contains {card.name}/"
-        )
-    return Path(data) / card.name, f"$CERTBENCH_DATA/{card.name}"
+        raise BenchError(f"card {card.name}: no data folder; set CERTBENCH_DATA to the folder that contains {usual}/")
+    published = source.archive and not (Path(data) / usual).exists() and (Path(data) / source.archive).is_dir()
+    name = source.archive if published else usual
+    return Path(data) / name, f"$CERTBENCH_DATA/{name}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from bench.data import readers
-from bench.data.card import Card, Recipe
+from bench.data.card import Card, Recipe, own_part, split_names
 from bench.data.folders import class_names
 from bench.data.parquet_files import agreed
 from bench.data.sources import Part, PartName, has
@@ -96,19 +96,22 @@ def load_split(card: Card, split: SplitName) -> Split:
 def load_splits(card: Card, *names: SplitName) -> list[Split]:
     """Load splits of a card's data set, reading each file once. The card alone decides which image is in which split.
 
-    A part that the source has is used completely, in its own order. The others are cut from one fixed shuffle of its
-    train part: first test, then validation; train is the rest. Raises BenchError where the data are missing or do not
-    match the card.
+    A part that the data have is used completely, in its own order. The others are cut from one fixed shuffle of its
+    train part: first test, then validation; train is the rest. Raises BenchError for a split that the card does not
+    have, and where the data are missing or do not match the card.
     """
+    for name in names:
+        if name not in split_names(card):
+            raise unknown(f"split of {card.name}", name, split_names(card))
     parts: dict[SplitName, Part] = {}
     cut: dict[str, NDArray[np.int64]] = {}
     splits = []
     for name in names:
-        own = name if has(card.source, name) else "train"
+        own = name if own_part(card, name) else "train"
         if own not in parts:
             parts[own] = readers.read(card, own)
         part = parts[own]
-        whole = Split(name, part.images, part.labels, card.levels, part.origin, part.names)
+        whole = Split(name, part.images, part.labels, card.levels, part.origin, part.names, part.domains)
         if own == "train":
             cut = cut or _cut(card, len(whole))
             whole = whole.select(cut[name])
@@ -126,7 +129,7 @@ def _cut(card: Card, rows: int) -> dict[str, NDArray[np.int64]]:
     """Divide the rows of the train part between train and the splits that the source does not have."""
     sizes: dict[str, int] = {}
     for name in SPLIT_OFF:
-        if not has(card.source, name):
+        if name in split_names(card) and not has(card.source, name):
             sizes[name] = card.splits.get(name, max(1, min(rows // 10, CUT)))
     if sum(sizes.values()) >= rows:
         needed = " and ".join(f"{size} for {name}" for name, size in sizes.items())

@@ -12,7 +12,7 @@ import numpy as np
 from bench.data.card import Card, root
 from bench.data.decoding import SUFFIXES, Crop, Decoded, decode
 from bench.data.pictures import Pictures
-from bench.data.sources import Folder, Part, PartName, located, numbered, same, some, text
+from bench.data.sources import Folder, Part, PartName, located, numbered, place, same, some, text
 from bench.errors import BenchError, note
 
 READ = " ".join(sorted(SUFFIXES))  # for messages
@@ -32,7 +32,7 @@ def class_names(card: Card) -> tuple[str, ...]:
 def read_folder(card: Card, source: Folder, part: PartName) -> Part:
     """Read one part. Raises BenchError where the folders are not the card's classes, or one has no pictures."""
     folder, called = root(card, source)
-    name = getattr(source, part)
+    name = place(source, part)
     base = located(folder, name)
     classes = _expected(card, located(folder, source.train))
     found = _class_folders(base)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bench.data.card import Card, root
 from bench.data.decoding import Crop, Decoded, decode
 from bench.data.pictures import Pictures
-from bench.data.sources import Parquet, Part, PartName, located, numbered, same, some
+from bench.data.sources import Parquet, Part, PartName, located, numbered, place, same, some
 from bench.errors import BenchError, note, one_line
 from bench.io import hub, limits
 
@@ -27,7 +27,7 @@ def read_parquet(card: Card, source: Parquet, part: PartName) -> Part:
     pictures: list[Any] = []
     labels, starts, paths, origins, named = [], [0], [], [], []
     room = limits.memory() // 2
-    for name in getattr(source, part):
+    for name in place(source, part):
         path, origin = _file(card, source, name)
         images, numbers, names = _columns(path, source, room)
         room -= images.nbytes + numbers.nbytes
@@ -49,16 +49,16 @@ def read_parquet(card: Card, source: Parquet, part: PartName) -> Part:
         origins.append(origin)
         named.append(names)
 
-    def place(row: int) -> tuple[int, int]:
+    def position(row: int) -> tuple[int, int]:
         file = int(np.searchsorted(starts, row, side="right")) - 1
         return file, row - starts[file]
 
     def encoded(row: int) -> memoryview:
-        file, at = place(row)
+        file, at = position(row)
         return memoryview(pictures[file][at].as_buffer())
 
     def picture(row: int, crop: Crop | None) -> Decoded:
-        file, at = place(row)
+        file, at = position(row)
         return decode(encoded(row), f"{paths[file]}: row {at}", card.shape, source.resize, crop, source.lossless)
 
     return Part(

@@ -1,4 +1,4 @@
-"""Read a part of a card's source: train, and test and validation where the source has its own.
+"""Read a part of a card's data: train, and the others where the data have their own.
 
 Pictures stay encoded, as bytes or files, until their rows are accessed.
 """
@@ -10,19 +10,25 @@ from dataclasses import replace
 import numpy as np
 
 from bench.data.card import Card
+from bench.data.corrupted import read_corrupted
+from bench.data.csv_files import read_csv
 from bench.data.folders import read_folder
 from bench.data.parquet_files import read_parquet
-from bench.data.sources import Folder, Parquet, Part, PartName, Stored
+from bench.data.sources import Csv, Folder, Parquet, Part, PartName, Stored
 from bench.errors import BenchError, note
 
 
 def read(card: Card, part: PartName) -> Part:
     """Read a part that the source has. Raises BenchError where the data are missing or do not match the card."""
     source = card.source
+    if card.corruptions and part in card.corruptions.parts():
+        return read_corrupted(card, card.corruptions, part)
     if isinstance(source, Parquet):
         found = read_parquet(card, source, part)
     elif isinstance(source, Folder):
         found = read_folder(card, source, part)
+    elif isinstance(source, Csv):
+        found = read_csv(card, source, part)
     else:
         found = _digits(card)
     if not len(found.labels):

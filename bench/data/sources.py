@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -17,12 +17,21 @@ from bench.data.pictures import Pictures
 from bench.io.hub import REVISION
 
 _STRICT = ConfigDict(extra="forbid")
-PartName = Literal["train", "validation", "test"]
+PartName = str  # one that SPLIT matches
+# Names of splits: the usual three, and named test parts. They are parts of file names, and records are untrusted.
+_WORDS = r"(-[a-z0-9_]{1,40}){1,4}"
+SPLIT = rf"^(train|validation|test({_WORDS})?)$"
+CORRUPTION = r"^[a-z0-9_]{1,40}$"
+TestPart = Annotated[str, StringConstraints(pattern=rf"^test{_WORDS}$")]
 
 
-def _inside(path: str) -> str:
-    # Cards are untrusted input, so paths must stay below the data folder. Links that the user made there are followed.
-    if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+def inside(path: str) -> str:
+    """Return a path that stays below the data folder, else raise ValueError: cards and data are untrusted input.
+
+    Links that the user made there are followed.
+    """
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
         raise ValueError(f"{path!r} must be a path below the data folder, without ..")
     return path
 
@@ -31,7 +40,16 @@ def _strings(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-_Inside = Annotated[str, AfterValidator(_inside)]
+def _value(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+def _values(value: Any) -> Any:
+    return tuple(map(_value, value)) if isinstance(value, list) else (_value(value),)
+
+
+_Inside = Annotated[str, AfterValidator(inside)]
+_Archive = Annotated[str, StringConstraints(pattern=r"^(|[A-Za-z0-9][A-Za-z0-9_.-]*)$")]  # a folder, not a path
 _Files = Annotated[tuple[_Inside, ...], BeforeValidator(_strings)]
 
 
@@ -44,9 +62,12 @@ class Digits:
 
 @checked(config=_STRICT, frozen=True)
 class Stored:
-    """Data in ``folder`` (relative to the card), or in $CERTBENCH_DATA/<card name>."""
+    """Data in ``folder`` (relative to the card), or in $CERTBENCH_DATA/<card name>, or $CERTBENCH_DATA/``archive``."""
 
     folder: str = ""
+    archive: Annotated[str, StringConstraints(pattern=r"^(|[A-Za-z0-9][A-Za-z0-9_.-]*)$")] = (
+        ""  # the folder as published
+    )
     # Scale the shorter side to this (bilinear), then crop the centre to the card's shape. 0: pictures have the shape.
     resize: Annotated[int, Field(ge=0)] = 0
     lossless: bool = False  # the data set's own pictures are lossless; a copy stored as JPEG is reported
@@ -60,6 +81,7 @@ class Parquet(Stored):
     train: Annotated[_Files, Field(min_length=1)]
     test: _Files = ()  # empty: cut from train
     validation: _Files = ()
+    parts: dict[TestPart, Annotated[_Files, Field(min_length=1)]] = field(default_factory=dict)
     image: str = "image"
     label: str = "label"
     hub: str = ""  # a data set on the hub, for files that are not in the folder
@@ -74,9 +96,51 @@ class Folder(Stored):
     train: _Inside = "train"
     test: _Inside | Literal[""] = ""  # empty: cut from train
     validation: _Inside | Literal[""] = ""
+    parts: dict[TestPart, _Inside] = field(default_factory=dict)
 
 
-Source = Annotated[Digits | Parquet | Folder, Field(discriminator="reader")]
+# Rows of a table: those with one of the given values in each of the given columns.
+_Rows = dict[Annotated[str, StringConstraints(min_length=1)], Annotated[tuple[str, ...], BeforeValidator(_values)]]
+
+
+@checked(config=_STRICT, frozen=True, kw_only=True)
+class Csv(Stored):
+    """A CSV file with one row for each picture: values that give its path, its label, and its part."""
+
+    reader: Literal["csv"]
+    path: Annotated[str, StringConstraints(min_length=1)]  # of a picture, with columns in braces: "train/{filename}"
+    label: str  # a column of class names or numbers
+    train: Annotated[_Rows, Field(min_length=1)]
+    test: _Rows = field(default_factory=dict)  # empty: cut from train, unless there are named test parts
+    validation: _Rows = field(default_factory=dict)
+    parts: dict[TestPart, Annotated[_Rows, Field(min_length=1)]] = field(default_factory=dict)
+    file: _Inside = "metadata.csv"
+    domain: str = ""  # a column that names where a picture comes from, such as a hospital; counted in records
+
+
+Source = Annotated[Digits | Parquet | Folder | Csv, Field(discriminator="reader")]
+
+
+@checked(config=_STRICT, frozen=True, kw_only=True)
+class Corruptions:
+    """Corrupted copies of test images as in CIFAR-10-C: an array NAME.npy for each corruption, and one of labels.
+
+    An array holds uint8 [severities x images, H, W, C], the mildest severity first. The folder is ``folder`` (relative
+    to the card), or $CERTBENCH_DATA/<card name>-c, or $CERTBENCH_DATA/``archive``.
+    """
+
+    names: Annotated[
+        tuple[Annotated[str, StringConstraints(pattern=CORRUPTION)], ...], Field(min_length=1, max_length=100)
+    ]
+    severities: Annotated[int, Field(ge=1, le=100)] = 5
+    labels: _Inside = "labels.npy"
+    folder: str = ""
+    archive: _Archive = ""
+
+    def parts(self) -> dict[PartName, tuple[str, int]]:
+        """Return the corruption and severity of each part, by the part's name."""
+        levels = range(1, self.severities + 1)
+        return {f"test-{name}-{level}": (name, level) for name in self.names for level in levels}
 
 
 @dataclass(frozen=True)
@@ -91,11 +155,19 @@ class Part:
     labels: NDArray[np.int64]
     origin: str
     names: tuple[str, ...] = ()
+    domains: NDArray[np.str_] | None = None  # where each row comes from; None: the data do not say
 
 
-def has(source: Digits | Parquet | Folder, part: PartName) -> bool:
+def has(source: Digits | Parquet | Folder | Csv, part: PartName) -> bool:
     """Return whether the source has its own part of that name."""
-    return part == "train" or bool(getattr(source, part, ""))
+    return part == "train" or (not isinstance(source, Digits) and bool(place(source, part)))
+
+
+def place(source: Parquet | Folder | Csv, part: PartName) -> Any:
+    """Return what the source states of a part: files, a folder or rows; empty for a part that it does not have."""
+    if part in ("train", "validation", "test"):
+        return getattr(source, part)
+    return source.parts.get(part, ())
 
 
 def located(folder: Path, name: str) -> Path:

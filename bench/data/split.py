@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ class Split:
     levels: int
     found: str = ""  # where the data are, and what was left out or reordered
     names: tuple[str, ...] = ()  # names of the classes in the data, in the order of the labels; empty without names
+    domains: NDArray[np.str_] | None = None  # where each row comes from, [N]; None: the data do not say
 
     @property
     def origin(self) -> str:
@@ -86,12 +88,22 @@ class Split:
             images = self.images.joined(other.images)
         else:
             images = np.concatenate([self.images, other.images[:]])
-        return replace(self, images=images, labels=np.concatenate([self.labels, other.labels]))
+        domains = None
+        if self.domains is not None and other.domains is not None:
+            domains = np.concatenate([self.domains, other.domains])
+        labels = np.concatenate([self.labels, other.labels])
+        return replace(self, images=images, labels=labels, domains=domains)
 
     def select(self, indices: Any) -> Split:
         """Select the given rows without decoding them."""
         images = self.images.select(indices) if isinstance(self.images, Pictures) else self.images[indices]
-        return replace(self, images=images, labels=self.labels[indices])
+        domains = None if self.domains is None else self.domains[indices]
+        return replace(self, images=images, labels=self.labels[indices], domains=domains)
+
+    def domain_counts(self, indices: Any = None) -> dict[str, int]:
+        """Count the given rows of each domain, the most frequent first; empty where the data have no domains."""
+        found = [] if self.domains is None else self.domains[_all(indices)].tolist()
+        return dict(Counter(found).most_common())
 
 
 def _all(indices: Any) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from bench.data.sources import SPLIT
 from bench.errors import BenchError, unknown
 from bench.smoothing import bounds
 from bench.smoothing.fixed import Fixed
@@ -34,10 +35,15 @@ FORMATS = ("cohen", "adaptive")
 CHOICES: dict[str, tuple[str, ...]] = {
     "noise": ("float", "grid"),
     "target": TARGETS,
-    "split": ("test", "validation"),
+    "split": ("test", "validation", "train"),  # and named test parts, see ``allowed``
 }
 
 Floats = NDArray[np.float64]
+
+
+def allowed(name: str, value: str) -> bool:
+    """Return whether a parameter of ``CHOICES`` may have this value."""
+    return value in CHOICES[name] or (name == "split" and re.fullmatch(SPLIT, value) is not None)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class LogParameters:
         if self.format not in FORMATS:
             raise unknown("format", self.format, FORMATS)
         for name, known in CHOICES.items():
-            if getattr(self, name) not in (None, *known):
+            if (value := getattr(self, name)) is not None and not allowed(name, value):
                 raise unknown(f"--{name}", getattr(self, name), known)
         if not 0 < self.sigma < HUGE:
             raise BenchError(f"--sigma {self.sigma:g}: must be above 0")
@@ -103,9 +109,11 @@ def affected(rows: Sequence[Row]) -> str:
     return f"{len(rows)} of the rows, image {rows[0].index} first"
 
 
-def structure(rows: Sequence[Row], dataset: str, classes: int) -> Iterator[str]:
+def structure(rows: Sequence[Row], parameters: LogParameters, classes: int) -> Iterator[str]:
     """Find missing rows, classes that do not exist, and a wrong column ``correct``."""
-    yield from _missing(sorted(r.index for r in rows), SIZES.get(dataset, 0))
+    # Validation too, as in records of before other splits could be certified.
+    known = SIZES.get(parameters.dataset, 0) if parameters.split in (None, "test", "validation") else 0
+    yield from _missing(sorted(r.index for r in rows), known)
     if classes and (beyond := [r for r in rows if max(r.label, r.predicted) >= classes]):
         yield f"classes from {classes} on, of which the data set has {classes}: {affected(beyond)}"
     if not all("correct" in r.fields for r in rows):

@@ -31,8 +31,13 @@ def comparable_but_sigma(record: Record) -> dict[str, Any]:
     return same | {"noise": {k: v for k, v in same["noise"].items() if k != "tau"}}  # tau follows from sigma
 
 
+def comparable_but_split(record: Record) -> dict[str, Any]:
+    """Return the part of an identity that must agree for two runs to be compared on different splits."""
+    return {k: v for k, v in comparable(record).items() if k not in ("split", "indices", "images")}
+
+
 def groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Group the runs that may share a table, by data set, split (test first) and sigma."""
+    """Group the runs that may share a table, by data set, split (test parts first) and sigma."""
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_key[digest(comparable(record))].append(record)
@@ -42,7 +47,8 @@ def groups(records: Sequence[Record]) -> list[list[Record]]:
 
 def _order(group: Sequence[Record]) -> tuple[Any, ...]:
     identity = group[0].identity
-    return identity.dataset, identity.split != "test", identity.sigma, digest(comparable(group[0]))
+    rank = ["test", "validation", "train"].index(identity.split) if "-" not in identity.split else 0
+    return identity.dataset, rank, identity.split, identity.sigma, digest(comparable(group[0]))
 
 
 def methods(group: Sequence[Record]) -> list[list[Record]]:
@@ -94,21 +100,33 @@ def table_radii(records: Sequence[Record]) -> list[float]:
 def setting(record: Record) -> str:
     """Describe what any two runs that are compared have in common, in one line."""
     identity = record.identity
+    images = f"{len(identity.indices)} {identity.split} images"
+    return f"{identity.dataset}, sigma {identity.sigma:g}: {images}, {_votes(record)}"
+
+
+def _votes(record: Record) -> str:
+    identity = record.identity
     p = identity.sampling
     selection = "known label, " if p.target == "label" else f"n0 {p.n0 or 'not stated'}, "
     selection += "target correct, " if p.target == "correct" else ""
     votes = f"n {p.n:,}" if p.kind == "fixed" else f"{p.kind} up to {p.n:,} votes"
-    return (
-        f"{identity.dataset}, sigma {identity.sigma:g}: {len(identity.indices)} {identity.split} images, "
-        f"{selection}{votes}, alpha {p.alpha:g}, noise {identity.noise.kind}"
-    )
+    return f"{selection}{votes}, alpha {p.alpha:g}, noise {identity.noise.kind}"
 
 
 def heading(record: Record) -> str:
     """Describe what all runs of a table have in common, in one line."""
+    return f"{setting(record)}, base {_base(record)}"
+
+
+def heading_of_splits(record: Record) -> str:
+    """Describe what runs on several splits have in common, in one line."""
+    identity = record.identity
+    return f"{identity.dataset}, sigma {identity.sigma:g}: {_votes(record)}, base {_base(record)}"
+
+
+def _base(record: Record) -> str:
     base, sha256 = record.identity.base, record.info.base_sha256
-    known = f"{base.name} ({sha256[:8]})" if base and sha256 and not record.imported else "not stated"
-    return f"{setting(record)}, base {known}"
+    return f"{base.name} ({sha256[:8]})" if base and sha256 and not record.imported else "not stated"
 
 
 def common(record: Record) -> str:

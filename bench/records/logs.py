@@ -87,7 +87,7 @@ def read_log(data: bytes, parameters: LogParameters, radii: Sequence[float], cla
     for column, value in known.items():
         if getattr(parameters, column) not in (None, value):
             flags.append(f"its column {column} says {value}; {getattr(parameters, column)} was given")
-    flags += flaws.structure(rows, parameters.dataset, classes)
+    flags += flaws.structure(rows, parameters, classes)
     flags += flaws.stops(rows, parameters.target)
     predicted = [r for r in rows if r.predicted >= 0 and not flaws.stopped(r, parameters.target)]
     if parameters.format == "adaptive" and ("radius proved" in columns or {r.radius for r in rows} == {-1.0, 1.0}):
@@ -141,7 +141,7 @@ def _same_in_all(rows: Sequence[Row]) -> dict[str, Any]:
 def _possible(column: str, value: Any) -> bool:
     """Return whether any certificate can have this value of a parameter."""
     if isinstance(value, str):
-        return value in {**flaws.CHOICES, "format": flaws.FORMATS}[column]
+        return value in flaws.FORMATS if column == "format" else flaws.allowed(column, value)
     if isinstance(value, int):
         return 1 <= value <= MAX_VOTES
     return bool(0 < value < (1 if column == "alpha" else HUGE))

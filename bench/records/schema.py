@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, WrapValidator
+from pydantic import Field, StringConstraints, WrapValidator
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
 
+from bench.data.sources import SPLIT
 from bench.errors import one_line
 from bench.io.files import digest
 from bench.records.stored import (
@@ -106,7 +107,7 @@ class Identity(Stored):
 
     dataset: str
     card: str | None
-    split: Literal["test", "validation"]
+    split: Annotated[str, StringConstraints(pattern=SPLIT)]
     indices: Annotated[list[Whole], Field(min_length=1)]
     images: str | None
     base: BaseIdentity | None

@@ -64,7 +64,10 @@ def numbers(values: Sequence[float | None], form: str, unit: float = 1) -> list[
 
 def verdict(setting: Setting, methods: Sequence[Method]) -> str:
     """Say which method certifies the most images, and whether the table may be a result at all."""
-    split = "" if setting.split == "test" else f"These are {setting.split} images, for choosing settings: not a result."
+    split = {
+        "validation": "These are validation images, for choosing settings: not a result.",
+        "train": "These are images of the training split, to measure overfitting: not a result.",
+    }.get(setting.split, "")
     return " ".join(filter(None, [split, _best(setting, methods)]))
 
 

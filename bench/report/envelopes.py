@@ -1,5 +1,7 @@
 """Best-sigma curves: for each radius the most accurate sigma, chosen on validation images, measured on test images.
 
+Each test part of a card has curves of its own.
+
 Sigma must be chosen before a defense is deployed, so the best of several sigmas *on test images* is not attainable. A
 method has a curve only if it was certified on both splits at the same sigmas, at least two (``bench run --split
 validation``), with all else equal. The choice is a function of the validation runs alone.
@@ -54,6 +56,7 @@ class Envelope:
 
     section: str  # key of the tables with these runs
     heading: str
+    split: str  # of the test images
     radii: list[float]
     validation_images: int
     curves: list[Curve]
@@ -67,7 +70,7 @@ class Envelope:
             sentences.append(
                 "At each radius sigma is the one with the highest certified accuracy on "
                 f"{self.validation_images} validation images (the smallest of equals). Accuracy and 95% interval are "
-                "of the test images."
+                f"of the {self.split} images."
             )
         if self.lacking:
             sentences.append(
@@ -97,8 +100,9 @@ def find(records: Sequence[Record]) -> list[Envelope]:
     """Find the best-sigma curves of all methods with several sigmas on test images, by section."""
     families: dict[str, dict[str, list[Record]]] = {"test": defaultdict(list), "validation": defaultdict(list)}
     for record in records:
-        if record.identity.split in families and not record.imported:
-            families[record.identity.split][digest(comparable_but_sigma(record))].append(record)
+        kind = record.identity.split.partition("-")[0]
+        if kind in families and not record.imported:
+            families[kind][digest(comparable_but_sigma(record))].append(record)
     found = []
     for section, tests in families["test"].items():
         mates = [f for f in families["validation"].values() if _apart_from_split(f[0]) == _apart_from_split(tests[0])]
@@ -129,6 +133,7 @@ def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[R
     return Envelope(
         section=section,
         heading=f"{tests[0].identity.dataset}, best-sigma curve: {common(tests[0])}",
+        split=tests[0].identity.split,
         radii=table_radii(tests),
         validation_images=len(validation_runs[0].certificates) if validation_runs else 0,
         curves=curves,

@@ -9,12 +9,14 @@ import pandas as pd
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
 from bench.report.rows import Method
+from bench.report.shift import Cell, Shift
 from bench.report.tables import Report, Table
 
 PREAMBLE = (
     "% needs \\usepackage{booktabs}\n"
     "\\providecommand{\\certified}[2]{\\begin{tabular}[t]{@{}r@{}}#1\\\\[-1pt]{\\tiny #2}\\end{tabular}}\n"
 )
+LINE = "\\\\"  # ends a line
 # Widths in points: a page's column (article, two columns), a value above its interval (\scriptsize and \tiny), a value
 # with the sigma that was chosen, and the gap between two cells.
 COLUMN, VALUE, CHOSEN, GAP = 229, 34, 46, 5
@@ -33,8 +35,9 @@ _ESCAPES = {
 
 
 def render(report: Report) -> str:
-    """Write all tables and best-sigma curves as LaTeX."""
-    return "\n".join([PREAMBLE, *map(_table, report.tables), *map(_envelope, report.envelopes)])
+    """Write all tables, best-sigma curves and splits compared as LaTeX."""
+    parts = [*map(_table, report.tables), *map(_envelope, report.envelopes), *map(_shift, report.shifts)]
+    return "\n".join([PREAMBLE, *parts])
 
 
 def _table(table: Table) -> str:
@@ -91,6 +94,27 @@ def _envelope(envelope: Envelope) -> str:
     title = "certified in \\% at radius (sigma chosen)"
     names = [_escape(curve.label) for curve in envelope.curves]
     return _comment(envelope.heading) + note + _grid(names, [(title, pd.DataFrame(cells))], CHOSEN)
+
+
+def _shift(shift: Shift) -> str:
+    blocks = []
+    for radius in shift.radii:
+        cells = {
+            f"\\shortstack[r]{{{_escape(split).replace('-', '-' + LINE)}}}": [
+                _unpaired(row.at(split, radius)) for row in shift.rows
+            ]
+            for split in shift.images
+        }
+        blocks.append((f"certified accuracy in \\% at radius {radius:g}", pd.DataFrame(cells)))
+    names = [_escape(row.label) for row in shift.rows]
+    return _comment(shift.title) + _comment(shift.note) + _grid(names, blocks)
+
+
+def _unpaired(cell: Cell | None) -> str:
+    if cell is None:
+        return "--"
+    mark = "*" if cell.difference and cell.difference.significant else ""
+    return _interval(f"{100 * cell.value:.1f}{mark}", cell.low, cell.high)
 
 
 def _escape(text: object) -> str:

@@ -63,5 +63,5 @@ def write(report: Report, format: str, out: Path, left_out: Sequence[str] = (), 
 def figure_name(setting: Setting) -> str:
     """Name a table's figures by what its runs have in setting, so that other tables do not change the name."""
     dataset = re.sub(r"[^\w.-]", "-", setting.dataset)  # part of a file's name, from untrusted input
-    split = "" if setting.split == "test" else "-validation"
+    split = "" if setting.split == "test" else f"-{setting.split}"
     return f"{dataset}{split}-s{setting.sigma:g}-{setting.key[:8]}"

@@ -29,6 +29,7 @@ from bench.report import distribution, gallery, plots
 from bench.report.envelopes import Envelope
 from bench.report.plots import COSTS, Looks
 from bench.report.rows import Method, Setting
+from bench.report.shift import Shift
 from bench.report.tables import Report, Table
 from bench.smoothing import bounds
 
@@ -97,6 +98,7 @@ Made by certbench {__version__} from run folders.</p>
 {f'<h2>Left out</h2><ul class="left-out">{missing}</ul>' if missing else ""}
 {f"<nav><ul>{links}</ul></nav>" if len(sections) > 1 else ""}
 {body}
+{"".join(map(_shift, report.shifts))}
 {_study(report.study) if report.study else ""}
 <script>{get_plotlyjs()}</script>
 <script type="application/json" id="views">{views}</script>
@@ -114,6 +116,12 @@ def _study(study: Study) -> str:
         f"<p>Save this text as a file and run <code>bench run FILE</code> to repeat all runs.</p><pre>\n{text}</pre>"
         "</details>"
     )
+
+
+def _shift(shift: Shift) -> str:
+    """Write the tables that compare test parts."""
+    grids = "".join(f"<h3>{escape(title)}</h3>{_sortable(cells)}" for title, cells in shift.cells())
+    return f'<section><h2>{escape(shift.title)}</h2>{grids}<p class="note">{escape(shift.note)}</p></section>'
 
 
 def _section(key: str, tables: list[Table], envelope: Envelope | None, figures: _Figures) -> str:

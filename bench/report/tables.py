@@ -16,11 +16,12 @@ from bench.errors import BenchError
 from bench.records import audit, grouping, metrics, paired
 from bench.records.record import Record, find_runs, read_run
 from bench.records.study import Study
-from bench.report import default, envelopes, published, rows
+from bench.report import default, envelopes, published, rows, shift
 from bench.report.cells import cells, label, notes, verdict
 from bench.report.default import Columns
 from bench.report.envelopes import Envelope
 from bench.report.rows import Method, Row, Setting
+from bench.report.shift import Shift
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """All tables, by data set, split and sigma, and the best-sigma curves over them."""
+    """All tables, by data set, split and sigma, the best-sigma curves over them, and the comparison of test parts."""
 
     tables: list[Table]
     envelopes: list[Envelope]
+    shifts: list[Shift]
     study: Study | None = None  # whose runs these are
 
 
@@ -73,7 +75,8 @@ def load(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
 
 def build(records: Sequence[Record], with_published: bool = False, study: Study | None = None) -> Report:
     """Build the report of finished runs; ``with_published`` adds published results to each table."""
-    return Report([_table(g, with_published) for g in grouping.groups(records)], envelopes.find(records), study)
+    tables = [_table(g, with_published) for g in grouping.groups(records)]
+    return Report(tables, envelopes.find(records), shift.find(records), study)
 
 
 def _table(group: Sequence[Record], with_published: bool) -> Table:

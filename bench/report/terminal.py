@@ -13,14 +13,16 @@ from rich.table import Table as Grid
 from bench.errors import shown
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
+from bench.report.shift import Shift
 from bench.report.tables import Report, Table
 
 WIDTH = 100
 
 
 def render(report: Report) -> str:
-    """Lay out all tables with their default columns, then the best-sigma curves."""
-    return "\n\n".join([*map(_table, report.tables), *map(_envelope, report.envelopes)]) + "\n"
+    """Lay out all tables with their default columns, then the best-sigma curves and the splits compared."""
+    parts = [*map(_table, report.tables), *map(_envelope, report.envelopes), *map(_shift, report.shifts)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(table: Table) -> str:
@@ -37,6 +39,11 @@ def _envelope(envelope: Envelope) -> str:
     if not envelope.curves:
         return _prose(envelope.note)
     return "\n\n".join([_prose(envelope.heading), _grid(envelope.cells()), _prose(envelope.note)])
+
+
+def _shift(shift: Shift) -> str:
+    grids = [part for title, cells in shift.cells() for part in (f"{title}:", _grid(cells))]
+    return "\n\n".join([_prose(shift.title), *grids, _prose(shift.note)])
 
 
 def _prose(text: str) -> str:

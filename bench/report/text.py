@@ -10,6 +10,7 @@ import pandas as pd
 from bench.report import latex
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
+from bench.report.shift import Shift
 from bench.report.tables import Report, Table
 from bench.text import escape
 
@@ -18,7 +19,7 @@ _FROM_RECORDS = ["defense", "family", "trains", "extra data"]  # columns whose t
 
 
 def render(report: Report, format: str, every: bool = False) -> str:
-    """Write all tables, then the best-sigma curves (not in csv, which has a line a run). ``format``: of ``FORMATS``.
+    """Write all tables, then best-sigma curves and splits compared (not in csv: a line a run). ``format``: of FORMATS.
 
     ``every``: all columns in markdown; csv and json have them always, LaTeX has no room for them.
     """
@@ -32,7 +33,7 @@ def _markdown(report: Report, every: bool) -> str:
     if len(parts) > 1:
         parts.insert(0, "Each table holds only runs on the same images, base, sigma, n0, n and alpha.\n")
     study = [f"Runs of the study {escape(report.study.name)}, sha256 {report.study.sha256}.\n"] if report.study else []
-    return "\n".join([*parts, *map(_envelope, report.envelopes), *study])
+    return "\n".join([*parts, *map(_envelope, report.envelopes), *map(_shift, report.shifts), *study])
 
 
 def _table(table: Table, every: bool) -> str:
@@ -57,6 +58,13 @@ def _envelope(envelope: Envelope) -> str:
     return "\n\n".join([f"### {escape(envelope.heading)}", _grid(shown), escape(envelope.note)]) + "\n"
 
 
+def _shift(shift: Shift) -> str:
+    parts = [f"### {escape(shift.title)}"]
+    for title, cells in shift.cells():
+        parts += [f"{title}:", _grid(cells.assign(defense=cells["defense"].map(escape)))]
+    return "\n\n".join([*parts, escape(shift.note)]) + "\n"
+
+
 def _grid(cells: pd.DataFrame) -> str:
     """Write a table of cells already escaped; the second line of a cell is smaller."""
     titles = [str(title).replace("\n", "<br>") for title in cells]
@@ -65,7 +73,7 @@ def _grid(cells: pd.DataFrame) -> str:
 
 
 def _csv(report: Report) -> str:
-    frames = [table.frame().assign(table=i) for i, table in enumerate(report.tables)]
+    frames = [table.frame().assign(split=table.setting.split, table=i) for i, table in enumerate(report.tables)]
     return str(pd.concat(frames, ignore_index=True).to_csv(index=False)) if frames else ""
 
 
@@ -84,4 +92,5 @@ def _json(report: Report) -> str:
         }
         for envelope in report.envelopes
     ]
-    return json.dumps({"tables": tables, "envelopes": envelopes}, indent=1) + "\n"
+    shifts = [{"note": shift.note, **asdict(shift)} for shift in report.shifts]
+    return json.dumps({"tables": tables, "envelopes": envelopes, "splits_compared": shifts}, indent=1) + "\n"

@@ -38,7 +38,7 @@ STEPS = 3
 def examine(plan: Plan) -> Iterator[Finding]:
     """Run the checks in order, on the plan's card with an untrained base, up to the first problem."""
     device = torch.device("cpu")
-    train, test = load_splits(plan.card, "train", "test")
+    train, test = load_splits(plan.card, "train", plan.split)
     train = train.first(200)
     config, steps = plan.config, ""
     if isinstance(config, Schedule):

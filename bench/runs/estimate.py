@@ -55,6 +55,8 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
     environment.keep_freed_memory()
     at_once = environment.threads(device) if device.type == "cpu" else 1
     split, train, validation = load_splits(plan.card, plan.split, "train", "validation")
+    if plan.split == "train":
+        split = split.first(plan.card.presets[plan.preset].train_examples)
     given = Given(normalisation=plan.normalisation)
     base = untrained_base(plan.card, plan.base, device, not plan.cls.adapts, given)
     defense = fitting.construct(plan, base, device)

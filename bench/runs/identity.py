@@ -42,10 +42,10 @@ def run_label(plan: Plan) -> str:
 def examples(plan: Plan, split: Split) -> list[int]:
     """Choose the images that a plan certifies.
 
-    A preset's number is meant for the test split: of a smaller validation split all images are taken.
+    A preset's number is meant for the test split: of a smaller split of another name all images are taken.
     """
     asked = plan.examples
-    if plan.split == "validation" and plan.options.examples is None and asked.isdigit():
+    if plan.split != "test" and plan.options.examples is None and asked.isdigit():
         asked = str(min(int(asked), len(split)))
     return choose(split, asked)
 

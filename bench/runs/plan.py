@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from bench import plugins
-from bench.data.card import Card
+from bench.data.card import Card, split_names
 from bench.data.datasets import load_card, whole_train
 from bench.data.split import Split
 from bench.errors import BenchError, unknown
@@ -54,7 +54,7 @@ class Plan:
     sigma: float
     train_sigma: float
     objective: str  # gaussian is every trained defense's default
-    split: Literal["test", "validation"]  # whose images are certified
+    split: str  # of the card; its images are certified
     examples: str
     radii: tuple[float, ...]  # of the run's table; the anytime procedure certifies at these alone
     procedure: Fixed | Anytime
@@ -100,8 +100,8 @@ def make_plans(options: RunOptions) -> list[Plan]:
     n0, n = means.n0 if o.n0 is None else o.n0, means.n if o.n is None else o.n
     radii = card.radii if o.radii is None else _radii(o.radii)
     procedure = _procedure(o.procedure, o.target, n0, n, o.alpha, radii)
-    if o.split != "test" and o.split != "validation":
-        raise unknown("--split", o.split, ("test", "validation"))
+    if o.split not in split_names(card):
+        raise _no_split(card, o.split)
     if o.noise not in ("float", "grid"):
         raise unknown("--noise", o.noise, ("float", "grid"))
     words = arithmetic.parse(o.arithmetic)
@@ -147,7 +147,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
                 sigma=sigma,
                 train_sigma=o.train_sigma or sigma,
                 objective=o.objective,
-                split=o.split,  # type: ignore[arg-type]
+                split=o.split,
                 examples=o.examples or str(means.examples),
                 radii=radii,
                 procedure=procedure,
@@ -165,6 +165,13 @@ def make_plans(options: RunOptions) -> list[Plan]:
             )
             plans.append(plan)
     return plans
+
+
+def _no_split(card: Card, split: str) -> BenchError:
+    named = [name for name in split_names(card) if name.startswith("test-")]
+    if split == "test" and named:
+        return BenchError(f"{card.name} has no split test; name one of its test parts: --split {', '.join(named[:5])}")
+    return unknown("--split", split, split_names(card))
 
 
 def _check_weights(options: RunOptions, loaded: Loaded) -> None:

@@ -19,6 +19,7 @@ from bench.runs.costs import TrainingCost
 from bench.runs.fitting import Fitted
 from bench.runs.identity import make_task
 from bench.runs.plan import SCHEDULE, Plan
+from bench.runs.splits import Splits
 from bench.smoothing.noise import Noise
 from bench.smoothing.task import Task
 
@@ -29,7 +30,7 @@ class Materials:
 
     train: Split
     validation: Split
-    test: Split
+    splits: Splits
     base: BaseModel
 
     def trained_on(self, plan: Plan) -> Split:
@@ -38,7 +39,7 @@ class Materials:
 
     def certified(self, plan: Plan) -> Split:
         """Return the split whose images the plan certifies."""
-        return self.test if plan.split == "test" else self.validation
+        return self.splits.certified(plan)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,16 @@ class PreparedRun:
         if self.identity.train_sigma not in (None, plan.train_sigma):
             log.warning("--train-sigma %g has no effect on %s: it trains nothing", plan.train_sigma, plan.defense)
 
+    def _data(self) -> dict[str, Any]:
+        """Describe where the images are and, where the data name domains, how many of each were used."""
+        trained_on = self.materials.trained_on(self.plan)
+        found: dict[str, Any] = {"train": trained_on.origin}
+        if self.plan.split != "train":
+            found[self.plan.split] = self.split.origin
+        if domains := self.split.domain_counts(self.indices):
+            found["domains"] = {"trained_on": trained_on.domain_counts(), "certified": domains}
+        return found
+
     def header(self) -> RunHeader:
         """Collect what the record states; certifies nothing, but measures the base's accuracy without noise."""
         plan, fitted, base = self.plan, self.fitted, self.materials.base
@@ -124,7 +135,7 @@ class PreparedRun:
             "radii": list(plan.radii),
             "preset": plan.preset,
             "classes": list(plan.card.classes),
-            "data": {"train": self.materials.trained_on(plan).origin, plan.split: self.split.origin},
+            "data": self._data(),
             "base": {"clean_correct": correct, "images": len(self.indices), **base.meta},
             "defense": {
                 "family": plan.cls.family,

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from bench import globalstate, plugins
-from bench.data.datasets import load_splits
-from bench.data.split import Split
 from bench.errors import DefenseFault
 from bench.io.files import digest
 from bench.models import arithmetic
@@ -31,6 +29,7 @@ from bench.runs.certifier import DeviceCertifier, NotOneFunction, check_independ
 from bench.runs.identity import examples, identity, make_task, run_name
 from bench.runs.plan import Plan
 from bench.runs.prepared import Materials, PreparedRun
+from bench.runs.splits import Splits
 from bench.runs.writer import RunWriter
 from bench.smoothing import blocks
 from bench.smoothing.engine import certify
@@ -54,7 +53,7 @@ class Session:
         environment.keep_freed_memory()
         self.device, self.out, self.reporter, self.shard = device, out, LoggingReporter(reporter, log.info), shard
         self._materials: dict[tuple[str, str, str, Given, bool, bool], Materials] = {}
-        self._splits: dict[str, list[Split]] = {}
+        self._splits = Splits()
 
     def materials(self, plan: Plan) -> Materials:
         """Load the splits and the base of a plan; a base whose weights are used is trained if the cache has none."""
@@ -62,10 +61,7 @@ class Session:
         probe = not plan.cls.adapts
         key = (plan.card.name, plan.preset, plan.base, given, probe, plan.from_scratch)
         if key not in self._materials:
-            if plan.card.name not in self._splits:
-                self._splits[plan.card.name] = load_splits(plan.card, "train", "validation", "test")
-            train, validation, test = self._splits[plan.card.name]
-            train = train.first(plan.card.presets[plan.preset].train_examples)
+            train, validation = self._splits.trained_on(plan), self._splits.usual(plan.card)["validation"]
             if plan.from_scratch:  # without --base, so without --mean and --std
                 base = architecture_base(plan.card, plan.base, self.device)
             else:
@@ -74,7 +70,7 @@ class Session:
             means = plan.card.presets[plan.preset]
             better = means.better_base if plan.base == means.base else ""
             report_base(base, validation, self.reporter.say, log.warning, better)
-            self._materials[key] = Materials(train, validation, test, base)
+            self._materials[key] = Materials(train, validation, self._splits, base)
         return self._materials[key]
 
     def _base_weights(self, plan: Plan) -> Path | None:

@@ -60,7 +60,7 @@ class StudyFile:
 def _key(plan: Plan) -> Plan:
     """Return what two plans of the same run have in common, however their options were written."""
     given = plan.options
-    examples = given.examples if plan.split == "validation" else None  # see identity.examples
+    examples = given.examples if plan.split != "test" else None  # see identity.examples
     kept = RunOptions(defenses="", dataset="", base=given.base, train_sigma=given.train_sigma, examples=examples)
     return replace(plan, options=kept)
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.data.datasets import load_splits
-from bench.data.split import Split
 from bench.errors import DefenseFault
 from bench.records.record import Record
 from bench.records.shards import Shard
 from bench.runs.estimate import estimate, training_passes
 from bench.runs.identity import examples
 from bench.runs.plan import Plan
+from bench.runs.splits import Splits
 
 
 class TimeLeft:
@@ -25,7 +24,7 @@ class TimeLeft:
     def __init__(self, plans: Sequence[Plan], device: torch.device, shard: Shard | None = None) -> None:
         """Count the passes of every run. Raises BenchError where the data are missing."""
         self._plans, self._device, self._shard = plans, device, shard
-        self._splits: dict[str, list[Split]] = {}
+        self._splits = Splits()
         self._passes = [self._count(plan) for plan in plans]
         self._left = set(range(len(plans)))
         self._measured: list[tuple[str, float, float]] = []  # defense, passes, seconds
@@ -68,17 +67,12 @@ class TimeLeft:
             return None
         return (found.seconds + found.train_seconds) / self._passes[number] or None  # 0: a served base is not timed
 
-    def _of_card(self, plan: Plan) -> list[Split]:
-        if plan.card.name not in self._splits:
-            self._splits[plan.card.name] = load_splits(plan.card, "train", "validation", "test")
-        return self._splits[plan.card.name]
-
     def _images(self, plan: Plan) -> int:
-        chosen = examples(plan, self._of_card(plan)[2 if plan.split == "test" else 1])
+        chosen = examples(plan, self._splits.certified(plan))
         return len(self._shard.part(chosen) if self._shard else chosen)
 
     def _count(self, plan: Plan) -> float:
-        train, validation, _ = self._of_card(plan)
+        train, validation = (self._splits.usual(plan.card)[name] for name in ("train", "validation"))
         # By the Config: a defense whose schedule is another's is timed as if it trained nothing, until one is measured.
         passes = training_passes(plan, plan.config, train, validation)
         return self._images(plan) * plan.procedure.max_votes + passes

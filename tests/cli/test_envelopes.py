@@ -68,6 +68,19 @@ def test_the_choice_is_a_function_of_validation_alone(
     assert chosen[0] == chosen[1]
 
 
+def test_each_test_part_has_its_own_curves_chosen_on_validation(pattern: Record) -> None:
+    parts = {"test": [0.6] * 6, "test-ood": [0.0] * 6, "train": [0.9] * 6}
+    runs = [record(pattern, part, sigma, radii) for part, radii in parts.items() for sigma in SIGMAS]
+    runs += [record(pattern, "validation", s, [0.1 * k] * 6) for k, s in enumerate(SIGMAS)]
+    found = {e.split: e for e in envelopes.find(runs)}
+    assert list(found) == ["test", "test-ood"]  # training images have none
+    for name, envelope in found.items():
+        (curve,) = envelope.curves
+        assert [p.sigma for p in curve.points] == [p.sigma for p in found["test"].curves[0].points]
+        assert curve.points[1].value == float(name == "test")
+        assert f"{name} images" in envelope.heading and f"95% interval are of the {name} images" in envelope.note
+
+
 def test_a_row_needs_two_sigmas_of_the_same_method_and_seeds_on_both_splits(pattern: Record) -> None:
     def runs(split: str, sigmas: Sequence[float], seeds: Sequence[int] = (0,), **change: Any) -> list[Record]:
         made = [record(pattern, split, s, [0.3] * 6, seed) for s in sigmas for seed in seeds]
@@ -202,5 +215,5 @@ def test_a_small_validation_split_is_taken_whole(bench: Bench, tmp_path: Path) -
     assert refused.code == 2 and "must be 1 to 5 (the validation split's size)" in refused.err
     (row,) = json.loads(bench(*args, "--examples", "every:2").out)
     assert row["images"] == 3
-    unknown = bench(*args[:-4], "--split", "train")
-    assert unknown.code == 2 and "unknown --split 'train'" in unknown.err
+    unknown = bench(*args[:-4], "--split", "training")
+    assert unknown.code == 2 and "unknown --split 'training'" in unknown.err

@@ -36,13 +36,18 @@ def written(folder: Path, text: str) -> str:
 def test_every_card_that_comes_with_certbench_is_valid_without_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CERTBENCH_DATA", raising=False)
     cards = {name: load_card(name) for name in card_files()}
-    assert {name: len(card.classes) for name, card in cards.items()} == {"cifar10": 10, "digits": 10, "imagenet": 1000}
+    assert {name: len(card.classes) for name, card in cards.items()} == {
+        **{"camelyon17": 2, "cifar10": 10, "digits": 10},
+        **{"imagenet": 1000, "iwildcam": 182},
+    }
     assert {card.name for card in cards.values()} == set(cards)
     # Part of every record's identity: readers may change, but these hashes must not.
     assert {name: card.sha256()[:12] for name, card in cards.items()} == {
+        "camelyon17": "8b73918d5df7",
         "cifar10": "e50c4dacb626",
         "digits": "aaeb6740f84c",
         "imagenet": "cc7e438d0d21",
+        "iwildcam": "be6dc2badd16",
     }
 
 
@@ -97,7 +102,7 @@ def test_the_default_base_sees_every_pixel(tmp_path: Path, side: int, patch: int
         ("classes = 3", 'classes = ["a", "a"]', "classes: at least two, all different"),
         ("classes = 3", "classes = 1000000000", "classes: 1000000000: must be 2 to 100,000"),
         ("classes = 3", "", "classes: missing; give a list of names, or their number"),
-        ('"parquet"', '"csv"', "source: Input tag 'csv'"),
+        ('"parquet"', '"tsv"', "source: Input tag 'tsv'"),
         ('train = "train.parquet"', "", "source.parquet.train: Field required"),
         ('"train.parquet"', '"../train.parquet"', "must be a path below the data folder"),
         ('"train.parquet"', '"/etc/passwd"', "must be a path below the data folder"),

@@ -71,12 +71,12 @@ def main() -> None:
         import atheris
 
         with atheris.instrument_imports(include=["bench"]):
-            from tests.fuzz import cards_and_logs, data, folders, judging, progress, served
+            from tests.fuzz import cards_and_logs, data, folders, judging, progress, served, shifted
     else:
-        from tests.fuzz import cards_and_logs, data, folders, judging, progress, served
+        from tests.fuzz import cards_and_logs, data, folders, judging, progress, served, shifted
     known = {
         name: prop
-        for module in (cards_and_logs, data, folders, progress, served)
+        for module in (cards_and_logs, data, folders, progress, served, shifted)
         for name, prop in vars(module).items()
     }
     every = [name for name, prop in known.items() if hasattr(prop, "hypothesis")]

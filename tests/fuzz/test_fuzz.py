@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.fuzz import cards_and_logs, data, folders, judging, progress, served, transformers_folders
+from tests.fuzz import cards_and_logs, data, folders, judging, progress, served, shifted, transformers_folders
 
 QUICK = {
     cards_and_logs.cards: 100,
@@ -23,6 +23,8 @@ QUICK = {
     data.picture_folders: 60,
     data.parquets: 80,
     data.weights: 60,
+    shifted.tables: 60,
+    shifted.arrays: 60,
     transformers_folders.transformers_folders: 60,
     served.answers: 150,
     served.raw_replies: 100,

@@ -42,7 +42,7 @@ def test_engine_against_the_published_loop(
     placed = DeviceCertifier(run.certifier, task, images[0])
     placed.use_threads(session.threads)
     tau = run.identity.noise.tau
-    test = run.materials.test
+    test = run.split
     unused = TrainDraw(Noise(0, "test"), 0, BATCH, SIGMA, device)  # this defense draws nothing
     tables: dict[str, list[float]] = {}
 

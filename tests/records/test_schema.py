@@ -96,7 +96,7 @@ def test_the_procedure_is_an_object() -> None:
     [
         ({"sigma": True}, "identity.sigma"),
         ({"sigma": float("nan")}, "identity.sigma"),
-        ({"split": "train"}, "identity.split"),
+        ({"split": "training"}, "identity.split"),
         ({"seed": None}, "a run that is not imported has a base, a seed and an n0"),
         ({"imported": None}, "identity.imported"),
         ({"procedure": {"kind": "adaptive", "n0": 1, "n": 100, "alpha": 0.1}}, "only an imported log is adaptive"),
@@ -131,3 +131,15 @@ def test_half_a_surrogate_pair_is_escaped() -> None:
     assert parse_json('{"a\\ud800": ["\\ud83d\\ude00", "\\udfff"]}') == {"a\\ud800": ["\U0001f600", "\\udfff"]}
     identity = begun(3).identity.as_json() | {"dataset": "\ud800"}
     assert Identity.of(parse_json(json.dumps(identity))).dataset == "\\ud800"
+
+
+@pytest.mark.parametrize(
+    "split", ["../test", "test-", "test-OOD", "test-a/b", "test-" + "a" * 50, "tests", "", "test\n"]
+)
+def test_a_split_is_a_name_that_a_card_can_have(tmp_path: Path, split: str) -> None:
+    for name in ("test", "train", "validation", "test-ood", "test-jpeg_compression-5"):
+        assert read_run(made_up(tmp_path, [0.25], split=name)).identity.split == name
+    path = made_up(tmp_path, [0.5]) / "run.json"
+    path.write_text(path.read_text().replace('"split": "test"', f'"split": {json.dumps(split)}'))
+    with pytest.raises(BenchError, match=r"identity\.split: String should match pattern"):
+        read_run(path.parent)
