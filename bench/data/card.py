@@ -146,7 +146,7 @@ class Card:
         parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
         # Not of the folder or how its pictures are stored; the images in it are hashed themselves. Nor of corruptions:
         # these are other images than those of the other splits, whose records keep the hash that they have.
-        source = {k: v for k, v in asdict(self.source).items() if k not in ("folder", "archive", "lossless")}
+        source = {k: v for k, v in asdict(self.source).items() if k not in ("folder", "archive", "lossless", "rows")}
         parts["source"] = {k: v for k, v in source.items() if k != "parts" or v}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

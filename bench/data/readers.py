@@ -33,6 +33,10 @@ def read(card: Card, part: PartName) -> Part:
         found = _digits(card)
     if not len(found.labels):
         raise BenchError(f"card {card.name}: the {part} part ({found.origin}) is empty; correct the card's [source]")
+    if isinstance(source, Stored) and (known := source.rows.get(part, len(found.labels))) != len(found.labels):
+        remark = f"{len(found.labels):,} rows of the {part} part, which has {known:,} in the complete data set"
+        note(f"card {card.name}: {remark}")
+        found = replace(found, origin=f"{found.origin}; {remark}")
     if isinstance(source, Stored) and source.resize:
         height, width = card.shape[1:]
         remark = f"shorter side resized to {source.resize} (bilinear), centre cropped to {height}x{width}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints
 from pydantic.dataclasses import dataclass as checked
 
 from bench.data.pictures import Pictures
@@ -65,12 +65,13 @@ class Stored:
     """Data in ``folder`` (relative to the card), or in $CERTBENCH_DATA/<card name>, or $CERTBENCH_DATA/``archive``."""
 
     folder: str = ""
-    archive: Annotated[str, StringConstraints(pattern=r"^(|[A-Za-z0-9][A-Za-z0-9_.-]*)$")] = (
-        ""  # the folder as published
-    )
+    archive: _Archive = ""  # the folder as published
     # Scale the shorter side to this (bilinear), then crop the centre to the card's shape. 0: pictures have the shape.
     resize: Annotated[int, Field(ge=0)] = 0
     lossless: bool = False  # the data set's own pictures are lossless; a copy stored as JPEG is reported
+    rows: dict[PartName, PositiveInt] = field(
+        default_factory=dict
+    )  # of the complete data set; a copy of fewer is reported
 
 
 @checked(config=_STRICT, frozen=True, kw_only=True)

@@ -191,7 +191,8 @@ def _pictures(setting: Setting, methods: Sequence[Method]) -> str:
     """State what reading changed in the pictures, as the records say."""
     said = [str(r.info.data.get(setting.split, "")) for m in methods for r in m.records]
     # Words alone: records are untrusted, and this line is part of pages.
-    found = dict.fromkeys(change for text in said for change in re.findall(r"[\d,]+ of its pictures: [\w ,.'-]+", text))
+    form = r"[\d,]+ (?:of its pictures: [\w ,.'-]+|rows of the [\w-]+ part, which has [\d,]+ in the complete data set)"
+    found = dict.fromkeys(change for text in said for change in re.findall(form, text))
     return f"As recorded of the {setting.split} images' source: {'; '.join(found)}." if found else ""
 
 

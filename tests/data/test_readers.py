@@ -100,6 +100,18 @@ def test_parts_in_several_files_and_bare_bytes(tmp_path: Path, card: Callable[..
     assert "b.parquet: row 4: not a readable picture" in refusal(made)
 
 
+@pytest.mark.parametrize(("stated", "said"), [(30, False), (40, True), (20, True)])
+def test_a_copy_with_another_number_of_rows_is_reported(
+    card: Callable[..., Card], capsys: pytest.CaptureFixture[str], stated: int, said: bool
+) -> None:
+    plain = card(rows())
+    changed = card(None, 'reader = "parquet"', f'reader = "parquet"\nrows = {{ train = {stated} }}')
+    train = load_split(changed, "train")
+    remark = f"30 rows of the train part, which has {stated} in the complete data set"
+    assert (remark in train.origin, remark in capsys.readouterr().err) == (said, said)
+    assert changed.sha256() == plain.sha256() and len(train) == 24
+
+
 def test_a_changed_picture_or_cut_changes_the_hash(card: Callable[..., Card]) -> None:
     data = rows()
     before = load_split(card(data), "train").sha256()
@@ -219,6 +231,6 @@ def test_the_cifar10_card_downloads_its_pinned_commit(tmp_path: Path, monkeypatc
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         card = load_card("cifar10")
         test = load_split(card, "test")
-        assert test.origin == "hub uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2"
+        assert test.origin.startswith("hub uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2; 12 rows of")
         assert test.pixels(slice(None)).shape == (12, 3, 32, 32)
         assert "has no file 'plain_text/train-00000-of-00001.parquet'" in refusal(card)
