@@ -28,7 +28,7 @@ LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives
 # The code that each version stands for.
 PINNED = {
     "loop": (1, "043c954c9dc2703f"),
-    "clean": (1, "ad38de55ce940d08"),
+    "clean": (2, "1e7c3486227433e6"),
     "spsa": (1, "a091cc145e9ce5ba"),
     "autoencoder": (1, "462aa627c9db045b"),
     "prompts": (1, "a0f873c1e8456c3b"),
