@@ -114,9 +114,12 @@ class FinetunedDiffusion(Defense):
                 raise BenchError("finetuned-diffusion: attention_dropout: this base has no attention; set it to 0")
             for i, layer in enumerate(layers):
                 layer.attn_drop.p = config.attention_dropout * i / max(1, len(layers) - 1)
+        n, attacks = config.copies, config.copies * config.attack_steps
         self.context.note(
-            f"finetuned-diffusion: {config.copies} noisy copies of each image and {config.attack_steps} steps of the "
-            f"attack; released: 4 and 4 for CIFAR-10, 2 and 1 for ImageNet"
+            f"finetuned-diffusion: {n} noisy copies of each image and {config.attack_steps} steps of the attack "
+            f"(released: 4 and 4 for CIFAR-10, 2 and 1 for ImageNet); in a training step each image takes "
+            f"{n * config.steps} passes of the denoiser, {2 * n + attacks} of the classifier and as many backward, "
+            f"{attacks} of them to the image"
         )
 
     def fit(self, job: Job) -> None:
@@ -145,7 +148,8 @@ class FinetunedDiffusion(Defense):
         config, count = self.config, self.config.copies
 
         def classify(images: Tensor) -> Tensor:
-            return self.classifier.logits(images, draw).unflatten(0, (count, -1))
+            out = self.classifier.logits(images, draw)
+            return out.view(count, -1, out.shape[1])
 
         with torch.no_grad():
             noisy = (x + draw.sigma * draw.normal(*x.shape[1:]) for _ in range(count))
