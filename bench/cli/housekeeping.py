@@ -64,7 +64,9 @@ def clean(
     if not names and older_than is None:
         raise BenchError("name entries to delete, or give --older-than DAYS (0: all)")
     limit = time.time() - DAY * older_than if older_than is not None else None
-    chosen = [n for n, row in rows.items() if n in (names or ()) or (limit is not None and float(str(row["time"])) <= limit)]
+    chosen = [
+        n for n, row in rows.items() if n in (names or ()) or (limit is not None and float(str(row["time"])) <= limit)
+    ]
     if not chosen:
         print("nothing to delete")
         return

@@ -115,7 +115,7 @@ class Net(nn.Module):
 
 def reference_attack(net: nn.Module, clean: Tensor, denoised: Tensor, target: Tensor, eps: float, steps: int) -> Tensor:
     """The released attack in its own unit, pixels of [-1, 1], one image after another."""
-    moved = []
+    moved: list[Tensor] = []
     for x, d in zip(2 * clean - 1, 2 * denoised - 1, strict=True):
         i = len(moved) % len(target)
         start = d - x

@@ -124,7 +124,7 @@ def test_the_pin_ignores_prose_and_imports_alone(one: str, other: str, same: boo
         ("two-stage", {"objective clean", "objective gaussian"}),
         ("coordinator", {"objective gaussian", "spsa", "autoencoder", "prompts"}),
         ("diffusion", {"diffusion", "denoising"}),
-        ("finetuned-diffusion", {"diffusion", "denoising"}),
+        ("finetuned-diffusion", {"diffusion", "denoising", "objective gaussian"}),  # its fit calls its own loss
         (defense("own_loss"), set()),
     ],
 )
