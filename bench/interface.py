@@ -163,8 +163,12 @@ class Job(Protocol):
         """
         ...
 
+    def count(self, schedule: Schedule) -> int:
+        """Return the number of steps that ``train`` takes by a schedule."""
+        ...
+
     def steps(self, count: int, batch: int, *state: Stateful, queries: int = 0) -> Iterator[Step]:
-        """Iterate over the steps of a training without gradient descent.
+        """Iterate over the steps of a training with a loop of the defense's own.
 
         Within a step torch's global random state is seeded by the step. A resumed training continues after the last
         checkpoint.

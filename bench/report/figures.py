@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +62,89 @@ def decimals(within: float) -> int:
 
 
 def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
-    """Draw certified accuracy, at the lowest radius above 0, against floating point operations of a vote."""
+    """Draw certified accuracy, at the lowest radius above 0, against floating point operations of a vote.
+
+    Rows of one defense that differ in one number, such as the steps of a denoiser, and in cost are joined by a line,
+    with the number beside each point.
+    """
     radius = next((r for r in table.setting.within if r > 0), 0.0)
     fig, ax = _axes(table)
     free = any(not m.row.flops_per_vote for m in table.methods)  # 0 has no place on a logarithmic axis
-    for i, (label, method) in enumerate(_drawn(table)):
-        (p,) = metrics.pooled([r.certificates for r in method.records], [radius])
-        cost = (method.row.flops_per_vote or 0.0) / 1e6
-        bars = [[100 * (p.value - p.low)], [100 * (p.high - p.value)]]
-        marker = MARKERS[i % len(MARKERS)]
-        ax.errorbar([cost], [100 * p.value], bars, fmt=marker, color=colour(i), capsize=2, label=label)
+    for i, one in enumerate(_series(table)):
+        points = [metrics.pooled([r.certificates for r in m.records], [radius])[0] for m in one.methods]
+        costs = [(m.row.flops_per_vote or 0.0) / 1e6 for m in one.methods]
+        values = [100 * p.value for p in points]
+        bars = [[100 * (p.value - p.low) for p in points], [100 * (p.high - p.value) for p in points]]
+        marker = MARKERS[i % len(MARKERS)] + (STYLES[i % len(STYLES)] if len(points) > 1 else "")
+        ax.errorbar(costs, values, bars, fmt=marker, color=colour(i), capsize=2, label=one.label)
+        for number, *place in zip(one.numbers, costs, values, strict=False):
+            ax.annotate(number, place, (3, 3), textcoords="offset points", fontsize=5, color=colour(i))
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("" if free else "{x:g}")
+    ax.xaxis.set_minor_formatter("" if free else _two_and_five)
     _legend(ax, "bars: 95% interval")
     return _save(fig, out, f"{name}-cost")
+
+
+def _two_and_five(x: float, place: int | None = None) -> str:
+    """Label 2 and 5 of each decade: more labels would overlap."""
+    return f"{x:g}" if f"{x:e}"[0] in "25" else ""
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Points of a figure that belong together, by rising cost."""
+
+    label: str
+    methods: list[Method]
+    numbers: list[str]  # the setting in which they differ; empty for a row of its own
+
+
+def _series(table: Table) -> list[_Series]:
+    """Join the drawn rows that differ in one numeric setting and in the cost of a vote; leave the others alone."""
+    rows, found, joined = _drawn(table), list[_Series](), set[int]()
+    for i, (label, method) in enumerate(rows):
+        if i in joined:
+            continue
+        series = _Series(label, [method], [])
+        for key in _numeric(method):
+            same = [j for j in range(i, len(rows)) if j not in joined and _but(rows[j][1], key) == _but(method, key)]
+            same.sort(key=lambda j: (rows[j][1].row.flops_per_vote or 0.0, rows[j][0]))
+            costs = {rows[j][1].row.flops_per_vote for j in same}
+            if None not in costs and len(costs) == len(same) > len(series.methods):
+                numbers = [f"{_config(rows[j][1])[key]:g}" for j in same]
+                word = f"{key}={_config(method)[key]:g}"
+                name = " ".join(w for w in label.split(" ") if w != word)
+                series = _Series(f"{name}, {key} {', '.join(numbers)}", [rows[j][1] for j in same], numbers)
+        joined |= {j for j, (_, m) in enumerate(rows) if m in series.methods}
+        found.append(series)
+    return found
+
+
+def _config(method: Method) -> Mapping[str, Any]:
+    return method.records[0].identity.defense.config
+
+
+def _numeric(method: Method) -> list[str]:
+    return [k for k, v in _config(method).items() if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+def _but(method: Method, key: str) -> tuple[object, ...]:
+    """Return what identifies a method but one numeric setting; None of an import, whose settings are unknown."""
+    record = method.records[0]
+    defense, config = record.identity.defense, dict(_config(method))
+    known = config.pop(key, None) is not None
+    others = {k: v for k, v in record.info.defense.settings.items() if k != key}
+    return (
+        known,
+        defense.name,
+        config,
+        others,
+        defense.objective,
+        defense.arithmetic,
+        record.info.defense.weights_file,
+    )
 
 
 def _axes(table: Table) -> Any:

@@ -108,8 +108,8 @@ class TrainingJob:
         """
         params = [p for p in module.parameters() if p.requires_grad]
         optimizer = _optimizer(params, schedule)
-        count = max(1, round(schedule.epochs * len(self.data) / schedule.batch))
-        _train_mode(module)
+        count = self.count(schedule)
+        train_mode(module)
         for step in self.steps(count, schedule.batch, module, optimizer):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr * _decay(schedule, step.number / count)
@@ -121,6 +121,10 @@ class TrainingJob:
             optimizer.step()
             step.report(value.detach())
         module.eval()
+
+    def count(self, schedule: Schedule) -> int:
+        """Return the number of steps of a schedule."""
+        return max(1, round(schedule.epochs * len(self.data) / schedule.batch))
 
     def steps(self, count: int, batch: int, *state: Stateful, queries: int = 0) -> Iterator[Step]:
         """Yield the remaining steps, each with its randomness; checkpoint ``state`` between them.
@@ -221,7 +225,7 @@ def _decay(s: Schedule, done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - s.warmup) / (1 - s.warmup)))
 
 
-def _train_mode(module: nn.Module) -> None:
+def train_mode(module: nn.Module) -> None:
     """Set training mode; batch norms without trainable parameters keep their statistics."""
     module.train()
     for m in module.modules():

@@ -20,7 +20,7 @@ from bench.errors import BenchError
 from bench.models.convert import Stated, convert
 from bench.models.convert_diffusion import _unet
 from bench.models.diffusion_flags import published
-from defenses.diffusion import load
+from bench.models.unets import load
 from tests.helpers.commands import Bench
 
 UNET: Any = diffusers.UNet2DModel

@@ -20,17 +20,19 @@ from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.context import PartTraining
 from bench.runs.plan import Plan, make_plans
-from bench.training import autoencoder, clean, loop, objectives, prompts, spsa, versions
+from bench.training import autoencoder, clean, denoising, diffusion, loop, objectives, prompts, spsa, versions
 from bench.training.autoencoder import MaskedAutoencoder
 from tests.helpers.commands import TINY, defense
 
 LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives.OBJECTIVES}
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "043c954c9dc2703f"),
+    "loop": (1, "6bcebce552ad00fd"),
     "clean": (2, "1e7c3486227433e6"),
     "spsa": (1, "a091cc145e9ce5ba"),
     "autoencoder": (1, "462aa627c9db045b"),
+    "diffusion": (1, "56c970d429880c08"),
+    "denoising": (1, "3635c26494a1886b"),
     "prompts": (1, "a0f873c1e8456c3b"),
     "objective clean": (1, "cd6c4c6bf6233135"),
     "objective gaussian": (1, "7ee407943f51e911"),
@@ -79,7 +81,8 @@ def of_objective(name: str) -> str:
 
 def current() -> dict[str, tuple[int, str]]:
     found = {
-        m.__name__.rpartition(".")[2]: (m.VERSION, of_module(m)) for m in (loop, clean, spsa, autoencoder, prompts)
+        m.__name__.rpartition(".")[2]: (m.VERSION, of_module(m))
+        for m in (loop, clean, spsa, autoencoder, diffusion, denoising, prompts)
     }
     return found | {f"objective {name}": (objectives.VERSIONS[name], of_objective(name)) for name in LOSSES}
 
@@ -120,6 +123,8 @@ def test_the_pin_ignores_prose_and_imports_alone(one: str, other: str, same: boo
         ("denoiser", set()),
         ("two-stage", {"objective clean", "objective gaussian"}),
         ("coordinator", {"objective gaussian", "spsa", "autoencoder", "prompts"}),
+        ("diffusion", {"diffusion", "denoising"}),
+        ("finetuned-diffusion", {"diffusion", "denoising", "objective gaussian"}),  # its fit calls its own loss
         (defense("own_loss"), set()),
     ],
 )
