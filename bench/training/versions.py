@@ -57,7 +57,7 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 def _versions(module: str, name: str = "") -> dict[str, int]:
     """Return the versions of a module of this package: all of its objectives where ``name`` is none of them."""
-    if module == objectives.__name__:
+    if f"{module}.".startswith(f"{objectives.__name__}."):
         return of(*([name] if name in objectives.VERSIONS else objectives.VERSIONS))
     stem = module.removeprefix(PACKAGE)
     if stem == module or not (Path(__file__).parent / f"{stem}.py").is_file():
