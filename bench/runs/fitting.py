@@ -33,7 +33,7 @@ from bench.runs.plan import Plan
 from bench.smoothing import blocks, noise
 from bench.smoothing.noise import TrainDraw
 from bench.training import loop, objectives, versions
-from bench.training.objectives import TrainingObjective
+from bench.training.objectives.catrs import CATRS
 from bench.training.weights import Trained, Weights, cached_training
 
 MERGE_TOLERANCE = 1e-3  # of the largest logit
@@ -246,7 +246,7 @@ def train_or_load(
     context, objective = context_of(defense), plan.training_objective
     if objective.remark and plan.uses_objective:
         context.note(objective.remark)
-    if objective.votes_first and plan.uses_objective:
+    if isinstance(objective, CATRS) and plan.uses_objective:
         objective = _with_votes(plan, objective, base, train, device, progress, context)
 
     def fit_defense(checkpoint: Path) -> Weights:
@@ -282,14 +282,14 @@ def train_or_load(
 
 def _with_votes(
     plan: Plan,
-    objective: TrainingObjective,
+    objective: CATRS,
     base: BaseModel,
     train: Split,
     device: torch.device,
     progress: loop.Progress,
     context: BuildContext,
-) -> TrainingObjective:
-    """Give CAT-RS the smoothed predictions of the same defense, trained by gaussian noise of sigma .25."""
+) -> CATRS:
+    """Return CAT-RS with the smoothed predictions of the same defense, trained under gaussian noise of sigma .25."""
     sigma = objectives.REFERENCE_SIGMA
     reference = replace(plan, objective="gaussian", sigma=sigma, train_sigma=sigma)
     gaussian = fit(reference, base, train, device, progress, context.notes)
@@ -298,13 +298,13 @@ def _with_votes(
         {"weights": gaussian.sha256, "defense": plan.source, "base": base.sha256, "seed": plan.seed},
         train,
         context.classes,
-        objective.votes_first,
+        objective.votes,
         device,
         progress,
     )
     context.used["smoothed predictions"] = counted.sha256  # they decide the weights
     context.part_seconds += (gaussian.train_seconds or 0.0) + counted.meta["train_seconds"]
-    return replace(objective, probabilities=counted.state["probabilities"].to(device))  # type: ignore[call-arg]
+    return replace(objective, probabilities=counted.state["probabilities"].to(device))
 
 
 def _same_as_base(key: str, value: Tensor, before: dict[str, Tensor], base: BaseModel) -> bool:

@@ -22,9 +22,21 @@ from bench.runs.context import PartTraining
 from bench.runs.plan import Plan, make_plans
 from bench.training import autoencoder, clean, loop, objectives, prompts, spsa, versions
 from bench.training.autoencoder import MaskedAutoencoder
+from bench.training.objectives import attacks, catrs, macer, method, plain, smoothadv, smoothmix
 from tests.helpers.commands import TINY, defense
 
-LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives.OBJECTIVES}
+LOSSES: dict[str, Callable[..., Any]] = {
+    "clean": objectives.clean,
+    "gaussian": objectives.gaussian,
+    "stability": objectives.stability,
+    "consistency": objectives.consistency,
+    "dign": objectives.dign,
+    "smoothadv": smoothadv.SmoothAdv,
+    "smoothadv-ddn": smoothadv.SmoothAdvDDN,
+    "macer": macer.MACER,
+    "smoothmix": smoothmix.SmoothMix,
+    "catrs": catrs.CATRS,
+}
 # The code that each version stands for.
 PINNED = {
     "loop": (1, "043c954c9dc2703f"),
@@ -62,9 +74,10 @@ def of_module(module: ModuleType) -> str:
 
 
 def of_objective(name: str) -> str:
-    """Hash of an objective's function, and of the functions, classes and constants of its file that it uses."""
+    """Hash of an objective's function or class, and of what it uses of its package: functions, classes, constants."""
     defined: dict[str, ast.stmt] = {}
-    for node in ast.parse(inspect.getsource(objectives)).body:
+    files = (method, attacks, plain, smoothadv, macer, smoothmix, catrs)
+    for node in (node for file in files for node in ast.parse(inspect.getsource(file)).body):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined[node.name] = node
         elif isinstance(node, ast.Assign):
@@ -95,7 +108,7 @@ def test_each_version_is_pinned_to_its_code(name: str) -> None:
 
 def test_all_versions_are_pinned() -> None:
     assert set(current()) == set(PINNED)
-    assert set(objectives.VERSIONS) == set(LOSSES)
+    assert set(objectives.VERSIONS) == set(LOSSES) == {"clean", *objectives.OBJECTIVES}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +130,7 @@ def test_the_pin_ignores_prose_and_imports_alone(one: str, other: str, same: boo
     [
         ("full", set()),
         ("lora", set()),
-        ("denoiser", set()),
+        ("denoiser", {"objective gaussian"}),
         ("two-stage", {"objective clean", "objective gaussian"}),
         ("coordinator", {"objective gaussian", "spsa", "autoencoder", "prompts"}),
         (defense("own_loss"), set()),
@@ -138,6 +151,8 @@ def test_a_built_in_part_uses_its_own_version() -> None:
         ("from bench.training import spsa as s", {"spsa"}),
         ("from bench.training.objectives import dign, gaussian", {"objective dign", "objective gaussian"}),
         ("from bench.training import objectives", {f"objective {name}" for name in LOSSES}),
+        ("from bench.training.objectives.plain import dign", {"objective dign"}),
+        ("from bench.training.objectives.attacks import pgd", {f"objective {name}" for name in LOSSES}),
         ("from bench.training import weights, nothing", set()),
         ("def loss(self, x, y, draw, job): return 2 * job.objective(self.logits, x, y, draw)", {"objective gaussian"}),
         ("from helper import step", {"spsa"}),
@@ -163,7 +178,8 @@ def plan(name: str, **given: Any) -> Plan:
     [
         ("lora", {}, {"objective gaussian"}),
         ("lora", {"objective": "dign"}, {"objective dign"}),
-        ("denoiser", {}, set()),
+        ("denoiser", {}, {"objective gaussian"}),
+        ("denoiser", {"objective": "macer", "settings": ("objective=clf",)}, {"objective macer"}),
         (defense("own_loss"), {}, set()),
         ("joint", {"base": "vit"}, {"objective gaussian"}),
         ("coordinator", {}, {"objective gaussian", "spsa", "autoencoder", "prompts"}),

@@ -37,10 +37,6 @@ class CATRS(TrainingObjective):
 
     attacks = True
 
-    @property
-    def votes_first(self) -> int:
-        return self.votes
-
     def reduced(self) -> Self:
         return replace(self, copies=min(self.copies, 2), steps=min(self.steps, 2), votes=200)
 

@@ -54,11 +54,6 @@ class TrainingObjective(ABC):
     def cost(self) -> Cost:
         """What a training step costs, for each image of its batch."""
 
-    @property
-    def votes_first(self) -> int:
-        """Votes of a gaussian model on each training image, that it needs before training."""
-        return 0
-
     def constants(self) -> dict[str, Any]:
         """Return the constants by name, as JSON: part of the identity of trained weights."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}

@@ -1,0 +1,385 @@
+"""Losses of the published objectives: values and gradients on random logits, written again from the papers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+from torch import Tensor
+
+from bench.interface import Draw, Logits
+from bench.training import objectives
+from bench.training.objectives import catrs, macer, smoothadv, smoothmix
+from bench.training.objectives.attacks import pgd
+from bench.training.objectives.method import ramp
+from tests.helpers.steps import Scripted, slopes
+
+BATCH, CLASSES = 6, 3
+G = torch.Generator().manual_seed(0)
+X = torch.rand(BATCH, 1, 4, 4, generator=G, dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+W = torch.randn(16, CLASSES, generator=G, dtype=torch.float64)
+
+
+def noises(count: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(5)
+    return [torch.randn(BATCH, 1, 4, 4, generator=g, dtype=torch.float64) for _ in range(count)]
+
+
+class Answers:
+    """A classifier: W of the image in eval mode, as in attacks; otherwise the next of the given logits."""
+
+    def __init__(self, draw: Scripted, *given: Tensor) -> None:
+        self.draw, self.given, self.asked = draw, list(given), list[Tensor]()
+
+    def __call__(self, x: Tensor, draw: Draw) -> Tensor:
+        if self.draw.inside:
+            return x.flatten(1) @ W
+        self.asked.append(x.detach())
+        return self.given.pop(0)
+
+
+def random_logits(copies: int, seed: int, scale: float = 2.0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(copies * BATCH, CLASSES, generator=g, dtype=torch.float64)
+
+
+def probabilities(row: Tensor) -> list[float]:
+    e = [math.exp(v - max(row.tolist())) for v in row.tolist()]
+    return [v / sum(e) for v in e]
+
+
+def kl(p: Any, q: Any) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def check(
+    objective: objectives.TrainingObjective,
+    make_draw: Callable[[], Scripted],
+    given: list[Tensor],
+    expected: Callable[..., float],
+) -> Answers:
+    """Compare value and gradients, by central differences of the formula."""
+    leaves = [z.clone().requires_grad_() for z in given]
+    draw = make_draw()
+    answers = Answers(draw, *leaves)
+    loss = objective(answers, X, Y, draw)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert answers.given == []
+    assert float(loss.detach()) == pytest.approx(expected(*given), rel=1e-8)
+    for i, leaf in enumerate(leaves):
+
+        def moved(z: Tensor, i: int = i) -> float:
+            return expected(*given[:i], z, *given[i + 1 :])
+
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, slopes(moved, given[i]), rtol=1e-5, atol=1e-7)
+    return answers
+
+
+# SmoothAdv --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("done", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("kind", [smoothadv.SmoothAdv, smoothadv.SmoothAdvDDN])
+def test_smoothadv_is_the_cross_entropy_of_the_attacked_copies(kind: type[smoothadv.SmoothAdv], done: float) -> None:
+    objective = kind(4, 3, 0.8, 0.1)
+    z = random_logits(3, 1)
+
+    def expected(z: Tensor) -> float:
+        return -sum(math.log(probabilities(row)[int(Y[i % BATCH])]) for i, row in enumerate(z)) / len(z)
+
+    answers = check(objective, lambda: Scripted(0.25, *noises(3), done=done), [z], expected)
+    noise = 0.25 * torch.cat(noises(3))
+    radius = 0.8 * {0.0: 0.1, 0.05: 0.6, 1.0: 1.0}[done]
+    delta = kind.attack(lambda x, d: x.flatten(1) @ W, X, Y, noise, Scripted(0.25), steps=4, epsilon=radius)
+    torch.testing.assert_close(answers.asked[0], (X + delta).repeat(3, 1, 1, 1) + noise)  # the attack's own noise
+    if kind is smoothadv.SmoothAdv:
+        assert float(delta.flatten(1).norm(dim=1).max()) == pytest.approx(radius, rel=1e-6)
+
+
+def test_the_warm_up_is_that_of_the_released_epochs() -> None:
+    for epochs in (90, 150):
+        for epoch in range(epochs):
+            for part in (0, 0.5, 0.999):
+                released = min(1.0, (epoch + 1) / 10)
+                assert ramp((epoch + part) / epochs, 10 / epochs) == pytest.approx(released)
+
+
+# MACER ------------------------------------------------------------------------------------------------------------
+
+
+def macer_of(k: int, weight: float, sigma: float, beta: float, gamma: float) -> Callable[[Tensor], float]:
+    def loss(z: Tensor) -> float:
+        total = 0.0
+        for i in range(BATCH):
+            rows = [z[j * BATCH + i] for j in range(k)]
+            mean = np.mean([probabilities(row) for row in rows], axis=0)
+            total -= math.log(mean[int(Y[i])] + 1e-10)
+            hot = np.mean([probabilities(beta * row) for row in rows], axis=0)
+            first, second = np.sort(hot)[::-1][:2]
+            margin = float(norm.ppf(first) - norm.ppf(second))
+            if hot.argmax() == int(Y[i]) and math.isfinite(margin) and margin <= gamma:
+                total += weight * sigma / 2 * (gamma - margin)
+        return total / BATCH
+
+    return loss
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("k", "beta", "gamma"), [(4, 1.0, 8.0), (4, 16.0, 8.0), (16, 4.0, 0.5), (2, 1.0, 1e-9)])
+def test_macer_is_the_formula(k: int, beta: float, gamma: float, seed: int) -> None:
+    objective = macer.MACER(k, 12.0, beta, gamma, 0.5)
+    z = random_logits(k, seed, 1.0)
+    expected = macer_of(k, 12.0, 0.25, beta, gamma)
+    check(objective, lambda: Scripted(0.25, *noises(k), done=0.5), [z], expected)
+    plain = macer_of(k, 0.0, 0.25, beta, gamma)  # before the hinge begins
+    check(objective, lambda: Scripted(0.25, *noises(k), done=0.49), [z], plain)
+
+
+def test_the_hinge_is_that_of_right_finite_and_near_images_alone() -> None:
+    """Two copies; images in turn: right and near, wrong, infinite (both copies saturated), right and beyond gamma."""
+    sure = [50.0, 0.0, 0.0]
+    one = torch.tensor([[1.0, 0, 0], [1, 0, 0], sure, [9.0, 0, 0], [0, 0.5, 0], [0, 0, 0.2]], dtype=torch.float64)
+    y = torch.tensor([0, 1, 0, 0, 1, 2])
+    z = one.repeat(2, 1).requires_grad_()
+    objective = macer.MACER(2, 1.0, 1.0, 3.0, 0.0)
+    draw = Scripted(2.0, *noises(2))
+    loss = objective(lambda x, d: z, X, y, draw)
+    loss.backward()  # type: ignore[no-untyped-call]
+    p = one.softmax(1).numpy()
+    first = np.sort(p, axis=1)[:, ::-1]
+    margin = norm.ppf(first[:, 0]) - norm.ppf(first[:, 1])
+    cross_entropy = -np.log(p[range(6), y] + 1e-10).sum()
+    assert margin[3] > 3
+    expected = (cross_entropy + sum(3 - margin[i] for i in (0, 4, 5))) / 6
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
+    assert z.grad is not None
+    assert bool(z.grad.isfinite().all())
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 1e3))
+@settings(max_examples=25)
+def test_macer_is_finite_for_any_confidence(seed: int, scale: float) -> None:
+    z = random_logits(4, seed, scale).float().requires_grad_()
+    loss = macer.MACER(4, 12.0, 16.0, 8.0, 0.0)(lambda x, d: z, X, Y, Scripted(0.25, *noises(4)))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert bool(loss.isfinite())
+    assert z.grad is not None
+    assert bool(z.grad.isfinite().all())
+
+
+# SmoothMix --------------------------------------------------------------------------------------------------------
+
+
+def smoothmix_of(m: int, eta: float, shares: Tensor) -> Callable[[Tensor, Tensor], float]:
+    def loss(z: Tensor, mixed: Tensor) -> float:
+        total = 0.0
+        for i in range(BATCH):
+            rows = [probabilities(z[j * BATCH + i]) for j in range(m)]
+            mean = np.mean(rows, axis=0)
+            s = float(shares[i])
+            target = (1 - s) * mean + s / CLASSES
+            total -= sum(math.log(p[int(Y[i])]) for p in rows)
+            if mean.argmax() == int(Y[i]):
+                total += eta * sum(kl(target, probabilities(mixed[j * BATCH + i])) for j in range(m))
+        return total / (m * BATCH)
+
+    return loss
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize(("done", "warm"), [(0.0, 0.1), (1.0, 1.0)])
+def test_smoothmix_is_the_formula(done: float, warm: float, one_step: bool) -> None:
+    objective = smoothmix.SmoothMix(3, 2, 0.4, 5.0, one_step, 0.1)
+    quantile = torch.randn(BATCH, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shares = torch.tensor(norm.cdf(quantile)) / 2
+    z, mixed = random_logits(2, 1), random_logits(2, 2)
+    answers = check(
+        objective,
+        lambda: Scripted(0.25, *noises(2), quantile, done=done),
+        [z, mixed],
+        smoothmix_of(2, 5.0 * warm, shares),
+    )
+    # The images: an adversary of three steps without a ball, and a mixture between it and the start.
+    noise = 0.25 * torch.cat(noises(2))
+    start = adversary = X
+    for i in range(3):
+        at = adversary.clone().requires_grad_()
+        p = torch.stack([((at + e).flatten(1) @ W).softmax(1) for e in noise.chunk(2)]).mean(0)
+        p.gather(1, Y[:, None]).log().sum().neg().backward()  # type: ignore[no-untyped-call]
+        assert at.grad is not None
+        size = at.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        adversary = (adversary + 0.4 * at.grad / (size + 1e-8)).clamp(0, 1)
+        if one_step and i == 0:
+            way = adversary - X
+            size = way.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            start = X + way * (warm * 0.4 / size).clamp(max=1)
+    torch.testing.assert_close(answers.asked[0], start.repeat(2, 1, 1, 1) + noise, rtol=1e-5, atol=1e-6)
+    s = shares.view(-1, 1, 1, 1)
+    mixture = (1 - s) * start + s * adversary
+    torch.testing.assert_close(answers.asked[1], mixture.repeat(2, 1, 1, 1) + noise, rtol=1e-5, atol=1e-6)
+
+
+# CAT-RS -----------------------------------------------------------------------------------------------------------
+
+ROWS = torch.tensor([7, 0, 3, 3, 9, 5])
+Q = torch.distributions.Dirichlet(torch.ones(CLASSES, dtype=torch.float64)).sample((10,))
+Q[0] = torch.tensor([0.0, 1.0, 0.0])  # a sure image
+
+
+def catrs_of(m: int, weight: float, uniform: Tensor, by_q: bool) -> Callable[[Tensor, Tensor], float]:
+    def loss(z: Tensor, attacked: Tensor) -> float:
+        total = 0.0
+        for i in range(BATCH):
+            y, q = int(Y[i]), Q[ROWS[i]].tolist()
+            rows = [z[j * BATCH + i] for j in range(m)]
+            losses = sorted(-math.log(probabilities(row)[y]) for row in rows)
+            confidence = q[y] if by_q else sum(int(row.argmax()) == y for row in rows) / m
+            accepted = max(1, int((uniform[i] < confidence).sum()))
+            total += sum(losses[:accepted]) / m
+            if accepted == m:
+                total += weight * max(kl(q, probabilities(attacked[j * BATCH + i])) for j in range(m))
+        return total / BATCH
+
+    return loss
+
+
+@pytest.mark.parametrize("by_q", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_catrs_is_the_formula(by_q: bool, seed: int) -> None:
+    m = 4
+    objective = catrs.CATRS(m, 2, 0.7, 1.5, 100, by_q, probabilities=Q)
+    quantile = torch.randn(BATCH, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    uniform = torch.tensor(norm.cdf(quantile))
+    z, attacked = random_logits(m, seed), random_logits(m, seed + 10)
+    z[torch.arange(m) * BATCH, 0] += 8  # an image that all copies get right, so that its worst case counts
+
+    def draw() -> Scripted:
+        return Scripted(0.25, *noises(m), quantile, rows=ROWS)
+
+    answers = check(objective, draw, [z, attacked], catrs_of(m, 1.5, uniform, by_q))
+    noise = 0.25 * torch.cat(noises(m))
+    torch.testing.assert_close(answers.asked[0], X.repeat(m, 1, 1, 1) + noise)
+    found = answers.asked[1] - X.repeat(m, 1, 1, 1)
+    assert not torch.allclose(found, noise, atol=0.01)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5), st.floats(0.05, 2.0))
+@settings(max_examples=20)
+def test_the_attack_of_catrs_keeps_the_mean_and_size_of_the_noise_and_leads_away_from_q(
+    seed: int, steps: int, epsilon: float
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    noise = 0.5 * torch.randn(2 * BATCH, 1, 4, 4, generator=g, dtype=torch.float64)
+    q = Q[ROWS]
+    objective = catrs.CATRS(2, steps, epsilon, 1.0, 100, probabilities=Q)
+    logits: Logits = lambda x, d: x.flatten(1) @ W  # noqa: E731
+    draw = Scripted(0.5, rows=ROWS)
+    found = objective._attack(logits, X, q, noise, objectives.Copies(draw, 2), epsilon)
+    flat, before = found.flatten(1), noise.flatten(1)
+    torch.testing.assert_close(flat.square().mean(1), (before.square().mean(1) + _shift(flat, before)))
+    torch.testing.assert_close(flat.mean(1), before.mean(1), rtol=1e-6, atol=1e-9)
+
+    def apart(e: Tensor) -> float:
+        return float(F.kl_div(logits(X.repeat(2, 1, 1, 1) + e, draw).log_softmax(1), q.repeat(2, 1), reduction="sum"))
+
+    assert apart(found) > apart(noise)
+
+
+def _shift(after: Tensor, before: Tensor) -> Tensor:
+    """What the released standardisation changes: it divides by the root mean square, after removing the mean."""
+    return (after.square().mean(1) - before.square().mean(1)).clamp(min=-1e9)
+
+
+def test_epsilon_of_catrs_doubles_late_where_released() -> None:
+    late = catrs.RELEASED["ImageNet"][2]
+    assert (late.by_q, late.doubled_from) == (True, pytest.approx(80 / 90))
+    small = replace(late, copies=1, steps=1, doubled_from=0.5, probabilities=Q)
+    moved = []
+    for done in (0.49, 0.5):
+        draw = Scripted(0.25, *noises(1), done=done, rows=ROWS)
+        answers = Answers(draw, random_logits(1, 0), random_logits(1, 1))
+        small(answers, X, Y, draw)
+        moved.append(float((answers.asked[1] - answers.asked[0]).flatten(1).norm(dim=1).mean()))
+    assert moved[1] > 1.2 * moved[0]
+
+
+# Constants --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("smoothadv", (3, 32, 32), [(10, 4, 1.0, 10 / 150), (10, 8, 1.0, 10 / 150), (10, 2, 2.0, 10 / 150)]),
+        ("smoothadv", (1, 28, 28), [(10, 4, 255 / 256, 10 / 90)] * 3),
+        ("macer", (3, 32, 32), [(16, 12, 16, 8, 0), (16, 4, 16, 8, 0), (16, 12, 16, 8, 51 / 150)]),
+        ("macer", (1, 28, 28), [(16, 16, 16, 8, 31 / 90), (16, 16, 16, 8, 31 / 90), (16, 6, 16, 8, 31 / 90)]),
+        ("smoothmix", (3, 32, 32), [(4, 2, a, 5, o, 10 / 150) for a, o in ((0.5, False), (1, True), (2, True))]),
+        ("smoothmix", (1, 28, 28), [(steps, 4, 1, 5, False, 10 / 90) for steps in (2, 4, 8)]),
+        ("catrs", (3, 32, 32), [(4, 4, 1, w, 10_000, False, 1) for w in (0.5, 1, 2)]),
+    ],
+)
+def test_constants_are_the_released_ones_but_at_quick(
+    name: str, shape: tuple[int, ...], expected: list[tuple[float, ...]]
+) -> None:
+    for sigma, values in zip((0.25, 0.5, 1.0), expected, strict=True):
+        found = objectives.make(name, shape, sigma, "paper")
+        assert tuple(found.constants().values()) == pytest.approx(values)
+        assert objectives.make(name, shape, sigma, "standard") == found
+        quick = objectives.make(name, shape, sigma, "quick")
+        less = {k for k, v in quick.constants().items() if v != found.constants()[k]}
+        assert quick.cost.forwards < found.cost.forwards
+        assert less <= {"steps", "copies", "votes"}
+        assert "preset quick reduces" in quick.remark
+        assert all(f"{k} from {found.constants()[k]:g}" in quick.remark for k in less)
+        assert "reduces" not in found.remark
+
+
+@pytest.mark.parametrize("name", ["macer", "smoothmix"])
+def test_constants_that_are_not_released_are_said_to_be_others(name: str) -> None:
+    found = objectives.make(name, (3, 224, 224), 0.5, "paper")
+    assert found.constants() == objectives.make(name, (3, 32, 32), 0.5, "paper").constants()
+    assert "none are released for ImageNet" in found.remark
+
+
+def test_costs_count_the_passes_of_a_step() -> None:
+    """Each objective's cost is what it asks the classifier, and what it differentiates."""
+    for name in objectives.OBJECTIVES:
+        for preset in ("quick", "paper"):
+            objective = objectives.make(name, (1, 4, 4), 0.5, preset)
+            if isinstance(objective, catrs.CATRS):
+                objective = replace(objective, probabilities=Q)
+            forwards = attacked = backwards = 0
+            weight = W.clone().requires_grad_()
+            draw = Scripted(0.5, *([] if name != "dign" else _dign_script()), rows=ROWS)
+
+            def logits(x: Tensor, d: Draw, w: Tensor = weight, draw: Scripted = draw) -> Tensor:
+                nonlocal forwards, attacked, backwards
+                forwards += len(x)
+                attacked += len(x) if draw.inside else 0
+                backwards += len(x)
+                return x.flatten(1).double() @ w
+
+            objective(logits, X, Y, draw).backward()  # type: ignore[no-untyped-call]
+            cost = objective.cost
+            assert (forwards, attacked, backwards) == tuple(
+                BATCH * n for n in (cost.forwards, cost.attack, cost.backwards)
+            ), name
+
+
+def _dign_script() -> list[Tensor]:
+    return [t for e in noises(3) for t in (e[:, :, :1, :1], e)]
+
+
+def test_pgd_is_the_default_attack() -> None:
+    assert smoothadv.SmoothAdv.attack is pgd
