@@ -53,13 +53,22 @@ def random_logits(copies: int, seed: int, scale: float = 2.0) -> Tensor:
     return scale * torch.randn(copies * BATCH, CLASSES, generator=g, dtype=torch.float64)
 
 
-def probabilities(row: Tensor) -> list[float]:
-    e = [math.exp(v - max(row.tolist())) for v in row.tolist()]
-    return [v / sum(e) for v in e]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def kl(p: Any, q: Any) -> float:
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+def probabilities(z: Tensor) -> Array:
+    """Softmax of the last axis; of logits [copies * BATCH, classes] as [copies, BATCH, classes]."""
+    e = np.exp(z.numpy() - z.numpy().max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)).reshape(-1, BATCH, z.shape[-1])  # type: ignore[no-any-return]
+
+
+def kl(p: Array, q: Array) -> Array:
+    """KL(p || q) over the last axis; a class without probability in p counts nothing."""
+    return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / q), 0).sum(-1)  # type: ignore[no-any-return]
+
+
+LABELS = Y.numpy()
+EACH = np.arange(BATCH)
 
 
 def check(
@@ -96,7 +105,7 @@ def test_smoothadv_is_the_cross_entropy_of_the_attacked_copies(kind: type[smooth
     z = random_logits(3, 1)
 
     def expected(z: Tensor) -> float:
-        return -sum(math.log(probabilities(row)[int(Y[i % BATCH])]) for i, row in enumerate(z)) / len(z)
+        return float(-np.log(probabilities(z)[:, EACH, LABELS]).mean())
 
     answers = check(objective, lambda: Scripted(0.25, *noises(3), done=done), [z], expected)
     noise = 0.25 * torch.cat(noises(3))
@@ -118,31 +127,28 @@ def test_the_warm_up_is_that_of_the_released_epochs() -> None:
 # MACER ------------------------------------------------------------------------------------------------------------
 
 
-def macer_of(k: int, weight: float, sigma: float, beta: float, gamma: float) -> Callable[[Tensor], float]:
+def macer_of(weight: float, sigma: float, beta: float, gamma: float) -> Callable[[Tensor], float]:
     def loss(z: Tensor) -> float:
-        total = 0.0
-        for i in range(BATCH):
-            rows = [z[j * BATCH + i] for j in range(k)]
-            mean = np.mean([probabilities(row) for row in rows], axis=0)
-            total -= math.log(mean[int(Y[i])] + 1e-10)
-            hot = np.mean([probabilities(beta * row) for row in rows], axis=0)
-            first, second = np.sort(hot)[::-1][:2]
-            margin = float(norm.ppf(first) - norm.ppf(second))
-            if hot.argmax() == int(Y[i]) and math.isfinite(margin) and margin <= gamma:
-                total += weight * sigma / 2 * (gamma - margin)
-        return total / BATCH
+        total = -np.log(probabilities(z).mean(0)[EACH, LABELS] + 1e-10).sum()
+        hot = probabilities(beta * z).mean(0)
+        first = np.sort(hot, axis=1)[:, ::-1]
+        margin = norm.ppf(first[:, 0]) - norm.ppf(first[:, 1])
+        for i in EACH:
+            if hot[i].argmax() == LABELS[i] and math.isfinite(margin[i]) and margin[i] <= gamma:
+                total += weight * sigma / 2 * (gamma - margin[i])
+        return float(total / BATCH)
 
     return loss
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("k", "beta", "gamma"), [(4, 1.0, 8.0), (4, 16.0, 8.0), (16, 4.0, 0.5), (2, 1.0, 1e-9)])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("k", "beta", "gamma"), [(4, 1.0, 8.0), (3, 16.0, 8.0), (4, 2.0, 0.5)])
 def test_macer_is_the_formula(k: int, beta: float, gamma: float, seed: int) -> None:
     objective = macer.MACER(k, 12.0, beta, gamma, 0.5)
     z = random_logits(k, seed, 1.0)
-    expected = macer_of(k, 12.0, 0.25, beta, gamma)
+    expected = macer_of(12.0, 0.25, beta, gamma)
     check(objective, lambda: Scripted(0.25, *noises(k), done=0.5), [z], expected)
-    plain = macer_of(k, 0.0, 0.25, beta, gamma)  # before the hinge begins
+    plain = macer_of(0.0, 0.25, beta, gamma)  # before the hinge begins
     check(objective, lambda: Scripted(0.25, *noises(k), done=0.49), [z], plain)
 
 
@@ -168,7 +174,7 @@ def test_the_hinge_is_that_of_right_finite_and_near_images_alone() -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 1e3))
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_macer_is_finite_for_any_confidence(seed: int, scale: float) -> None:
     z = random_logits(4, seed, scale).float().requires_grad_()
     loss = macer.MACER(4, 12.0, 16.0, 8.0, 0.0)(lambda x, d: z, X, Y, Scripted(0.25, *noises(4)))
@@ -181,18 +187,16 @@ def test_macer_is_finite_for_any_confidence(seed: int, scale: float) -> None:
 # SmoothMix --------------------------------------------------------------------------------------------------------
 
 
-def smoothmix_of(m: int, eta: float, shares: Tensor) -> Callable[[Tensor, Tensor], float]:
+def smoothmix_of(eta: float, shares: Tensor) -> Callable[[Tensor, Tensor], float]:
+    s = shares.numpy()
+
     def loss(z: Tensor, mixed: Tensor) -> float:
-        total = 0.0
-        for i in range(BATCH):
-            rows = [probabilities(z[j * BATCH + i]) for j in range(m)]
-            mean = np.mean(rows, axis=0)
-            s = float(shares[i])
-            target = (1 - s) * mean + s / CLASSES
-            total -= sum(math.log(p[int(Y[i])]) for p in rows)
-            if mean.argmax() == int(Y[i]):
-                total += eta * sum(kl(target, probabilities(mixed[j * BATCH + i])) for j in range(m))
-        return total / (m * BATCH)
+        p = probabilities(z)
+        mean = p.mean(0)
+        target = (1 - s) * mean + s / CLASSES
+        right = mean.argmax(1) == LABELS
+        apart = np.stack([kl(target, q) for q in probabilities(mixed)])
+        return float(-np.log(p[:, EACH, LABELS]).mean() + eta * (right * apart).mean())
 
     return loss
 
@@ -208,7 +212,7 @@ def test_smoothmix_is_the_formula(done: float, warm: float, one_step: bool) -> N
         objective,
         lambda: Scripted(0.25, *noises(2), quantile, done=done),
         [z, mixed],
-        smoothmix_of(2, 5.0 * warm, shares),
+        smoothmix_of(5.0 * warm, shares),
     )
     # The images: an adversary of three steps without a ball, and a mixture between it and the start.
     noise = 0.25 * torch.cat(noises(2))
@@ -237,25 +241,24 @@ Q = torch.distributions.Dirichlet(torch.ones(CLASSES, dtype=torch.float64)).samp
 Q[0] = torch.tensor([0.0, 1.0, 0.0])  # a sure image
 
 
-def catrs_of(m: int, weight: float, uniform: Tensor, by_q: bool) -> Callable[[Tensor, Tensor], float]:
+def catrs_of(weight: float, uniform: Tensor, by_q: bool) -> Callable[[Tensor, Tensor], float]:
     def loss(z: Tensor, attacked: Tensor) -> float:
-        total = 0.0
-        for i in range(BATCH):
-            y, q = int(Y[i]), Q[ROWS[i]].tolist()
-            rows = [z[j * BATCH + i] for j in range(m)]
-            losses = sorted(-math.log(probabilities(row)[y]) for row in rows)
-            confidence = q[y] if by_q else sum(int(row.argmax()) == y for row in rows) / m
-            accepted = max(1, int((uniform[i] < confidence).sum()))
-            total += sum(losses[:accepted]) / m
+        p, worst, q = probabilities(z), probabilities(attacked), Q[ROWS].numpy()
+        m, total = len(p), 0.0
+        for i, y in enumerate(LABELS):
+            losses = np.sort(-np.log(p[:, i, y]))
+            confidence = q[i, y] if by_q else (p[:, i].argmax(1) == y).mean()
+            accepted = max(1, int((uniform[i].numpy() < confidence).sum()))
+            total += losses[:accepted].sum() / m
             if accepted == m:
-                total += weight * max(kl(q, probabilities(attacked[j * BATCH + i])) for j in range(m))
-        return total / BATCH
+                total += weight * max(kl(q[i], worst[j, i]) for j in range(m))
+        return float(total / BATCH)
 
     return loss
 
 
 @pytest.mark.parametrize("by_q", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_catrs_is_the_formula(by_q: bool, seed: int) -> None:
     m = 4
     objective = catrs.CATRS(m, 2, 0.7, 1.5, 100, by_q, probabilities=Q)
@@ -267,16 +270,15 @@ def test_catrs_is_the_formula(by_q: bool, seed: int) -> None:
     def draw() -> Scripted:
         return Scripted(0.25, *noises(m), quantile, rows=ROWS)
 
-    answers = check(objective, draw, [z, attacked], catrs_of(m, 1.5, uniform, by_q))
+    answers = check(objective, draw, [z, attacked], catrs_of(1.5, uniform, by_q))
     noise = 0.25 * torch.cat(noises(m))
     torch.testing.assert_close(answers.asked[0], X.repeat(m, 1, 1, 1) + noise)
     found = answers.asked[1] - X.repeat(m, 1, 1, 1)
     assert not torch.allclose(found, noise, atol=0.01)
 
 
-@given(st.integers(0, 10**6), st.integers(1, 5), st.floats(0.05, 2.0))
-@settings(max_examples=20)
-def test_the_attack_of_catrs_keeps_the_mean_and_size_of_the_noise_and_leads_away_from_q(
+@pytest.mark.parametrize(("seed", "steps", "epsilon"), [(0, 1, 0.1), (1, 4, 0.5), (2, 4, 1.0)])
+def test_the_attack_of_catrs_keeps_the_mean_of_the_noise_bounds_its_size_and_leads_away_from_q(
     seed: int, steps: int, epsilon: float
 ) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -286,19 +288,16 @@ def test_the_attack_of_catrs_keeps_the_mean_and_size_of_the_noise_and_leads_away
     logits: Logits = lambda x, d: x.flatten(1) @ W  # noqa: E731
     draw = Scripted(0.5, rows=ROWS)
     found = objective._attack(logits, X, q, noise, objectives.Copies(draw, 2), epsilon)
-    flat, before = found.flatten(1), noise.flatten(1)
-    torch.testing.assert_close(flat.square().mean(1), (before.square().mean(1) + _shift(flat, before)))
-    torch.testing.assert_close(flat.mean(1), before.mean(1), rtol=1e-6, atol=1e-9)
+    moved, own = found.flatten(1), noise.flatten(1)
+    torch.testing.assert_close(moved.mean(1), own.mean(1), rtol=1e-6, atol=1e-9)
+    # As released: the deviation becomes that of the step before its standardisation, times the quotient of the two
+    # root mean squares, so it is at most the noise's own root mean square.
+    assert bool((moved.std(1, correction=0) <= own.square().mean(1).sqrt() * (1 + 1e-9)).all())
 
     def apart(e: Tensor) -> float:
         return float(F.kl_div(logits(X.repeat(2, 1, 1, 1) + e, draw).log_softmax(1), q.repeat(2, 1), reduction="sum"))
 
     assert apart(found) > apart(noise)
-
-
-def _shift(after: Tensor, before: Tensor) -> Tensor:
-    """What the released standardisation changes: it divides by the root mean square, after removing the mean."""
-    return (after.square().mean(1) - before.square().mean(1)).clamp(min=-1e9)
 
 
 def test_epsilon_of_catrs_doubles_late_where_released() -> None:
