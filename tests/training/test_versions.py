@@ -39,16 +39,21 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "043c954c9dc2703f"),
+    "loop": (1, "c0e0721be979cf18"),
     "clean": (1, "ad38de55ce940d08"),
-    "spsa": (1, "a091cc145e9ce5ba"),
+    "spsa": (1, "1508bb5e21263cff"),
     "autoencoder": (1, "462aa627c9db045b"),
     "prompts": (1, "a0f873c1e8456c3b"),
     "objective clean": (1, "cd6c4c6bf6233135"),
-    "objective gaussian": (1, "7ee407943f51e911"),
-    "objective stability": (2, "b142e1a8c6199564"),
-    "objective consistency": (2, "aa04485a76dd9e59"),
-    "objective dign": (1, "e24067ef0ee3a05f"),
+    "objective gaussian": (1, "f147e0a2bdab2078"),
+    "objective stability": (2, "53e29713ee68700d"),
+    "objective consistency": (2, "8de72318a3fad939"),
+    "objective dign": (1, "c482352220d69770"),
+    "objective smoothadv": (1, "9f67ef1d8a6fed58"),
+    "objective smoothadv-ddn": (1, "0eb0dd2cf6ed4f82"),
+    "objective macer": (1, "00549a1d02324061"),
+    "objective smoothmix": (1, "d37b645c7eefe83a"),
+    "objective catrs": (1, "72a2768a5de57c94"),
 }
 
 
