@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.data.datasets import load_splits
+from bench.data.datasets import load_card, load_splits
 from bench.errors import BenchError
 from bench.interface import Access, Defense
 from bench.io.files import scratch_cache
+from bench.models.base import BaseModel
 from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.records.record import read_run
@@ -67,10 +69,15 @@ def test_what_trains_nothing_may_stand_beside_what_is_attacked() -> None:
 # Trained ----------------------------------------------------------------------------------------------------------
 
 
+@cache  # its weights are random, so another one would train to other weights
+def random_base(name: str, probe: bool) -> BaseModel:
+    return untrained_base(load_card(TINY), name, CPU, probe)
+
+
 def trained(of: Plan) -> dict[str, torch.Tensor]:
     """The weights of a plan, on an untrained base and few images."""
     (train,) = load_splits(of.card, "train")
-    base = untrained_base(of.card, of.base, CPU, not of.cls.adapts)
+    base = random_base(of.base, not of.cls.adapts)
     one = fitting.construct(of, base, CPU, fitting.PartTraining(train.first(64), lambda *_: None))
     return fitting.train_or_load(of, base, train.first(64), CPU, lambda *_: None, one).state
 
