@@ -62,6 +62,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
     given = Given(normalisation=plan.normalisation)
     base = untrained_base(plan.card, plan.base, device, not plan.cls.adapts, given)
     defense = fitting.construct(plan, base, device)
+    step = plan.step_cost if fitting.trains(defense) and not plan.weights else None
     task, indices = make_task(plan, split, device), examples(plan, split)
     if shard:
         indices = shard.part(indices)
@@ -76,7 +77,6 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         # A server's operations cannot be counted, so it is not asked again.
         flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
     votes = len(indices) * plan.procedure.max_votes
-    step = plan.step_cost if fitting.trains(defense) and not plan.weights else None
     return Estimate(
         run=run_name(plan),
         label=run_label(plan),

@@ -40,7 +40,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 # The code that each version stands for.
 PINNED = {
     "loop": (1, "c0e0721be979cf18"),
-    "clean": (1, "ad38de55ce940d08"),
+    "clean": (2, "1e7c3486227433e6"),
     "spsa": (1, "1508bb5e21263cff"),
     "autoencoder": (1, "462aa627c9db045b"),
     "prompts": (1, "a0f873c1e8456c3b"),
