@@ -109,11 +109,11 @@ class Base(Protocol):
 class Schedule:
     """Hyperparameters of gradient training; the ``Config`` of a trained defense extends it."""
 
-    epochs: float = 20.0
-    batch: int = 128
+    epochs: float = 20.0  # passes over the training images
+    batch: int = 128  # images of a step
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: float = 1e-3
-    momentum: float = 0.9
+    lr: float = 1e-3  # learning rate
+    momentum: float = 0.9  # of sgd
     weight_decay: float = 0.01
     decay: Literal["cosine", "step", "constant"] = "cosine"  # step: x0.1 after each third of the epochs
     warmup: float = 0.0  # fraction of the training in which lr rises linearly from 0

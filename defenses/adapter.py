@@ -73,7 +73,7 @@ class Adapter(Defense):
     class Config(Schedule):
         """Width and place of the bottleneck, and the training schedule."""
 
-        width: int = 16
+        width: int = 16  # of the bottleneck
         parallel: float = 0.0  # 0: after the MLP; above: beside it, with the output scaled by this
         epochs: float = 20
         batch: int = 64

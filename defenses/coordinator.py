@@ -57,13 +57,15 @@ class Coordinator(Defense):
 
         encoder: str = ""  # hub id or folder of a timm ViT; empty: a small one is trained here
         p_eps: float = 0.5  # weight of the prompt, in ``units``
-        units: Literal["pixels", "clip"] = "pixels"
+        units: Literal["pixels", "clip"] = (
+            "pixels"  # in which the prompt is added: [0, 1], or those of CLIP's normalisation
+        )
         method: Literal["spsa-gc", "spsa", "one-sided", "gradient"] = "spsa-gc"
         queries: int = 320_000  # maximum images passed to the base in training
-        batch: int = 32
+        batch: int = 32  # images of a step
         probes: int = 5  # directions of a step
-        a: float = 0.0005
-        c: float = 0.02
+        a: float = 0.0005  # step size: a / (step + o)^alpha
+        c: float = 0.02  # size of a probe: c / step^gamma
         o: float = 10.0
         alpha: float = 0.4
         gamma: float = 0.1

@@ -143,10 +143,12 @@ class Denoiser(Defense):
     class Config(Schedule):
         """Objective, access and size of the denoiser, and the schedule that trains it and its surrogates."""
 
-        objective: Literal["mse", "stab", "clf", "stab+mse"] = "stab"
-        access: Literal["full", "query"] = "full"
-        depth: int = 5
-        width: int = 32
+        objective: Literal["mse", "stab", "clf", "stab+mse"] = (
+            "stab"  # agree with the base on clean images; mse: the clean image
+        )
+        access: Literal["full", "query"] = "full"  # to the base: gradients; or queries, with surrogates' gradients
+        depth: int = 5  # convolutions
+        width: int = 32  # channels
         epochs: float = 30
         batch: int = 64
         optimizer: Literal["adamw", "adam", "sgd"] = "adam"

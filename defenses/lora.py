@@ -116,11 +116,11 @@ class LoRA(Defense, FolderWeights):
         """Rank, scale, layers and kind of the adapters, and the training schedule."""
 
         rank: int = 8
-        lora_alpha: float = 16
-        targets: Annotated[str, Field(pattern=r"^(linear|attention|qv|layers:[\w.+]+)$")] = "linear"
-        dora: bool = False
-        rslora: bool = False
-        head: bool = False
+        lora_alpha: float = 16  # scale of the adapters: this / rank
+        targets: Annotated[str, Field(pattern=r"^(linear|attention|qv|layers:[\w.+]+)$")] = "linear"  # layers
+        dora: bool = False  # weight-decomposed, arXiv 2402.09353
+        rslora: bool = False  # scale by the root of the rank, arXiv 2312.03732
+        head: bool = False  # train the head too
         epochs: float = 20
         batch: int = 64
         lr: float = 4e-3

@@ -62,9 +62,9 @@ class PromptTuning(Defense):
     class Config(Schedule):
         """Number and position of the prompts, and the training schedule."""
 
-        tokens: int = 8
-        deep: bool = True
-        dropout: float = 0.1
+        tokens: int = 8  # prompts of a layer
+        deep: bool = True  # in each layer; or before the first
+        dropout: float = 0.1  # of the prompts
         epochs: float = 20
         batch: int = 64
         lr: float = 1e-2

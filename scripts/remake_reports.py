@@ -4,18 +4,26 @@
 
 Each folder reports/<study>/runs holds records (``bench export RUNS --record reports/<study>/runs``); ``bench report``
 writes the study's report.md and figures beside it, as SVG alone. The page reports/published/ is made from
-published.csv with the rows of all studies. ``--out`` writes elsewhere, as the test that compares does.
+published.csv with the rows of all studies. ``--out`` writes elsewhere, as the test that compares does; without it the
+README's table and figure are made again too, from the report of ``FRONT``.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.io.files import write_text
+
 REPORTS = Path(__file__).parents[1] / "reports"
+FRONT, HEADING = "cifar10", "### cifar10, sigma 0.25: "  # the study on the front page, and the start of its table
+# Variants that the README leaves out of the table, so that it has a dozen rows; it says so.
+VARIANTS = ("none clip=True", "denoiser objective=mse")
+BLOCK = re.compile(r"(<!-- table: [^>]*-->\n).*(<!-- end -->)", re.DOTALL)
 
 
 def studies(reports: Path) -> list[Path]:
@@ -40,6 +48,20 @@ def remake(reports: Path, out: Path) -> list[Path]:
     return sorted(f for name in (*made, "published") for f in (out / name).iterdir() if f.is_file())
 
 
+def front_page(readme: str, report: str) -> str:
+    """Return the README with the table and the figure of ``HEADING`` in a report; raises ValueError without them."""
+    heading, _, body = report[report.index(HEADING) :].partition("\n")
+    table = [line for line in body[: body.index("\n![")].splitlines() if line.startswith("|")]
+    kept = [line for line in table if not any(re.match(rf"\| {re.escape(v)}( |<)", line) for v in VARIANTS)]
+    figure = re.search(r"!\[[^]]*\]\(([^)]*)\)", body)
+    assert figure
+    image = f"![certified accuracy against radius](reports/{FRONT}/{figure[1]})"
+    text = "\n\n".join([heading.removeprefix("### "), "\n".join(kept), image])
+    if not BLOCK.search(readme):
+        raise ValueError("the README has no block for the table")
+    return BLOCK.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme)
+
+
 def _call(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
@@ -48,8 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the reports again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPORTS)
-    for file in remake(REPORTS, parser.parse_args(argv).out):
+    out = parser.parse_args(argv).out
+    for file in remake(REPORTS, out):
         print(file)
+    if out == REPORTS and (REPORTS / FRONT / "report.md").exists():
+        readme = REPORTS.with_name("README.md")
+        write_text(readme, front_page(readme.read_text(), (REPORTS / FRONT / "report.md").read_text()))
 
 
 if __name__ == "__main__":

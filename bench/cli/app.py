@@ -17,6 +17,7 @@ import typer
 
 from bench.cli.convert import app as convert_app
 from bench.cli.exchange import app as exchange_app
+from bench.cli.housekeeping import app as housekeeping_app
 from bench.cli.options import (
     RUNS,
     AsJson,
@@ -30,6 +31,7 @@ from bench.cli.options import (
     with_options,
 )
 from bench.cli.records import app as records_app
+from bench.cli.show import app as show_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
 from bench.options import RunOptions, flag
 from bench.process import watchdog
@@ -42,7 +44,7 @@ if TYPE_CHECKING:  # these import torch
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # rich would drop [ray] as markup
     pretty_exceptions_enable=False,
 )
@@ -247,6 +249,26 @@ def doctor(
         print(f"{defense} is ready: bench run --defense {defense} --dataset {dataset}")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"certbench {version('certbench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", is_eager=True, callback=_print_version, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Compare certified defenses through one certification engine."""
+
+
+app.add_typer(show_app)
+app.add_typer(housekeeping_app)
 app.add_typer(records_app)
 app.add_typer(exchange_app)
 app.add_typer(convert_app)

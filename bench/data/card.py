@@ -132,8 +132,8 @@ class Card:
     def sha256(self) -> str:
         """Return the hash of everything that decides images and labels; not of presets, recipes and radii."""
         parts = {k: getattr(self, k) for k in ("name", "shape", "levels", "classes", "splits")}
-        # Not of the folder; the images in it are hashed themselves.
-        parts["source"] = {k: v for k, v in asdict(self.source).items() if k != "folder"}
+        # Not of the folder or how its pictures are stored; the images in it are hashed themselves.
+        parts["source"] = {k: v for k, v in asdict(self.source).items() if k not in ("folder", "lossless")}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -42,7 +42,12 @@ Crop = Callable[[int, int], tuple[int, int, int, int]]
 
 
 def decode(
-    data: Path | memoryview, where: str, shape: tuple[int, int, int], resize: int, crop: Crop | None = None
+    data: Path | memoryview,
+    where: str,
+    shape: tuple[int, int, int],
+    resize: int,
+    crop: Crop | None = None,
+    lossless: bool = False,
 ) -> Decoded:
     """Decode one picture.
 
@@ -53,6 +58,7 @@ def decode(
         resize: Scale the shorter side to this (bilinear, antialiased) and crop the centre, as ImageNet's evaluation
             does; 0: the picture must have the shape.
         crop: Cut this box out of the picture as stored, and scale it to the shape, in place of ``resize``.
+        lossless: The data set's own pictures are lossless, so a lossy one is a copy with other pixels: a change.
 
     Raises:
         BenchError: The picture is unreadable, has another shape, or more than 8 bits.
@@ -70,7 +76,7 @@ def decode(
             with Image.open(stream, formats=FORMATS) as image:
                 largest = 0 if image.mode[0] in "IF" else _largest(image, header)
                 _refuse(image, largest, where, channels)
-                changes = _unusual(image, largest)
+                changes = _unusual(image, largest) + _copied(image, header, lossless)
                 if image.has_transparency_data:
                     seen = image.convert("RGBA")  # first, since Pillow warns of palettes converted straight to RGB
                     if seen.getchannel("A").getextrema() != (255, 255):
@@ -149,6 +155,17 @@ def _largest(image: Any, header: bytes) -> int:
     elif image.mode == "1":
         bits = 1
     return (1 << bits) - 1
+
+
+def _copied(image: Any, header: bytes, lossless: bool) -> list[str]:
+    """Describe a file that only approximates a picture of a lossless data set."""
+    lossy = (
+        image.format in ("JPEG", "MPO")
+        or (image.format == "WEBP" and b"VP8 " in header[12:])
+        or (image.format == "TIFF" and image.info.get("compression") == "jpeg")
+    )
+    copy = f"a {image.format} copy, whose pixels differ from those of the data set's own pictures"
+    return [copy] if lossless and lossy else []
 
 
 def _unusual(image: Any, largest: int) -> list[str]:

@@ -62,7 +62,7 @@ def read_folder(card: Card, source: Folder, part: PartName) -> Part:
 
     def picture(row: int, crop: Crop | None) -> Decoded:
         path = base / files[row]
-        return decode(path, str(path), card.shape, source.resize, crop)
+        return decode(path, str(path), card.shape, source.resize, crop, source.lossless)
 
     remarks = _order(classes) if part == "train" else []
     kinds = Counter(os.path.splitext(file)[1].lower() for file in files)

@@ -59,7 +59,7 @@ def read_parquet(card: Card, source: Parquet, part: PartName) -> Part:
 
     def picture(row: int, crop: Crop | None) -> Decoded:
         file, at = place(row)
-        return decode(encoded(row), f"{paths[file]}: row {at}", card.shape, source.resize, crop)
+        return decode(encoded(row), f"{paths[file]}: row {at}", card.shape, source.resize, crop, source.lossless)
 
     return Part(
         Pictures.of(starts[-1], card.shape, picture, encoded, source.resize),

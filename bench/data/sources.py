@@ -49,6 +49,7 @@ class Stored:
     folder: str = ""
     # Scale the shorter side to this (bilinear), then crop the centre to the card's shape. 0: pictures have the shape.
     resize: Annotated[int, Field(ge=0)] = 0
+    lossless: bool = False  # the data set's own pictures are lossless; a copy stored as JPEG is reported
 
 
 @checked(config=_STRICT, frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pandas as pd
@@ -80,6 +81,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
         else "",
         _target(setting),
         _versions(methods),
+        _pictures(setting, methods),
         _imported() if setting.imported else _heads(setting, methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
         if setting.preset == "quick"
@@ -180,6 +182,14 @@ def _versions(methods: Sequence[Method]) -> str:
         f"Grid noise is of {len(versions)} versions ({', '.join(sorted(map(str, versions)))}): their distribution is "
         "the same, but runs of different versions share no noise, even with one seed."
     )
+
+
+def _pictures(setting: Setting, methods: Sequence[Method]) -> str:
+    """State what reading changed in the pictures, as the records say."""
+    said = [str(r.info.data.get(setting.split, "")) for m in methods for r in m.records]
+    # Words alone: records are untrusted, and this line is part of pages.
+    found = dict.fromkeys(change for text in said for change in re.findall(r"[\d,]+ of its pictures: [\w ,.'-]+", text))
+    return f"As recorded of the {setting.split} images' source: {'; '.join(found)}." if found else ""
 
 
 def _imported() -> str:

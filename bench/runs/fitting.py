@@ -113,7 +113,7 @@ def fit(
     """
     training = PartTraining(train, progress, notes=[] if notes is None else notes)
     defense = construct(plan, base, device, training)
-    nominal, here, elsewhere = _count(defense)
+    nominal, here, elsewhere = count_parameters(defense)
     given = plan.weights is not None and trains(defense)
     if given:  # trained by their author
         here, elsewhere = here - nominal, elsewhere + nominal
@@ -194,7 +194,7 @@ def context_of(defense: Defense) -> BuildContext:
     return cast(BuildContext, defense.context)
 
 
-def _count(defense: Defense) -> tuple[int, int, int]:
+def count_parameters(defense: Defense) -> tuple[int, int, int]:
     """Count a constructed defense's parameters: requiring a gradient, trained here, trained elsewhere."""
     parts = {id(p): p for module in context_of(defense).parts for p in module.parameters()}
     of_base = {id(p) for m in defense.modules() if isinstance(m, Classifier) for p in m.parameters()}

@@ -70,6 +70,10 @@ def test_the_first_lines_and_the_record_state_what_was_changed(bench: Bench, tmp
     assert data["train"].startswith("pets/train; classes in natural order")
     log = (run.parent / "log.txt").read_text()
     assert "left out: 1 .avif" in log and "transparency dropped" in log
+    report = bench("report", tmp_path / "runs").out
+    assert "As recorded of the test images' source: 4 of its pictures: transparency dropped." in " ".join(
+        report.split()
+    )
     # A second run trains nothing, and reports the same.
     again = bench("run", "--defense", "none", "--dataset", card, "--seed", "1", "--out", tmp_path / "runs")
     assert "left out: 1 .avif" in again.err and "test/cat2/0.JFIF: transparency dropped" in again.err

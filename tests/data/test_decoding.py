@@ -143,6 +143,40 @@ def test_stored_values_come_back_and_changes_are_reported(
         assert f"1 of its pictures: {change}" in split.select([1]).origin
 
 
+LOSSY = {
+    "JPEG": saved(COLOURS, "JPEG"),
+    "MPO": saved(COLOURS, "MPO", **_animated),
+    "WebP": saved(COLOURS, "WEBP"),
+    "WebP with a tag": saved(COLOURS, "WEBP", exif=_exif),
+    "TIFF": saved(COLOURS, "TIFF", compression="jpeg"),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_a_lossy_copy_of_a_lossless_data_set_is_reported(
+    kind: str, read: Callable[..., Split], capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = read(LOSSY[kind], more=", lossless = true")
+    split.integers([0, 1])
+    assert f"2 of its pictures: a {kind.upper()[:4]} copy, whose pixels differ" in split.origin
+    assert capsys.readouterr().err.count("copy, whose pixels differ") == 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WebP", "TIFF", "BMP"])
+def test_lossless_pictures_are_read_without_a_remark(kind: str, read: Callable[..., Split]) -> None:
+    options = {"lossless": True} if kind == "WebP" else {"compression": "tiff_lzw"} if kind == "TIFF" else {}
+    split = read(saved(COLOURS, kind.upper(), **options), more=", lossless = true")
+    np.testing.assert_array_equal(split.integers([0])[0].transpose(1, 2, 0), COLOURS)
+    assert split.origin.endswith(("data", "data/train"))
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_a_lossy_picture_of_another_data_set_is_no_copy(kind: str, read: Callable[..., Split]) -> None:
+    split = read(LOSSY[kind])
+    split.integers([0])
+    assert "copy" not in split.origin
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "PNG": (encoded.png(DEEP[..., :3], encoded.RGB, 16), "mode RGB of 16 bits a channel"),
     "interlaced PNG": (encoded.png(DEEP[..., :3], encoded.RGB, 16, interlaced=True), "of 16 bits a channel"),

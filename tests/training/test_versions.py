@@ -40,7 +40,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 # The code that each version stands for.
 PINNED = {
     "loop": (1, "c0e0721be979cf18"),
-    "clean": (2, "1e7c3486227433e6"),
+    "clean": (2, "587b1ebb27c7a3fd"),
     "spsa": (1, "1508bb5e21263cff"),
     "autoencoder": (1, "462aa627c9db045b"),
     "prompts": (1, "a0f873c1e8456c3b"),
@@ -49,11 +49,11 @@ PINNED = {
     "objective stability": (2, "53e29713ee68700d"),
     "objective consistency": (2, "8de72318a3fad939"),
     "objective dign": (1, "c482352220d69770"),
-    "objective smoothadv": (1, "9f67ef1d8a6fed58"),
-    "objective smoothadv-ddn": (1, "0eb0dd2cf6ed4f82"),
+    "objective smoothadv": (1, "306d9767da0be8b7"),
+    "objective smoothadv-ddn": (1, "480f6c101f9ff210"),
     "objective macer": (1, "00549a1d02324061"),
-    "objective smoothmix": (1, "d37b645c7eefe83a"),
-    "objective catrs": (1, "72a2768a5de57c94"),
+    "objective smoothmix": (1, "ca89d8f9c270889a"),
+    "objective catrs": (1, "046e6e80ab8d737e"),
 }
 
 

@@ -58,7 +58,7 @@ def soft_loss(f: Logits, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
 def slope_at(f: Logits, x: Tensor, y: int, noise: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     delta = delta.clone().requires_grad_()
     out = torch.cat([f((x + delta + e)[None], Scripted(0)) for e in noise])
-    (-out.softmax(1).mean(0)[y].log()).backward()  # type: ignore[no-untyped-call]
+    (-out.softmax(1).mean(0)[y].log()).backward()
     assert delta.grad is not None
     return delta.grad, out.detach()
 

@@ -19,8 +19,10 @@ from bench.models.load import untrained_base
 from bench.options import RunOptions
 from bench.records.record import read_run
 from bench.runs import confidence, fitting
+from bench.runs.context import PartTraining
 from bench.runs.doctor import examine
 from bench.runs.plan import Plan, make_plans
+from bench.smoothing.noise import Noise
 from bench.training import loop, objectives
 from tests.helpers.commands import TINY, Bench, defense
 
@@ -78,7 +80,7 @@ def trained(of: Plan) -> dict[str, torch.Tensor]:
     """The weights of a plan, on an untrained base and few images."""
     (train,) = load_splits(of.card, "train")
     base = random_base(of.base, not of.cls.adapts)
-    one = fitting.construct(of, base, CPU, fitting.PartTraining(train.first(64), lambda *_: None))
+    one = fitting.construct(of, base, CPU, PartTraining(train.first(64), lambda *_: None))
     return fitting.train_or_load(of, base, train.first(64), CPU, lambda *_: None, one).state
 
 
@@ -90,7 +92,7 @@ class Killed(Exception):
     pass
 
 
-CASES = [(name, "lora", ("batch=16",)) for name in NEW]
+CASES: list[tuple[str, str, tuple[str, ...]]] = [(name, "lora", ("batch=16",)) for name in NEW]
 CASES += [("smoothadv", name, given) for name, given in (("full", ("batch=16",)), ("head", ("batch=16",)))]
 CASES += [("smoothmix", "denoiser", ("objective=clf", "batch=16", "epochs=2")), ("smoothadv", "two-stage", ())]
 
@@ -136,7 +138,7 @@ def test_clf_with_gaussian_is_the_cross_entropy_of_the_denoised_image() -> None:
     x, y = torch.from_numpy(train.pixels(range(8))), torch.from_numpy(train.labels[:8])
     losses = []
     for by_objective in (True, False):
-        draw = loop.TrainingDraw(fitting.noise.Noise(0, "train"), 0, 1, torch.arange(8), 0.25, CPU, [one])
+        draw = loop.TrainingDraw(Noise(0, "train"), 0, 1, torch.arange(8), 0.25, CPU, [one])
         if by_objective:
             job = loop.TrainingJob(train, (), 0.25, of.training_objective, 0, CPU, Path(), lambda *_: None)
             losses.append(one.loss(x, y, draw, job))
@@ -180,12 +182,12 @@ def test_catrs_counts_the_votes_of_the_gaussian_model_on_its_own_images() -> Non
 
 
 def test_a_run_states_and_records_constants_and_cost(bench: Bench, tmp_path: Path) -> None:
-    words = "smoothadv: steps 2, copies 2, epsilon 0.99609, warmup 0.11111; as released for MNIST at this noise"
+    words = "smoothadv: steps 2, copies 2, epsilon 0.49805, warmup 0.11111; as released for MNIST at this noise"
     args = ("run", "--defense", "lora", "--dataset", TINY, "--objective", "smoothadv")
     dry = bench(*args, "--dry-run")
     assert dry.code == 0, dry.err
     assert "(6 forward and 6 backward passes of an image in a step)" in dry.out
-    assert f"{words}; preset quick reduces steps from 10, copies from 4" in dry.out
+    assert f"{words}; preset quick reduces steps from 10, copies from 4, epsilon from 0.996094" in dry.out
     (estimate,) = json.loads(bench(*args, "--dry-run", "--json").out)
     assert (estimate["step_forwards"], estimate["step_backwards"]) == (6, 6)
     ran = bench(*args, "--out", tmp_path)
@@ -195,7 +197,7 @@ def test_a_run_states_and_records_constants_and_cost(bench: Bench, tmp_path: Pat
     info = read_run(path).info
     assert any(words in note for note in info.defense.notes)
     assert info.identity.defense.objective == "smoothadv"
-    constants = {"steps": 2, "copies": 2, "epsilon": 255 / 256, "warmup": 10 / 90}
+    constants = {"steps": 2, "copies": 2, "epsilon": 255 / 512, "warmup": 10 / 90}
     assert info.identity.defense.objective_constants == constants
     assert info.cost is not None
     assert (info.cost.step_forwards, info.cost.step_backwards) == (6, 6)

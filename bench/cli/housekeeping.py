@@ -1,0 +1,128 @@
+"""Commands that delete: ``bench cache`` and ``bench rm``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli.options import AsJson, print_table
+from bench.errors import BenchError, shown
+from bench.io.files import cache_root, writing
+from bench.process.locks import Lock
+from bench.process.runlog import NAME, is_locked
+from bench.records import lines
+
+app = typer.Typer(rich_markup_mode=None)
+cache = typer.Typer(rich_markup_mode=None, help="List and delete trained weights that runs would use again.")
+app.add_typer(cache, name="cache")
+
+DAY = 86_400
+_OF_A_RUN = {"run.json", lines.NAME, lines.COMPRESSED, NAME, ".lock", ".lock-holder"}
+Yes = Annotated[bool, typer.Option("--yes", help="Delete without asking.")]
+
+
+@cache.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """List the entries of the cache, the oldest first."""
+    rows = _entries()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    shown_ = [{k: f"{v:,}" if k == "bytes" else v for k, v in row.items() if k != "time"} for row in rows]
+    print_table(shown_, f"nothing in {cache_root()}")
+
+
+@cache.command()
+def size(as_json: AsJson = False) -> None:
+    """Print the size of the cache and where it is."""
+    rows = _entries()
+    total = sum(int(str(row["bytes"])) for row in rows)
+    if as_json:
+        print(json.dumps({"folder": str(cache_root()), "entries": len(rows), "bytes": total}, indent=1))
+        return
+    print(f"{cache_root()}: {len(rows)} entries, {total / 1e6:,.1f} MB")
+
+
+@cache.command()
+def clean(
+    names: Annotated[list[str] | None, typer.Argument(help="Entries by name, as listed.")] = None,
+    older_than: Annotated[
+        float | None, typer.Option(help="All entries that were last written this many days ago or earlier.", min=0)
+    ] = None,
+    yes: Yes = False,
+) -> None:
+    """Delete entries of the cache; runs that need them train again. Entries in training are kept."""
+    rows = {str(row["entry"]): row for row in _entries()}
+    if wrong := sorted(set(names or ()) - set(rows)):
+        raise BenchError(f"no entry {wrong[0]} in {cache_root()}; bench cache list names them")
+    if not names and older_than is None:
+        raise BenchError("name entries to delete, or give --older-than DAYS (0: all)")
+    limit = time.time() - DAY * older_than if older_than is not None else None
+    chosen = [n for n, row in rows.items() if n in (names or ()) or (limit is not None and float(str(row["time"])) <= limit)]
+    if not chosen:
+        print("nothing to delete")
+        return
+    total = sum(int(str(rows[n]["bytes"])) for n in chosen)
+    _confirm(f"delete {len(chosen)} entries of {cache_root()}, {total / 1e6:,.1f} MB", yes)
+    for name in chosen:
+        _delete(cache_root() / name, "is in training")
+
+
+@app.command("rm")
+def remove(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    yes: Yes = False,
+) -> None:
+    """Delete run folders. Trained weights stay in the cache. Folders with other files, and runs at work, are kept."""
+    for folder in runs:
+        if not any((folder / name).is_file() for name in ("run.json", NAME)):
+            raise BenchError(f"{folder} is no run folder")
+        if others := sorted(f.name for f in folder.iterdir() if f.name not in _OF_A_RUN):
+            raise BenchError(f"{folder} has other files, {shown(others[0])} first: move or delete them first")
+    _confirm(f"delete {len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(map(str, runs))}", yes)
+    for folder in runs:
+        _delete(folder, "is being run")
+
+
+def _entries() -> list[dict[str, object]]:
+    """Return name, state, size and time of each entry of the cache, the oldest first."""
+    root = cache_root()
+    rows: list[dict[str, object]] = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        files = [f for f in folder.iterdir() if f.is_file()] if folder.is_dir() and not folder.is_symlink() else []
+        known = {"meta.json", "weights.safetensors"} & {f.name for f in files} or [
+            f for f in files if f.suffix == ".pt"
+        ]
+        if not known:  # not an entry
+            continue
+        state = "trained" if (folder / "meta.json").exists() else "unfinished"
+        last = max(f.stat().st_mtime for f in files)
+        written = datetime.fromtimestamp(last, UTC).isoformat(timespec="seconds")
+        used = sum(f.stat().st_size for f in files)
+        rows.append({"entry": folder.name, "state": state, "bytes": used, "written": written, "time": last})
+    return sorted(rows, key=lambda row: str(row["written"]))
+
+
+def _confirm(question: str, yes: bool) -> None:
+    if not yes and not typer.confirm(shown(question) + "?"):
+        raise BenchError("nothing was deleted")
+
+
+def _delete(folder: Path, why: str) -> None:
+    """Delete a folder whose lock is free. Raises BenchError where it cannot be deleted."""
+    lock = Lock(folder)
+    with writing(folder, "check its permissions"):
+        if folder.is_symlink() or is_locked(folder / NAME) or not lock.take():
+            print(f"kept {shown(str(folder))}: it {'is a link' if folder.is_symlink() else why}")
+            return
+        try:
+            shutil.rmtree(folder)
+        finally:
+            lock.release()
+    print(f"deleted {shown(str(folder))}")
