@@ -49,11 +49,11 @@ PINNED = {
     "objective stability": (2, "53e29713ee68700d"),
     "objective consistency": (2, "8de72318a3fad939"),
     "objective dign": (1, "c482352220d69770"),
-    "objective smoothadv": (1, "306d9767da0be8b7"),
-    "objective smoothadv-ddn": (1, "480f6c101f9ff210"),
-    "objective macer": (1, "00549a1d02324061"),
-    "objective smoothmix": (1, "ca89d8f9c270889a"),
-    "objective catrs": (1, "046e6e80ab8d737e"),
+    "objective smoothadv": (1, "39b9aabb41d0ca66"),
+    "objective smoothadv-ddn": (1, "e67d7c7da99f2c88"),
+    "objective macer": (1, "5b0ecd80ea560aa2"),
+    "objective smoothmix": (1, "933d13d0a9e8b3fc"),
+    "objective catrs": (1, "6ce823f5ac0728e3"),
 }
 
 

@@ -38,8 +38,10 @@ class CATRS(TrainingObjective):
     attacks = True
 
     def reduced(self) -> Self:
-        less = {"copies": min(self.copies, 2), "steps": min(self.steps, 2), "epsilon": self.epsilon / 2, "votes": 200}
-        return replace(self, **less)  # type: ignore[arg-type]
+        return replace(self, copies=min(self.copies, 2), steps=min(self.steps, 2), votes=200)
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, epsilon=factor * self.epsilon)
 
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draw: StepDraw) -> Tensor:
         assert self.probabilities is not None, "they are counted before training"

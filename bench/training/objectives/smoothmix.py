@@ -35,7 +35,10 @@ class SmoothMix(TrainingObjective):
     attacks = True
 
     def reduced(self) -> Self:
-        return replace(self, steps=min(self.steps, 2), copies=min(self.copies, 2), alpha=self.alpha / 2)
+        return replace(self, steps=min(self.steps, 2), copies=min(self.copies, 2))
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, alpha=factor * self.alpha)
 
     def __call__(self, logits: Logits, x: Tensor, y: Tensor, draw: StepDraw) -> Tensor:
         copies = Copies(draw, self.copies)

@@ -339,10 +339,26 @@ def test_constants_are_the_released_ones_but_at_quick(
         quick = objectives.make(name, shape, sigma, "quick")
         less = {k for k, v in quick.constants().items() if v != found.constants()[k]}
         assert quick.cost.forwards < found.cost.forwards
-        assert less <= {"steps", "copies", "votes", "epsilon", "alpha"}
+        assert less <= {"steps", "copies", "votes"}
         assert "preset quick reduces" in quick.remark
         assert all(f"{k} from {found.constants()[k]:g}" in quick.remark for k in less)
         assert "reduces" not in found.remark
+
+
+@pytest.mark.parametrize(
+    ("name", "distance"),
+    [("smoothadv", "epsilon"), ("smoothadv-ddn", "epsilon"), ("smoothmix", "alpha"), ("catrs", "epsilon")],
+)
+def test_distances_shrink_with_images_smaller_than_the_published_ones(name: str, distance: str) -> None:
+    published = objectives.make(name, (1, 28, 28), 0.25, "paper")
+    assert "the sides of the images" not in published.remark
+    small, large = (objectives.make(name, (1, side, side), 0.25, "paper") for side in (8, 64))
+    assert small.constants()[distance] == pytest.approx(8 / 28 * published.constants()[distance])
+    assert {k: v for k, v in small.constants().items() if k != distance} == {
+        k: v for k, v in published.constants().items() if k != distance
+    }
+    assert "distances times 8/28, the sides of the images" in small.remark
+    assert large.constants() == published.constants()  # sigma, not the side, bounds the radii of larger images
 
 
 @pytest.mark.parametrize("name", ["macer", "smoothmix"])

@@ -182,12 +182,12 @@ def test_catrs_counts_the_votes_of_the_gaussian_model_on_its_own_images() -> Non
 
 
 def test_a_run_states_and_records_constants_and_cost(bench: Bench, tmp_path: Path) -> None:
-    words = "smoothadv: steps 2, copies 2, epsilon 0.49805, warmup 0.11111; as released for MNIST at this noise"
+    words = "smoothadv: steps 2, copies 2, epsilon 0.2846, warmup 0.11111; as released for MNIST at this noise; distances times 8/28, the sides of the images"
     args = ("run", "--defense", "lora", "--dataset", TINY, "--objective", "smoothadv")
     dry = bench(*args, "--dry-run")
     assert dry.code == 0, dry.err
     assert "(6 forward and 6 backward passes of an image in a step)" in dry.out
-    assert f"{words}; preset quick reduces steps from 10, copies from 4, epsilon from 0.996094" in dry.out
+    assert f"{words}; preset quick reduces steps from 10, copies from 4" in dry.out
     (estimate,) = json.loads(bench(*args, "--dry-run", "--json").out)
     assert (estimate["step_forwards"], estimate["step_backwards"]) == (6, 6)
     ran = bench(*args, "--out", tmp_path)
@@ -197,7 +197,7 @@ def test_a_run_states_and_records_constants_and_cost(bench: Bench, tmp_path: Pat
     info = read_run(path).info
     assert any(words in note for note in info.defense.notes)
     assert info.identity.defense.objective == "smoothadv"
-    constants = {"steps": 2, "copies": 2, "epsilon": 255 / 512, "warmup": 10 / 90}
+    constants = {"steps": 2, "copies": 2, "epsilon": 8 / 28 * (255 / 256), "warmup": 10 / 90}
     assert info.identity.defense.objective_constants == constants
     assert info.cost is not None
     assert (info.cost.step_forwards, info.cost.step_backwards) == (6, 6)
