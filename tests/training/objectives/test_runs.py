@@ -182,7 +182,10 @@ def test_catrs_counts_the_votes_of_the_gaussian_model_on_its_own_images() -> Non
 
 
 def test_a_run_states_and_records_constants_and_cost(bench: Bench, tmp_path: Path) -> None:
-    words = "smoothadv: steps 2, copies 2, epsilon 0.2846, warmup 0.11111; as released for MNIST at this noise; distances times 8/28, the sides of the images"
+    words = (
+        "smoothadv: steps 2, copies 2, epsilon 0.2846, warmup 0.11111; as released for MNIST at this noise; "
+        "distances times 8/28, the sides of the images"
+    )
     args = ("run", "--defense", "lora", "--dataset", TINY, "--objective", "smoothadv")
     dry = bench(*args, "--dry-run")
     assert dry.code == 0, dry.err
