@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,19 @@ def test_a_defense_says_whether_objectives_train_and_attack_it() -> None:
 
     assert (Queries.uses_objective(None), Queries.differentiable(None)) == (True, False)
     assert (Own.uses_objective(None), Own.differentiable(None)) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["lora", "retrain"])
+def test_one_thread_and_two_draw_the_same_votes(
+    name: str, bench: Bench, tmp_path: Path, set_threads: Callable[[int], None]
+) -> None:
+    counts = []
+    for threads in (1, 2):
+        set_threads(threads)
+        out = tmp_path / str(threads)
+        ran = bench("run", "--defense", name, "--dataset", TINY, "--objective", "smoothadv", "--out", out)
+        assert ran.code == 0, ran.err
+        (path,) = (p.parent for p in out.glob("*/run.json"))
+        counts.append([(c.index, c.predicted, c.radius, c.n, c.top_count) for c in read_run(path).counted])
+    assert counts[0] == counts[1]
+    assert len(counts[0]) == 8
