@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -42,6 +43,17 @@ class Draw(Protocol):
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal noise [B, *shape], with new values at every call."""
+        ...
+
+
+class StepDraw(Draw, Protocol):
+    """The randomness of one training step, and what an objective may need to know of the step."""
+
+    done: float  # fraction of the training done before this step
+    rows: Tensor  # positions of the batch's images in the training data [B], on the CPU
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Set the trained modules to eval mode, as during an attack, and restore each one's mode afterwards."""
         ...
 
 
@@ -107,9 +119,9 @@ class Schedule:
     warmup: float = 0.0  # fraction of the training in which lr rises linearly from 0
 
 
-Loss = Callable[[Tensor, Tensor, Draw], Tensor]
+Loss = Callable[[Tensor, Tensor, StepDraw], Tensor]
 Logits = Callable[[Tensor, Draw], Tensor]
-Objective = Callable[[Logits, Tensor, Tensor, Draw], Tensor]
+Objective = Callable[[Logits, Tensor, Tensor, StepDraw], Tensor]
 
 
 class Step(Protocol):
@@ -118,7 +130,7 @@ class Step(Protocol):
     number: int  # from 0
     x: Tensor  # clean pixels [B, C, H, W] in [0, 1]
     y: Tensor  # labels [B]
-    draw: Draw
+    draw: StepDraw
 
     def report(self, loss: Tensor | float) -> None:
         """Show the loss. Raises DefenseFault where it is not finite."""
@@ -296,6 +308,19 @@ class Defense(nn.Module):
         """Return what this configuration trains, for the report; the default is ``trains``."""
         return cls.trains
 
+    @classmethod
+    def uses_objective(cls, config: Any) -> bool:
+        """Return whether ``--objective`` trains this configuration; by default where ``loss`` is the default one."""
+        return cls.loss is Defense.loss
+
+    @classmethod
+    def differentiable(cls, config: Any) -> bool:
+        """Return whether gradients of the training loss reach the images, as objectives that attack them need.
+
+        By default where the access is more than queries, or none: then the network is the defense's own.
+        """
+        return cls.needs(config) is not Access.QUERY
+
     def build(self) -> None:
         """Make the untrained submodules; parameters that require a gradient will be trained."""
 
@@ -321,13 +346,13 @@ class Defense(nn.Module):
             )
         job.train(self, lambda x, y, draw: self.loss(x, y, draw, job), schedule)
 
-    def loss(self, x: Tensor, y: Tensor, draw: Draw, job: Job) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, draw: StepDraw, job: Job) -> Tensor:
         """Compute the training loss; by default the job's objective on ``logits``.
 
         Args:
             x: Clean pixels [B, C, H, W] in [0, 1].
             y: Labels [B].
-            draw: The step's randomness.
+            draw: The step's randomness; passed on to the objective.
             job: The training.
 
         Returns:

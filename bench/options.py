@@ -97,7 +97,11 @@ class RunOptions:
         several=True,
     )
     seed: str = option("Seed of training and noise; several with commas.", "0", several=True, numbers=True)
-    objective: str = option("Training objective: gaussian, stability, consistency or dign.", "gaussian")
+    objective: str = option(
+        "Training objective: gaussian, stability, consistency, dign, smoothadv, smoothadv-ddn, macer, smoothmix or "
+        "catrs.",
+        "gaussian",
+    )
     settings: tuple[str, ...] = option(
         "[defense.]key=value; several values: a run for each. Repeatable.", (), flag="--set"
     )

@@ -159,6 +159,10 @@ class Coordinator(Defense):
         self.context.note("; ".join([f"{what}: {resized_to}; {token_of}", *remarks]))
         return encoder
 
+    @classmethod
+    def differentiable(cls, config: Any) -> bool:
+        return False  # nor by method=gradient: the encoder is not differentiated
+
     def _evaluations(self) -> int:
         probes: int = self.config.probes
         return {"one-sided": 1 + probes, "gradient": 1}.get(self.config.method, 2 * probes)

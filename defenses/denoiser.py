@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bench.errors import BenchError
-from bench.interface import Access, Context, Defense, Draw, Job, Part, Schedule
+from bench.interface import Access, Context, Defense, Draw, Job, Part, Schedule, StepDraw
 from bench.io import tensors
 
 
@@ -121,7 +121,8 @@ class Denoiser(Defense):
     """Denoised smoothing (Salman et al. 2020, arXiv 2003.01908): F(D(x)), where F is the frozen base and D a DnCNN.
 
     ``objective`` is what D is trained for. ``mse``: reproduce the clean image. ``stab``: F's label of the clean image.
-    ``clf``: the true label. ``stab+mse``: fine-tune the ``mse`` denoiser by ``stab``. With ``access`` full, gradients
+    ``clf``: the true label, by ``--objective`` (the others have losses of their own). ``stab+mse``: fine-tune the
+    ``mse`` denoiser by ``stab``. With ``access`` full, gradients
     flow through F. With ``query`` they flow through ``surrogates`` trained here, and F only gives its labels (the
     released code uses the surrogate's own). ``mse`` does not query F, so its ``access`` is always full.
 
@@ -187,6 +188,14 @@ class Denoiser(Defense):
         return "training-free" if config.weights else cls.trains
 
     @classmethod
+    def uses_objective(cls, config: Config) -> bool:
+        return config.objective == "clf" and not config.weights
+
+    @classmethod
+    def differentiable(cls, config: Config) -> bool:
+        return True  # by the surrogates, where F only answers queries
+
+    @classmethod
     def needs(cls, config: Config) -> Access:
         through_base = config.access == "full" and config.objective != "mse" and not config.weights
         return Access.GRADIENT if through_base else Access.QUERY
@@ -222,13 +231,14 @@ class Denoiser(Defense):
             return replace(config, epochs=config.tune * config.epochs, lr=config.tune_lr, decay="constant")
         return config
 
-    def loss(self, x: Tensor, y: Tensor, draw: Draw, job: Job) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, draw: StepDraw, job: Job) -> Tensor:
         classifier: Callable[[Tensor], Tensor] = self.context.base
         if self.surrogates:
             # Torch's random state depends on the step alone, so a resumed run draws the same.
             classifier = self.surrogates[int(torch.randint(len(self.surrogates), ()))]
-        target = y if self.config.objective == "clf" else self.context.base(x).argmax(1)
-        return F.cross_entropy(classifier(self.denoiser(_noisy(x, draw))), target)
+        if self.config.objective == "clf":
+            return job.objective(lambda z, _: classifier(self.denoiser(z)), x, y, draw)
+        return F.cross_entropy(classifier(self.denoiser(_noisy(x, draw))), self.context.base(x).argmax(1))
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         return self.context.base(self.denoiser(x))

@@ -21,8 +21,10 @@ def print_estimates(rows: Sequence[Estimate], as_json: bool) -> None:
     for row in rows:
         print(
             f"{row.label}: {row.images} images, {_at_most(row)}{row.votes:,} votes{_of(row.flops_per_vote)}, "
-            f"certify {_within(row)} {duration(row.seconds)}, train about {duration(row.train_seconds)}"
+            f"certify {_within(row)} {duration(row.seconds)}, train about {duration(row.train_seconds)}{_step(row)}"
         )
+    for remark in dict.fromkeys(row.objective for row in rows if row.objective):
+        print(remark)
     if fewer := [row for row in rows if row.timed_rows < row.block]:
         part = " or ".join(dict.fromkeys(f"{r.timed_rows} of {r.block}" for r in fewer))
         print(
@@ -68,6 +70,13 @@ def _print_radii(sigma: float, radii: Sequence[RadiusCost]) -> None:
             f"the largest radii cost most: a sure image takes {top.fewest_votes:,} votes up to r = {top.radius:g}, but "
             f"{below.fewest_votes:,} if the grid ends at {below.radius:g}; --radii picks a grid"
         )
+
+
+def _step(row: Estimate) -> str:
+    """Say what a training step costs where it is more than one pass forward and one backward."""
+    if row.step_forwards is None or row.step_forwards == row.step_backwards == 1:
+        return ""
+    return f" ({row.step_forwards} forward and {row.step_backwards} backward passes of an image in a step)"
 
 
 def _at_most(row: Estimate) -> str:

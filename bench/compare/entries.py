@@ -133,7 +133,8 @@ def _fields(record: Record) -> dict[str, Any]:
             "objective": defense.objective,
             "train_sigma": identity.train_sigma,
             "seed": identity.seed,
-            **{k: stored[k] for k in ("arithmetic",) if k in stored},  # absent: plain float32
+            # Absent: plain float32, and the constants of the objective's version.
+            **{k: stored[k] for k in ("arithmetic", "objective_constants") if k in stored},
         },
         "comparable": comparable,
         "identity": {

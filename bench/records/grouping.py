@@ -68,7 +68,8 @@ def method_key(record: Record) -> list[Any]:
     defense = record.identity.defense
     config = {k: v for k, v in defense.config.items() if k not in searched(record)}
     given = record.info.defense.weights_file and defense.weights
-    return [defense.name, defense.source, config, defense.objective, given, defense.arithmetic or None]
+    objective = [defense.objective, defense.objective_constants] if defense.objective_constants else defense.objective
+    return [defense.name, defense.source, config, objective, given, defense.arithmetic or None]
 
 
 def searched(record: Record) -> set[str]:

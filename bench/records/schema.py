@@ -92,6 +92,7 @@ class DefenseIdentity(Stored):
     weights: str | None
     parts: dict[str, Any]
     objective: str | None
+    objective_constants: dict[str, Any] = Field(default_factory=dict)  # empty: those of its version
     arithmetic: list[str] = Field(default_factory=list)
 
 
@@ -198,6 +199,8 @@ class Cost(Stored):
     trainable_updated: Amount | None
     trained_here: Amount | None
     trained_elsewhere: Amount | None
+    step_forwards: Amount | None = None  # passes of an image in a training step; None: a loss of the defense's own
+    step_backwards: Amount | None = None
     certify_seconds: Amount | None
     calibration_seconds: Amount | None = None
     votes: Annotated[int, Field(ge=1, lt=2**63)] | None

@@ -59,6 +59,11 @@ class BuildContext:
         return self.__dict__ | {"_training": None, "_torch": {}}
 
     @property
+    def notes(self) -> list[str]:
+        """The notes so far."""
+        return [] if self._training is None else self._training.notes
+
+    @property
     def train_sigma(self) -> float:
         """The noise level of training. Reading it is recorded."""
         self.asked_train_sigma = True

@@ -48,6 +48,8 @@ class TrainingCost:
     trainable_updated: int
     trained_here: int
     trained_elsewhere: int
+    step_forwards: int | None  # passes of an image in a training step; None: nothing trained, or by a loss of its own
+    step_backwards: int | None
 
 
 def distinct(modules: list[nn.Module]) -> int:

@@ -26,6 +26,7 @@ from bench.smoothing.anytime import Anytime
 from bench.smoothing.expected import RadiusCost, radius_costs
 from bench.smoothing.rowcheck import check_rows
 from bench.smoothing.task import Model, Task
+from bench.training.objectives import Cost
 
 LONG = 1.0  # seconds: where a block takes longer, part of it is timed
 
@@ -44,6 +45,9 @@ class Estimate:
     block: int  # rows
     seconds: float  # of certification
     train_seconds: float
+    step_forwards: int | None  # passes of an image in a training step; None: it trains nothing, or by a loss of its own
+    step_backwards: int | None
+    objective: str  # a remark on its constants
     sigma: float
     at_most: bool  # ``votes`` are the most that may be drawn; the procedure stops earlier where it can
     radii: list[RadiusCost] | None  # what each costs; None: the same votes, since their number is fixed
@@ -60,6 +64,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
     given = Given(normalisation=plan.normalisation)
     base = untrained_base(plan.card, plan.base, device, not plan.cls.adapts, given)
     defense = fitting.construct(plan, base, device)
+    step = plan.step_cost if fitting.trains(defense) and not plan.weights else None
     task, indices = make_task(plan, split, device), examples(plan, split)
     if shard:
         indices = shard.part(indices)
@@ -85,6 +90,9 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         block=task.block,
         seconds=votes * per_vote,
         train_seconds=training_passes(plan, defense.schedule(), train, validation) * per_vote,
+        step_forwards=step.forwards if step else None,
+        step_backwards=step.backwards if step else None,
+        objective=plan.training_objective.remark if step else "",
         sigma=plan.sigma,
         at_most=isinstance(plan.procedure, Anytime) or plan.procedure.target == "correct",
         radii=radius_costs(plan.procedure, plan.sigma, describe_noise(plan)["tau"])
@@ -97,8 +105,8 @@ def training_passes(plan: Plan, schedule: Any, train: Split, validation: Split) 
     """Estimate what training costs, candidates of a search included, in passes of an image through the defense."""
     trainings = 0 if plan.weights else max(1, len(plan.candidates))
     images = len(plan.training_images(train.first(plan.card.presets[plan.preset].train_examples), validation))
-    # A training step's backward pass costs about twice its forward pass.
-    return float(trainings * (3 * getattr(schedule, "epochs", 0.0) * images + getattr(plan.config, "queries", 0)))
+    step = (plan.step_cost or Cost(1, 1)).passes
+    return float(trainings * (step * getattr(schedule, "epochs", 0.0) * images + getattr(plan.config, "queries", 0)))
 
 
 def vote_seconds(model: Model, task: Task, index: int) -> tuple[float, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +27,13 @@ from bench.models.arithmetic import deterministic
 from bench.models.base import BaseModel, Classifier
 from bench.models.peft_folders import FolderWeights
 from bench.process import watchdog
+from bench.runs import confidence
 from bench.runs.context import BuildContext, PartTraining
 from bench.runs.plan import Plan
 from bench.smoothing import blocks, noise
 from bench.smoothing.noise import TrainDraw
 from bench.training import loop, objectives, versions
+from bench.training.objectives.catrs import CATRS
 from bench.training.weights import Trained, Weights, cached_training
 
 MERGE_TOLERANCE = 1e-3  # of the largest logit
@@ -97,12 +99,19 @@ def trains(defense: Defense) -> bool:
     return any(p.requires_grad for p in defense.parameters()) or type(defense).fit is not Defense.fit
 
 
-def fit(plan: Plan, base: BaseModel, train: Split, device: torch.device, progress: loop.Progress) -> Fitted:
+def fit(
+    plan: Plan,
+    base: BaseModel,
+    train: Split,
+    device: torch.device,
+    progress: loop.Progress,
+    notes: list[str] | None = None,
+) -> Fitted:
     """Train a defense or load its weights from the cache or the user's file; then construct, load and merge it.
 
-    Raises BenchError naming the defense.
+    ``notes``: those already printed. Raises BenchError naming the defense.
     """
-    training = PartTraining(train, progress)
+    training = PartTraining(train, progress, notes=[] if notes is None else notes)
     defense = construct(plan, base, device, training)
     nominal, here, elsewhere = count_parameters(defense)
     given = plan.weights is not None and trains(defense)
@@ -199,8 +208,9 @@ def weights_identity(
     plan: Plan, base: BaseModel, train: Split, device: torch.device, context: BuildContext
 ) -> dict[str, Any]:
     """Return everything that decides a defense's trained weights, as JSON; ``context`` is that of its construction."""
-    default_loss = [plan.objective] if plan.cls.loss is Defense.loss else []
-    code = versions.of(*default_loss) | versions.used_by(plan.cls, plan.objective) | context.versions
+    by_objective = [plan.objective] if plan.uses_objective else []
+    code = versions.of(*by_objective) | versions.used_by(plan.cls, plan.objective) | context.versions
+    constants = plan.training_objective.constants() if by_objective else {}
     return {
         "defense": plugins.short_name(plan.defense),
         "source": plan.source,
@@ -215,6 +225,7 @@ def weights_identity(
         "device": device.type,
         "parts": context.used,
         "objective": plan.objective,
+        **({"objective_constants": constants} if constants else {}),
         "versions": code,
     }
 
@@ -232,9 +243,11 @@ def train_or_load(
 
     ``most`` is the maximum number of steps of each of its trainings.
     """
-    stated = objectives.remark(plan.objective, plan.card.shape, plan.train_sigma)
-    if stated and plan.cls.loss is Defense.loss:
-        context_of(defense).note(stated)
+    context, objective = context_of(defense), plan.training_objective
+    if objective.remark and plan.uses_objective:
+        context.note(objective.remark)
+    if isinstance(objective, CATRS) and plan.uses_objective:
+        objective = _with_votes(plan, objective, base, train, device, progress, context)
 
     def fit_defense(checkpoint: Path) -> Weights:
         before = {k: v.detach().clone() for k, v in defense.state_dict().items()}
@@ -242,7 +255,7 @@ def train_or_load(
             data=train,
             augment=plan.card.augment,
             sigma=plan.train_sigma,
-            objective=objectives.OBJECTIVES[plan.objective],
+            objective=objective,
             seed=plan.seed,
             device=device,
             checkpoint=checkpoint,
@@ -264,7 +277,34 @@ def train_or_load(
         return owned, meta
 
     label = f"{plan.card.name}-{plugins.short_name(plan.defense)}-s{plan.train_sigma:g}"
-    return cached_training(label, weights_identity(plan, base, train, device, context_of(defense)), fit_defense)
+    return cached_training(label, weights_identity(plan, base, train, device, context), fit_defense)
+
+
+def _with_votes(
+    plan: Plan,
+    objective: CATRS,
+    base: BaseModel,
+    train: Split,
+    device: torch.device,
+    progress: loop.Progress,
+    context: BuildContext,
+) -> CATRS:
+    """Return CAT-RS with the smoothed predictions of the same defense, trained under gaussian noise of sigma .25."""
+    sigma = objectives.REFERENCE_SIGMA
+    reference = replace(plan, objective="gaussian", sigma=sigma, train_sigma=sigma)
+    gaussian = fit(reference, base, train, device, progress, context.notes)
+    counted = confidence.probabilities(
+        gaussian.defense,
+        {"weights": gaussian.sha256, "defense": plan.source, "base": base.sha256, "seed": plan.seed},
+        train,
+        context.classes,
+        objective.votes,
+        device,
+        progress,
+    )
+    context.used["smoothed predictions"] = counted.sha256  # they decide the weights
+    context.part_seconds += (gaussian.train_seconds or 0.0) + counted.meta["train_seconds"]
+    return replace(objective, probabilities=counted.state["probabilities"].to(device))
 
 
 def _same_as_base(key: str, value: Tensor, before: dict[str, Tensor], base: BaseModel) -> bool:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from bench import plugins
 from bench.data.datasets import choose
 from bench.data.split import Split
-from bench.interface import Defense
 from bench.models.base import BaseModel
 from bench.records.schema import Identity
 from bench.records.stored import parse_json
@@ -102,7 +101,8 @@ def _train_sigma(plan: Plan, fitted: Fitted) -> float | None:
 
 def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task) -> Identity:
     """Collect all that determines the certificates of ``indices`` of ``split``."""
-    uses_objective = fitted.sha256 and plan.weights is None and plan.cls.loss is Defense.loss
+    uses_objective = fitted.sha256 and plan.weights is None and plan.uses_objective
+    constants = plan.training_objective.constants() if uses_objective else {}
     found = {
         "dataset": plan.card.name,
         "card": plan.card.sha256(),
@@ -117,6 +117,7 @@ def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices:
             "weights": fitted.sha256,
             "parts": fitted.parts,
             "objective": plan.objective if uses_objective else None,
+            **({"objective_constants": constants} if constants else {}),
             **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
         },
         "train_sigma": _train_sigma(plan, fitted),

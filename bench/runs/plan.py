@@ -27,7 +27,8 @@ from bench.smoothing import bounds, gridnoise
 from bench.smoothing.anytime import Anytime, calibration
 from bench.smoothing.fixed import Fixed
 from bench.smoothing.votes import MAX_VOTES, TARGETS
-from bench.training.objectives import OBJECTIVES
+from bench.training import objectives
+from bench.training.objectives import Cost, TrainingObjective
 
 UNTRAINED = ("none", "training-free")  # kinds of defenses that train nothing, as they state it
 SCHEDULE = frozenset(one.name for one in fields(Schedule))  # settings of training alone
@@ -63,6 +64,21 @@ class Plan:
     seed: int
     options: RunOptions  # of this run alone
     grid_version: str = gridnoise.VERSION  # of grid noise; a recorded run is rebuilt with the record's
+
+    @property
+    def training_objective(self) -> TrainingObjective:
+        """The objective with its constants, for the card's images, the noise of training and the preset."""
+        return objectives.make(self.objective, self.card.shape, self.train_sigma, self.preset)
+
+    @property
+    def uses_objective(self) -> bool:
+        """Whether the defense's training, if it has one, is by the objective."""
+        return self.cls.uses_objective(self.config)
+
+    @property
+    def step_cost(self) -> Cost | None:
+        """What an image costs in a training step; None where the defense has a loss of its own."""
+        return self.training_objective.cost if self.uses_objective else None
 
     @property
     def from_scratch(self) -> bool:
@@ -111,8 +127,6 @@ def make_plans(options: RunOptions) -> list[Plan]:
     loaded = {name: plugins.load(name) for name in chosen}
     if o.defenses == "all" and not (o.base or means.transfer_base):
         loaded = {name: (cls, source) for name, (cls, source) in loaded.items() if not cls.adapts}
-    if o.objective != "gaussian":
-        _check_objective(o.objective, loaded)
     wanted = variants(loaded, preset, card, o.settings, o.search)
     _check_weights(o, loaded)
     normalisation = _normalisation(o)
@@ -123,6 +137,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
         for name, (cls, _) in loaded.items()
     }
     each = [(name, variant) for name in loaded for variant in wanted[name]]
+    _check_objective(o.objective, each, loaded)
     _check_bases(o, each, loaded, bases)
     plans = []
     for sigma, seed in itertools.product(_numbers("--sigma", o.sigma, float), _numbers("--seed", o.seed, int)):
@@ -262,12 +277,24 @@ def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, radii: tup
     return made
 
 
-def _check_objective(objective: str, loaded: Loaded) -> None:
-    if objective not in OBJECTIVES:
-        raise unknown("objective", objective, OBJECTIVES)
-    for name, (cls, _) in loaded.items():
-        if cls.loss is not Defense.loss:
-            raise BenchError(f"--objective {objective}: defense {name} has a loss of its own; run it without")
+def _check_objective(objective: str, each: Sequence[tuple[str, Variant]], loaded: Loaded) -> None:
+    """Refuse an objective that does not train a defense, or whose attack gets no gradients from it."""
+    if objective not in objectives.OBJECTIVES:
+        raise unknown("objective", objective, objectives.OBJECTIVES)
+    if objective == "gaussian":  # what trains where none is given
+        return
+    attacks = objectives.OBJECTIVES[objective].attacks
+    for name, variant in each:
+        cls = loaded[name][0]
+        for config in [variant.config, *(c for _, c in variant.candidates)]:
+            if not cls.uses_objective(config):
+                raise BenchError(f"--objective {objective}: defense {name} has a loss of its own; run it without")
+            if attacks and cls.kind(config) not in UNTRAINED and not cls.differentiable(config):
+                others = ", ".join(other for other, entry in objectives.OBJECTIVES.items() if not entry.attacks)
+                raise BenchError(
+                    f"--objective {objective} attacks the images of training, and {name} gets no gradients with "
+                    f"respect to them, since it asks its classifier queries alone; use one of {others}"
+                )
 
 
 def _words(flag: str, text: str, repeated: bool = False) -> list[str]:

@@ -151,6 +151,7 @@ class PreparedRun:
                 "notes": fitted.notes,
             },
         }
+        step = plan.step_cost if self.identity.defense.objective is not None else None
         cost = TrainingCost(
             train_seconds=fitted.train_seconds,
             queries=fitted.queries,
@@ -158,5 +159,7 @@ class PreparedRun:
             trainable_updated=fitted.updated,
             trained_here=fitted.here,
             trained_elsewhere=fitted.elsewhere,
+            step_forwards=step.forwards if step else None,
+            step_backwards=step.backwards if step else None,
         )
         return RunHeader(plan, self.name, schema.started(self.identity, about), cost)

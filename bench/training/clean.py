@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from bench.interface import Draw, Loss, Schedule
+from bench.interface import Draw, Schedule
 
 # Magnitude, number of operations, whether severity increases with magnitude; deviation and maximum of the magnitude.
 _RANDAUGMENT = r"rand(-(m|n|inc)\d+|-(mstd|mmax|p)\d+(\.\d+)?)*"
@@ -44,7 +44,9 @@ class CleanSchedule(Schedule):
         return {k: v for k, v in self.identity().items() if k not in _INHERITED}
 
 
-def loss(module: nn.Module, schedule: CleanSchedule, classes: int, mean: tuple[float, ...]) -> Loss:
+def loss(
+    module: nn.Module, schedule: CleanSchedule, classes: int, mean: tuple[float, ...]
+) -> Callable[[Tensor, Tensor, Draw], Tensor]:
     """Return the training loss of ``module``; it draws its augmentations from the global random states.
 
     Args:

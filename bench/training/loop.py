@@ -6,7 +6,8 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from bench.data.split import Split
 from bench.errors import BenchError, DefenseFault, note, one_line
 from bench.globalstate import fixed_rng
-from bench.interface import Base, Draw, Loss, Objective, Schedule, Stateful, Step
+from bench.interface import Base, Loss, Objective, Schedule, Stateful, Step, StepDraw
 from bench.io.files import replacing, writing
 from bench.process import watchdog
 from bench.smoothing.noise import Noise, TrainDraw
@@ -57,7 +58,7 @@ class _Step:
     count: int
     x: Tensor
     y: Tensor
-    draw: Draw
+    draw: StepDraw
     progress: Progress
 
     def report(self, loss: Tensor | float) -> None:
@@ -70,6 +71,38 @@ class _Step:
                     f"set a lower learning rate with --set lr=..."
                 )
             self.progress(self.number + 1, self.count, value)
+
+
+class TrainingDraw(TrainDraw):
+    """The randomness of one step of a training, with the step's place in it; satisfies ``interface.StepDraw``."""
+
+    def __init__(
+        self,
+        noise: Noise,
+        number: int,
+        count: int,
+        rows: Tensor,
+        sigma: float,
+        device: torch.device,
+        trained: Sequence[nn.Module],
+    ) -> None:
+        """Describe step ``number`` of ``count``, on the training data's ``rows``; ``trained``: what it trains."""
+        super().__init__(noise, number, len(rows), sigma, device)
+        self.done, self.rows = number / count, rows
+        self._trained = trained
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Set the trained modules to eval mode, and restore the mode of each submodule afterwards."""
+        # By the flags alone: train() would undo a batch norm that is kept in eval mode.
+        before = [(m, m.training) for module in self._trained for m in module.modules()]
+        try:
+            for m, _ in before:
+                m.training = False
+            yield
+        finally:
+            for m, training in before:
+                m.training = training
 
 
 @dataclass(frozen=True)
@@ -133,7 +166,7 @@ class TrainingJob:
         """
         done, before, dearest = self._resume(state)
         started = saved = time.perf_counter()
-        noise = Noise(self.seed, "train")
+        noise, trained = Noise(self.seed, "train"), [s for s in state if isinstance(s, nn.Module)]
         for number in range(done, count if self.most is None else min(count, self.most)):
             asked = self._queries()
             if queries and asked + dearest > queries:
@@ -143,7 +176,7 @@ class TrainingJob:
             with fixed_rng(self.seed, number):
                 x = _augment(torch.from_numpy(self._pixels(rows)), self.augment).to(self.device)
                 y = torch.from_numpy(self.data.labels[rows]).to(self.device)
-                draw = TrainDraw(noise, number, len(rows), self.sigma, self.device)
+                draw = TrainingDraw(noise, number, count, torch.from_numpy(rows), self.sigma, self.device, trained)
                 yield _Step(number, count, x, y, draw, self.progress)
             dearest = max(dearest, self._queries() - asked)
             now = time.perf_counter()

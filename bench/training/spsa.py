@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.interface import Draw
+from bench.interface import StepDraw
 
 VERSION = 1  # raise it whenever weights trained here would change: it is part of their identity
 RECENT = 50  # steps over which the recent loss is averaged
@@ -147,13 +148,13 @@ class SPSA:
 
 
 class Replay:
-    """A draw that can be replayed; satisfies ``interface.Draw``.
+    """A draw that can be replayed; satisfies ``interface.StepDraw``.
 
     All probes of a step need the same noise: different noise would hide the difference of their losses.
     """
 
-    def __init__(self, draw: Draw) -> None:
-        self.sigma = draw.sigma
+    def __init__(self, draw: StepDraw) -> None:
+        self.sigma, self.done, self.rows = draw.sigma, draw.done, draw.rows
         self._draw = draw
         self._drawn: list[Tensor] = []
         self._next = 0
@@ -161,6 +162,10 @@ class Replay:
     def rewind(self) -> None:
         """Make ``normal`` return the same values again, in the same order."""
         self._next = 0
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Set what is trained to eval mode, as the step's own draw does."""
+        return self._draw.evaluating()
 
     def normal(self, *shape: int) -> Tensor:
         """Return the next noise. Raises ValueError where its shape differs from the one drawn before."""

@@ -57,10 +57,11 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 def _versions(module: str, name: str = "") -> dict[str, int]:
     """Return the versions of a module of this package: all of its objectives where ``name`` is none of them."""
-    if module == objectives.__name__:
-        return of(*([name] if name in objectives.VERSIONS else objectives.VERSIONS))
     stem = module.removeprefix(PACKAGE)
-    if stem == module or not (Path(__file__).parent / f"{stem}.py").is_file():
+    of_objectives = module == objectives.__name__
+    if not of_objectives and (stem == module or not (Path(__file__).parent / f"{stem.replace('.', '/')}.py").is_file()):
         return {}
+    if of_objectives or stem.startswith("objectives."):
+        return of(*([name] if name in objectives.VERSIONS else objectives.VERSIONS))
     version: int | None = getattr(import_module(module), "VERSION", None)
     return {} if version is None else {stem: version}

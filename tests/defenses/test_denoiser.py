@@ -30,8 +30,9 @@ from bench.runs import fitting
 from bench.runs.context import PartTraining
 from bench.runs.doctor import examine
 from bench.runs.plan import Plan, make_plans
-from bench.smoothing.noise import Noise, TrainDraw
+from bench.smoothing.noise import Noise
 from bench.training import loop
+from bench.training.objectives import gaussian
 from defenses.denoiser import Denoiser, DnCNN, Surrogate
 from tests.helpers import released
 from tests.helpers.commands import TINY, Result
@@ -140,12 +141,13 @@ def test_stab_takes_the_bases_hard_labels_and_clf_the_true_ones(base: BaseModel)
     assert (said != y).float().mean() > 0.5
     for objective, target in (("stab", said), ("clf", y)):
         defense = construct(plan(f"objective={objective}"), base)
-        got = defense.loss(x, y, draw(len(x)), job=None)  # type: ignore[arg-type]
+        job = loop.TrainingJob(train, (), SIGMA, gaussian, 0, CPU, Path(), lambda *_: None)
+        got = defense.loss(x, y, draw(len(x)), job)
         torch.testing.assert_close(got, F.cross_entropy(base.module(defense.denoiser(noisy)), target))
 
 
-def draw(rows: int) -> TrainDraw:
-    return TrainDraw(Noise(0, "train"), 0, rows, SIGMA, CPU)
+def draw(rows: int) -> loop.TrainingDraw:
+    return loop.TrainingDraw(Noise(0, "train"), 0, 1, torch.arange(rows), SIGMA, CPU, [])
 
 
 @pytest.mark.parametrize("objective", ["mse", "stab", "stab+mse", "clf"])

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.smoothing.noise import Noise, TrainDraw
+from bench.smoothing.noise import Noise
+from bench.training.loop import TrainingDraw
 from bench.training.spsa import SPSA, Diverged, Gains, Replay, directions
 
 FLAT = Gains(a=0.1, c=0.1, o=0, alpha=0, gamma=0)
@@ -181,9 +182,13 @@ def test_a_loss_that_is_not_finite_stops_it_before_the_parameters_move(value: fl
 
 
 def test_a_replayed_draw_gives_the_same_noise_to_every_probe() -> None:
-    replay = Replay(TrainDraw(Noise(0, "train"), 0, 3, 0.25, torch.device("cpu")))
+    net = nn.Dropout()
+    replay = Replay(TrainingDraw(Noise(0, "train"), 1, 4, torch.arange(3), 0.25, torch.device("cpu"), [net]))
     first = [replay.normal(2), replay.normal(1, 4)]
-    assert replay.sigma == 0.25
+    assert (replay.sigma, replay.done, replay.rows.tolist()) == (0.25, 0.25, [0, 1, 2])
+    with replay.evaluating():
+        assert not net.training
+    assert net.training
     assert first[0].shape == (3, 2)
     replay.rewind()
     assert torch.equal(replay.normal(2), first[0])

@@ -22,23 +22,40 @@ from bench.runs.context import PartTraining
 from bench.runs.plan import Plan, make_plans
 from bench.training import autoencoder, clean, denoising, diffusion, loop, objectives, prompts, spsa, versions
 from bench.training.autoencoder import MaskedAutoencoder
+from bench.training.objectives import attacks, catrs, macer, method, plain, smoothadv, smoothmix
 from tests.helpers.commands import TINY, defense
 
-LOSSES: dict[str, Callable[..., Any]] = {"clean": objectives.clean, **objectives.OBJECTIVES}
+LOSSES: dict[str, Callable[..., Any]] = {
+    "clean": objectives.clean,
+    "gaussian": objectives.gaussian,
+    "stability": objectives.stability,
+    "consistency": objectives.consistency,
+    "dign": objectives.dign,
+    "smoothadv": smoothadv.SmoothAdv,
+    "smoothadv-ddn": smoothadv.SmoothAdvDDN,
+    "macer": macer.MACER,
+    "smoothmix": smoothmix.SmoothMix,
+    "catrs": catrs.CATRS,
+}
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "6bcebce552ad00fd"),
-    "clean": (2, "1e7c3486227433e6"),
-    "spsa": (1, "a091cc145e9ce5ba"),
+    "loop": (1, "57198ec6ef0c319b"),
+    "clean": (2, "587b1ebb27c7a3fd"),
+    "spsa": (1, "1508bb5e21263cff"),
     "autoencoder": (1, "462aa627c9db045b"),
     "diffusion": (1, "56c970d429880c08"),
     "denoising": (1, "3635c26494a1886b"),
     "prompts": (1, "a0f873c1e8456c3b"),
     "objective clean": (1, "cd6c4c6bf6233135"),
-    "objective gaussian": (1, "7ee407943f51e911"),
-    "objective stability": (2, "b142e1a8c6199564"),
-    "objective consistency": (2, "aa04485a76dd9e59"),
-    "objective dign": (1, "e24067ef0ee3a05f"),
+    "objective gaussian": (1, "f147e0a2bdab2078"),
+    "objective stability": (2, "53e29713ee68700d"),
+    "objective consistency": (2, "8de72318a3fad939"),
+    "objective dign": (1, "c482352220d69770"),
+    "objective smoothadv": (1, "39b9aabb41d0ca66"),
+    "objective smoothadv-ddn": (1, "e67d7c7da99f2c88"),
+    "objective macer": (1, "5b0ecd80ea560aa2"),
+    "objective smoothmix": (1, "933d13d0a9e8b3fc"),
+    "objective catrs": (1, "6ce823f5ac0728e3"),
 }
 
 
@@ -64,9 +81,10 @@ def of_module(module: ModuleType) -> str:
 
 
 def of_objective(name: str) -> str:
-    """Hash of an objective's function, and of the functions, classes and constants of its file that it uses."""
+    """Hash of an objective's function or class, and of what it uses of its package: functions, classes, constants."""
     defined: dict[str, ast.stmt] = {}
-    for node in ast.parse(inspect.getsource(objectives)).body:
+    files = (method, attacks, plain, smoothadv, macer, smoothmix, catrs)
+    for node in (node for file in files for node in ast.parse(inspect.getsource(file)).body):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined[node.name] = node
         elif isinstance(node, ast.Assign):
@@ -98,7 +116,7 @@ def test_each_version_is_pinned_to_its_code(name: str) -> None:
 
 def test_all_versions_are_pinned() -> None:
     assert set(current()) == set(PINNED)
-    assert set(objectives.VERSIONS) == set(LOSSES)
+    assert set(objectives.VERSIONS) == set(LOSSES) == {"clean", *objectives.OBJECTIVES}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +138,7 @@ def test_the_pin_ignores_prose_and_imports_alone(one: str, other: str, same: boo
     [
         ("full", set()),
         ("lora", set()),
-        ("denoiser", set()),
+        ("denoiser", {"objective gaussian"}),
         ("two-stage", {"objective clean", "objective gaussian"}),
         ("coordinator", {"objective gaussian", "spsa", "autoencoder", "prompts"}),
         ("diffusion", {"diffusion", "denoising"}),
@@ -143,6 +161,8 @@ def test_a_built_in_part_uses_its_own_version() -> None:
         ("from bench.training import spsa as s", {"spsa"}),
         ("from bench.training.objectives import dign, gaussian", {"objective dign", "objective gaussian"}),
         ("from bench.training import objectives", {f"objective {name}" for name in LOSSES}),
+        ("from bench.training.objectives.plain import dign", {"objective dign"}),
+        ("from bench.training.objectives.attacks import pgd", {f"objective {name}" for name in LOSSES}),
         ("from bench.training import weights, nothing", set()),
         ("def loss(self, x, y, draw, job): return 2 * job.objective(self.logits, x, y, draw)", {"objective gaussian"}),
         ("from helper import step", {"spsa"}),
@@ -168,7 +188,8 @@ def plan(name: str, **given: Any) -> Plan:
     [
         ("lora", {}, {"objective gaussian"}),
         ("lora", {"objective": "dign"}, {"objective dign"}),
-        ("denoiser", {}, set()),
+        ("denoiser", {}, {"objective gaussian"}),
+        ("denoiser", {"objective": "macer", "settings": ("objective=clf",)}, {"objective macer"}),
         (defense("own_loss"), {}, set()),
         ("joint", {"base": "vit"}, {"objective gaussian"}),
         ("coordinator", {}, {"objective gaussian", "spsa", "autoencoder", "prompts"}),

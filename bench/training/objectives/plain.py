@@ -1,17 +1,17 @@
-"""Training objectives: losses of a classifier under noise.
-
-Each takes (logits, clean x, y, draw) and adds the noise itself, so every trained defense can use any of them
-(``--objective``). Constants are the published ones, and depend on the training noise level and on the card's shape
-where the paper says so.
-"""
+"""Objectives without an attack: gaussian noise, stability, consistency, DiGN; and ``clean``, of base classifiers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.interface import Draw, Logits, Objective
+from bench.interface import Draw, Logits, StepDraw
+from bench.training.objectives.method import Copies, Cost, TrainingObjective, kl, level, noisy, similar_dataset
 
 STABILITY_WEIGHT = 2.0
 CONSISTENCY_COPIES = 2
@@ -31,7 +31,7 @@ def clean(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
 
 def gaussian(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
     """Return the cross-entropy on one noisy copy of each image (Cohen et al. 2019, arXiv 1902.02918)."""
-    return F.cross_entropy(logits(_noisy(x, draw), draw), y)
+    return F.cross_entropy(logits(noisy(x, draw), draw), y)
 
 
 def stability(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
@@ -41,31 +41,16 @@ def stability(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
     (Li et al. 2019, arXiv 1809.03113, whose term is KL(clean || noisy)). Gradients flow through both predictions, so
     H = KL + the entropy of the clean one, and also makes clean predictions confident.
     """
-    calm, shaken = logits(x, draw), logits(_noisy(x, draw), draw)
+    calm, shaken = logits(x, draw), logits(noisy(x, draw), draw)
     return F.cross_entropy(calm, y) + STABILITY_WEIGHT * F.cross_entropy(shaken, calm.softmax(1))
-
-
-def similar_dataset(shape: tuple[int, ...]) -> str:
-    """Return the data set of ``CONSISTENCY`` that images of ``shape`` (channels, height, width) are most like."""
-    channels, *sides = shape
-    return "MNIST" if channels == 1 else "ImageNet" if max(sides) > 64 else "CIFAR-10"
 
 
 def consistency_constants(shape: tuple[int, ...], sigma: float) -> tuple[float, float]:
     """Return lambda and eta of ``consistency``, which the paper tunes to the data set and the noise level.
 
-    The card's shape decides: grey images take MNIST's, colour images with a side above 64 ImageNet's, all others
-    CIFAR-10's. Noise levels between the published ones take the next higher one's.
+    The card's shape decides (``similar_dataset``). Noise levels between the published ones take the next higher one's.
     """
-    return CONSISTENCY[similar_dataset(shape)][(sigma > 0.25) + (sigma > 0.5)]
-
-
-def remark(name: str, shape: tuple[int, ...], sigma: float) -> str:
-    """Return what a reader of the results must know about an objective's constants; empty for nothing."""
-    if name != "consistency":
-        return ""
-    weight, eta = consistency_constants(shape, sigma)
-    return f"consistency: lambda {weight:g} and eta {eta:g}, as published for {similar_dataset(shape)} at this noise"
+    return CONSISTENCY[similar_dataset(shape)][level(sigma)]
 
 
 def consistency(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
@@ -75,11 +60,11 @@ def consistency(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
     lambda and eta of ``consistency_constants``. Both copies are one batch, as released: batch norms see them together.
     """
     weight, eta = consistency_constants(tuple(x.shape[1:]), draw.sigma)
-    copies = _Copies(draw, CONSISTENCY_COPIES)
-    out = logits(_noisy(x.repeat(CONSISTENCY_COPIES, 1, 1, 1), copies), copies)
+    copies = Copies(draw, CONSISTENCY_COPIES)
+    out = logits(noisy(x.repeat(CONSISTENCY_COPIES, 1, 1, 1), copies), copies)
     logs = out.log_softmax(1).chunk(CONSISTENCY_COPIES)
     mean = torch.stack(logs).logsumexp(0) - torch.tensor(float(CONSISTENCY_COPIES)).log().to(x.device)
-    agree = torch.stack([_kl(mean, log) for log in logs]).mean()
+    agree = torch.stack([kl(mean, log) for log in logs]).mean()
     entropy = -(mean.exp() * mean).sum(1).mean()
     return F.cross_entropy(out, y.repeat(CONSISTENCY_COPIES)) + weight * agree + eta * entropy
 
@@ -97,35 +82,30 @@ def dign(logits: Logits, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
     parts = []
     for _ in range(DIGN_COPIES):
         share = torch.special.ndtr(draw.normal(1, 1, 1))  # uniform on (0, 1), one for each image
-        parts.append(_kl(log, logits(x + share * draw.sigma * draw.normal(*x.shape[1:]), draw).log_softmax(1)).mean())
+        parts.append(kl(log, logits(x + share * draw.sigma * draw.normal(*x.shape[1:]), draw).log_softmax(1)).mean())
     return F.cross_entropy(calm, y) + DIGN_WEIGHT * torch.stack(parts).mean()
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "gaussian": gaussian,
-    "stability": stability,
-    "consistency": consistency,
-    "dign": dign,
-}
-# Raise an objective's version whenever weights trained with it would change: it is part of their identity.
-VERSIONS = {"clean": 1, "gaussian": 1, "stability": 2, "consistency": 2, "dign": 1}
+@dataclass(frozen=True)
+class Plain(TrainingObjective):
+    """One of this file's functions, whose constants its version stands for."""
+
+    function: Callable[[Logits, Tensor, Tensor, Draw], Tensor]
+    copies: int  # of an image, in a step
+
+    def __call__(self, logits: Logits, x: Tensor, y: Tensor, draw: StepDraw) -> Tensor:
+        return self.function(logits, x, y, draw)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(self.copies, self.copies)
+
+    def constants(self) -> dict[str, Any]:
+        return {}
 
 
-class _Copies:
-    """The randomness of several copies of a batch, joined into one; satisfies ``interface.Draw``."""
-
-    def __init__(self, draw: Draw, count: int) -> None:
-        self.sigma = draw.sigma
-        self._draw, self._count = draw, count
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.cat([self._draw.normal(*shape) for _ in range(self._count)])
-
-
-def _noisy(x: Tensor, draw: Draw) -> Tensor:
-    return x + draw.sigma * draw.normal(*x.shape[1:])
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p || q) of each row, from log-probabilities."""
-    return (p.exp() * (p - q)).sum(1)
+def make_consistency(shape: tuple[int, ...], sigma: float, quick: bool) -> Plain:
+    """Return ``consistency`` and a remark on its constants."""
+    weight, eta = consistency_constants(shape, sigma)
+    said = f"consistency: lambda {weight:g} and eta {eta:g}, as published for {similar_dataset(shape)} at this noise"
+    return Plain(consistency, CONSISTENCY_COPIES, remark=said)
