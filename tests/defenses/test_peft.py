@@ -439,7 +439,7 @@ def convnet(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("lora", "rank=0", "rank=0 must be at least 1"),
         ("adapter", "width=0", "width=0 must be at least 1"),
         ("adapter", "parallel=-1", "parallel=-1 must be 0"),
-        ("adapter", "parallel=nan", "parallel=nan must be 0"),
+        ("adapter", "parallel=nan", "parallel: nan is not a finite number"),
         ("prompt", "tokens=-1", "tokens must be at least 0"),
         ("prompt", "dropout=1", "below 1"),
     ],
