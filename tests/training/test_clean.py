@@ -187,7 +187,7 @@ def test_bfloat16_computes_the_logits_and_leaves_weights_and_loss_in_float32() -
     assert 0 < abs(float(value) - float(plain)) < 0.05
 
 
-class Noting(timm.layers.Attention):
+class Watched(timm.layers.Attention):
     """timm's attention, which notes how it was computed and can fail."""
 
     how, fails = "", False
@@ -202,7 +202,7 @@ class Noting(timm.layers.Attention):
 @pytest.mark.parametrize("fails", [False, True])
 def test_bfloat16_on_a_cpu_multiplies_out_attention_and_gives_it_back(fails: bool) -> None:
     with globalstate.fixed_rng(4):
-        attention = Noting(4, num_heads=2)
+        attention = Watched(4, num_heads=2)
     module = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), attention, nn.Flatten(), nn.Linear(32, CLASSES))
     assert attention.fused_attn, "timm fuses attention by default"
     x, y = batch()
