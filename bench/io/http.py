@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import monotonic, sleep, time
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 from pydantic import ValidationError
@@ -74,8 +75,12 @@ class Client:
 
         Raises:
             Refused: The status is an error that a retry would not change.
-            BenchError: All ``TRIES`` tries failed.
+            BenchError: The address is none, or all ``TRIES`` tries failed.
         """
+        try:
+            _ = urlsplit(url).port
+        except ValueError as e:
+            raise BenchError(f"{url} is no address: {one_line(e)}") from None
         began = monotonic()
         for pause in (*PAUSES, None):
             try:
