@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -15,7 +14,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from bench.errors import BenchError
-from bench.interface import Defense, Draw, Job, Schedule
+from bench.interface import Defense, Draw, Job, Schedule, StepDraw
 from bench.training.loop import train_mode
 from defenses.diffusion import DiffusionDenoised
 
@@ -144,7 +143,7 @@ class FinetunedDiffusion(Defense):
             step.report(value.detach())
         classifier.eval()
 
-    def loss(self, x: Tensor, y: Tensor, draw: Draw, job: Job) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, draw: StepDraw, job: Job) -> Tensor:
         config, count = self.config, self.config.copies
 
         def classify(images: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ class FinetunedDiffusion(Defense):
             noisy = (x + draw.sigma * draw.normal(*x.shape[1:]) for _ in range(count))
             denoised = torch.cat([self.diffusion.denoised(one, draw) for one in noisy])
         logits = classify(denoised)
-        with evaluating(self.classifier):
+        with draw.evaluating():
             moved = attack(classify, x, denoised, log_mean(logits).detach(), config.eps, config.attack_steps)
         return confidence_aware(logits, classify(moved), y, config.adversarial_weight)
 
@@ -248,18 +247,6 @@ def _moments(error: Tensor) -> tuple[Tensor, Tensor]:
     """Return each image's mean and root mean square."""
     flat = error.flatten(1)
     return flat.mean(1).view(-1, 1, 1, 1), flat.square().mean(1).sqrt().view(-1, 1, 1, 1)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put the module in eval mode while the context lasts."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 # The schedule ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -24,25 +25,36 @@ app.add_typer(cache, name="cache")
 
 DAY = 86_400
 _OF_A_RUN = {"run.json", lines.NAME, lines.COMPRESSED, NAME, ".lock", ".lock-holder"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the cache; ``written``: when a file of it last was, in UTC."""
+
+    entry: str
+    state: str
+    bytes: int
+    written: str
+
+
 Yes = Annotated[bool, typer.Option("--yes", help="Delete without asking.")]
 
 
 @cache.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List the entries of the cache, the oldest first."""
-    rows = _entries()
+    rows = [asdict(entry) for entry in _entries()]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    shown_ = [{k: f"{v:,}" if k == "bytes" else v for k, v in row.items() if k != "time"} for row in rows]
-    print_table(shown_, f"nothing in {cache_root()}")
+    print_table([row | {"bytes": f"{row['bytes']:,}"} for row in rows], f"nothing in {cache_root()}")
 
 
 @cache.command()
 def size(as_json: AsJson = False) -> None:
     """Print the size of the cache and where it is."""
     rows = _entries()
-    total = sum(int(str(row["bytes"])) for row in rows)
+    total = sum(entry.bytes for entry in rows)
     if as_json:
         print(json.dumps({"folder": str(cache_root()), "entries": len(rows), "bytes": total}, indent=1))
         return
@@ -58,19 +70,17 @@ def clean(
     yes: Yes = False,
 ) -> None:
     """Delete entries of the cache; runs that need them train again. Entries in training are kept."""
-    rows = {str(row["entry"]): row for row in _entries()}
+    rows = {entry.entry: entry for entry in _entries()}
     if wrong := sorted(set(names or ()) - set(rows)):
         raise BenchError(f"no entry {wrong[0]} in {cache_root()}; bench cache list names them")
     if not names and older_than is None:
         raise BenchError("name entries to delete, or give --older-than DAYS (0: all)")
-    limit = time.time() - DAY * older_than if older_than is not None else None
-    chosen = [
-        n for n, row in rows.items() if n in (names or ()) or (limit is not None and float(str(row["time"])) <= limit)
-    ]
+    limit = "" if older_than is None else _utc(time.time() - DAY * older_than)
+    chosen = [name for name, entry in rows.items() if name in (names or ()) or entry.written <= limit]
     if not chosen:
         print("nothing to delete")
         return
-    total = sum(int(str(rows[n]["bytes"])) for n in chosen)
+    total = sum(rows[name].bytes for name in chosen)
     _confirm(f"delete {len(chosen)} entries of {cache_root()}, {total / 1e6:,.1f} MB", yes)
     for name in chosen:
         _delete(cache_root() / name, "is in training")
@@ -92,23 +102,23 @@ def remove(
         _delete(folder, "is being run")
 
 
-def _entries() -> list[dict[str, object]]:
-    """Return name, state, size and time of each entry of the cache, the oldest first."""
+def _entries() -> list[Entry]:
+    """Return the entries of the cache, the oldest first."""
     root = cache_root()
-    rows: list[dict[str, object]] = []
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+    found = []
+    for folder in root.iterdir() if root.is_dir() else []:
         files = [f for f in folder.iterdir() if f.is_file()] if folder.is_dir() and not folder.is_symlink() else []
-        known = {"meta.json", "weights.safetensors"} & {f.name for f in files} or [
-            f for f in files if f.suffix == ".pt"
-        ]
-        if not known:  # not an entry
-            continue
+        if not any(f.name in ("meta.json", "weights.safetensors") or f.suffix == ".pt" for f in files):
+            continue  # not an entry
         state = "trained" if (folder / "meta.json").exists() else "unfinished"
-        last = max(f.stat().st_mtime for f in files)
-        written = datetime.fromtimestamp(last, UTC).isoformat(timespec="seconds")
-        used = sum(f.stat().st_size for f in files)
-        rows.append({"entry": folder.name, "state": state, "bytes": used, "written": written, "time": last})
-    return sorted(rows, key=lambda row: str(row["written"]))
+        sizes = [f.stat() for f in files]
+        written = _utc(max(s.st_mtime for s in sizes))
+        found.append(Entry(folder.name, state, sum(s.st_size for s in sizes), written))
+    return sorted(found, key=lambda entry: (entry.written, entry.entry))
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _confirm(question: str, yes: bool) -> None:

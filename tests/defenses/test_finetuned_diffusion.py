@@ -24,7 +24,7 @@ from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.doctor import examine
 from bench.runs.plan import Plan, make_plans
-from bench.smoothing.noise import Noise, TrainDraw
+from bench.smoothing.noise import Noise
 from bench.training import loop
 from defenses import finetuned_diffusion as ours
 from tests.helpers.commands import TINY, Bench
@@ -187,7 +187,7 @@ def test_the_attack_runs_in_eval_mode_which_is_restored_after_errors() -> None:
     before = net.norm.running_mean.clone()  # type: ignore[union-attr]
 
     def stopped() -> None:
-        with ours.evaluating(net):
+        with loop.TrainingDraw(Noise(0, "train"), 0, 1, torch.arange(4), 0.25, CPU, [net]).evaluating():
             net(torch.rand(4, 2, 4, 4))
             raise RuntimeError("stop")
 
@@ -204,7 +204,7 @@ def test_a_step_denoises_copies_and_trains_the_classifier_alone() -> None:
     made.diffusion.unet.register_forward_hook(lambda m, i, o: calls.append(("unet", len(i[0]), False)))
     made.classifier.model.register_forward_hook(lambda m, i, o: calls.append(("classifier", len(i[0]), m.training)))
     loop.train_mode(made.classifier)
-    draw = TrainDraw(Noise(0, "train"), 0, 4, 0.25, CPU)
+    draw = loop.TrainingDraw(Noise(0, "train"), 0, 1, torch.arange(4), 0.25, CPU, [made.classifier])
     value = made.loss(torch.rand(4, 1, 8, 8), torch.arange(4), draw, None)
     # Three copies are denoised; one pass of all copies, two in the attack, one of the moved copies.
     modes = [True, False, False, True]
