@@ -41,6 +41,8 @@ class Preset:
     better_base: str = ""  # printed with the accuracy of ``base`` after its training: what would give a better one
     train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
     epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of defenses' default schedules
+    # Of the forward passes that train defenses; bfloat16 by autocast: weights, losses and the optimizer in float32.
+    training_arithmetic: Literal["float32", "bfloat16"] = "float32"
 
 
 @checked(config=_STRICT, frozen=True)

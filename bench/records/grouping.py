@@ -69,7 +69,8 @@ def method_key(record: Record) -> list[Any]:
     config = {k: v for k, v in defense.config.items() if k not in searched(record)}
     given = record.info.defense.weights_file and defense.weights
     objective = [defense.objective, defense.objective_constants] if defense.objective_constants else defense.objective
-    return [defense.name, defense.source, config, objective, given, defense.arithmetic or None]
+    computed = [defense.arithmetic, defense.training_arithmetic] if defense.training_arithmetic else defense.arithmetic
+    return [defense.name, defense.source, config, objective, given, computed or None]
 
 
 def searched(record: Record) -> set[str]:

@@ -93,7 +93,8 @@ class DefenseIdentity(Stored):
     parts: dict[str, Any]
     objective: str | None
     objective_constants: dict[str, Any] = Field(default_factory=dict)  # empty: those of its version
-    arithmetic: list[str] = Field(default_factory=list)
+    arithmetic: list[str] = Field(default_factory=list)  # of the certified logits, other than float32
+    training_arithmetic: list[str] = Field(default_factory=list)  # of forward passes in training, other than float32
 
 
 class ImportedFrom(Stored):

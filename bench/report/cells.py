@@ -85,6 +85,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
         _target(setting),
         _versions(methods),
         _pictures(setting, methods),
+        _trained(methods),
         _imported() if setting.imported else _heads(setting, methods),
         "Preset quick trains briefly: it ranks methods at a small budget, not at the budgets of their papers."
         if setting.preset == "quick"
@@ -194,6 +195,16 @@ def _pictures(setting: Setting, methods: Sequence[Method]) -> str:
     form = r"[\d,]+ (?:of its pictures: [\w ,.'-]+|rows of the [\w-]+ part, which has [\d,]+ in the complete data set)"
     found = dict.fromkeys(change for text in said for change in re.findall(form, text))
     return f"As recorded of the {setting.split} images' source: {'; '.join(found)}." if found else ""
+
+
+def _trained(methods: Sequence[Method]) -> str:
+    """Say which rows were trained in other arithmetic than float32."""
+    found: dict[str, list[str]] = {}
+    for method in methods:
+        for kind in {k for r in method.records for k in r.identity.defense.training_arithmetic if k == "bfloat16"}:
+            found.setdefault(kind, []).append(method.label)
+    said = [f"{kind} in {'all rows' if len(who) == len(methods) else ', '.join(who)}" for kind, who in found.items()]
+    return f"Forward passes of training were computed in {'; '.join(said)}." if said else ""
 
 
 def _imported() -> str:

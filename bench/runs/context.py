@@ -22,7 +22,7 @@ from bench.process import watchdog
 from bench.runs.plan import Plan
 from bench.runs.settings import configured
 from bench.smoothing import noise
-from bench.training import loop, objectives, versions
+from bench.training import bfloat16, loop, objectives, versions
 from bench.training.weights import Weights, cached_training
 
 
@@ -52,6 +52,7 @@ class BuildContext:
         self.commits: dict[str, str] = {}  # hub id -> the commit of its files
         self.parts: list[nn.Module] = []
         self.part_seconds = 0.0
+        self.part_arithmetic: set[str] = set()  # that parts were trained in
         self._plan, self._device, self._training = plan, device, training
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class BuildContext:
             "seed": seed,
             "noise": noise.VERSION,
             "device": self._device.type,
-            "versions": versions.used_by(kind, "clean"),
+            "versions": versions.used_by(kind, "clean") | versions.of_arithmetic(self._plan.training_arithmetic),
         }
 
         def train(checkpoint: Path) -> Weights:
@@ -104,21 +105,23 @@ class BuildContext:
                 data=training.train,
                 augment=card.augment,
                 sigma=0.0,
-                objective=objectives.clean,
+                objective=bfloat16.logits_alone(objectives.clean),
                 seed=seed,
                 device=self._device,
                 checkpoint=checkpoint,
                 progress=training.progress,
                 most=training.most,
+                arithmetic=self._plan.training_arithmetic,
             )
             with globalstate.fixed_rng(seed):
                 part.fit(module, job)
-            return module.state_dict(), {"train_seconds": job.seconds}
+            return module.state_dict(), {"train_seconds": job.seconds, "arithmetic": sorted(job.used)}
 
         trained = cached_training(f"{card.name}-{kind.__name__.lower()}", identity, train)
         module.load_state_dict(trained.state)
         self.used[f"{kind.__name__} {digest(identity)[:8]}"] = trained.sha256
         self.part_seconds += trained.meta["train_seconds"]
+        self.part_arithmetic |= set(trained.meta.get("arithmetic", []))
 
     def hub(self, source: str, filename: str = "") -> Path:
         """Return the path of a file, or of one in a folder or a hub repository; record its hash."""

@@ -32,7 +32,7 @@ from bench.runs.context import BuildContext, PartTraining
 from bench.runs.plan import Plan
 from bench.smoothing import blocks, noise
 from bench.smoothing.noise import TrainDraw
-from bench.training import loop, objectives, versions
+from bench.training import bfloat16, loop, objectives, versions
 from bench.training.objectives.catrs import CATRS
 from bench.training.weights import Trained, Weights, cached_training
 
@@ -58,6 +58,7 @@ class Fitted:
     notes: list[str]  # the defense's notes on itself
     uses_train_sigma: bool  # False: the training noise level decided nothing here
     given: bool  # the user gave its weights, so how they were trained is unknown
+    training_arithmetic: list[str]  # of everything trained here
 
 
 @contextmanager
@@ -144,6 +145,7 @@ def fit(
         notes=training.notes,
         uses_train_sigma=(trained is not None and not given) or used.asked_train_sigma,
         given=given,
+        training_arithmetic=sorted({*meta.get("arithmetic", []), *used.part_arithmetic}),
     )
 
 
@@ -210,6 +212,7 @@ def weights_identity(
     """Return everything that decides a defense's trained weights, as JSON; ``context`` is that of its construction."""
     by_objective = [plan.objective] if plan.uses_objective else []
     code = versions.of(*by_objective) | versions.used_by(plan.cls, plan.objective) | context.versions
+    code |= versions.of_arithmetic(plan.training_arithmetic)
     constants = plan.training_objective.constants() if by_objective else {}
     return {
         "defense": plugins.short_name(plan.defense),
@@ -255,13 +258,14 @@ def train_or_load(
             data=train,
             augment=plan.card.augment,
             sigma=plan.train_sigma,
-            objective=objective,
+            objective=bfloat16.logits_alone(objective),
             seed=plan.seed,
             device=device,
             checkpoint=checkpoint,
             progress=progress,
             base=defense.context.base,
             most=most,
+            arithmetic=plan.training_arithmetic,
         )
         with attribute_errors(plan.defense, "in training"), globalstate.fixed_rng(plan.seed):
             defense.fit(job)
@@ -273,6 +277,7 @@ def train_or_load(
             "queries": defense.context.base.queries,
             "updated": sum(p.numel() for k, p in defense.named_parameters() if k in changed),
             "from_base": sorted(set(after) - set(owned)),
+            "arithmetic": sorted(job.used),
         }
         return owned, meta
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bench import plugins
 from bench.data.card import Card, split_names
@@ -69,6 +69,11 @@ class Plan:
     def training_objective(self) -> TrainingObjective:
         """The objective with its constants, for the card's images, the noise of training and the preset."""
         return objectives.make(self.objective, self.card.shape, self.train_sigma, self.preset)
+
+    @property
+    def training_arithmetic(self) -> Literal["float32", "bfloat16"]:
+        """What the defense and its parts are trained in, where the harness's loop trains them."""
+        return self.card.presets[self.preset].training_arithmetic
 
     @property
     def uses_objective(self) -> bool:

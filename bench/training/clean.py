@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.interface import Draw, Schedule
+from bench.training import bfloat16
 
 # Magnitude, number of operations, whether severity increases with magnitude; deviation and maximum of the magnitude.
 _RANDAUGMENT = r"rand(-(m|n|inc)\d+|-(mstd|mmax|p)\d+(\.\d+)?)*"
@@ -74,30 +74,11 @@ def loss(
         if not rounded:
             logits = module(x)
         else:
-            with _quick_on_cpu(module, x) as images, torch.autocast(x.device.type, torch.bfloat16):
+            with bfloat16.passes(module, x) as images:
                 logits = module(images)
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
     return of
-
-
-@contextmanager
-def _quick_on_cpu(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Yield ``x`` laid out for CPU convolutions, with timm's attentions as products instead of one fused call.
-
-    The backward pass of the fused call takes 40% of a step in bfloat16 on a CPU (tests/perf/test_clean.py).
-    """
-    if x.device.type != "cpu":
-        yield x
-        return
-    fused = [m for m in module.modules() if getattr(m, "fused_attn", False)]
-    for attention in fused:
-        attention.fused_attn = False  # type: ignore[assignment]
-    try:
-        yield x.contiguous(memory_format=torch.channels_last)
-    finally:
-        for attention in fused:
-            attention.fused_attn = True  # type: ignore[assignment]
 
 
 def randaugment(config: str, mean: tuple[float, ...]) -> Callable[[Tensor], Tensor]:

@@ -7,11 +7,11 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from bench.interface import Base, Loss, Objective, Schedule, Stateful, Step, Ste
 from bench.io.files import replacing, writing
 from bench.process import watchdog
 from bench.smoothing.noise import Noise, TrainDraw
+from bench.training import bfloat16
 from bench.training.weights import FIX
 
 VERSION = 1  # raise it whenever weights trained here would change: it is part of their identity
@@ -120,6 +121,8 @@ class TrainingJob:
     spent: list[float] = field(default_factory=list)  # seconds of each finished stage, earlier processes included
     base: Base | None = None  # its query count is restored with a checkpoint
     most: int | None = None  # maximum steps of a stage, for the conformance test
+    arithmetic: Literal["float32", "bfloat16"] = "float32"  # of forward passes in train(); steps() are the caller's own
+    used: set[str] = field(default_factory=set)  # arithmetics that all stages have trained in
 
     @property
     def seconds(self) -> float:
@@ -143,10 +146,13 @@ class TrainingJob:
         optimizer = _optimizer(params, schedule)
         count = self.count(schedule)
         train_mode(module)
+        rounded = self.arithmetic == "bfloat16"
+        self.used.add(self.arithmetic)
         for step in self.steps(count, schedule.batch, module, optimizer):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr * _decay(schedule, step.number / count)
-            value = loss(step.x, step.y, step.draw)
+            with bfloat16.passes(module, step.x) if rounded else nullcontext(step.x) as images:
+                value = loss(images, step.y, step.draw)
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
             if clip_grad:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import plugins
-from bench.training import loop, objectives
+from bench.training import bfloat16, loop, objectives
 
 PACKAGE = "bench.training."
 
@@ -21,6 +21,11 @@ PACKAGE = "bench.training."
 def of(*objective_names: str) -> dict[str, int]:
     """Return the versions of the training loop and of the named objectives, by name."""
     return {"loop": loop.VERSION} | {f"objective {name}": objectives.VERSIONS[name] for name in objective_names}
+
+
+def of_arithmetic(name: str) -> dict[str, int]:
+    """Return the version of the arithmetic that training computes in; none of float32."""
+    return {"bfloat16": bfloat16.VERSION} if name == "bfloat16" else {}
 
 
 def used_by(cls: type, objective: str) -> dict[str, int]:
