@@ -6,7 +6,7 @@ contents is made of the lists of links in index.md.
 
 from __future__ import annotations
 
-import os.path
+import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -98,10 +98,10 @@ def on_site(target: str, file: str, page: str) -> str:
     path, hash_, anchor = target.partition("#")
     if not path:
         return target
-    there = os.path.normpath(os.path.join(os.path.dirname(file), path))
+    there = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
     copy = next((f"docs/{name}.md" for name, copied in COPIES.items() if copied == there), there)
-    if copy.startswith("docs/") and copy.endswith((".md", *PICTURES)) or copy.endswith(PICTURES):
-        return os.path.relpath(copy, os.path.dirname(f"docs/{page}")) + hash_ + anchor
+    if copy.endswith(PICTURES) or (copy.startswith("docs/") and copy.endswith(".md")):
+        return posixpath.relpath(copy, posixpath.dirname(f"docs/{page}")) + hash_ + anchor
     return f"{REPOSITORY}/{'tree' if (ROOT / there).is_dir() else 'blob'}/main/{there}{hash_}{anchor}"
 
 
@@ -114,7 +114,10 @@ def contents(index: str) -> str:
             caption = heading[1]
         elif entry := re.match(r"- \[[^\]]*\]\(([\w/-]+)\.md\)", line):
             parts.setdefault(caption, []).append(entry[1])
-    blocks = ["\n".join(["```{toctree}", ":hidden:", f":caption: {c}", "", *pages, "```"]) for c, pages in parts.items()]
+    blocks = [
+        "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"])
+        for caption, pages in parts.items()
+    ]
     return "\n\n".join(blocks)
 
 
