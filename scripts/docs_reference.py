@@ -149,8 +149,8 @@ def cards() -> str:
         "# Keys of cards",
         MADE,
         "A card is a TOML file that describes a data set. [Data formats](../data.md) says how pictures are read, and\n"
-        "[Add a data set](../add-a-defense.md#a-data-set-in-twelve-lines) has an example. `bench show ./card.toml` prints\n"
-        "what a card means.",
+        "[Add a data set](../add-a-defense.md#a-data-set-in-twelve-lines) has an example. `bench show ./card.toml`\n"
+        "prints what a card means.",
         "## The card",
         _keys(Card, {"home"}),
         "## `[source]`",

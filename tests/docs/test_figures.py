@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from docs_figures import EDGE, RECTANGLE, SIGMA, SPIKE, WALL, share_1d, share_2d
 from scipy.integrate import quad
+from scipy.special import ndtri
 
 NUMBER = re.compile(r"-?\d+\.?\d*")
 PAPERS = ("#ffffff", "#131416", "#0d1117")  # the page of the site, light and dark, and GitHub's dark one
@@ -26,8 +27,8 @@ def test_the_figure_is_up_to_date(name: str) -> None:
     """Pixels may differ in the last digit, where the platform's functions round differently."""
     kept, drawn = (docs_figures.FOLDER / name).read_text(), docs_figures.FIGURES[name]()
     assert NUMBER.sub("0", kept) == NUMBER.sub("0", drawn), "run make reference"
-    values = [np.array([float(v) for v in NUMBER.findall(text)]) for text in (kept, drawn)]
-    np.testing.assert_allclose(*values, atol=0.11, err_msg="run make reference")
+    before, now = (np.array([float(v) for v in NUMBER.findall(text)]) for text in (kept, drawn))
+    np.testing.assert_allclose(before, now, atol=0.11, err_msg="run make reference")
 
 
 def density(z: float) -> float:
@@ -52,7 +53,7 @@ def test_the_share_on_the_plane_is_the_integral_of_class_a(x: float, y: float) -
 def test_the_smoothed_classifier_keeps_its_class_within_the_radius() -> None:
     r = docs_figures.radius_1d()
     assert r > 0.3 and min(share_1d(x) for x in np.linspace(-r, r, 400)) > 0.5
-    around = SIGMA * docs_figures.ndtri(share_2d(0, 0))
+    around = SIGMA * float(ndtri(share_2d(0, 0)))
     ring = [(around * math.cos(t), around * math.sin(t)) for t in np.linspace(0, 2 * np.pi, 400)]
     assert min(share_2d(x, y) for x, y in ring) > 0.5
     assert not all(docs_figures.is_a(x, y) for x, y in ring)  # F changes
