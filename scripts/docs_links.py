@@ -6,6 +6,7 @@ contents is made of the lists of links in index.md.
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
 from collections.abc import Callable
@@ -47,19 +48,17 @@ def replace_links(markdown: str, change: Callable[[str], str]) -> str:
         before, target, after = found.groups()
         return found[0] if _ADDRESS.match(target) else f"{before}{change(target)}{after}"
 
-    lines = []
-    for line, is_prose in prose(markdown):
-        if is_prose:
-            spans = [m.span() for m in _CODE.finditer(line)]
-            parts, at = [], 0
-            for found in _LINK.finditer(line):
-                if any(a < found.start() and found.end() < b for a, b in spans):
-                    continue  # an example in code
-                parts += [line[at : found.start()], replaced(found)]
+    blocks = []
+    for is_prose, lines in itertools.groupby(prose(markdown), key=lambda one: one[1]):
+        text = "\n".join(line for line, _ in lines)  # the words of a link may go on in the next line
+        spans = [m.span() for m in _CODE.finditer(text)] if is_prose else []
+        parts, at = [], 0
+        for found in _LINK.finditer(text) if is_prose else ():
+            if not any(a < found.start() and found.end() < b for a, b in spans):  # else an example in code
+                parts += [text[at : found.start()], replaced(found)]
                 at = found.end()
-            line = "".join([*parts, line[at:]])
-        lines.append(line)
-    return "\n".join(lines)
+        blocks.append("".join([*parts, text[at:]]))
+    return "\n".join(blocks)
 
 
 def links(markdown: str) -> list[str]:

@@ -30,7 +30,7 @@ def test_every_link_leads_to_a_file_and_a_heading(file: Path) -> None:
 def test_links_are_found_outside_of_code_only() -> None:
     text = "[a](b.md#c) ![d](e.svg)\n\n    [no](code.md)\n\n```\n[no](fence.md)\n```\n`[no](x.md)` [f](g)"
     assert links(text) == ["b.md#c", "e.svg", "g"]
-    assert links("[a](https://b.c) [mail](mailto:d)") == []
+    assert links("[a](https://b.c) [mail](mailto:d) [two\nlines](e.md)") == ["e.md"]
 
 
 def test_anchors_are_those_of_github() -> None:
