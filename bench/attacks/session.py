@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.attacks import alarms
-from bench.attacks.decide import Decided, Decider
+from bench.attacks.decide import Decided, Decider, Predict, smallest_n
 from bench.attacks.perturb import Placed, place_float, place_grid, reach
 from bench.attacks.pgd import Slope, Surroundings, by_gradient, by_votes, descend, margin
 from bench.attacks.presets import PRESETS, RANDOM
@@ -26,8 +26,6 @@ from bench.records.record import Record, read_run
 from bench.runs import fitting
 from bench.runs.redraw import Rebuilt, rebuild_checked
 from bench.runs.session import Session
-from bench.smoothing import bounds
-from bench.smoothing.fixed import Fixed
 from bench.smoothing.noise import Noise
 from bench.training.weights import stored
 
@@ -66,7 +64,7 @@ def settings_of(
         raise BenchError(f"--images {images}: the run has 1 to {len(indices)}")
     count = min(len(indices), budget.images or len(indices)) if images is None else images
     n = min(sampling.n, budget.n)
-    if n < (least := bounds.smallest_n(sampling.alpha)):
+    if n < (least := smallest_n(sampling.alpha)):
         raise BenchError(
             f"{n} votes decide nothing at alpha {sampling.alpha:g}, which needs {least}; use --preset paper"
         )
@@ -85,7 +83,6 @@ def settings_of(
             "restarts": budget.restarts,
             "query_steps": budget.query_steps,
             "query_pairs": budget.query_pairs,
-            "n0": sampling.n0,
             "n": n,
             "alpha": sampling.alpha,
         }
@@ -121,7 +118,8 @@ class Attacker:
     def decider(self, use: str) -> Decider:
         """Make what draws the votes of decisions; another ``use`` draws other ones."""
         s = self.settings
-        return Decider(self.rebuilt, Fixed(s.n0, s.n, s.alpha), self.seed(use))
+        tau = self.rebuilt.run.identity.noise.tau
+        return Decider(self.rebuilt, Predict(s.n, s.alpha, tau), self.seed(use))
 
     def around(self, index: int, by: By, radius: float) -> Surroundings:
         """Return the classifier around a clean image, with noise for one attack and radius.
@@ -189,6 +187,7 @@ class Attacker:
                         "distance": placed[by].distance,
                         "predicted": found[slot].predicted,
                         "top_count": found[slot].top_count,
+                        "runner_up_count": found[slot].runner_up_count,
                     }
                 ),
             )
@@ -252,9 +251,9 @@ def largest_cost(settings: AttackSettings) -> tuple[int, int, int]:
     query = 2 * s.query_steps * s.query_pairs
     judged = RANDOM * s.draws
     if not s.white_box:
-        return (radii + 1) * query + judged, 0, (radii + 3) * (s.n0 + s.n)
+        return (radii + 1) * query + judged, 0, (radii + 3) * s.n
     once = s.steps * s.draws
     pgd = s.restarts * once
     judge = s.restarts * s.draws if s.restarts > 1 else 0
     backward = radii * pgd + s.draws + once
-    return backward + radii * (judge + query) + judged, backward, (2 * radii + 4) * (s.n0 + s.n)
+    return backward + radii * (judge + query) + judged, backward, (2 * radii + 4) * s.n

@@ -56,7 +56,6 @@ class AttackSettings(Stored):
     restarts: Count
     query_steps: Count
     query_pairs: Count  # pairs of noise draws of a step
-    n0: Votes
     n: Votes
     alpha: Open
 
@@ -103,6 +102,7 @@ class Result(Stored):
     distance: Amount  # l2 between attacked and clean image, rounded up
     predicted: Whole | None  # None: the votes decide nothing
     top_count: Whole
+    runner_up_count: Whole
 
 
 class Alarm(Stored):
