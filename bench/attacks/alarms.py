@@ -12,7 +12,8 @@ from PIL import Image
 
 from bench.attacks.decide import Decided
 from bench.io.files import replacing, writing
-from bench.records.attacks import SPACE, Alarm
+from bench.records.attack_writer import SPACE
+from bench.records.attacks import Alarm
 
 if TYPE_CHECKING:
     from bench.attacks.session import Attacker

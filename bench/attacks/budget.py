@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from bench.attacks.pgd import by_gradient
 from bench.attacks.session import Attacker, largest_cost
-from bench.models.arithmetic import deterministic
-from bench.runs import fitting
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def _gradient_seconds(attacker: Attacker) -> float:
     draws, index = attacker.settings.draws, attacker.settings.indices[0]
     around = attacker.around(index, "pgd", 0.0)
     slope, at = by_gradient(around, draws), around.x * 0
-    with fitting.attribute_errors(attacker.rebuilt.run.plan.defense, "under attack"), deterministic():
+    with attacker.searching():
         slope(at)
         began = time.perf_counter()
         float(slope(at).sum())

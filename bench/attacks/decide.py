@@ -8,7 +8,6 @@ arXiv 1610.03944). The image must not depend on that noise: attacks draw theirs 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +51,7 @@ class Predict:
         classes = len(counts) - 1
         top, second = (int(i) for i in np.argsort(-counts, kind="stable")[:2])
         both = int(counts[top] + counts[second])
-        p = 2 * float(stats.binom.sf(counts[top] - 1, both, min(1.0, 0.5 + self.tau * classes)))
+        p = 2 * float(stats.binom.sf(int(counts[top]) - 1, both, min(1.0, 0.5 + self.tau * classes)))
         sure = p <= self.alpha * (1 - bounds.SLACK) and top < classes
         return Decision(
             predicted=top if sure else None,
@@ -69,7 +68,10 @@ class Predict:
 
 def smallest_n(alpha: float) -> int:
     """Return the fewest votes that can decide at level ``alpha``."""
-    return 1 + math.ceil(-math.log2(alpha))
+    n = 1
+    while 2 * 0.5**n > alpha * (1 - bounds.SLACK):
+        n += 1
+    return n
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from bench.attacks.pgd import Slope, Surroundings, by_gradient, by_votes, descen
 from bench.attacks.presets import PRESETS, RANDOM
 from bench.errors import BenchError, note
 from bench.globalstate import fixed_rng
+from bench.interface import Access, Defense
 from bench.io.files import digest
 from bench.models.arithmetic import deterministic
+from bench.models.base import View
 from bench.options import command
 from bench.records import attacks, audit
+from bench.records.attack_writer import AttackFile
 from bench.records.attacks import AttackedImage, AttackSettings, By, Result
 from bench.records.record import Record, read_run
 from bench.runs import fitting
@@ -41,12 +45,11 @@ def finished(path: Path) -> Record:
         raise BenchError(f"{path} is not finished; finish it first: {command(record.info.arguments)}")
     if problem := audit.problem(record):
         raise BenchError(problem)
+    attacks.read(path)  # a damaged file is refused before anything is loaded
     return record
 
 
-def settings_of(
-    record: Record, preset: str, radii: list[float] | None, images: int | None, white_box: bool
-) -> AttackSettings:
+def settings_of(record: Record, preset: str, radii: list[float] | None, images: int | None) -> AttackSettings:
     """Make the settings of an attack. Raises BenchError for a value out of range.
 
     Args:
@@ -54,7 +57,6 @@ def settings_of(
         preset: One of ``PRESETS``.
         radii: Of the balls to search; None: those of the run's table.
         images: Number of images, spread over those of the run; None: the preset's, at most all.
-        white_box: Whether gradients reach the image.
     """
     budget, sampling, indices = PRESETS[preset], record.identity.sampling, record.identity.indices
     chosen = sorted({r for r in (record.info.radii if radii is None else radii) if r > 0})
@@ -77,7 +79,7 @@ def settings_of(
             "radii": chosen,
             "checked": chosen[len(chosen) // 2],
             "indices": [indices[i * len(indices) // count] for i in range(count)],
-            "white_box": white_box,
+            "white_box": True,
             "steps": budget.steps,
             "draws": budget.draws,
             "restarts": budget.restarts,
@@ -97,10 +99,27 @@ def open_run(record: Record, session: Session, defense: str | None, base: str | 
     return rebuild_checked(record, session, defense, base)
 
 
-def differentiable(rebuilt: Rebuilt) -> bool:
-    """Return whether the defense offers gradients with respect to the image."""
-    plan = rebuilt.run.plan
-    return plan.cls.differentiable(plan.config)
+@contextmanager
+def through_base(defense: Defense) -> Iterator[None]:
+    """Let gradients pass a base that the defense may only query: certificates hold against attackers who know it."""
+    views = [m.context.base for m in defense.modules() if isinstance(m, Defense)]
+    raised = [v for v in views if isinstance(v, View) and v.most is Access.QUERY]
+    for view in raised:
+        view.most = Access.GRADIENT
+    try:
+        yield
+    finally:
+        for view in raised:
+            view.most = Access.QUERY
+
+
+def gradients_reach(attacker: Attacker) -> bool:
+    """Return whether gradients of the logits reach the image; not those of a served base."""
+    around = attacker.around(attacker.settings.indices[0], "pgd", 0.0)
+    delta = torch.zeros_like(around.x).requires_grad_()
+    with attacker.searching(), torch.enable_grad():
+        out = around.log_probabilities(delta, keys := around.keys(1), around.normals(keys))
+        return out.requires_grad and torch.autograd.grad(out.sum(), delta, allow_unused=True)[0] is not None
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,14 @@ class Attacker:
         s = self.settings
         tau = self.rebuilt.run.identity.noise.tau
         return Decider(self.rebuilt, Predict(s.n, s.alpha, tau), self.seed(use))
+
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        """Compute gradients and answers of the defense, always the same on one kind of machine."""
+        run = self.rebuilt.run
+        errors = fitting.attribute_errors(run.plan.defense, "under attack")
+        with errors, through_base(run.fitted.defense), fixed_rng(0), deterministic():
+            yield
 
     def around(self, index: int, by: By, radius: float) -> Surroundings:
         """Return the classifier around a clean image, with noise for one attack and radius.
@@ -205,8 +232,7 @@ class Attacker:
 
     def best(self, index: int, by: By, radius: float | None, counts: list[int]) -> Placed:
         """Return the best image that an attack finds; adds its gradients, and the zero ones, to ``counts``."""
-        name = self.rebuilt.run.plan.defense
-        with fitting.attribute_errors(name, "under attack"), fixed_rng(0), deterministic():
+        with self.searching():
             around = self.around(index, by, radius or 0.0)
             length = reach(around.x) if radius is None else radius
             made = [self.place(index, delta, length) for delta in self._perturbations(around, by, length)]
@@ -232,7 +258,15 @@ class Attacker:
             yield descend(around, slope, radius, s.query_steps if queried else s.steps, from_random=restart > 0)
 
 
-def run(attacker: Attacker, file: attacks.AttackFile, progress: Callable[[int, int], None]) -> None:
+def prepare(record: Record, rebuilt: Rebuilt, settings: AttackSettings) -> Attacker:
+    """Return the attacker, without a white-box attack where no gradients reach the image."""
+    attacker = Attacker(record, rebuilt, settings)
+    if gradients_reach(attacker):
+        return attacker
+    return Attacker(record, rebuilt, settings.replace(white_box=False))
+
+
+def run(attacker: Attacker, file: AttackFile, progress: Callable[[int, int], None]) -> None:
     """Attack the images that are left; ``progress`` is called with (images done, images attacked)."""
     done, largest = file.attack, max(attacker.settings.radii)
 

@@ -96,13 +96,11 @@ def _radii(text: str | None) -> list[float] | None:
 
 def _prepared(record: Record, session: Session, options: AttackOptions) -> Attacker:
     from bench.attacks.presets import PRESETS
-    from bench.attacks.session import Attacker, differentiable, open_run, settings_of
+    from bench.attacks.session import open_run, prepare, settings_of
 
     preset = options.preset or (record.info.preset if record.info.preset in PRESETS else "quick")
-    radii = _radii(options.radii)
-    settings_of(record, preset, radii, options.images, True)  # refused before anything is loaded
-    rebuilt = open_run(record, session, options.defense, options.base)
-    return Attacker(record, rebuilt, settings_of(record, preset, radii, options.images, differentiable(rebuilt)))
+    settings = settings_of(record, preset, _radii(options.radii), options.images)  # refused before anything is loaded
+    return prepare(record, open_run(record, session, options.defense, options.base), settings)
 
 
 def _announce(attacker: Attacker, reporter: ConsoleReporter) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def _announce(attacker: Attacker, reporter: ConsoleReporter) -> dict[str, Any]:
 def _attacked(attacker: Attacker, reporter: ConsoleReporter) -> Attack:
     from bench.attacks.session import run
     from bench.process.environment import describe
-    from bench.records.attacks import AttackFile
+    from bench.records.attack_writer import AttackFile
     from bench.records.schema import Environment
 
     here = Environment.of(describe(attacker.rebuilt.run.task.device))
