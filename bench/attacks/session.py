@@ -77,7 +77,7 @@ def settings_of(record: Record, preset: str, radii: list[float] | None, images: 
             "certificates": record.info.certificates_sha256,
             "preset": preset,
             "radii": chosen,
-            "checked": chosen[len(chosen) // 2],
+            "checked": chosen[-1],
             "indices": [indices[i * len(indices) // count] for i in range(count)],
             "white_box": True,
             "steps": budget.steps,

@@ -46,7 +46,7 @@ class AttackSettings(Stored):
     certificates: str | None  # hash of its certificates
     preset: str
     radii: Radii  # of the balls that are searched, l2 between images with pixels in [0, 1]
-    checked: Positive  # the radius at which attacks are compared, to detect masked gradients
+    checked: Positive  # the radius of the attacks that serve only to detect masked gradients
     indices: Annotated[list[Whole], Field(min_length=1)]
     white_box: bool  # whether gradients reach the image, so that pgd is run
     steps: Count

@@ -5,6 +5,7 @@ From Athalye et al. 2018 (arXiv 1802.00420, section 3.1) and the automatic check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -37,19 +38,19 @@ def checks(attack: Attack) -> list[Check]:
 def _checks(attack: Attack, images: list[AttackedImage]) -> Iterator[Check]:
     radius, white = attack.settings.checked, attack.settings.white_box
     best: By = "pgd" if white else "query"
-    at = f"of {len(images)} images at r = {radius:g}"
     if white:
-        yield _no_better("black box no better than white box", "query", "pgd", images, radius, at)
+        yield _no_better("black box no better than white box", "query", "pgd", images, attack.settings.radii)
         gradients, zero = sum(i.gradients for i in images), sum(i.zero for i in images)
         yield Check(
             "warning" if zero else "ok",
             f"gradients are not zero: {zero} of {gradients} are zero or not finite ({zero / max(1, gradients):.1%})",
         )
-        yield _no_better("one step no better than many", "step", "pgd", images, radius, at)
+        yield _no_better("one step no better than many", "step", "pgd", images, [radius])
     else:
         yield Check("no evidence", "no gradients reach the image, so there is no white-box attack to compare with")
-    kept = sum(1 for i in images if (r := i.result("unbounded")) is not None and r.predicted == i.label)
-    undecided = sum(1 for i in images if (r := i.result("unbounded")) is not None and r.predicted is None)
+    unbounded = [r for i in images if (r := i.result("unbounded")) is not None]
+    kept = sum(r.predicted == i.label for i, r in zip(images, unbounded, strict=True))
+    undecided = sum(r.predicted is None for r in unbounded)
     yield Check(
         "warning" if kept else "ok",
         f"an unbounded attack succeeds: {len(images) - kept - undecided} of {len(images)} images change their class, "
@@ -57,24 +58,31 @@ def _checks(attack: Attack, images: list[AttackedImage]) -> Iterator[Check]:
     )
     random, found = _found(images, "noise", radius), _found(images, best, radius)
     status: Status = "no evidence" if not random and not found else "warning" if random >= found else "ok"
-    yield Check(status, f"random noise is weaker: it changes the class {at} for {random}, {_names(best)} for {found}")
+    yield Check(
+        status,
+        f"random noise is weaker: it changes the class of {random} of {len(images)} images at r = {radius:g}, "
+        f"{_names(best)} of {found}",
+    )
 
 
-def _no_better(title: str, weak: By, strong: By, images: list[AttackedImage], radius: float, at: str) -> Check:
-    """Compare two attacks on the same images by the exact sign test, one-sided."""
-    alone = [0, 0]
-    for image in images:
-        found = [image.outcome(radius, by) == "attacked" for by in (weak, strong)]
-        if found[0] != found[1]:
-            alone[found[1]] += 1
+def _no_better(title: str, weak: By, strong: By, images: list[AttackedImage], radii: list[float]) -> Check:
+    """Compare two attacks by the smallest of ``radii`` at which each succeeds: exact sign test over the images."""
+    first = [[_first(image, by, radii) for by in (weak, strong)] for image in images]
+    alone = sum(w < s for w, s in first), sum(s < w for w, s in first)
     p = float(stats.binom.sf(alone[0] - 1, sum(alone), 0.5)) if sum(alone) else 1.0
-    counts = [_found(images, by, radius) for by in (weak, strong)]
+    counts = [_found(images, by, radii[-1]) for by in (weak, strong)]
     status: Status = "warning" if p < LEVEL else "ok" if any(counts) else "no evidence"
     return Check(
         status,
-        f"{title}: {_names(weak)} changes the class {at} for {counts[0]}, {_names(strong)} for {counts[1]}; "
-        f"{alone[0]} and {alone[1]} alone, sign test p = {p:.2g}",
+        f"{title}: {_names(weak)} changes the class of {counts[0]} of {len(images)} images up to r = {radii[-1]:g}, "
+        f"{_names(strong)} of {counts[1]}; {alone[0]} images fall to {_names(weak)} alone or at a smaller radius, "
+        f"{alone[1]} to {_names(strong)}, sign test p = {p:.2g}",
     )
+
+
+def _first(image: AttackedImage, by: By, radii: list[float]) -> float:
+    """Return the smallest of ``radii`` at which an attack changes the class; infinity where it never does."""
+    return next((r for r in radii if image.outcome(r, by) == "attacked"), math.inf)
 
 
 def _found(images: list[AttackedImage], by: By, radius: float) -> int:

@@ -22,7 +22,7 @@ from bench.records import attacks
 from bench.records.attack_writer import AttackFile
 from bench.records.masking import checks
 from bench.records.record import read_run
-from tests.helpers.commands import Bench, defense
+from tests.helpers.commands import TINY, Bench, defense
 from tests.helpers.records import made_up, seal
 
 CARD = """
@@ -125,20 +125,44 @@ def test_votes_of_an_attack_are_not_those_of_the_run(bench: Bench, runs: dict[st
 def test_no_sign_of_masking_where_gradients_are_true(bench: Bench, runs: dict[str, Path], tmp_path: Path) -> None:
     found = attack(bench, copied(runs["grid"], tmp_path), "--radii", ".5")
     assert [c["status"] for c in found["checks"]] == ["ok"] * 5
-    assert "0 and 0 alone" in found["checks"][0]["text"] or "alone" in found["checks"][0]["text"]
-    assert "for 0, PGD for 8" in found["checks"][4]["text"]
+    assert "it changes the class of 0 of 8 images at r = 0.5, PGD of 8" in found["checks"][4]["text"]
 
 
 def test_shattered_gradients_are_detected(bench: Bench, runs: dict[str, Path], tmp_path: Path) -> None:
     found = attack(bench, copied(runs["shattered"], tmp_path), "--radii", ".6", name="shattered")
     box, zero, step, _, _ = found["checks"]
-    assert (
-        box["status"] == "warning" and "query changes the class of 8 images at r = 0.6 for 8, PGD for 0" in box["text"]
-    )
+    assert box["status"] == "warning"
+    assert "query changes the class of 8 of 8 images up to r = 0.6, PGD of 0" in box["text"]
     assert zero["status"] == "warning" and "(100.0%)" in zero["text"]
     assert step["status"] == "no evidence"
     # The query attack counts: the attacked accuracy is not fooled.
     assert found["accuracy"][-1]["attacked"]["value"] == 0
+
+
+def test_without_gradients_answers_are_enough(bench: Bench, card: str, tmp_path: Path) -> None:
+    run = certified(card, tmp_path / "runs", "blind")
+    found = attack(bench, run, "--radii", ".3,.6", name="blind")
+    assert found["settings"]["white_box"] is False
+    assert [row["attacked"]["value"] for row in found["accuracy"]] == [1, 1, 0]
+    assert found["checks"][0]["status"] == "no evidence"
+    assert {r.by for image in attacks.read(run)[0].images for r in image.results} == {
+        "clean",
+        "query",
+        "noise",
+        "unbounded",
+    }
+
+
+def test_gradients_pass_a_base_that_the_defense_only_queries(bench: Bench, tmp_path: Path) -> None:
+    """The certificates hold against attackers who know the base, so the attack uses it; the record stays true."""
+    assert bench("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path, "--n", 300).code == 0
+    (run,) = tmp_path.iterdir()
+    found = bench("attack", run, "--preset", "quick", "--radii", ".5", "--images", 2, "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)[0]["settings"]["white_box"] is True
+    (one,) = attacks.read(run)
+    assert sum(image.gradients for image in one.images) > 0 and sum(image.zero for image in one.images) == 0
+    assert bench("verify", run).code == 0
 
 
 def forged(run: Path, place: Path) -> Path:
