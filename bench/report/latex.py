@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from bench.report import attacked
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
 from bench.report.rows import Method
@@ -63,8 +64,27 @@ def _table(table: Table) -> str:
     parts = [_grid([_escape(m.label) for m in table.methods], blocks)]
     if len(table.published):
         parts.append(_published(table))
+    if table.attacks.shown:
+        parts.append(_attacks(table))
     notes = table.notes.replace("=: not", "Bold: not")
     return _comment(setting.heading) + _comment(table.verdict) + _comment(notes) + "\n".join(parts)
+
+
+def _attacks(table: Table) -> str:
+    """Write certified and attacked accuracy at each radius, and the budgets of the attacks below."""
+    shown, columns = table.attacks.shown, {}
+    radii = sorted({r for one in shown for r in one.radii})
+    for radius in radii:
+        for title in ("certified", "attacked"):
+            cells = []
+            for one in shown:
+                attack = one.attack
+                rate = attack.attacked_accuracy(radius) if title == "attacked" else attack.certified(one.record, radius)
+                value = _interval(f"{100 * rate.value:.1f}", rate.low, rate.high)
+                cells.append(value if radius in one.radii else "--")
+            columns[f"\\shortstack[r]{{r = {radius:g}\\\\{title}}}"] = cells
+    grid = _grid([_escape(one.label) for one in shown], [("accuracy in \\%", pd.DataFrame(columns))])
+    return f"{_comment(table.attacks.note)}{grid}{{\\scriptsize {_escape(attacked.budgets(shown))}\\par}}\n"
 
 
 def _accuracy(method: Method, radius: float) -> str:
