@@ -42,7 +42,6 @@ html_theme_options = {
     "source_branch": "main",
     "source_directory": "docs/",
 }
-html_extra_path = ["certbench.slurm"]
 
 
 def setup(app: "Sphinx") -> None:

@@ -82,7 +82,7 @@ def test_a_link_that_leads_nowhere_fails_the_build(tmp_path: Path, link: str) ->
     (tmp_path / "conf.py").write_text(
         f"exec(compile(open({str(ROOT / 'docs' / 'conf.py')!r}).read(), {str(ROOT / 'docs' / 'conf.py')!r}, 'exec'), "
         f"globals() | {{'__file__': {str(ROOT / 'docs' / 'conf.py')!r}}}, g := {{}})\n"
-        "globals().update({k: v for k, v in g.items() if k not in ('setup', 'html_extra_path')})\n"
+        "globals().update({k: v for k, v in g.items() if k != 'setup'})\n"
     )
     (tmp_path / "faq.md").write_text("# Questions\n")
     (tmp_path / "index.md").write_text(f"# Top\n\n```{{toctree}}\nfaq\n```\n\n[a]({link})\n")
