@@ -57,5 +57,5 @@ def inspect(
         print(json.dumps(output.summary(found), indent=1))
         return
     print_table(
-        [{"run": r.subject.label} | {n.title: printed(r.summary(n.key)) for n in NUMBERS} for r in found.results], ""
+        [{"run": r.subject.label} | {n.title: printed(r.summary(n)) for n in NUMBERS} for r in found.results], ""
     )

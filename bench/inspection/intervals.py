@@ -23,13 +23,19 @@ class Interval:
     images: int
 
 
-def mean(values: Sequence[float]) -> Interval:
-    """Return the mean of one value an image with its t interval; values that are not finite are left out."""
+def mean(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Interval:
+    """Return the mean of one value an image with its t interval; values that are not finite are left out.
+
+    ``least`` and ``most`` are the values' range, at which the interval ends.
+    """
     kept = np.array([v for v in values if math.isfinite(v)], np.float64)
     if not len(kept):
         return Interval(None, None, None, 0)
     value = float(kept.mean())
-    return _around(value, kept, value)
+    found = _around(value, kept, value)
+    if found.low is None or found.high is None:
+        return found
+    return Interval(value, max(found.low, least), min(found.high, most), found.images)
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:

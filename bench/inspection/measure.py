@@ -15,6 +15,7 @@ from bench.inspection.copies import SEED, Copies
 from bench.inspection.gradients import Gradients
 from bench.inspection.intervals import Interval
 from bench.inspection.landscape import POINTS, Landscape, landscape
+from bench.inspection.numbers import MANIFOLD_RATIO, Number
 from bench.inspection.score import Denoiser
 from bench.inspection.subjects import Subject
 from bench.models.arithmetic import deterministic
@@ -49,11 +50,11 @@ class SubjectResult:
     no_map: str  # why there is no Grad-CAM; empty where there is
     images: list[ImageResult]
 
-    def summary(self, key: str) -> Interval:
+    def summary(self, number: Number) -> Interval:
         """Return a number of the run over its images."""
-        if key == "manifold_ratio":
+        if number is MANIFOLD_RATIO:
             return intervals.ratio(self._per_image("change_on"), self._per_image("change_off"))
-        return intervals.mean(self._per_image(key))
+        return intervals.mean(self._per_image(number.key), number.least, number.most)
 
     def _per_image(self, key: str) -> list[float]:
         """Return one value an image: the mean over its copies that have one."""

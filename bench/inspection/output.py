@@ -54,7 +54,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "finite_difference_step": gradients.STEP * identity.sigma,
         "manifold_step": gradients.MOVE * identity.sigma,
         "denoiser": found.denoiser,
-        "definitions": [asdict(n) for n in NUMBERS],
+        "definitions": [{k: getattr(n, k) for k in ("key", "title", "definition", "source")} for n in NUMBERS],
         "runs": [_run(result, found.pictured) for result in found.results],
     }
 
@@ -65,7 +65,7 @@ def summary(found: Inspection) -> list[dict[str, Any]]:
         {
             "label": result.subject.label,
             "path": str(result.subject.record.path),
-            "numbers": {n.key: asdict(result.summary(n.key)) for n in NUMBERS},
+            "numbers": {n.key: asdict(result.summary(n)) for n in NUMBERS},
         }
         for result in found.results
     ]
@@ -80,7 +80,7 @@ def _run(result: SubjectResult, pictured: list[int]) -> dict[str, Any]:
         "cam_grid": result.grid,
         "cam_of_changed_pixels": result.behind,
         "no_cam": result.no_map or None,
-        "numbers": {n.key: asdict(result.summary(n.key)) for n in NUMBERS},
+        "numbers": {n.key: asdict(result.summary(n)) for n in NUMBERS},
         "images": [_image(image, place in pictured) for place, image in enumerate(result.images)],
     }
 

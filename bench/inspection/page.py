@@ -81,18 +81,18 @@ def _remarks(result: SubjectResult) -> str:
 
 
 def _numbers(found: Inspection) -> str:
-    rows = [[escape(r.subject.label), *(escape(printed(r.summary(n.key))) for n in NUMBERS)] for r in found.results]
+    rows = [[escape(r.subject.label), *(escape(printed(r.summary(n))) for n in NUMBERS)] for r in found.results]
     images = len(found.copies)
     missing = [
-        f"{r.subject.label}, {n.title}: {r.summary(n.key).images} of {images} images"
+        f"{r.subject.label}, {n.title}: {r.summary(n).images} of {images} images"
         for r in found.results
         for n in NUMBERS
-        if r.summary(n.key).images < images
+        if r.summary(n).images < images
     ]
     note = (
         f"Mean over {images} images, each the mean over its {DRAWS} noisy copies, seed {SEED}, with a 95% t interval "
-        "over images (of the ratio: a jackknife t interval of its logarithm). It "
-        "bounds the mean over all such images. Runs share images, so whether two intervals overlap does not decide "
+        "over images within the number's range (of the ratio: a jackknife t interval of its logarithm). It "
+        "is for the mean over all such images. Runs share images, so whether two intervals overlap does not decide "
         "whether the runs differ. The denoiser D is "
         f"{found.denoiser}."
     )
@@ -109,7 +109,8 @@ def _cams(found: Inspection) -> str:
     about = (
         f"Maps of the label's logit for {len(found.pictured)} of {len(found.copies)} images, on the clean image and "
         f"on {NOISY} of its {DRAWS} noisy copies (seed {SEED}, shown clipped to [0, 1]). Each map is scaled to its own "
-        "range, so colours compare places within a map, not strengths between maps."
+        "range, so colours compare places within a map, not strengths between maps. A map without colour is empty: "
+        "nothing in that layer speaks for the label."
     )
     legend = f'<img src="{pictures.scale()}" alt="colours from low to high" style="width:12rem;height:.8rem">'
     shown = "".join(_cam(found, place) for place in found.pictured)
@@ -162,8 +163,8 @@ def _landscapes(found: Inspection) -> str:
     about = (
         f"Mean cross-entropy of the label over {DRAWS} noisy copies (seed {SEED}) on {POINTS}x{POINTS} points around "
         f"the image (+), from -{REACH:g} to {REACH:g} sigma, {REACH * sigma:g} in l2: along the run's own gradient of "
-        "that loss, and along one random direction, the same for all runs but for its part along the gradient. The runs of "
-        "an image share one scale. The noise is the same at each point; pixels are not clipped."
+        "that loss, and along one random direction, the same for all runs but for its part along the gradient. The "
+        "runs share the scale of an image. The noise is the same at each point; pixels are not clipped."
     )
     figures = []
     for place in found.pictured:
