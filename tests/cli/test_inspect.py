@@ -19,9 +19,9 @@ from tests.helpers.commands import TINY, Bench, defense
 pytest.importorskip("pytorch_grad_cam", reason="pip install 'certbench[inspect]'")
 CONVNET = """
 [bases.conv]
-model = "resnet18"
-args = { in_chans = 1, layers = [1, 1, 1, 1], channels = [8, 8, 8, 8], stem_width = 8 }
-schedule = { epochs = 3, batch = 32, lr = 4e-3 }
+model = "resnet110"
+args = { in_chans = 1, blocks = 1 }
+schedule = { epochs = 5, batch = 32, lr = 4e-3 }
 """
 FILES = ("inspect.html", "inspect.json", "values.csv", "landscapes.csv")
 Run = Callable[..., Path]
@@ -65,7 +65,7 @@ def test_a_vit_a_convnet_and_a_denoiser_side_by_side(bench: Bench, run: Run, tmp
     assert [r["folder"] for r in found["runs"]] == [f.name for f in folders]
     vit, conv, denoised = found["runs"]
     assert (vit["cam_layer"], vit["cam_grid"]) == ("blocks.0.norm1", [2, 2])
-    assert conv["cam_layer"] == "layer1" and not conv["cam_of_changed_pixels"]
+    assert (conv["cam_layer"], conv["cam_grid"]) == ("layer3", [8, 8]) and not conv["cam_of_changed_pixels"]
     assert denoised["cam_layer"] == "blocks.0.norm1" and denoised["cam_of_changed_pixels"]
     assert found["draws"] == 8 and found["seed"] == 0 and len(found["images"]) == 3
     assert "trained here for 8 epochs on 200 training images" in found["denoiser"]
