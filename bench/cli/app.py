@@ -19,6 +19,7 @@ from bench.cli.attack import app as attack_app
 from bench.cli.convert import app as convert_app
 from bench.cli.exchange import app as exchange_app
 from bench.cli.housekeeping import app as housekeeping_app
+from bench.cli.inspect import app as inspect_app
 from bench.cli.options import (
     RUNS,
     AsJson,
@@ -277,3 +278,4 @@ app.add_typer(records_app)
 app.add_typer(attack_app)
 app.add_typer(exchange_app)
 app.add_typer(convert_app)
+app.add_typer(inspect_app)

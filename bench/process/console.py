@@ -43,6 +43,18 @@ class ConsoleReporter:
             yield lambda images, changed: update(images, total, f"class changed for {changed}" if images else "")
 
     @contextmanager
+    def measuring(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Show any other work; call the value with (steps done, all steps)."""
+        began = time.monotonic()
+        with self._bar(what, 0) as update:
+
+            def count(done: int, total: int) -> None:
+                left = (time.monotonic() - began) * (total - done) / max(done, 1)
+                update(done, total, "" if self.console.is_terminal else f"about {duration(left)} left")
+
+            yield count
+
+    @contextmanager
     def _bar(self, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
         columns = (
             SpinnerColumn(),

@@ -65,10 +65,10 @@ def pictures(record: Record, split: Split, index: int, votes: Sequence[int]) -> 
     else:
         pixels = split.pixels(rows)
         noisy = pixels + sigma * source.normals(keys, pixels[0].size).numpy().reshape(pixels.shape)
-    return [_data_uri(p.astype(np.float32)) for p in (split.pixels([index])[0], *noisy)]
+    return [data_uri(p.astype(np.float32)) for p in (split.pixels([index])[0], *noisy)]
 
 
-def _data_uri(pixels: NDArray[np.float32]) -> str:
+def data_uri(pixels: NDArray[np.float32]) -> str:
     """Encode pixels [1 or 3 channels, H, W] as a PNG, clipped to [0, 1]."""
     levels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     out = io.BytesIO()

@@ -1,0 +1,1 @@
+"""Look into the trained functions of finished runs: attention maps, loss landscapes, gradients (``bench inspect``)."""
