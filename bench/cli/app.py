@@ -30,6 +30,7 @@ from bench.cli.options import (
     print_table,
     with_options,
 )
+from bench.cli.predict import app as predict_app
 from bench.cli.records import app as records_app
 from bench.cli.show import app as show_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
@@ -275,3 +276,4 @@ app.add_typer(housekeeping_app)
 app.add_typer(records_app)
 app.add_typer(exchange_app)
 app.add_typer(convert_app)
+app.add_typer(predict_app)

@@ -34,7 +34,7 @@ from bench.runs import fitting
 from bench.runs.context import PartTraining
 from bench.runs.model_card import model_card
 from bench.runs.prepared import PreparedRun
-from bench.runs.redraw import not_named, plan_of, rebuild
+from bench.runs.redraw import rebuild_checked
 from bench.runs.session import Session
 from bench.smoothing.noise import Noise, TrainDraw
 from bench.training.weights import stored
@@ -139,20 +139,7 @@ def _rebuilt(record: Record, session: Session, defense: str | None) -> PreparedR
         raise BenchError(f"{record.path}: its base is a server's, whose weights are not here; nothing can be exported")
     if weights is not None and not arguments.get("weights") and not stored(weights):
         raise missing(record, record.identity.defense.name)
-    if why := not_named(arguments, defense, None):
-        raise BenchError(f"{record.path}: {why}")
-    with plugins.restricted_to([defense] if defense else []):
-        plan = plan_of(record, defense, None)
-    if plan.source != record.identity.defense.source:
-        made_by = record.info.environment.certbench
-        raise BenchError(
-            f"{record.path}: the code of defense {plan.defense} has changed since certbench {made_by} made this "
-            f"record; train it again, into another folder: {command(arguments, '--out', 'OTHER')}"
-        )
-    rebuilt = rebuild(record, session, plan, defense)
-    if isinstance(rebuilt, str):
-        raise BenchError(f"{record.path}: {rebuilt}")
-    return rebuilt.run
+    return rebuild_checked(record, session, defense).run
 
 
 # A folder of peft -------------------------------------------------------------------------------------
