@@ -21,16 +21,24 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
 MOST = 20  # rows in one figure: with more, neither lines nor legend are readable
 WIDTH, HEIGHT = 3.4, 2.7  # inches, without the legend: a column of a two-column paper
+BANDS = "bands: 95% interval"
 TRADEOFF = "certified accuracy against the cost of a vote"
 
 
 def curves(table: Table, out: Path, name: str) -> list[Path]:
-    """Draw certified accuracy against radius with 95% interval bands; return the files written.
+    """Draw certified accuracy against radius with 95% interval bands; return the files written."""
+    fig, ax = _axes(table)
+    draw_curves(table, ax)
+    _legend(ax, BANDS)
+    return _save(fig, out, name)
+
+
+def draw_curves(table: Table, ax: Any) -> None:
+    """Draw the curves of a table into axes, each with its label, without a legend.
 
     Between two drawn radii, line and band have the values of the larger radius, where at most as much is certified.
     """
     grid = drawn_radii(table.setting)
-    fig, ax = _axes(table)
     for i, (label, method) in enumerate(_drawn(table)):
         points = metrics.pooled([r.certificates for r in method.records], grid)
         values = [100 * p.value for p in points]
@@ -41,8 +49,6 @@ def curves(table: Table, out: Path, name: str) -> list[Path]:
         low, high = [100 * p.low for p in points], [100 * p.high for p in points]
         ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0, step="pre")
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
-    _legend(ax, "bands: 95% interval")
-    return _save(fig, out, name)
 
 
 def drawn_radii(setting: Setting) -> list[float]:
