@@ -86,7 +86,7 @@ class Results:
         return frames.html(self._report)
 
     def plot(self, table: int | None = None, ax: Axes | None = None) -> Axes:
-        """Draw certified accuracy against radius with 95% intervals.
+        """Draw certified accuracy against radius with 95% intervals, of the table's first eight rows.
 
         Args:
             table: Which table, as ``to_pandas`` numbers them; needed where there are several.
@@ -108,8 +108,9 @@ class Results:
 
             ax = plt.subplots(layout="constrained")[1]
         one = tables[table or 0]
-        figures.draw_curves(one, ax)
-        ax.set_title(one.setting.heading, fontsize="small", wrap=True)
+        drawn, rows = figures.draw_curves(one, ax), len(one.methods)
+        shown = f"; the first {drawn} of {rows} rows" if drawn < rows else ""
+        ax.set_title(one.setting.heading + shown, fontsize="small", wrap=True)
         ax.legend(title=figures.BANDS, fontsize="small", title_fontsize="small")
         return ax
 

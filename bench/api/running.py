@@ -70,7 +70,7 @@ def run(
     Raises:
         BenchError: An option is wrong, or a run failed; the others are finished before.
     """
-    asked = options_of({"defenses": defense, "dataset": dataset, "sigma": sigma, **options})
+    asked = options_of({"defense": defense, "dataset": dataset, "sigma": sigma, **options})
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device, same_kind
     from bench.records.writer import check_writable
@@ -104,9 +104,10 @@ def options_of(given: Mapping[str, Any]) -> RunOptions:
     Raises BenchError naming the first wrong one.
     """
     known = {one.name: one for one in fields(RunOptions)}
+    known["defense"] = known.pop("defenses")
     for name in given:
         if name not in known:
-            raise unknown("option", name, {"defense", *known} - {"defenses"})
+            raise unknown("option", name, known)
     converted: dict[str, Any] = {}
     for name, value in given.items():
         one = known[name]
@@ -118,7 +119,7 @@ def options_of(given: Mapping[str, Any]) -> RunOptions:
             converted[name] = _number(name, value)
         else:
             converted[name] = _text(name, value, one.metadata["several"])
-    return RunOptions.of({k: v for k, v in converted.items() if v is not None or known[k].default is None})
+    return RunOptions.of({known[k].name: v for k, v in converted.items() if v is not None})
 
 
 def _number(name: str, value: Any) -> int | float:

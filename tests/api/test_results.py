@@ -32,11 +32,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_row_a_run_has_the_numbers_of_csv_and_what_identifies_it(bench_command: Bench, runs: Path) -> None:
-    frame = bench.load(runs).to_pandas()
+    frame: Any = bench.load(runs).to_pandas()
     csv = bench_command("report", runs, "--format", "csv")
     from io import StringIO
 
-    expected = pd.read_csv(StringIO(csv.out)).set_index("run")
+    expected: Any = pd.read_csv(StringIO(csv.out)).set_index("run")
     assert len(frame) == 3 and set(expected.columns) - {"table"} <= set(frame.columns)
     for name in expected.columns:
         for run in frame["run"]:
@@ -53,7 +53,7 @@ def test_one_row_a_run_has_the_numbers_of_csv_and_what_identifies_it(bench_comma
 
 def test_certificates_are_one_row_an_image_of_each_run(runs: Path) -> None:
     results = bench.load(runs)
-    frame = results.certificates()
+    frame: Any = results.certificates()
     assert len(frame) == 24 and frame["run"].nunique() == 3
     for record in results:
         part = frame[frame["run"] == record.path.name].reset_index()
@@ -62,7 +62,7 @@ def test_certificates_are_one_row_an_image_of_each_run(runs: Path) -> None:
                 assert (pd.isna(part.at[i, name]) and value is None) or part.at[i, name] == value, name
     assert frame["predicted"].isna().any() and str(frame["predicted"].dtype) == "Int64"
     # A share computed from the rows is the report's.
-    first = results.to_pandas().iloc[0]
+    first: Any = results.to_pandas().iloc[0]
     rows = frame[frame["run"] == first["run"]]
     share = ((rows["predicted"] == rows["label"]) & (rows["radius"] >= 0.25)).fillna(False).mean()
     assert share == pytest.approx(first["certified_0.25"])
@@ -73,14 +73,16 @@ def test_an_imported_log_has_no_counts(tmp_path: Path, bench_command: Bench) -> 
     log.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t0.5\t1\t0:00:01\n1\t1\t-1\t0.0\t0\t0:00:01\n")
     numbers = ("--sigma", 0.25, "--alpha", 0.001, "--n", 1000)
     bench_command("import", log, "--dataset", "other", *numbers, "--out", tmp_path / "runs")
-    frame = bench.load(tmp_path / "runs").certificates()
+    frame: Any = bench.load(tmp_path / "runs").certificates()
     assert frame["radius"].tolist() == [0.5, 0.0] and frame["predicted"].isna().tolist() == [False, True]
     assert frame["top_count"].isna().all() and frame["p_lower"].isna().all()
 
 
 def test_the_table_is_the_reports_and_a_notebook_shows_it_escaped(bench_command: Bench, tmp_path: Path) -> None:
     made_up(tmp_path, [0.3, 0.2, None], name="lora")
-    made_up(tmp_path, [0.3, None, None], name="<script>alert(1)</script>")
+    identity = {"source": "d" * 64, "config": {}, "weights": "e" * 64, "parts": {}, "objective": "gaussian"}
+    evil = {"name": "<script>alert(1)</script>", **identity}
+    made_up(tmp_path, [0.3, None, None], name="evil", defense=evil)
     results = bench.load(tmp_path)
     assert results.table() == bench_command("report", tmp_path, "--format", "md").out
     assert results.table(every=True) == bench_command("report", tmp_path, "--columns", "all").out
@@ -96,10 +98,10 @@ def test_a_figure_has_a_step_curve_for_each_method(runs: Path) -> None:
         results.plot()
     with pytest.raises(bench.BenchError, match="no table 2; there are 2"):
         results.plot(2)
-    ax = results.plot(0)
+    ax: Any = results.plot(0)
     assert sorted(line.get_label() for line in ax.lines) == ["lora", "none"]
     assert {line.get_drawstyle() for line in ax.lines} == {"steps-pre"}
-    frame = results.to_pandas().set_index("defense")
+    frame: Any = results.to_pandas().set_index("defense")
     (line,) = (one for one in ax.lines if one.get_label() == "none")
     assert line.get_ydata()[0] == pytest.approx(100 * frame.at["none", "certified_0"])
     assert results.plot(1, ax) is ax and len(ax.lines) == 3
@@ -118,7 +120,7 @@ def test_two_runs_are_compared_as_the_command_does(bench_command: Bench, runs: P
         results.compare(by_sigma[0.25], by_sigma[0.5])
     for wrong, problem in ((7, "no run 7; there are 3"), ("x", "no run x among")):
         with pytest.raises(bench.BenchError, match=problem):
-            results.compare(0, wrong)  # type: ignore[arg-type]
+            results.compare(0, wrong)
 
 
 def test_lists_records_and_single_runs_are_loaded_and_what_is_left_out_is_said(

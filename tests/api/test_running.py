@@ -33,7 +33,7 @@ def test_the_typed_options_are_those_of_the_command() -> None:
 
 def test_values_are_those_of_the_command_line() -> None:
     typed: dict[str, Any] = {
-        "defenses": ["none", Path("./mine.py")],
+        "defense": ["none", Path("./mine.py")],
         "dataset": Path("cards/card.toml"),
         "sigma": [0.25, np.float32(0.5)],
         "seed": [0, np.int64(1)],
@@ -63,7 +63,7 @@ def test_values_are_those_of_the_command_line() -> None:
         search=("lr=0.1,0.2",),
         arithmetic="bfloat16,compile",
     )
-    assert options_of({"defenses": "none", "dataset": "digits", "sigma": None}) == RunOptions(
+    assert options_of({"defense": "none", "dataset": "digits", "sigma": None}) == RunOptions(
         defenses="none", dataset="digits"
     )
 
