@@ -18,7 +18,8 @@ import plotly.graph_objects as go
 
 from bench.records import metrics
 from bench.report.envelopes import Curve
-from bench.report.figures import colour, decimals, drawn_radii
+from bench.report.figures import decimals, drawn_radii
+from bench.report.looks import colour
 from bench.report.rows import Method
 from bench.report.tables import Table
 
