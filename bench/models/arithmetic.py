@@ -1,7 +1,7 @@
 """Compute F in other arithmetic than plain float32: faster, with other last bits, so part of the identity.
 
-Training always uses float32; so do noise, pixels and the comparison of logits. F in another arithmetic is another
-classifier, certified as any other.
+Noise, pixels and the comparison of logits always use float32; what training uses is a preset's choice
+(``bench.training.bfloat16``). F in another arithmetic is another classifier, certified as any other.
 """
 
 from __future__ import annotations

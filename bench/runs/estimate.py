@@ -75,7 +75,10 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         if rows == whole:
             task = blocks.fitting_block(defense, task, indices[0])
             seconds, rows = check_rows(model, task, indices[0]) / task.block, task.block
-        per_vote = seconds / at_once
+        per_vote = per_pass = seconds / at_once
+        if plan.training_arithmetic == "bfloat16" and seconds:
+            rounded = arithmetic.model(defense, ("bfloat16",), device, base.module)
+            per_pass = vote_seconds(rounded, task, indices[0])[0] / at_once
         # A server's operations cannot be counted, so it is not asked again.
         flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), indices[0]).flops
     votes = len(indices) * plan.procedure.max_votes
@@ -89,7 +92,7 @@ def estimate(plan: Plan, device: torch.device, shard: Shard | None = None) -> Es
         timed_rows=rows,
         block=task.block,
         seconds=votes * per_vote,
-        train_seconds=training_passes(plan, defense.schedule(), train, validation) * per_vote,
+        train_seconds=training_passes(plan, defense.schedule(), train, validation) * per_pass,
         step_forwards=step.forwards if step else None,
         step_backwards=step.backwards if step else None,
         objective=plan.training_objective.remark if step else "",

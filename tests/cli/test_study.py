@@ -109,7 +109,7 @@ def test_a_dry_run_prints_the_whole_bill_and_does_nothing(bench: Bench, tmp_path
 
 
 def test_a_killed_study_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
-    text = TEXT.replace("n0 = 10", "n0 = 10\nn = 6000").replace("examples = 4", "examples = 20")
+    text = TEXT.replace("n0 = 10", "n0 = 10\nn = 4000").replace("examples = 4", "examples = 12")
     whole, killed = written(tmp_path / "whole", text), written(tmp_path / "killed", text)
     process = subprocess.Popen([sys.executable, "-m", "bench", "run", killed], stderr=subprocess.DEVNULL, stdout=-3)
     second = "tiny-none-s0.5-*/certificates.jsonl"
@@ -118,7 +118,7 @@ def test_a_killed_study_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> No
     process.kill()
     assert process.wait() == -signal.SIGKILL
     before = runs(killed.parent / "runs")
-    assert len(before) == 2 and [len(lines) for lines in before.values()] != [20, 20]
+    assert len(before) == 2 and [len(lines) for lines in before.values()] != [12, 12]
 
     report = bench("report", killed, "--format", "csv")
     assert report.code == 1 and report.out.count("\n") == 2

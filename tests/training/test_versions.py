@@ -20,7 +20,7 @@ from bench.options import RunOptions
 from bench.runs import fitting
 from bench.runs.context import PartTraining
 from bench.runs.plan import Plan, make_plans
-from bench.training import autoencoder, clean, denoising, diffusion, loop, objectives, prompts, spsa, versions
+from bench.training import autoencoder, bfloat16, clean, denoising, diffusion, loop, objectives, prompts, spsa, versions
 from bench.training.autoencoder import MaskedAutoencoder
 from bench.training.objectives import attacks, catrs, macer, method, plain, smoothadv, smoothmix
 from tests.helpers.commands import TINY, defense
@@ -39,8 +39,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "57198ec6ef0c319b"),
-    "clean": (2, "587b1ebb27c7a3fd"),
+    "loop": (1, "6331db730a9370e7"),
+    "clean": (2, "8b617ef898d937bc"),
+    "bfloat16": (1, "1cdce84e584d3903"),
     "spsa": (1, "1508bb5e21263cff"),
     "autoencoder": (1, "462aa627c9db045b"),
     "diffusion": (1, "56c970d429880c08"),
@@ -100,7 +101,7 @@ def of_objective(name: str) -> str:
 def current() -> dict[str, tuple[int, str]]:
     found = {
         m.__name__.rpartition(".")[2]: (m.VERSION, of_module(m))
-        for m in (loop, clean, spsa, autoencoder, diffusion, denoising, prompts)
+        for m in (loop, clean, bfloat16, spsa, autoencoder, diffusion, denoising, prompts)
     }
     return found | {f"objective {name}": (objectives.VERSIONS[name], of_objective(name)) for name in LOSSES}
 
