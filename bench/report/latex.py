@@ -14,7 +14,7 @@ from bench.report.shift import Cell, Shift
 from bench.report.tables import Report, Table
 
 PREAMBLE = (
-    "% packages: \\usepackage{booktabs}\n"
+    "% needs \\usepackage{booktabs}\n"
     "\\providecommand{\\certified}[2]{\\begin{tabular}[t]{@{}r@{}}#1\\\\[-1pt]{\\tiny #2}\\end{tabular}}\n"
 )
 LINE = "\\\\"  # ends a line

@@ -135,7 +135,7 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
     assert r"\certified{50.0}" in rows["far"]
     assert body.count(r"\begin{table}[t]") == body.count(r"\end{table}") == body.count(r"\label{tab:") == 1
     assert re.search(r"\\caption\{digits, sigma 0\.25: .*bold: the best of a column", body)
-    assert "% packages: \\usepackage{booktabs}" in text
+    assert "% needs \\usepackage{booktabs}" in text
 
 
 def test_the_best_of_a_column_is_bold_even_where_all_others_are_significantly_worse(
