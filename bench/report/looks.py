@@ -1,8 +1,8 @@
 """The look of a method in figures: colour, marker and line style by its name, so that it is the same in every figure.
 
 Defenses that come with certbench have numbers of their own in a fixed list; other names, such as variants with
-settings, have one by their hash. Only two methods of one figure whose numbers coincide depend on each other: the later
-by name takes the next number.
+settings, have one by their hash. The colour depends on nothing else. Marker and style do only where two methods of one
+figure would look the same without colour: the later by name then takes others.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ COLOURS = (
     *("#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#661100", "#888888"),
 )
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
-# The numbers of hashed names: beyond those known, and as many as there are combinations of colour, marker and style in
-# either kind of figure (14 colours; 10 markers and 4 styles, or 8 symbols and 6 dashes).
-NUMBERS = 840
+NUMBERS = 1680  # of hashed names, a multiple of what follows, so that no look is more frequent than others
+# Numbers that are equal modulo these look the same without colour: for Matplotlib 10 markers and 4 styles, on a page
+# 16 symbols, since dashes distinguish sigmas there.
+UNCOLOURED = (20, 16)
 
 
 def colour(number: int) -> str:
@@ -49,8 +50,8 @@ def numbers(named: Mapping[str, str]) -> dict[str, int]:
     keys = {label: name if several[name] == 1 else label for label, name in named.items()}
     found: dict[str, int] = {}
     for name in sorted(set(keys.values()), key=lambda name: (name not in KNOWN, name)):
-        chosen = number(name)
-        while chosen in found.values():
-            chosen += 1
-        found[name] = chosen
+        first, taken = number(name), found.values()
+        same_colour = [first + i * len(COLOURS) for i in range(NUMBERS)]
+        clear = [n for n in same_colour if all(n % m not in {t % m for t in taken} for m in UNCOLOURED)]
+        found[name] = next(n for n in [*clear, *same_colour] if n not in taken)
     return {label: found[key] for label, key in keys.items()}

@@ -23,7 +23,10 @@ from bench.report.looks import colour
 from bench.report.rows import Method
 from bench.report.tables import Table
 
-SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "triangle-down", "star")
+SYMBOLS = (
+    *("circle", "square", "diamond", "cross", "triangle-up", "x", "triangle-down", "star"),
+    *("pentagon", "hexagon", "triangle-left", "triangle-right", "hourglass", "bowtie", "star-diamond", "diamond-tall"),
+)
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot")
 COSTS = {
     "trained_here": "parameters trained here",

@@ -10,6 +10,7 @@ from hypothesis import given, strategies
 
 from bench.plugins import names
 from bench.report import figures, looks, tables
+from bench.report.plots import SYMBOLS
 from tests.helpers.records import made_up
 
 
@@ -27,6 +28,14 @@ def test_labels_look_different_whatever_their_order(labels: list[str]) -> None:
     found = looks.numbers({label: label for label in labels})
     assert len(set(found.values())) == len(labels)
     assert looks.numbers({label: label for label in reversed(labels)}) == found
+    assert all(looks.colour(found[label]) == looks.colour(looks.number(label)) for label in labels)
+
+
+@given(strategies.lists(strategies.sampled_from([*looks.KNOWN, *map(str, range(50))]), unique=True, max_size=8))
+def test_eight_labels_differ_without_colour_and_known_names_keep_all_of_their_look(labels: list[str]) -> None:
+    found = looks.numbers({label: label for label in labels})
+    assert len({(n % len(looks.MARKERS), n % len(looks.STYLES)) for n in found.values()}) == len(labels)
+    assert len({n % len(SYMBOLS) for n in found.values()}) == len(labels)
     assert all(found[label] == looks.number(label) for label in labels if label in looks.KNOWN)
 
 
