@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install develop demo readme reports lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants fidelity
+.PHONY: install develop demo readme reports lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants fidelity docs reference
 
 install: .venv/installed
 
@@ -99,6 +99,20 @@ perf-ratio: develop
 # About ten minutes: deliberate mistakes in a copy of the code, each of which a test must find (scripts/mutants.py).
 mutants: develop
 	$(BIN)/python scripts/mutants.py
+
+# The documentation site, in docs/_site; every warning is an error, such as a link that leads nowhere.
+docs: .venv/documented
+	$(BIN)/python -m sphinx -b html -W --keep-going --fresh-env --quiet docs docs/_site
+
+.venv/documented: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@ .venv/installed
+
+# Write the figures and the reference of docs/ again, from formulas and from the code.
+reference: install
+	$(BIN)/python scripts/docs_figures.py
+	$(BIN)/python scripts/docs_reference.py
 
 # Write docs/fidelity.md again: the papers' values beside those of the code.
 fidelity: develop

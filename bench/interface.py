@@ -42,7 +42,7 @@ class Draw(Protocol):
     sigma: float  # noise level, in pixels of [0, 1]
 
     def normal(self, *shape: int) -> Tensor:
-        """Draw standard normal noise [B, *shape], with new values at every call."""
+        """Draw standard normal noise ``[B, *shape]``, with new values at every call."""
         ...
 
 

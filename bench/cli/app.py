@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bench.cli.attack import app as attack_app
 from bench.cli.convert import app as convert_app
 from bench.cli.exchange import app as exchange_app
 from bench.cli.housekeeping import app as housekeeping_app
@@ -287,6 +288,7 @@ def _options(
 app.add_typer(show_app)
 app.add_typer(housekeeping_app)
 app.add_typer(records_app)
+app.add_typer(attack_app)
 app.add_typer(exchange_app)
 app.add_typer(convert_app)
 app.add_typer(predict_app)

@@ -31,15 +31,16 @@ _Std = tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...]
 class Preset:
     """The settings of a preset for this data set: quick, standard, paper, or a name of the card's own."""
 
+    # Images that are certified: a number, class-balanced, or "every:K".
     examples: PositiveInt | Annotated[str, StringConstraints(pattern=r"^every:[1-9]\d*$")]
-    n0: PositiveInt
-    n: PositiveInt
+    n0: PositiveInt  # votes that select the class, per image
+    n: PositiveInt  # votes that bound the probability, per image
     base: str = ""  # a recipe of [bases]; default: the card's first
     transfer_base: str = ""  # a value of --base for defenses that adapt a base of another task; default: none
     # A value of --base for defenses that use its architecture alone; its weights stay untrained. Default: base.
     scratch_base: str = ""
     better_base: str = ""  # printed with the accuracy of ``base`` after its training: what would give a better one
-    train_examples: Annotated[int, Field(ge=0)] = 0  # 0: all
+    train_examples: Annotated[int, Field(ge=0)] = 0  # training images, class-balanced; 0: all
     epoch_scale: Annotated[float, Field(gt=0)] = 1.0  # multiplies the epochs of defenses' default schedules
     # Of the forward passes that train defenses; bfloat16 by autocast: weights, losses and the optimizer in float32.
     training_arithmetic: Literal["float32", "bfloat16"] = "float32"
@@ -49,14 +50,14 @@ class Preset:
 class Recipe:
     """A base classifier: a timm model, and the schedule of its clean training."""
 
-    model: str
-    schedule: dict[str, Any] | None = None  # None: published weights as they are
-    args: dict[str, Any] = field(default_factory=dict)
+    model: str  # a name of timm
+    schedule: dict[str, Any] | None = None  # of the clean training; without one: published weights as they are
+    args: dict[str, Any] = field(default_factory=dict)  # of the model
     pretrained: bool = False  # start from timm's published weights, with their normalisation
     classes: tuple[str, ...] = ()  # train on these classes alone, as a base of another task; default: all
     mean: _Mean = ()  # of a model trained here; default: the card's
-    std: _Std = ()
-    summary: str = ""
+    std: _Std = ()  # as mean
+    summary: str = ""  # for bench list bases
 
     def __post_init__(self) -> None:
         if not self.pretrained and self.schedule is None:
@@ -91,21 +92,22 @@ class Card:
 
     # The name is part of folder names, so it must not be a path.
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    source: Source
-    shape: tuple[_Side, _Side, _Side]
-    levels: Annotated[int, Field(ge=2, le=256)] = 256
+    source: Source  # where the pictures are, and how they are stored
+    shape: tuple[_Side, _Side, _Side]  # channels, height, width
+    levels: Annotated[int, Field(ge=2, le=256)] = 256  # of a pixel
     classes: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()  # names, or their number; default: folder names
-    mean: _Mean = ()
-    std: _Std = ()
+    mean: _Mean = ()  # of each channel, of pixels in [0, 1]: the normalisation of bases
+    std: _Std = ()  # as mean
+    # Of tables, l2 between pixels in [0, 1].
     radii: Annotated[tuple[Annotated[float, Field(ge=0, le=1e30)], ...], Field(min_length=1, max_length=100)] = (
         *(0.0, 0.25, 0.5, 0.75, 1.0),
     )
     # Sizes of the splits that are cut from train, where the source has no such part.
     splits: dict[Literal["test", "validation"], PositiveInt] = field(default_factory=dict)
-    presets: dict[str, Preset] = field(default_factory=_presets)
-    bases: dict[str, Recipe] = field(default_factory=dict)
-    preset: str = "quick"
-    augment: tuple[Literal["crop", "resized-crop", "flip"], ...] = ()
+    presets: dict[str, Preset] = field(default_factory=_presets)  # by name; own ones replace these
+    bases: dict[str, Recipe] = field(default_factory=dict)  # base classifiers that are trained here, by name
+    preset: str = "quick"  # without --preset
+    augment: tuple[Literal["crop", "resized-crop", "flip"], ...] = ()  # of training images
     corruptions: Corruptions | None = None  # of the test images, as further test parts
     home: Path = Path()  # the folder of the card's file; not a key of it
 

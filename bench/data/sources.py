@@ -64,8 +64,8 @@ class Digits:
 class Stored:
     """Data in ``folder`` (relative to the card), or in $CERTBENCH_DATA/<card name>, or $CERTBENCH_DATA/``archive``."""
 
-    folder: str = ""
-    archive: _Archive = ""  # the folder as published
+    folder: str = ""  # relative to the card; empty: the card's name in $CERTBENCH_DATA
+    archive: _Archive = ""  # the folder's name as published, in $CERTBENCH_DATA
     # Scale the shorter side to this (bilinear), then crop the centre to the card's shape. 0: pictures have the shape.
     resize: Annotated[int, Field(ge=0)] = 0
     lossless: bool = False  # the data set's own pictures are lossless; a copy stored as JPEG is reported
@@ -79,12 +79,12 @@ class Parquet(Stored):
     """Parquet files with a column of encoded pictures, as bytes or {bytes, path}, and one of labels 0 .. classes-1."""
 
     reader: Literal["parquet"]
-    train: Annotated[_Files, Field(min_length=1)]
+    train: Annotated[_Files, Field(min_length=1)]  # one file or several
     test: _Files = ()  # empty: cut from train
-    validation: _Files = ()
-    parts: dict[TestPart, Annotated[_Files, Field(min_length=1)]] = field(default_factory=dict)
-    image: str = "image"
-    label: str = "label"
+    validation: _Files = ()  # empty: cut from train
+    parts: dict[TestPart, Annotated[_Files, Field(min_length=1)]] = field(default_factory=dict)  # named test parts
+    image: str = "image"  # a column
+    label: str = "label"  # a column
     hub: str = ""  # a data set on the hub, for files that are not in the folder
     revision: Annotated[str, StringConstraints(pattern=REVISION)] = "main"
 
@@ -94,10 +94,10 @@ class Folder(Stored):
     """Folders with one folder of pictures for each class, in the natural order of their names (2 before 10)."""
 
     reader: Literal["folder"]
-    train: _Inside = "train"
+    train: _Inside = "train"  # a folder below the data folder; "." is that folder itself
     test: _Inside | Literal[""] = ""  # empty: cut from train
-    validation: _Inside | Literal[""] = ""
-    parts: dict[TestPart, _Inside] = field(default_factory=dict)
+    validation: _Inside | Literal[""] = ""  # empty: cut from train
+    parts: dict[TestPart, _Inside] = field(default_factory=dict)  # named test parts
 
 
 # Rows of a table: those with one of the given values in each of the given columns.
@@ -111,11 +111,11 @@ class Csv(Stored):
     reader: Literal["csv"]
     path: Annotated[str, StringConstraints(min_length=1)]  # of a picture, with columns in braces: "train/{filename}"
     label: str  # a column of class names or numbers
-    train: Annotated[_Rows, Field(min_length=1)]
+    train: Annotated[_Rows, Field(min_length=1)]  # values by column
     test: _Rows = field(default_factory=dict)  # empty: cut from train, unless there are named test parts
-    validation: _Rows = field(default_factory=dict)
-    parts: dict[TestPart, Annotated[_Rows, Field(min_length=1)]] = field(default_factory=dict)
-    file: _Inside = "metadata.csv"
+    validation: _Rows = field(default_factory=dict)  # empty: cut from train
+    parts: dict[TestPart, Annotated[_Rows, Field(min_length=1)]] = field(default_factory=dict)  # named test parts
+    file: _Inside = "metadata.csv"  # the table
     domain: str = ""  # a column that names where a picture comes from, such as a hospital; counted in records
 
 

@@ -43,6 +43,12 @@ class ConsoleReporter:
             yield lambda pictures, certified: update(pictures, total, f"{certified} certified")
 
     @contextmanager
+    def attacking(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        """Show an attack; call the value with (images done, images whose class was changed)."""
+        with self._bar(f"attack {what}", total) as update:
+            yield lambda images, changed: update(images, total, f"class changed for {changed}" if images else "")
+
+    @contextmanager
     def _bar(self, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
         columns = (
             SpinnerColumn(),

@@ -6,13 +6,15 @@ names processes and folders; weights stay in the cache, so ``verify`` draws vote
 
 from __future__ import annotations
 
+import gzip
 import re
 from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.io import limits
 from bench.io.files import replacing, write_json, writing
-from bench.records import audit, lines
+from bench.records import attacks, audit, lines
 from bench.records.record import Record
 
 # Folders of an absolute path or of ~, not those of a URL. A path with blanks is cut at the last blank.
@@ -44,6 +46,9 @@ def copy_record(record: Record, out: Path) -> tuple[Path, list[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / lines.COMPRESSED) as partial:
             partial.write_bytes(lines.compressed(lines.certificates_file(record.path)))
+        if (file := attacks.attacks_file(record.path)).exists():
+            with replacing(folder / attacks.COMPRESSED) as partial:
+                partial.write_bytes(gzip.compress(b"".join(limits.lines(file, attacks.LINE)), mtime=0))
         write_json(folder / "run.json", info)
     return folder, changed
 

@@ -65,6 +65,32 @@ def _draw(setting: Setting, rows: Sequence[tuple[str, Method]], looks: Mapping[s
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
 
 
+def band(table: Table, out: Path, name: str) -> list[Path]:
+    """Draw certified and attacked accuracy, between which the true robust accuracy lies; none without attacks.
+
+    Of each run attacked, over the images attacked. The lower edge falls just above each drawn radius, since what is
+    certified at a radius is certified below it; the upper edge falls at it, since what is attacked within a radius is
+    attacked within larger ones too.
+    """
+    shown = table.attacks.shown[:MOST]
+    if not shown:
+        return []
+    fig, (ax,) = _axes(table, [len(shown)])
+    names = {m.label: m.row.defense for m in table.methods}
+    looks = numbers({one.label: names.get(one.method, one.method) for one in shown})
+    for one in shown:
+        i = looks[one.label]
+        radii, low, high = one.radii, one.lower, one.upper
+        ax.plot(radii, low, "-", color=colour(i), drawstyle="steps-pre", marker=MARKERS[i % len(MARKERS)])
+        ax.plot(radii, high, ":", color=colour(i), drawstyle="steps-post", marker=MARKERS[i % len(MARKERS)])
+        label = "\n".join(textwrap.wrap(f"{one.label}, {len(one.attack.images)} images; {one.budget}", 60))
+        ax.fill_between(*one.band, color=colour(i), alpha=0.15, linewidth=0, label=label)
+    ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
+    title = "bands: certified (solid) to attacked (dotted); more effort can only lower the upper edge"
+    ax.figure.legend(loc="outside lower center", ncols=1, frameon=False, title=title, title_fontsize=5, fontsize=5)
+    return _save(fig, out, f"{name}-attacked")
+
+
 def drawn_radii(setting: Setting) -> list[float]:
     """Return the radii at which a curve has points: the grid if only it is certified, else 200 steps up to the reach.
 

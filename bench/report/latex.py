@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from bench.io.files import digest
+from bench.report import attacked
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
 from bench.report.rows import Method
@@ -72,6 +73,8 @@ def _table(table: Table) -> str:
     if len(table.published):
         heading = published_heading(setting)
         written.append(_comment(heading) + _float(_published(table), _escape(heading), f"{setting.key}-published"))
+    if table.attacks.shown:
+        written.append(_attacks(table))
     return "\n".join(written)
 
 
@@ -88,6 +91,25 @@ def _float(inner: str, caption: str, key: str) -> str:
         f"\\begin{{table}}[t]\n\\centering\n\\caption{{{caption}}}\n\\label{{tab:{key[:8]}{key[64:]}}}\n{inner}"
         "\\end{table}\n"
     )
+
+
+def _attacks(table: Table) -> str:
+    """Write certified and attacked accuracy at each radius, and the budgets of the attacks below."""
+    shown, columns = table.attacks.shown, {}
+    radii = sorted({r for one in shown for r in one.radii})
+    for radius in radii:
+        for title in ("certified", "attacked"):
+            cells = []
+            for one in shown:
+                attack = one.attack
+                rate = attack.attacked_accuracy(radius) if title == "attacked" else attack.certified(one.record, radius)
+                value = _interval(f"{100 * rate.value:.1f}", rate.low, rate.high)
+                cells.append(value if radius in one.radii else "--")
+            columns[f"\\shortstack[r]{{r = {radius:g}\\\\{title}}}"] = cells
+    grid = _grid([_escape(one.label) for one in shown], [("accuracy in \\%", pd.DataFrame(columns))])
+    inner = f"{grid}{{\\scriptsize {_escape(attacked.budgets(shown))}\\par}}\n"
+    caption = f"{_escape(table.setting.heading)}. Certified and attacked accuracy, above their 95\\% intervals."
+    return _comment(table.attacks.note) + _float(inner, caption, f"{table.setting.key}-attacks")
 
 
 def _accuracy(method: Method, radius: float, best: frozenset[str]) -> str:

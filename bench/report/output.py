@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bench.errors import BenchError
 from bench.io.files import write_text, writing
-from bench.report import text
-from bench.report.figures import TRADEOFF, curves, tradeoff
+from bench.report import attacked, text
+from bench.report.figures import TRADEOFF, band, curves, tradeoff
 from bench.report.rows import Setting
 from bench.report.tables import Report
 from bench.text import escape
@@ -54,8 +54,11 @@ def write(report: Report, format: str, out: Path, left_out: Sequence[str] = (), 
                 name = figure_name(table.setting)
                 name = f"{out.stem}-{name}" if named else name
                 files += [*curves(table, file.parent, name), *tradeoff(table, file.parent, name)]
+                bands = band(table, file.parent, name)
+                files += bands
                 if format == "md":
                     content += f"\n![{escape(table.setting.heading)}]({name}.svg)\n![{TRADEOFF}]({name}-cost.svg)\n"
+                    content += f"![{attacked.TITLE}]({name}-attacked.svg)\n" if bands else ""
         write_text(file, content)
     return files
 

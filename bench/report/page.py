@@ -25,7 +25,7 @@ from bench.errors import BenchError
 from bench.records.columns import NULL
 from bench.records.record import Line, Record
 from bench.records.study import Study
-from bench.report import distribution, gallery, plots
+from bench.report import attacked, distribution, gallery, plots
 from bench.report.envelopes import Envelope
 from bench.report.looks import numbers
 from bench.report.plots import COSTS, Looks
@@ -172,6 +172,7 @@ def _part(table: Table, looks: Looks, figures: _Figures) -> str:
         + (f'<p class="verdict">{escape(table.verdict)}</p>' if table.verdict else "")
         + f'{_sortable(table.few.cells)}<p class="note">{escape(f"{table.few.note} {table.notes}")}</p>'
         + f"<details><summary>All columns</summary>{_sortable(table.cells)}</details>"
+        + _attacks(table, looks, figures)
         + _costs(table, looks, figures)
         + _abstention(table, looks, figures)
         + _distribution(table, looks, figures)
@@ -181,6 +182,15 @@ def _part(table: Table, looks: Looks, figures: _Figures) -> str:
         + f"<h4>Images</h4>{_gallery(table)}"
         + f"<h4>Identity and environment of every run</h4>{identities}</div>"
     )
+
+
+def _attacks(table: Table, looks: Looks, figures: _Figures) -> str:
+    """Write certified and attacked accuracy of the runs attacked, with the budgets; nothing without attacks."""
+    shown, note = table.attacks.shown, f'<p class="note">{escape(table.attacks.note)}</p>'
+    if not shown:
+        return note if table.attacks else ""
+    drawn = figures.add(f"{attacked.TITLE}: the true one lies between", {"": plots.attacked(shown, looks)}, {})
+    return f"<h4>{attacked.TITLE}</h4>{drawn}{_sortable(attacked.cells(shown))}{note}"
 
 
 def _costs(table: Table, looks: Looks, figures: _Figures) -> str:

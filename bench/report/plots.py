@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from bench.records import metrics
+from bench.report.attacked import Attacked
 from bench.report.envelopes import Curve
 from bench.report.figures import decimals, drawn_radii
 from bench.report.looks import colour
@@ -73,6 +74,42 @@ def figure(height: int, *, xaxis: _Axis, yaxis: _Axis, legend: Sequence[str] = (
         legend={"orientation": "h", "y": -0.2, "yanchor": "top", "itemwidth": 40},
         uirevision="kept",  # a line that was switched off stays off in another view
     )
+    return fig
+
+
+def attacked(shown: Sequence[Attacked], looks: Looks) -> go.Figure:
+    """Draw a band for each run attacked: from certified (solid) to attacked accuracy (dotted)."""
+    names = [text(f"{one.label}; {one.budget}", 60) for one in shown]
+    fig = figure(420, xaxis={"title": "l2 radius", "rangemode": "tozero"}, yaxis=PERCENT, legend=names)
+    for name, one in zip(names, shown, strict=True):
+        look, (radii, low, high) = looks[one.method], one.band
+        fixed = {"legendgroup": one.label}
+        fig.add_scatter(
+            x=[*radii, *radii[::-1]],
+            y=[*high, *low[::-1]],
+            mode="none",
+            fill="toself",
+            fillcolor=colour(look),
+            opacity=0.15,
+            hoverinfo="skip",
+            showlegend=False,
+            **fixed,
+        )
+        for values, shape, dash, word in (
+            (one.lower, STEP, "solid", "certified"),
+            (one.upper, "hv", "dot", "attacked"),
+        ):
+            fig.add_scatter(
+                x=one.radii,
+                y=values,
+                mode="lines+markers",
+                line={"color": colour(look), "dash": dash, "shape": shape},
+                marker=_marker(look),
+                hovertemplate=f"{word} %{{y:.1f}}%",
+                name=name,
+                showlegend=word == "certified",
+                **fixed,
+            )
     return fig
 
 

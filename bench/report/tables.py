@@ -16,7 +16,8 @@ from bench.errors import BenchError
 from bench.records import audit, grouping, metrics, paired
 from bench.records.record import Record, find_runs, read_run
 from bench.records.study import Study
-from bench.report import default, envelopes, published, rows, shift
+from bench.report import attacked, default, envelopes, published, rows, shift
+from bench.report.attacked import Attacks
 from bench.report.cells import cells, label, notes, verdict
 from bench.report.default import Columns
 from bench.report.envelopes import Envelope
@@ -36,6 +37,7 @@ class Table:
     verdict: str
     notes: str
     published: pd.DataFrame  # text, a row a published method and setting; empty if not asked for
+    attacks: Attacks
 
     def frame(self) -> pd.DataFrame:
         """Return the numbers, a row a run, as csv and json have them."""
@@ -99,6 +101,7 @@ def _table(group: Sequence[Record], with_published: bool) -> Table:
         verdict=verdict(setting, methods),
         notes=notes(setting, methods),
         published=published.rows_for(setting) if with_published else pd.DataFrame(),
+        attacks=attacked.find(methods),
     )
 
 

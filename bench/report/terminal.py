@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from bench.errors import shown
+from bench.report import attacked
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
 from bench.report.shift import Shift
@@ -32,7 +33,16 @@ def _table(table: Table) -> str:
     if len(table.published):
         parts += [published_heading(table.setting)]
     text = [_grid(table.few.cells) if part is None else _prose(part) for part in parts if part != ""]
-    return "\n\n".join([*text, *([_grid(table.published)] if len(table.published) else [])])
+    return "\n\n".join([*text, *([_grid(table.published)] if len(table.published) else []), *_attacks(table)])
+
+
+def _attacks(table: Table) -> list[str]:
+    """Lay out certified and attacked accuracy, with the budgets of the attacks."""
+    shown = table.attacks.shown
+    if not shown:
+        return [_prose(table.attacks.note)] if table.attacks else []
+    grid = _grid(attacked.cells(shown).drop(columns=attacked.BUDGET))
+    return [f"{attacked.TITLE}:", grid, _prose(attacked.budgets(shown)), _prose(table.attacks.note)]
 
 
 def _envelope(envelope: Envelope) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from bench.report import latex
+from bench.report import attacked, latex
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
 from bench.report.shift import Shift
@@ -47,7 +47,17 @@ def _table(table: Table, every: bool) -> str:
     if len(table.published):
         italic = table.published.assign(published=[f"*{p}*" for p in table.published["published"]])
         text += f"\n{published_heading(table.setting)}\n\n{_grid(italic)}\n"
-    return text
+    return text + _attacks(table)
+
+
+def _attacks(table: Table) -> str:
+    """Write certified and attacked accuracy side by side, with the budgets of the attacks."""
+    if not table.attacks:
+        return ""
+    parts = [f"#### {attacked.TITLE}"]
+    if table.attacks.shown:
+        parts.append(_grid(attacked.cells(table.attacks.shown).map(escape)))
+    return "\n" + "\n\n".join([*parts, escape(table.attacks.note)]) + "\n"
 
 
 def _envelope(envelope: Envelope) -> str:
@@ -79,7 +89,11 @@ def _csv(report: Report) -> str:
 
 def _json(report: Report) -> str:
     tables = [
-        {"heading": table.setting.heading, "rows": json.loads(table.frame().to_json(orient="records"))}
+        {
+            "heading": table.setting.heading,
+            "rows": json.loads(table.frame().to_json(orient="records")),
+            **({"attacks": attacked.as_json(table.attacks)} if table.attacks.shown else {}),
+        }
         for table in report.tables
     ]
     envelopes = [

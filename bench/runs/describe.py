@@ -38,16 +38,16 @@ class Setting:
 def settings(name: str, cls: type[Defense], card: Card) -> list[Setting]:
     """Describe every setting, with its default for each preset of the card. Raises BenchError as ``configured``."""
     schema = TypeAdapter(cls.Config).json_schema()
-    meanings = _meanings(cls.Config)
+    found = meanings(cls.Config)
     if len(fields(cls.Config)) == 1:  # described by the class
-        meanings = {fields(cls.Config)[0].name: inspect.getdoc(cls.Config) or ""} | meanings
+        found = {fields(cls.Config)[0].name: inspect.getdoc(cls.Config) or ""} | found
     made = {preset: configured(name, cls, preset, card, {}) for preset in card.presets}
     return [
         Setting(
             f.name,
             _takes(schema["properties"][f.name]),
             {preset: getattr(config, f.name) for preset, config in made.items()},
-            meanings.get(f.name, ""),
+            found.get(f.name, ""),
         )
         for f in fields(cls.Config)
     ]
@@ -86,7 +86,7 @@ def _takes(schema: dict[str, Any]) -> str:
     return " ".join([words, *limits])
 
 
-def _meanings(config: type) -> dict[str, str]:
+def meanings(config: type) -> dict[str, str]:
     """Return the comment on each field's line, or else those on the lines just above it, from the sources."""
     found: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -41,4 +42,13 @@ def test_every_job_runs_targets_of_the_makefile() -> None:
             words = command.removeprefix("make ").split()
             called |= {w for w in words if "=" not in w} - {'"$TARGET"'}
             called |= set(job.get("strategy", {}).get("matrix", {}).get("target", []))
-    assert {"lint", "type", "suite", "gate", "slow", "fuzz", "oldest", "perf-ratio"} == called <= targets
+    assert {"lint", "type", "suite", "docs", "gate", "slow", "fuzz", "oldest", "perf-ratio"} == called <= targets
+
+
+def test_the_demo_installs_no_tools_of_developers() -> None:
+    """What make would run for the demo in a new checkout."""
+    planned = subprocess.run(
+        ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    installs = [line for line in planned.stdout.splitlines() if "pip install" in line]
+    assert len(installs) == 1 and installs[0].endswith("--editable .")

@@ -1,0 +1,1 @@
+"""Attacks on the smoothed classifier of a finished run: its images, its weights, its noise level."""
