@@ -14,7 +14,8 @@ from typing import Any
 from bench.io.files import replacing, write_text
 from bench.records import metrics
 from bench.report import published
-from bench.report.figures import COLOURS, MARKERS, STYLES, drawn_radii
+from bench.report.figures import drawn_radii
+from bench.report.looks import COLOURS, MARKERS, STYLES
 from bench.report.tables import Report
 from bench.text import escape
 
@@ -149,7 +150,7 @@ def draw(panels: dict[str, list[Curve]], title: str, file: Path) -> Path:
             for i, c in enumerate(found):
                 radii, values = list(c.values), list(c.values.values())
                 mark = "" if c.low else MARKERS[i % len(MARKERS)]
-                colour = "black" if c.low else COLOURS[i % (len(COLOURS) - 1)]
+                colour = "black" if c.low else COLOURS[i % 6]  # of the first seven, black is for rows made here
                 drawn = {"color": colour, "marker": mark, "label": c.name, "drawstyle": "steps-pre"}
                 ax.plot(radii, values, STYLES[i % len(STYLES)], linewidth=1.6 if c.low else 0.8, **drawn)
                 if c.low:

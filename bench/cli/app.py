@@ -32,6 +32,7 @@ from bench.cli.options import (
     print_table,
     with_options,
 )
+from bench.cli.predict import app as predict_app
 from bench.cli.records import app as records_app
 from bench.cli.show import app as show_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # these import torch
     from bench.records.record import Record
     from bench.records.shards import Shard
     from bench.runs.plan import Plan
+    from bench.runs.study import StudyFile
 
 app = typer.Typer(
     help="Compare certified defenses through one certification engine.",
@@ -105,7 +107,7 @@ def _fail(message: str, code: int) -> None:
 @with_options(RunOptions, Execution, StudyOptions, instead="study")
 def run(options: RunOptions | None, execution: Execution, study_options: StudyOptions) -> None:
     """Train (or load) defenses and certify them, as options or a study file say. Repeat the command to resume."""
-    from bench.cli.studies import StudyProgress
+    _announce_loading()
     from bench.records.shards import Shard
     from bench.records.writer import check_writable
     from bench.runs import study
@@ -141,7 +143,7 @@ def run(options: RunOptions | None, execution: Execution, study_options: StudyOp
     records, faults = [], []
     try:
         check_writable(out)
-        progress = StudyProgress(file, plans, out, execution.device, shard) if file else None
+        progress = _study_progress(file, plans, out, execution.device, shard) if file else None
         outcomes = _on_cluster(plans, execution, out) if on_ray else _here(plans, execution, out, shard, progress)
         with watchdog.time_limit(execution.timeout):
             for number, outcome in outcomes:
@@ -159,6 +161,18 @@ def run(options: RunOptions | None, execution: Execution, study_options: StudyOp
     _print_records(records, execution, out, shard, study_options.study)
     if faults:
         raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])
+
+
+def _announce_loading() -> None:
+    """Say what takes the first seconds of a run, where it is not loaded yet."""
+    if "torch" not in sys.modules:
+        print("bench: loading torch and timm", file=sys.stderr, flush=True)
+
+
+def _study_progress(file: StudyFile, plans: list[Plan], out: Path, device: str, shard: Shard | None) -> StudyProgress:
+    from bench.cli.studies import StudyProgress  # it estimates times, which takes a while to import
+
+    return StudyProgress(file, plans, out, device, shard)
 
 
 def _here(
@@ -279,3 +293,4 @@ app.add_typer(attack_app)
 app.add_typer(exchange_app)
 app.add_typer(convert_app)
 app.add_typer(inspect_app)
+app.add_typer(predict_app)

@@ -38,35 +38,28 @@ def report_(
     """Report finished runs as tables, with --out also as figures or a page. Exit 1: some runs were left out."""
     from bench.errors import unknown
     from bench.records import study
-    from bench.report import output, tables
+    from bench.report import loading, output, tables
 
     every = every_column(columns)
     if format not in (known := (None, "md", "latex", "csv", "json", "html")):
         raise unknown("format", format, filter(None, known))
     asked, format = format, output.format_of(out, format)
     _check_format(format, out, published, every)
-    of_study = None
-    results = study.find_study(runs)
-    if results is None:
-        records, left_out = tables.load_records(runs)
-    else:
-        of_study, folders, missing = study.run_folders(results)
-        records, left_out = tables.load(folders)
-        left_out = [*filter(None, [study.changed_since(runs, of_study)]), *missing, *left_out]
-    for line in left_out:
+    found = loading.find(runs)
+    for line in found.left_out:
         print(f"bench: left out: {shown(line)}", file=sys.stderr)
-    if not records:
+    if not found.records:
         raise BenchError(f"no finished run in {runs}; create one with bench run")
-    report = tables.build(records, published, of_study)
+    report = tables.build(found.records, published, found.study)
     if format != "html":
         print_report(report, format, every, wide=asked == "md")
     pages = [(format, out)] if out is not None else []
-    if results is not None and not pages and not asked:
+    if found.study is not None and not pages and not asked:
         pages = [(kind, study.home(runs)) for kind in ("md", "html")]
     for kind, place in pages:
-        for file in output.write(report, kind, place, left_out, every):
+        for file in output.write(report, kind, place, found.left_out, every):
             print(f"wrote {file}", file=sys.stderr)
-    if left_out:
+    if found.left_out:
         raise typer.Exit(1)
 
 

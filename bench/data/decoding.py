@@ -30,11 +30,15 @@ _AS_STORED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # modes that are conver
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels [C, H, W] of 8 bits, the picture's name in messages, and a description of each conversion."""
+    """Pixels [C, H, W] of 8 bits, the picture's name in messages, and a description of each conversion.
+
+    ``stored``: height and width as stored, before a crop or resizing.
+    """
 
     pixels: NDArray[np.uint8]
     where: str
     changes: tuple[str, ...]
+    stored: tuple[int, int]
 
 
 # Width and height of a picture to a box in it: left, top, width, height.
@@ -48,6 +52,7 @@ def decode(
     resize: int,
     crop: Crop | None = None,
     lossless: bool = False,
+    fix: str = "set resize in its [source]",
 ) -> Decoded:
     """Decode one picture.
 
@@ -59,6 +64,7 @@ def decode(
             does; 0: the picture must have the shape.
         crop: Cut this box out of the picture as stored, and scale it to the shape, in place of ``resize``.
         lossless: The data set's own pictures are lossless, so a lossy one is a copy with other pixels: a change.
+        fix: What the message about another shape advises.
 
     Raises:
         BenchError: The picture is unreadable, has another shape, or more than 8 bits.
@@ -94,6 +100,7 @@ def decode(
         ) from None
     except Exception as e:  # Pillow's decoders raise errors of any type
         raise BenchError(f"{where}: not a readable picture: {one_line(e)}; replace or delete it") from None
+    stored = picture.size[::-1]
     if crop is not None and (resize or picture.size == (width, height)):
         left, top, w, h = crop(*picture.size)
         picture = picture.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BILINEAR)
@@ -103,12 +110,10 @@ def decode(
         picture = _resized(picture, where, height, width, resize)
     if picture.size != (width, height):
         w, h = picture.size
-        raise BenchError(
-            f"{where}: {h}x{w} pixels, but the card's shape is {height}x{width}; set resize in its [source]"
-        )
+        raise BenchError(f"{where}: {h}x{w} pixels, but the card's shape is {height}x{width}; {fix}")
     array = np.asarray(picture, np.uint8)
     pixels = array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
-    return Decoded(pixels, where, tuple(changes))
+    return Decoded(pixels, where, tuple(changes), stored)
 
 
 def _refuse(image: Any, largest: int, where: str, channels: int) -> None:

@@ -5,9 +5,12 @@ Pictures stay encoded, as bytes or files, until their rows are accessed.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.data.card import Card
 from bench.data.corrupted import read_corrupted
@@ -49,9 +52,24 @@ def read(card: Card, part: PartName) -> Part:
 
 
 def _digits(card: Card) -> Part:
-    from sklearn.datasets import load_digits
-
     if (card.shape, card.levels, len(card.classes)) != ((1, 8, 8), 17, 10):
         raise BenchError(f"card {card.name}: scikit-learn's digits have shape [1, 8, 8], 17 levels and 10 classes")
+    images, labels = _digits_file()
+    return Part(images[:, None].astype(np.uint8), labels.astype(np.int64), "scikit-learn")
+
+
+def _digits_file() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Read images [N, 8, 8] and labels from scikit-learn's file; by its own function where the file is elsewhere.
+
+    Importing scikit-learn takes half a second of every command.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            rows = np.loadtxt(file, delimiter=",")
+            return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
+    from sklearn.datasets import load_digits
+
     data = load_digits()
-    return Part(data.images[:, None].astype(np.uint8), data.target.astype(np.int64), "scikit-learn")
+    return data.images, data.target

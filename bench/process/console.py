@@ -37,6 +37,12 @@ class ConsoleReporter:
             )
 
     @contextmanager
+    def predicting(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        """Show a prediction of pictures; call the value with (pictures done, predictions that are certified)."""
+        with self._bar(f"predict {what}", total) as update:
+            yield lambda pictures, certified: update(pictures, total, f"{certified} certified")
+
+    @contextmanager
     def attacking(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
         """Show an attack; call the value with (images done, images whose class was changed)."""
         with self._bar(f"attack {what}", total) as update:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
+
+if TYPE_CHECKING:  # imported in the functions that need it: bench merge compares machines without it
+    import torch
 
 MACHINE = ("device", "platform", "packages")  # if these are equal, equal identities give equal counts
 PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "cryptography")
@@ -25,6 +26,8 @@ PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "cryptograph
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return versions, commit, device and host, as JSON."""
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "certbench": _version("certbench"),
@@ -45,6 +48,8 @@ def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _processor() -> str:
     """Return the CPU's model and torch's vector instructions, which affect the last bits of results."""
+    import torch
+
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         models = [v for k, _, v in (x.partition(":") for x in _lines("/proc/cpuinfo")) if k.strip() == "model name"]
@@ -64,6 +69,8 @@ def calibration_seconds(device: torch.device) -> float:
 
     Two 3x3 convolutions and a matrix product in float32, 24 times after a warm-up; the median, times ten.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, 16, 16, 16, generator=generator).to(device)
     kernel = torch.randn(16, 16, 3, 3, generator=generator).to(device) / 12
@@ -102,6 +109,8 @@ def _commit() -> str | None:
 
 def pick_device(name: str) -> torch.device:
     """Return the torch device of ``--device``; auto prefers an accelerator. Raises BenchError if it is missing."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -113,6 +122,8 @@ def pick_device(name: str) -> torch.device:
 
 def same_kind(device: torch.device) -> list[torch.device]:
     """Return all devices of the same kind: every visible GPU (see CUDA_VISIBLE_DEVICES), or the device itself."""
+    import torch
+
     if device.type != "cuda":
         return [device]
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -130,6 +141,8 @@ def threads(device: torch.device) -> int:
 
     On a CPU, torch's number of threads (``OMP_NUM_THREADS``); on a GPU, its share of the cores.
     """
+    import torch
+
     if device.type == "cpu":
         return torch.get_num_threads()
     if device.type == "cuda":
@@ -156,6 +169,8 @@ def keep_freed_memory() -> None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of peak memory, where the system supports it."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -167,6 +182,8 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes since the reset: the GPU allocator's, or this process's on a CPU."""
+    import torch
+
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":

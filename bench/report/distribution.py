@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from bench.records.record import Record
-from bench.report.figures import colour
+from bench.report.looks import colour
 from bench.report.plots import DASHES, PERCENT, Looks, figure, text
 from bench.report.rows import Method
 from bench.report.tables import Table

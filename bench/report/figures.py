@@ -5,44 +5,64 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.io.files import replacing
 from bench.records import metrics
+from bench.report.looks import MARKERS, STYLES, colour, numbers
 from bench.report.rows import Method, Setting
 from bench.report.tables import Table
 from bench.smoothing import bounds
 
-# Okabe and Ito's palette for colour-blind readers; line styles and markers differ too, for print without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*<>"
-MOST = 20  # rows in one figure: with more, neither lines nor legend are readable
-WIDTH, HEIGHT = 3.4, 2.7  # inches, without the legend: a column of a two-column paper
+MOST = 40  # rows in one figure
+PANEL = 8  # curves in one panel: with more, they cannot be told from each other
+WIDTH, HEIGHT = 3.4, 2.7  # inches of a panel, without the legend: a column of a two-column paper
+BANDS = "bands: 95% interval"
 TRADEOFF = "certified accuracy against the cost of a vote"
 
 
 def curves(table: Table, out: Path, name: str) -> list[Path]:
     """Draw certified accuracy against radius with 95% interval bands; return the files written.
 
+    The rows of the table are drawn in order, at most ``PANEL`` in each of several panels with the same axes.
+    """
+    rows = _drawn(table)
+    panels = [rows[i : i + PANEL] for i in range(0, len(rows), PANEL)]
+    fig, axes = _axes(table, [len(panel) for panel in panels])
+    looks = numbers({label: m.row.defense for label, m in rows})
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw(table.setting, panel, looks, ax)
+        _legend(ax, BANDS)
+    return _save(fig, out, name)
+
+
+def draw_curves(table: Table, ax: Any) -> int:
+    """Draw the curves of a table's first ``PANEL`` rows into axes, without a legend; return their number."""
+    rows = _drawn(table)
+    _draw(table.setting, rows[:PANEL], numbers({label: m.row.defense for label, m in rows}), ax)
+    return len(rows[:PANEL])
+
+
+def _draw(setting: Setting, rows: Sequence[tuple[str, Method]], looks: Mapping[str, int], ax: Any) -> None:
+    """Draw a step line and a band for each row.
+
     Between two drawn radii, line and band have the values of the larger radius, where at most as much is certified.
     """
-    grid = drawn_radii(table.setting)
-    fig, ax = _axes(table)
-    for i, (label, method) in enumerate(_drawn(table)):
-        points = metrics.pooled([r.certificates for r in method.records], grid)
-        values = [100 * p.value for p in points]
-        marker = MARKERS[i % len(MARKERS)] if table.setting.grid_only else ""
-        (line,) = ax.plot(
-            grid, values, STYLES[i % 4], color=colour(i), label=label, marker=marker, drawstyle="steps-pre"
-        )
+    grid = drawn_radii(setting)
+    for label, method in rows:
+        look, points = looks[label], metrics.pooled([r.certificates for r in method.records], grid)
         low, high = [100 * p.low for p in points], [100 * p.high for p in points]
-        ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0, step="pre")
+        drawn: dict[str, Any] = {"color": colour(look), "label": label, "drawstyle": "steps-pre"}
+        # A line of the grid has a marker at each of its radii, another one at a few places, so that it is known by it.
+        drawn |= {"marker": MARKERS[look % len(MARKERS)]}
+        if not setting.grid_only:
+            drawn["markevery"] = (look % 5 * len(grid) // 25, max(1, len(grid) // 5))
+        ax.plot(grid, [100 * p.value for p in points], STYLES[look % len(STYLES)], **drawn)
+        ax.fill_between(grid, low, high, color=colour(look), alpha=0.12, linewidth=0, step="pre")
     ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
-    _legend(ax, "bands: 95% interval")
-    return _save(fig, out, name)
 
 
 def band(table: Table, out: Path, name: str) -> list[Path]:
@@ -55,8 +75,11 @@ def band(table: Table, out: Path, name: str) -> list[Path]:
     shown = table.attacks.shown[:MOST]
     if not shown:
         return []
-    fig, ax = _axes(table)
-    for i, one in enumerate(shown):
+    fig, (ax,) = _axes(table, [len(shown)])
+    names = {m.label: m.row.defense for m in table.methods}
+    looks = numbers({one.label: names.get(one.method, one.method) for one in shown})
+    for one in shown:
+        i = looks[one.label]
         radii, low, high = one.radii, one.lower, one.upper
         ax.plot(radii, low, "-", color=colour(i), drawstyle="steps-pre", marker=MARKERS[i % len(MARKERS)])
         ax.plot(radii, high, ":", color=colour(i), drawstyle="steps-post", marker=MARKERS[i % len(MARKERS)])
@@ -91,17 +114,20 @@ def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
     with the number beside each point.
     """
     radius = next((r for r in table.setting.within if r > 0), 0.0)
-    fig, ax = _axes(table)
+    series = _series(table)
+    fig, (ax,) = _axes(table, [len(series)])
+    looks = numbers({one.label: one.label.partition(", ")[0] if one.numbers else one.label for one in series})
     free = any(not m.row.flops_per_vote for m in table.methods)  # 0 has no place on a logarithmic axis
-    for i, one in enumerate(_series(table)):
+    for one in series:
+        look = looks[one.label]
         points = [metrics.pooled([r.certificates for r in m.records], [radius])[0] for m in one.methods]
         costs = [(m.row.flops_per_vote or 0.0) / 1e6 for m in one.methods]
         values = [100 * p.value for p in points]
         bars = [[100 * (p.value - p.low) for p in points], [100 * (p.high - p.value) for p in points]]
-        marker = MARKERS[i % len(MARKERS)] + (STYLES[i % len(STYLES)] if len(points) > 1 else "")
-        ax.errorbar(costs, values, bars, fmt=marker, color=colour(i), capsize=2, label=one.label)
+        marker = MARKERS[look % len(MARKERS)] + (STYLES[look % len(STYLES)] if len(points) > 1 else "")
+        ax.errorbar(costs, values, bars, fmt=marker, color=colour(look), capsize=2, label=one.label)
         for number, *place in zip(one.numbers, costs, values, strict=False):
-            ax.annotate(number, place, (3, 3), textcoords="offset points", fontsize=5, color=colour(i))
+            ax.annotate(number, place, (3, 3), textcoords="offset points", fontsize=5, color=colour(look))
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
     ax.set_xscale("linear" if free else "log")
     ax.xaxis.set_major_formatter("{x:g}")
@@ -170,7 +196,8 @@ def _but(method: Method, key: str) -> tuple[object, ...]:
     )
 
 
-def _axes(table: Table) -> Any:
+def _axes(table: Table, panels: Sequence[int]) -> Any:
+    """Make a figure with panels below each other, given the entries of each panel's legend; return it and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,15 +206,18 @@ def _axes(table: Table) -> Any:
 
     plt.rcParams.update({"font.size": 7, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6})
     rows = len(table.methods)
-    fig, ax = plt.subplots(figsize=(WIDTH, HEIGHT + 0.12 * -(-min(rows, MOST) // 2)), layout="constrained")
+    heights = [HEIGHT + 0.12 * -(-entries // 2) for entries in panels]
+    sizes: Any = {"figsize": (WIDTH, sum(heights)), "height_ratios": heights, "layout": "constrained"}
+    fig, axes = plt.subplots(len(panels), squeeze=False, **sizes)
     shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
-    ax.set_title("\n".join(textwrap.wrap(table.setting.heading + shown, 80)), fontsize=5)
-    return fig, ax
+    axes[0][0].set_title("\n".join(textwrap.wrap(table.setting.heading + shown, 80)), fontsize=5)
+    return fig, [row[0] for row in axes]
 
 
 def _legend(ax: Any, title: str) -> None:
     """Place the legend below the axes, where it never hides a line."""
-    ax.figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, title_fontsize=6, fontsize=6)
+    place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2, "frameon": False}
+    ax.legend(title=title, title_fontsize=6, fontsize=6, **place)
 
 
 def _save(fig: Any, out: Path, name: str) -> list[Path]:
@@ -207,8 +237,3 @@ def _drawn(table: Table) -> list[tuple[str, Method]]:
     """Return the table's first rows, each with its name for the legend: the run's where two have the same."""
     names = Counter(m.row.defense for m in table.methods)
     return [(m.row.run if names[m.row.defense] > 1 else m.row.defense, m) for m in table.methods[:MOST]]
-
-
-def colour(i: int) -> str:
-    """Return the colour of the i-th method, in a figure or on a page."""
-    return COLOURS[i % len(COLOURS)]

@@ -1,4 +1,4 @@
-"""A report as LaTeX that needs only booktabs and fits into a column of a two-column paper."""
+"""A report as LaTeX: ``table`` environments that need only booktabs and fit into a column of a two-column paper."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from bench.io.files import digest
 from bench.report import attacked
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
@@ -44,8 +45,10 @@ def render(report: Report) -> str:
 def _table(table: Table) -> str:
     """Write the columns that a paper has room for."""
     setting, cells = table.setting, table.cells
+    best = {r: _best(table, r) for r in setting.within} if len(table.methods) > 1 else {}
     accuracies = {
-        f"{r:g}": [_accuracy(m, r) if r <= setting.reach else "--" for m in table.methods] for r in setting.radii
+        f"{r:g}": [_accuracy(m, r, best.get(r, frozenset())) if r <= setting.reach else "--" for m in table.methods]
+        for r in setting.radii
     }
     costs = {
         f"\\shortstack[r]{{{title}}}": [*map(_escape, cells[column])]
@@ -61,13 +64,33 @@ def _table(table: Table) -> str:
     ]
     title = "certified accuracy in \\% at radius"
     blocks = [(title, pd.DataFrame(accuracies)), ("", pd.DataFrame(costs))]
-    parts = [_grid([_escape(m.label) for m in table.methods], blocks)]
+    grid = _grid([_escape(m.label) for m in table.methods], blocks)
+    notes = table.notes.replace("=: not", "Bold: the best, or not")
+    said = _comment(setting.heading) + _comment(table.verdict) + _comment(notes)
+    caption = f"{_escape(setting.heading)}. Certified accuracy above its 95\\% interval"
+    caption += "; bold: the best of a column, and what does not differ significantly from it." if best else "."
+    written = [said + _float(grid, caption, setting.key)]
     if len(table.published):
-        parts.append(_published(table))
+        heading = published_heading(setting)
+        written.append(_comment(heading) + _float(_published(table), _escape(heading), f"{setting.key}-published"))
     if table.attacks.shown:
-        parts.append(_attacks(table))
-    notes = table.notes.replace("=: not", "Bold: not")
-    return _comment(setting.heading) + _comment(table.verdict) + _comment(notes) + "\n".join(parts)
+        written.append(_attacks(table))
+    return "\n".join(written)
+
+
+def _best(table: Table, radius: float) -> frozenset[str]:
+    """Return the labels of the rows with the highest certified accuracy at a radius; none where there is no other."""
+    values = {m.label: m.row.certified[radius].value for m in table.methods}
+    top = max(values.values())
+    return frozenset(label for label, value in values.items() if value == top > min(values.values()))
+
+
+def _float(inner: str, caption: str, key: str) -> str:
+    """Wrap a tabular into a floating table with a caption and a label; ``key`` identifies it among all tables."""
+    return (
+        f"\\begin{{table}}[t]\n\\centering\n\\caption{{{caption}}}\n\\label{{tab:{key[:8]}{key[64:]}}}\n{inner}"
+        "\\end{table}\n"
+    )
 
 
 def _attacks(table: Table) -> str:
@@ -84,13 +107,17 @@ def _attacks(table: Table) -> str:
                 cells.append(value if radius in one.radii else "--")
             columns[f"\\shortstack[r]{{r = {radius:g}\\\\{title}}}"] = cells
     grid = _grid([_escape(one.label) for one in shown], [("accuracy in \\%", pd.DataFrame(columns))])
-    return f"{_comment(table.attacks.note)}{grid}{{\\scriptsize {_escape(attacked.budgets(shown))}\\par}}\n"
+    inner = f"{grid}{{\\scriptsize {_escape(attacked.budgets(shown))}\\par}}\n"
+    caption = f"{_escape(table.setting.heading)}. Certified and attacked accuracy, above their 95\\% intervals."
+    return _comment(table.attacks.note) + _float(inner, caption, f"{table.setting.key}-attacks")
 
 
-def _accuracy(method: Method, radius: float) -> str:
+def _accuracy(method: Method, radius: float, best: frozenset[str]) -> str:
     share = method.row.certified[radius]
     value = f"{100 * share.value:.1f}"
-    return _interval(f"\\textbf{{{value}}}" if radius in method.level else value, share.low, share.high)
+    if radius in method.level or method.label in best:
+        value = f"\\textbf{{{value}}}"
+    return _interval(value, share.low, share.high)
 
 
 def _published(table: Table) -> str:
@@ -98,7 +125,7 @@ def _published(table: Table) -> str:
     numbers = facts.shape[1] - 2
     text = f"p{{{(0.96 - 0.105 * numbers) / 2:.2f}\\columnwidth}}"
     body = facts.to_latex(index=False, escape=False, column_format=f"@{{}}{text}{'r' * numbers}{text}@{{}}")
-    return _comment(published_heading(table.setting)) + f"{{\\tiny\\setlength{{\\tabcolsep}}{{2pt}}%\n{body}}}\n"
+    return f"{{\\tiny\\setlength{{\\tabcolsep}}{{2pt}}%\n{body}}}\n"
 
 
 def _envelope(envelope: Envelope) -> str:
@@ -113,7 +140,9 @@ def _envelope(envelope: Envelope) -> str:
         ]
     title = "certified in \\% at radius (sigma chosen)"
     names = [_escape(curve.label) for curve in envelope.curves]
-    return _comment(envelope.heading) + note + _grid(names, [(title, pd.DataFrame(cells))], CHOSEN)
+    grid = _grid(names, [(title, pd.DataFrame(cells))], CHOSEN)
+    caption = f"{_escape(envelope.heading)}, above its 95\\% interval."
+    return _comment(envelope.heading) + note + _float(grid, caption, f"{envelope.section}-sigmas")
 
 
 def _shift(shift: Shift) -> str:
@@ -127,7 +156,9 @@ def _shift(shift: Shift) -> str:
         }
         blocks.append((f"certified accuracy in \\% at radius {radius:g}", pd.DataFrame(cells)))
     names = [_escape(row.label) for row in shift.rows]
-    return _comment(shift.title) + _comment(shift.note) + _grid(names, blocks)
+    caption = f"{_escape(shift.title)}. Certified accuracy above its 95\\% interval; *: differs significantly from "
+    caption += f"{_escape(shift.reference)}."
+    return _comment(shift.title) + _comment(shift.note) + _float(_grid(names, blocks), caption, digest(shift.title))
 
 
 def _unpaired(cell: Cell | None) -> str:

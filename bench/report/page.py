@@ -27,6 +27,7 @@ from bench.records.record import Line, Record
 from bench.records.study import Study
 from bench.report import attacked, distribution, gallery, plots
 from bench.report.envelopes import Envelope
+from bench.report.looks import numbers
 from bench.report.plots import COSTS, Looks
 from bench.report.rows import Method, Setting
 from bench.report.shift import Shift
@@ -142,10 +143,9 @@ def _section(key: str, tables: list[Table], envelope: Envelope | None, figures: 
 
 
 def _looks(tables: Sequence[Table], envelope: Envelope | None) -> Looks:
-    """Assign numbers to the methods of a section, which look the same in all of its figures."""
-    labels = [m.label for table in tables for m in table.methods]
-    labels += [curve.label for curve in envelope.curves] if envelope else []
-    return {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    """Return the looks of a section's methods, which are the same in all of its figures."""
+    named = {m.label: m.row.defense for table in tables for m in table.methods}
+    return numbers({curve.label: curve.label for curve in (envelope.curves if envelope else [])} | named)
 
 
 def _title(setting: Setting) -> str:

@@ -19,11 +19,15 @@ import plotly.graph_objects as go
 from bench.records import metrics
 from bench.report.attacked import Attacked
 from bench.report.envelopes import Curve
-from bench.report.figures import colour, decimals, drawn_radii
+from bench.report.figures import decimals, drawn_radii
+from bench.report.looks import colour
 from bench.report.rows import Method
 from bench.report.tables import Table
 
-SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "triangle-down", "star")
+SYMBOLS = (
+    *("circle", "square", "diamond", "cross", "triangle-up", "x", "triangle-down", "star"),
+    *("pentagon", "hexagon", "triangle-left", "triangle-right", "hourglass", "bowtie", "star-diamond", "diamond-tall"),
+)
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot")
 COSTS = {
     "trained_here": "parameters trained here",

@@ -120,7 +120,7 @@ def make_plans(options: RunOptions) -> list[Plan]:
     means = card.presets[preset]
     n0, n = means.n0 if o.n0 is None else o.n0, means.n if o.n is None else o.n
     radii = card.radii if o.radii is None else _radii(o.radii)
-    procedure = _procedure(o.procedure, o.target, n0, n, o.alpha, radii)
+    procedure = make_procedure(o.procedure, o.target, n0, n, o.alpha, radii)
     if o.split not in split_names(card):
         raise _no_split(card, o.split)
     if o.noise not in ("float", "grid"):
@@ -260,7 +260,8 @@ def _radii(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _procedure(kind: str, target: str, n0: int, n: int, alpha: float, radii: tuple[float, ...]) -> Fixed | Anytime:
+def make_procedure(kind: str, target: str, n0: int, n: int, alpha: float, radii: tuple[float, ...]) -> Fixed | Anytime:
+    """Make a certification procedure. Raises BenchError naming the option whose value is out of range."""
     if kind not in ("fixed", "anytime"):
         raise unknown("--procedure", kind, ("fixed", "anytime"))
     if target not in TARGETS:

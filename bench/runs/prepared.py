@@ -118,11 +118,14 @@ class PreparedRun:
             found["domains"] = {"trained_on": trained_on.domain_counts(), "certified": domains}
         return found
 
-    def header(self) -> RunHeader:
-        """Collect what the record states; certifies nothing, but measures the base's accuracy without noise."""
+    def header(self, begun: bool = False) -> RunHeader:
+        """Collect what the record states; certifies nothing, but measures the base's accuracy without noise.
+
+        That is left out where the run has ``begun``, since its record has it already.
+        """
         plan, fitted, base = self.plan, self.fitted, self.materials.base
         correct = None  # of a base with other classes or without training it means nothing
-        if base.classes == len(plan.card.classes) and not base.untrained_weights:
+        if not begun and base.classes == len(plan.card.classes) and not base.untrained_weights:
             correct, _ = base.accuracy(self.split, self.indices)
         brought = None
         if plan.weights:

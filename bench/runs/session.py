@@ -61,6 +61,7 @@ class Session:
         probe = not plan.cls.adapts
         key = (plan.card.name, plan.preset, plan.base, given, probe, plan.from_scratch)
         if key not in self._materials:
+            self.reporter.terminal.say(f"loading {plan.card.name} and base {plan.base}")
             train, validation = self._splits.trained_on(plan), self._splits.usual(plan.card)["validation"]
             if plan.from_scratch:  # without --base, so without --mean and --std
                 base = architecture_base(plan.card, plan.base, self.device)
@@ -166,7 +167,8 @@ class Session:
                 own_log.discard()
                 self.reporter.terminal.say(f"{whole}: already complete, nothing to do")
                 return merged
-            writer = RunWriter(self.out, prepared.header(), own_log, self.reporter.terminal, self.shard)
+            begun = (whole / (self.shard.folder if self.shard else "") / "run.json").exists()
+            writer = RunWriter(self.out, prepared.header(begun), own_log, self.reporter.terminal, self.shard)
             try:
                 if not writer.complete:
                     self._certify(prepared, writer)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import signal, special, stats
+from scipy import special, stats
 
 from bench.smoothing.anytime import Anytime, Floats, Tables, tabulate
 
@@ -55,6 +55,8 @@ def expected_votes(tables: Tables, p: float) -> float:
 
     The distribution of the votes for the class, by number of radii certified so far, is carried from look to look.
     """
+    from scipy import signal  # it takes longer to import than all else of this module
+
     looks, before, votes = tables.looks, 0, 0.0
     running: dict[int, tuple[int, Floats]] = {0: (0, np.ones(1))}  # level -> fewest hits, and probabilities from there
     for look, accept, give_up in zip(looks, tables.accept, tables.give_up, strict=True):

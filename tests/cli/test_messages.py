@@ -133,6 +133,22 @@ def test_latex_fits_a_column(bench: Bench, tmp_path: Path) -> None:
     rows = {line.split(" &")[0]: line for line in reversed(body.splitlines())}
     assert r"\certified{\textbf{75.0}}" in rows["best"] and r"\certified{\textbf{65.0}}" in rows["close"]
     assert r"\certified{50.0}" in rows["far"]
+    assert body.count(r"\begin{table}[t]") == body.count(r"\end{table}") == body.count(r"\label{tab:") == 1
+    assert re.search(r"\\caption\{digits, sigma 0\.25: .*bold: the best of a column", body)
+    assert "% needs \\usepackage{booktabs}" in text
+
+
+def test_the_best_of_a_column_is_bold_even_where_all_others_are_significantly_worse(
+    bench: Bench, tmp_path: Path
+) -> None:
+    for name, held in (("best", 40), ("far", 5)):
+        made_up(tmp_path, [0.3] * held + [0.1] * (40 - held), name=name)
+    lines = bench("report", tmp_path, "--format", "latex").out.splitlines()
+    best, far = (next(line for line in lines if line.startswith(f"{name} &")) for name in ("best", "far"))
+    assert r"\certified{\textbf{100.0}}{[91.2, 100.0]} & \certified{\textbf{100.0}}" in best
+    assert r"\certified{\textbf{100.0}}" in far and r"\certified{12.5}" in far  # equal at 0, worse at 0.25
+    alone = bench("report", next(iter(tmp_path.iterdir())), "--format", "latex").out
+    assert r"\textbf" not in alone and "bold" not in alone
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
