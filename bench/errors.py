@@ -41,6 +41,12 @@ def note(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
+def say_loading(what: str) -> None:
+    """Tell a person at a terminal what takes the first seconds; scripts that read stderr get no such line."""
+    if sys.stderr.isatty():
+        print(f"bench: loading {shown(what)}", file=sys.stderr, flush=True)
+
+
 def shown(text: str) -> str:
     """Escape what is not printable in untrusted text, such as line breaks and terminal sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -35,7 +35,7 @@ from bench.cli.options import (
 from bench.cli.predict import app as predict_app
 from bench.cli.records import app as records_app
 from bench.cli.show import app as show_app
-from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, shown, unknown
+from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, say_loading, shown, unknown
 from bench.options import RunOptions, flag
 from bench.process import watchdog
 
@@ -107,7 +107,7 @@ def _fail(message: str, code: int) -> None:
 @with_options(RunOptions, Execution, StudyOptions, instead="study")
 def run(options: RunOptions | None, execution: Execution, study_options: StudyOptions) -> None:
     """Train (or load) defenses and certify them, as options or a study file say. Repeat the command to resume."""
-    _announce_loading()
+    say_loading("torch and timm")
     from bench.records.shards import Shard
     from bench.records.writer import check_writable
     from bench.runs import study
@@ -161,12 +161,6 @@ def run(options: RunOptions | None, execution: Execution, study_options: StudyOp
     _print_records(records, execution, out, shard, study_options.study)
     if faults:
         raise BenchError(f"{len(faults)} of {len(plans)} runs failed: {'; '.join(faults)}" if records else faults[0])
-
-
-def _announce_loading() -> None:
-    """Say what takes the first seconds of a run, where it is not loaded yet."""
-    if "torch" not in sys.modules:
-        print("bench: loading torch and timm", file=sys.stderr, flush=True)
 
 
 def _study_progress(file: StudyFile, plans: list[Plan], out: Path, device: str, shard: Shard | None) -> StudyProgress:

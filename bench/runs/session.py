@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import globalstate, plugins
-from bench.errors import DefenseFault
+from bench.errors import DefenseFault, say_loading
 from bench.io.files import digest
 from bench.models import arithmetic
 from bench.models.arithmetic import deterministic
@@ -61,7 +61,7 @@ class Session:
         probe = not plan.cls.adapts
         key = (plan.card.name, plan.preset, plan.base, given, probe, plan.from_scratch)
         if key not in self._materials:
-            self.reporter.terminal.say(f"loading {plan.card.name} and base {plan.base}")
+            say_loading(f"{plan.card.name} and base {plan.base}")
             train, validation = self._splits.trained_on(plan), self._splits.usual(plan.card)["validation"]
             if plan.from_scratch:  # without --base, so without --mean and --std
                 base = architecture_base(plan.card, plan.base, self.device)

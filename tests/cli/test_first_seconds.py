@@ -60,8 +60,11 @@ def test_merging_shards_imports_no_torch(tmp_path: Path) -> None:
     assert not PLAIN & imported("merge", tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_run_says_at_once_what_it_loads(tmp_path: Path) -> None:
-    """The first line comes before torch is imported, the second before data and base are read."""
+    """On a terminal the first line comes before torch is imported, the second before data and base are read."""
+    import pty
+
     words = ["--defense", "none", "--dataset", TINY, "--out", str(tmp_path)]
     code = (
         "import builtins, sys\nfrom bench.cli import main\noriginal = builtins.__import__\n"
@@ -70,9 +73,25 @@ def test_a_run_says_at_once_what_it_loads(tmp_path: Path) -> None:
         "    return original(name, *rest, **more)\n"
         "builtins.__import__ = logged\nmain(sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", code, "run", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
+    command = [sys.executable, "-c", code, "run", *words]
+    parent, child = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=child) as process:
+        os.close(child)
+        shown = b""
+        try:
+            while data := os.read(parent, 4096):
+                shown += data
+        except OSError:  # Linux reports the end of a pseudo-terminal so
+            pass
+    os.close(parent)
+    assert process.returncode == 0, shown
+    lines = shown.decode().splitlines()
     assert lines.index("bench: loading torch and timm") < lines.index("importing torch")
-    assert lines.index("importing torch") < lines.index("loading tiny and base vit")
-    assert lines.index("loading tiny and base vit") < next(i for i, x in enumerate(lines) if x.startswith("base vit:"))
+    assert lines.index("importing torch") < lines.index("bench: loading tiny and base vit")
+    assert lines.index("bench: loading tiny and base vit") < next(i for i, x in enumerate(lines) if "base vit: " in x)
+
+
+def test_a_script_gets_no_line_on_loading(tmp_path: Path) -> None:
+    words = ["run", "--defense", "none", "--dataset", TINY, "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "bench", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "bench: loading" not in done.stderr
