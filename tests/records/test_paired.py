@@ -200,6 +200,7 @@ def test_mcnemar_is_the_binomial_tail_counted_exactly(first: int, second: int) -
     assert paired.mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-9)
 
 
+@pytest.mark.slow  # importing statsmodels takes seconds
 @given(first=COUNTS, second=COUNTS, both=COUNTS, neither=COUNTS)
 @settings(max_examples=25, deadline=None)
 def test_mcnemar_agrees_with_statsmodels(first: int, second: int, both: int, neither: int) -> None:
@@ -208,6 +209,7 @@ def test_mcnemar_agrees_with_statsmodels(first: int, second: int, both: int, nei
     assert paired.mcnemar(first, second) == pytest.approx(min(1.0, expected), rel=1e-9)
 
 
+@pytest.mark.slow
 @given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
 @settings(max_examples=25, deadline=None)
 def test_holm_agrees_with_statsmodels(p: list[float]) -> None:
