@@ -152,10 +152,11 @@ class Results:
             raise BenchError(f"{len(self)} runs; name one: model(0), or model({self.records[0].path.name!r})")
         from bench.process.console import ConsoleReporter
         from bench.process.environment import pick_device
-        from bench.runs.prediction import Sampling, finished, open_model
+        from bench.runs.prediction import Sampling, open_model
+        from bench.runs.rebuilding import finished
         from bench.runs.session import Session
 
-        record = finished(self._record(0 if run is None else run).path)
+        record = finished(self._record(0 if run is None else run).path, "predict with")
         where = pick_device(device or record.identity.device or "auto")
         session = Session(where, record.path.parent, ConsoleReporter())
         return open_model(record, session, Sampling(n0, n, alpha), defense, base)

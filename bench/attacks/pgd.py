@@ -1,7 +1,7 @@
 """Projected gradient descent on the soft smoothed classifier around one image (Salman et al. 2019, arXiv 1906.04584).
 
-The soft smoothed classifier is the mean of the probabilities over noisy copies. Its gradient is estimated anew at each
-step, from new noise (expectation over transformation, Athalye et al. 2018, arXiv 1802.00420): through the defense by
+The soft smoothed classifier is the mean of the probabilities over noisy copies. Its gradient is estimated at each
+step from new noise (expectation over transformation, Athalye et al. 2018, arXiv 1802.00420): through the defense by
 backward passes, or without gradients from its answers alone.
 """
 

@@ -16,35 +16,25 @@ from bench.attacks.decide import Decided, Decider, Predict, smallest_n
 from bench.attacks.perturb import Placed, place_float, place_grid, reach
 from bench.attacks.pgd import Slope, Surroundings, by_gradient, by_votes, descend, margin
 from bench.attacks.presets import PRESETS, RANDOM
-from bench.errors import BenchError, note
+from bench.errors import BenchError
 from bench.globalstate import fixed_rng
-from bench.interface import Access, Defense
 from bench.io.files import digest
 from bench.models.arithmetic import deterministic
-from bench.models.base import View
-from bench.options import command
-from bench.records import attacks, audit
+from bench.records import attacks
 from bench.records.attack_writer import AttackFile
 from bench.records.attacks import AttackedImage, AttackSettings, By, Result
-from bench.records.record import Record, read_run
+from bench.records.record import Record
 from bench.runs import fitting
-from bench.runs.redraw import Rebuilt, rebuild_checked
-from bench.runs.session import Session
+from bench.runs.rebuilding import finished, through_base
+from bench.runs.redraw import Rebuilt
 from bench.smoothing.noise import Noise
-from bench.training.weights import stored
 
 ORDER: tuple[By, ...] = ("clean", "pgd", "query", "step", "noise", "unbounded")  # the slots of a radius
 
 
-def finished(path: Path) -> Record:
+def attackable(path: Path) -> Record:
     """Read the record of a finished run. Raises BenchError where nothing can be attacked, or it fails its audit."""
-    record = read_run(path)
-    if record.imported:
-        raise BenchError(f"{path}: an imported log comes without its model; attack a run of bench run")
-    if not record.complete:
-        raise BenchError(f"{path} is not finished; finish it first: {command(record.info.arguments)}")
-    if problem := audit.problem(record):
-        raise BenchError(problem)
+    record = finished(path, "attack")
     attacks.read(path)  # a damaged file is refused before anything is loaded
     return record
 
@@ -89,28 +79,6 @@ def settings_of(record: Record, preset: str, radii: list[float] | None, images: 
             "alpha": sampling.alpha,
         }
     )
-
-
-def open_run(record: Record, session: Session, defense: str | None, base: str | None) -> Rebuilt:
-    """Rebuild the certified function of a run; a note says where its weights must be trained again."""
-    weights = record.identity.defense.weights
-    if weights is not None and not record.info.arguments.get("weights") and not stored(weights):
-        note(f"{record.path}: the weights of {record.identity.defense.name} are not in this cache; training them again")
-    return rebuild_checked(record, session, defense, base)
-
-
-@contextmanager
-def through_base(defense: Defense) -> Iterator[None]:
-    """Let gradients pass a base that the defense may only query: certificates hold against attackers who know it."""
-    views = [m.context.base for m in defense.modules() if isinstance(m, Defense)]
-    raised = [v for v in views if isinstance(v, View) and v.most is Access.QUERY]
-    for view in raised:
-        view.most = Access.GRADIENT
-    try:
-        yield
-    finally:
-        for view in raised:
-            view.most = Access.QUERY
 
 
 def gradients_reach(attacker: Attacker) -> bool:

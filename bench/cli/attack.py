@@ -46,7 +46,7 @@ class AttackOptions:
 def attack(options: AttackOptions) -> None:
     """Attack the smoothed classifier of finished runs; repeat the command to resume. Exit 1: a certificate is false."""
     from bench.attacks.presets import PRESETS
-    from bench.attacks.session import finished
+    from bench.attacks.session import attackable
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device
     from bench.runs.session import Session
@@ -54,7 +54,7 @@ def attack(options: AttackOptions) -> None:
     if options.preset is not None and options.preset not in PRESETS:
         raise unknown("preset", options.preset, PRESETS)
     _radii(options.radii)
-    records = [finished(Path(run)) for run in options.runs]
+    records = [attackable(Path(run)) for run in options.runs]
     done: list[tuple[Record, Attack]] = []
     plans: list[dict[str, Any]] = []
     try:
@@ -96,11 +96,12 @@ def _radii(text: str | None) -> list[float] | None:
 
 def _prepared(record: Record, session: Session, options: AttackOptions) -> Attacker:
     from bench.attacks.presets import PRESETS
-    from bench.attacks.session import open_run, prepare, settings_of
+    from bench.attacks.session import prepare, settings_of
+    from bench.runs.rebuilding import rebuild_checked
 
     preset = options.preset or (record.info.preset if record.info.preset in PRESETS else "quick")
     settings = settings_of(record, preset, _radii(options.radii), options.images)  # refused before anything is loaded
-    return prepare(record, open_run(record, session, options.defense, options.base), settings)
+    return prepare(record, rebuild_checked(record, session, options.defense, options.base), settings)
 
 
 def _announce(attacker: Attacker, reporter: ConsoleReporter) -> dict[str, Any]:

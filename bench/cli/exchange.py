@@ -126,10 +126,11 @@ def _export_weights(run: Path, weights: Path, merged: bool, defense: str | None,
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device
     from bench.runs import exporting
+    from bench.runs.rebuilding import UntrainedReporter
     from bench.runs.session import Session
 
     record = exporting.finished(run)
-    reporter = exporting.UntrainedReporter(ConsoleReporter(), record)
+    reporter = UntrainedReporter(ConsoleReporter(), record)
     session = Session(pick_device(device), run.parent, reporter)
     for file in exporting.export_weights(record, session, weights, merged, defense):
         print(f"wrote {file}", file=sys.stderr)

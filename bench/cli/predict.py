@@ -56,12 +56,13 @@ def predict(options: PredictOptions) -> None:
     from bench.data.given import check_fit, picture_files
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device
-    from bench.runs.prediction import Sampling, finished, open_model
+    from bench.runs.prediction import Sampling, open_model
+    from bench.runs.rebuilding import finished
     from bench.runs.session import Session
 
     check_fit(options.fit)
     files = picture_files([Path(picture) for picture in options.pictures])
-    record, reporter = finished(options.run), ConsoleReporter()
+    record, reporter = finished(options.run, "predict with"), ConsoleReporter()
     session = Session(pick_device(options.device or record.identity.device or "auto"), options.run.parent, reporter)
     sampling = Sampling(options.n0, options.n, options.alpha, options.radius)
     model = open_model(record, session, sampling, options.defense, options.base)

@@ -19,15 +19,12 @@ from bench.inspection.score import Denoise, Denoiser
 from bench.interface import Access, Draw
 from bench.models.base import Classifier, LocalBase
 from bench.models.served import is_url
-from bench.options import command
 from bench.process.runlog import LoggingReporter, Reporter, log
-from bench.records.record import Record, read_run
+from bench.records.record import Record
 from bench.runs.context import BuildContext, PartTraining
-from bench.runs.exporting import UntrainedReporter, finished, missing
 from bench.runs.prepared import PreparedRun
-from bench.runs.redraw import rebuild_checked
+from bench.runs.rebuilding import UntrainedReporter, finished, from_cache, through_base
 from bench.runs.session import Session
-from bench.training.weights import stored
 
 DIFFUSION = "diffusion"  # the defense whose denoiser gives the score
 
@@ -42,7 +39,8 @@ class Subject:
 
     def logits(self, x: Tensor, draw: Draw) -> Tensor:
         """Compute logits in float32, whatever arithmetic the run certified in."""
-        out: Tensor = self.run.fitted.defense(x, draw)
+        with through_base(self.run.fitted.defense):
+            out: Tensor = self.run.fitted.defense(x, draw)
         return out.float()
 
     def seen(self, x: Tensor, draw: Draw) -> tuple[nn.Module, Tensor]:
@@ -82,16 +80,12 @@ def read(paths: Sequence[Path]) -> list[Record]:
 
 
 def _readable(path: Path) -> Record:
-    record = read_run(path)
-    if record.imported:
-        raise BenchError(f"{path}: an imported log comes without its model, so there is nothing to inspect")
+    record = finished(path, "inspect")
     if is_url(str(record.info.arguments.get("base"))):
         raise BenchError(
             f"{path}: its base is a server that only answers queries, so there are no gradients to inspect"
         )
-    if not record.complete:
-        raise BenchError(f"{path} is not finished; finish it first: {command(record.info.arguments)}")
-    return finished(path)
+    return record
 
 
 def images(records: Sequence[Record], count: int) -> list[int]:
@@ -125,9 +119,6 @@ def rebuild_all(
         session = sessions.setdefault(record.path.parent, Session(device, record.path.parent, reporter))
         session.reporter = LoggingReporter(reporter, log.info)  # the message for missing weights names the record
         run = _rebuilt(record, session, defense)
-        base: Any = run.fitted.defense.context.base
-        # The harness has the base's weights here. A defense of less access gets gradients too, after it was checked.
-        base.most = max(base.most, Access.GRADIENT)
         subjects.append(Subject(label, record, run))
     return subjects
 
@@ -143,11 +134,8 @@ def labels(records: Sequence[Record]) -> list[str]:
 
 
 def _rebuilt(record: Record, session: Session, defense: str | None) -> PreparedRun:
-    weights = record.identity.defense.weights
-    if weights is not None and not record.info.arguments.get("weights") and not stored(weights):
-        raise missing(record, record.identity.defense.name)
     own = defense if str(record.info.arguments.get("defenses")).endswith(".py") else None
-    run = rebuild_checked(record, session, own).run
+    run = from_cache(record, session, own)
     if not isinstance(run.materials.base, LocalBase):
         raise BenchError(f"{record.path}: its base only answers queries, so there are no gradients to inspect")
     return run

@@ -198,13 +198,10 @@ def _pictures(setting: Setting, methods: Sequence[Method]) -> str:
 
 
 def _trained(methods: Sequence[Method]) -> str:
-    """Say which rows were trained in other arithmetic than float32."""
-    found: dict[str, list[str]] = {}
-    for method in methods:
-        for kind in {k for r in method.records for k in r.identity.defense.training_arithmetic if k == "bfloat16"}:
-            found.setdefault(kind, []).append(method.label)
-    said = [f"{kind} in {'all rows' if len(who) == len(methods) else ', '.join(who)}" for kind, who in found.items()]
-    return f"Forward passes of training were computed in {'; '.join(said)}." if said else ""
+    """Say which rows were trained in bfloat16."""
+    rounded = [m.label for m in methods if any("bfloat16" in r.identity.defense.training_arithmetic for r in m.records)]
+    who = "all rows" if len(rounded) == len(methods) else ", ".join(rounded)
+    return f"Forward passes of training were computed in bfloat16 in {who}." if rounded else ""
 
 
 def _imported() -> str:

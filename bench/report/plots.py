@@ -84,17 +84,7 @@ def attacked(shown: Sequence[Attacked], looks: Looks) -> go.Figure:
     for name, one in zip(names, shown, strict=True):
         look, (radii, low, high) = looks[one.method], one.band
         fixed = {"legendgroup": one.label}
-        fig.add_scatter(
-            x=[*radii, *radii[::-1]],
-            y=[*high, *low[::-1]],
-            mode="none",
-            fill="toself",
-            fillcolor=colour(look),
-            opacity=0.15,
-            hoverinfo="skip",
-            showlegend=False,
-            **fixed,
-        )
+        _band(fig, radii, low, high, look, fixed)
         for values, shape, dash, word in (
             (one.lower, STEP, "solid", "certified"),
             (one.upper, "hv", "dot", "attacked"),
@@ -111,6 +101,23 @@ def attacked(shown: Sequence[Attacked], looks: Looks) -> go.Figure:
                 **fixed,
             )
     return fig
+
+
+def _band(
+    fig: go.Figure, x: Sequence[float], low: Sequence[float], high: Sequence[float], look: int, fixed: dict[str, str]
+) -> None:
+    """Fill the area between two lines in a method's colour."""
+    fig.add_scatter(
+        x=[*x, *x[::-1]],
+        y=[*high, *low[::-1]],
+        mode="none",
+        fill="toself",
+        fillcolor=colour(look),
+        opacity=0.15,
+        hoverinfo="skip",
+        showlegend=False,
+        **fixed,
+    )
 
 
 def curves(tables: Sequence[Table], looks: Looks) -> go.Figure:
@@ -135,17 +142,7 @@ def curves(tables: Sequence[Table], looks: Looks) -> go.Figure:
             low, high = points["low"].tolist(), points["high"].tolist()
             dash = DASHES[(place if several else look) % len(DASHES)]
             fixed = {"legendgroup": f"{m.label}, sigma {sigma:g}", "meta": f"{sigma:g}"}
-            fig.add_scatter(
-                x=[*_corners(grid), *_corners(grid)[::-1]],
-                y=[*_heights(high), *_heights(low)[::-1]],
-                mode="none",
-                fill="toself",
-                fillcolor=colour(look),
-                opacity=0.15,
-                hoverinfo="skip",
-                showlegend=False,
-                **fixed,
-            )
+            _band(fig, _corners(grid), _heights(low), _heights(high), look, fixed)
             fig.add_scatter(
                 x=grid,
                 y=points["value"].tolist(),

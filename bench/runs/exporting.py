@@ -7,8 +7,7 @@ function that was certified. What is written is loaded again and must give the s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,13 @@ from bench.models.load import load_base
 from bench.models.names import choose_base
 from bench.models.peft_folders import FolderWeights
 from bench.models.served import is_url
-from bench.options import command
-from bench.process.runlog import Reporter
-from bench.records.record import Record, read_run
+from bench.records.record import Record
 from bench.records.verify import check_record
-from bench.runs import fitting
+from bench.runs import fitting, rebuilding
 from bench.runs.context import PartTraining
 from bench.runs.model_card import model_card
 from bench.runs.prepared import PreparedRun
-from bench.runs.redraw import rebuild_checked
+from bench.runs.rebuilding import from_cache
 from bench.runs.session import Session
 from bench.smoothing.noise import Noise, TrainDraw
 from bench.training.weights import stored
@@ -43,45 +40,13 @@ CARD = "README.md"
 _CHECKED = 32  # noisy images on which logits are compared
 
 
-class UntrainedReporter:
-    """A reporter that refuses training: weights are exported from the cache. Satisfies ``runlog.Reporter``."""
-
-    def __init__(self, terminal: Reporter, record: Record) -> None:
-        self.terminal, self._record = terminal, record
-
-    def say(self, text: str) -> None:
-        """Print one line."""
-        self.terminal.say(text)
-
-    @contextmanager
-    def training(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
-        """Return a context whose value raises BenchError, since it is called by a training alone."""
-
-        def refuse(done: int, total: int, loss: float) -> None:
-            raise missing(self._record, what)
-
-        yield refuse
-
-    def certifying(self, what: str, total: int, done: int) -> Any:
-        """Return a context whose value is called with (images done, correct so far)."""
-        return self.terminal.certifying(what, total, done)
-
-
-def missing(record: Record, what: str) -> BenchError:
-    """Return the error for weights that the cache does not have."""
-    again = command(record.info.arguments, "--out", "OTHER")
-    return BenchError(f"{record.path}: the weights of {what} are not in this cache; train them again: {again}")
-
-
 def finished(path: Path) -> Record:
-    """Read the record of a finished run. Raises BenchError where it has no weights or fails its own checks."""
-    record = read_run(path)
-    if record.imported:
-        raise BenchError(f"{path}: an imported log comes without its model; export a run of bench run")
-    if not record.complete:
-        raise BenchError(f"{path} is not finished; finish it first: {command(record.info.arguments)}")
+    """Read the record of a finished run. Raises BenchError where it has no weights or fails a check of bench verify."""
+    record = rebuilding.finished(path, "export")
     if problem := next((f"{f.check}: {f.problem}" for f in check_record(path) if f.problem), ""):
         raise BenchError(f"{path}: the record fails its audit, {problem}; see bench verify {path}")
+    if is_url(str(record.info.arguments.get("base"))):
+        raise BenchError(f"{path}: its base is a server's, whose weights are not here; nothing can be exported")
     return record
 
 
@@ -96,7 +61,7 @@ def export_weights(
 
     Args:
         record: As ``finished`` returns it.
-        session: With an ``UntrainedReporter``.
+        session: With a ``rebuilding.UntrainedReporter``.
         out: A folder that does not exist yet, or a .safetensors file.
         merged: Write the merged model even where the defense's weights have a folder of their own.
         defense: The defense's file, which is run only where the user names it.
@@ -107,7 +72,7 @@ def export_weights(
     Raises:
         BenchError: The weights are not in the cache, the run cannot be rebuilt here, or its function is not one model.
     """
-    run = _rebuilt(record, session, defense)
+    run = from_cache(record, session, defense)
     single = out.suffix == ".safetensors"
     files = [out, out.with_suffix(".json"), out.with_suffix(".md")] if single else [out]
     if taken := next((f for f in files if f.exists()), None):
@@ -131,15 +96,6 @@ def export_weights(
             return files
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _rebuilt(record: Record, session: Session, defense: str | None) -> PreparedRun:
-    arguments, weights = record.info.arguments, record.identity.defense.weights
-    if is_url(str(arguments.get("base"))):
-        raise BenchError(f"{record.path}: its base is a server's, whose weights are not here; nothing can be exported")
-    if weights is not None and not arguments.get("weights") and not stored(weights):
-        raise missing(record, record.identity.defense.name)
-    return rebuild_checked(record, session, defense).run
 
 
 # A folder of peft -------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Fitted:
     notes: list[str]  # the defense's notes on itself
     uses_train_sigma: bool  # False: the training noise level decided nothing here
     given: bool  # the user gave its weights, so how they were trained is unknown
-    training_arithmetic: list[str]  # of everything trained here
+    training_arithmetic: list[str]  # of everything trained here, other than float32
 
 
 @contextmanager

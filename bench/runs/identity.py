@@ -99,11 +99,6 @@ def _train_sigma(plan: Plan, fitted: Fitted) -> float | None:
     return plan.options.train_sigma if fitted.given else plan.sigma
 
 
-def _rounded(fitted: Fitted) -> list[str]:
-    """Return what the weights were trained in other than float32."""
-    return [name for name in fitted.training_arithmetic if name != "float32"]
-
-
 def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices: list[int], task: Task) -> Identity:
     """Collect all that determines the certificates of ``indices`` of ``split``."""
     uses_objective = fitted.sha256 and plan.weights is None and plan.uses_objective
@@ -124,7 +119,7 @@ def identity(plan: Plan, base: BaseModel, split: Split, fitted: Fitted, indices:
             "objective": plan.objective if uses_objective else None,
             **({"objective_constants": constants} if constants else {}),
             **({"arithmetic": list(plan.arithmetic)} if plan.arithmetic else {}),
-            **({"training_arithmetic": rounded} if (rounded := _rounded(fitted)) else {}),
+            **({"training_arithmetic": fitted.training_arithmetic} if fitted.training_arithmetic else {}),
         },
         "train_sigma": _train_sigma(plan, fitted),
         "sigma": plan.sigma,

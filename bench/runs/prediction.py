@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,28 @@ import torch
 
 from bench.data.given import GivenPicture, read_array, read_picture
 from bench.data.split import Split
-from bench.errors import BenchError, note
+from bench.errors import BenchError
 from bench.models.arithmetic import deterministic
-from bench.options import command
-from bench.records.record import Record, read_run
+from bench.records.record import Record
 from bench.runs.identity import make_task
 from bench.runs.plan import make_procedure
-from bench.runs.redraw import Rebuilt, rebuild_checked
+from bench.runs.rebuilding import rebuild_checked
+from bench.runs.redraw import Rebuilt
 from bench.runs.session import Session
 from bench.smoothing.engine import certify
 from bench.smoothing.noise import Noise
 from bench.smoothing.procedures import Procedure
-from bench.smoothing.votes import Certificate
-from bench.training.weights import stored
+from bench.smoothing.votes import Certificate, Decision
 
 SPLIT = "predict"  # the split in the keys of the noise: no card's split has this name, so no run has this noise
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the smoothed classifier says of one picture.
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Decision):
+    """What the smoothed classifier says of one picture: the decision of the votes, and its origin.
 
     Attributes:
-        picture: Its file, or its place among the arrays given.
         predicted: The number of its class; None: abstained.
-        name: The name of its class.
         radius: Certified l2 radius between images with pixels in [0, 1]; 0 where it abstains.
         n0: Votes that selected the class.
         n: Votes that bound its probability.
@@ -53,22 +50,15 @@ class Prediction:
         runner_up_count: Its votes.
         p_lower: Lower bound of the selected class's probability.
         votes: All votes that were drawn.
+        picture: Its file, or its place among the arrays given.
+        name: The name of its class.
         seed: Of the noise.
         changes: How decoding changed what the file shows.
         fitted: How the picture was fitted to the card; the radius then holds for the fitted picture.
     """
 
     picture: str
-    predicted: int | None
     name: str | None
-    radius: float
-    n0: int
-    n: int
-    top_count: int
-    runner_up: int | None
-    runner_up_count: int
-    p_lower: float
-    votes: int
     seed: int
     changes: tuple[str, ...] = ()
     fitted: tuple[str, ...] = ()
@@ -76,16 +66,6 @@ class Prediction:
     def holds(self, radius: float) -> bool:
         """Return whether the prediction is certified at a radius."""
         return self.predicted is not None and self.radius >= radius
-
-
-def finished(path: Path) -> Record:
-    """Read the record of a finished run. Raises BenchError where it is an imported log or not finished."""
-    record = read_run(path)
-    if record.imported:
-        raise BenchError(f"{path}: an imported log comes without its model; use a run of bench run")
-    if not record.complete:
-        raise BenchError(f"{path} is not finished; finish it first: {command(record.info.arguments)}")
-    return record
 
 
 @dataclass(frozen=True)
@@ -191,17 +171,9 @@ class SmoothedModel:
 
     def _prediction(self, picture: GivenPicture, c: Certificate, seed: int) -> Prediction:
         return Prediction(
+            **{f.name: getattr(c, f.name) for f in fields(Decision)},
             picture=picture.name,
-            predicted=c.predicted,
             name=None if c.predicted is None else self.card.classes[c.predicted],
-            radius=c.radius,
-            n0=c.n0,
-            n=c.n,
-            top_count=c.top_count,
-            runner_up=c.runner_up,
-            runner_up_count=c.runner_up_count,
-            p_lower=c.p_lower,
-            votes=c.votes,
             seed=seed,
             changes=picture.changes,
             fitted=picture.fitted,
@@ -230,7 +202,4 @@ def open_model(
         BenchError: A number is out of range, or the certified function cannot be rebuilt here.
     """
     procedure = (sampling or Sampling()).procedure(record)
-    weights = record.identity.defense.weights
-    if weights is not None and not record.info.arguments.get("weights") and not stored(weights):
-        note(f"{record.path}: the weights of {record.identity.defense.name} are not in this cache; training them again")
     return SmoothedModel(record, rebuild_checked(record, session, defense, base), procedure)

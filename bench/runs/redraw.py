@@ -16,7 +16,7 @@ from bench import plugins
 from bench.errors import BenchError
 from bench.models.arithmetic import deterministic
 from bench.models.served import is_url
-from bench.options import RunOptions, command
+from bench.options import RunOptions
 from bench.process import environment
 from bench.records import fingerprint
 from bench.records.findings import Finding
@@ -117,27 +117,6 @@ def rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -
     if before and (problem := fingerprint.differs(before, certifier.fingerprint, run.plan.arithmetic)):
         return f"the function built here is not the one certified: {problem}"
     return Rebuilt(run, certifier)
-
-
-def rebuild_checked(record: Record, session: Session, defense: str | None = None, base: str | None = None) -> Rebuilt:
-    """Prepare the record's run with the function that was certified, under ``draw_again``'s rules for its names.
-
-    Weights that are not in the cache are trained again. Raises BenchError where it cannot be rebuilt here.
-    """
-    if why := not_named(record.info.arguments, defense, base):
-        raise BenchError(f"{record.path}: {why}")
-    with plugins.restricted_to([defense] if defense else []):
-        plan = plan_of(record, defense, base)
-    if plan.source != record.identity.defense.source:
-        made_by, again = record.info.environment.certbench, command(record.info.arguments, "--out", "OTHER")
-        raise BenchError(
-            f"{record.path}: the code of defense {plan.defense} has changed since certbench {made_by} made this "
-            f"record; train it again, into another folder: {again}"
-        )
-    rebuilt = rebuild(record, session, plan, defense)
-    if isinstance(rebuilt, str):
-        raise BenchError(f"{record.path}: {rebuilt}")
-    return rebuilt
 
 
 def _compare(record: Record, rebuilt: Rebuilt, deep: bool) -> Finding:

@@ -122,7 +122,7 @@ class TrainingJob:
     base: Base | None = None  # its query count is restored with a checkpoint
     most: int | None = None  # maximum steps of a stage, for the conformance test
     arithmetic: Literal["float32", "bfloat16"] = "float32"  # of forward passes in train(); steps() are the caller's own
-    used: set[str] = field(default_factory=set)  # arithmetics that all stages have trained in
+    used: set[str] = field(default_factory=set)  # arithmetic other than float32 that any stage has trained in
 
     @property
     def seconds(self) -> float:
@@ -147,7 +147,7 @@ class TrainingJob:
         count = self.count(schedule)
         train_mode(module)
         rounded = self.arithmetic == "bfloat16"
-        self.used.add(self.arithmetic)
+        self.used.update({self.arithmetic} - {"float32"})
         for step in self.steps(count, schedule.batch, module, optimizer):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr * _decay(schedule, step.number / count)

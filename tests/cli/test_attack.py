@@ -23,35 +23,15 @@ from bench.records.attack_writer import AttackFile
 from bench.records.masking import checks
 from bench.records.record import read_run
 from tests.helpers.commands import TINY, Bench, defense
+from tests.helpers.greys import DISTANCES, GREYS, THRESHOLD, make_card
 from tests.helpers.records import made_up, seal
 
-CARD = """
-name = "greys"
-shape = [1, 8, 8]
-radii = [0.0, 0.3, 0.5]
-source = { reader = "folder", folder = ".", train = "train", test = "test", validation = "validation" }
-
-[bases.vit]
-model = "vit_tiny_patch16_224"
-args = { img_size = 8, patch_size = 4, embed_dim = 4, depth = 1, num_heads = 1, in_chans = 1 }
-schedule = { epochs = 1, batch = 8 }
-"""
-SIZE, PICTURES, GREYS = 64, 4, (115, 140)
-THRESHOLD = (SIZE * 127 + 32.5) / SIZE / 255
-SIGMA, N = 0.25, 1000
-TRUE = [8 * abs(g / 255 - THRESHOLD) for g in GREYS]  # 0.39: distance of each class from the boundary
+SIGMA, N, PICTURES = 0.25, 1000, 4
 
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("greys")
-    for part in ("train", "test", "validation"):
-        for label, grey in enumerate(GREYS):
-            (root / part / str(label)).mkdir(parents=True)
-            for i in range(PICTURES):
-                Image.new("L", (8, 8), grey).save(root / part / str(label) / f"{i:02}.png")
-    (root / "greys.toml").write_text(CARD)
-    return str(root / "greys.toml")
+    return make_card(tmp_path_factory.mktemp("greys"), [0.0, 0.3, 0.5], PICTURES)
 
 
 def certified(card: str, out: Path, name: str = "half_space", *more: object) -> Path:
@@ -89,7 +69,7 @@ def test_an_attack_succeeds_just_beyond_the_true_distance_and_never_within(
 ) -> None:
     run = copied(runs[noise], tmp_path)
     found = attack(bench, run, "--radii", ".3,.38,.5")
-    assert min(TRUE) > 0.385
+    assert min(DISTANCES) > 0.385
     by_radius = {row["radius"]: row for row in found["accuracy"]}
     for radius in (0.0, 0.3, 0.38):
         # A decision for the other class would be false: a chance of at most .001 each, of 8 images and 5 decisions.
@@ -101,7 +81,7 @@ def test_an_attack_succeeds_just_beyond_the_true_distance_and_never_within(
         (hit,) = [r for r in image.results if r.by == "pgd" and r.radius == 0.5]
         # In the direction of all pixels the ball's 0.5 is used up, to a step of the grid.
         assert hit.predicted == 1 - image.label and 0.495 < hit.distance <= 0.5
-        right = stats.norm.cdf((TRUE[image.label] - hit.distance) / SIGMA)
+        right = stats.norm.cdf((DISTANCES[image.label] - hit.distance) / SIGMA)
         assert stats.binomtest(hit.top_count, 500, 1 - right).pvalue > 1e-7
     record = read_run(run)
     certified = [one.certified(record, r).value for r in (0.0, 0.3, 0.38, 0.5)]

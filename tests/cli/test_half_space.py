@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
 
 from bench.smoothing import bounds, thresholds
@@ -23,40 +22,19 @@ from bench.smoothing.gridnoise import GridNoise
 from bench.smoothing.noise import Noise, Vote
 from bench.smoothing.procedures import procedure_of
 from tests.helpers.commands import Result, defense
+from tests.helpers.greys import DISTANCES, EDGE, GREYS, SIZE, THRESHOLD, chances, make_card
 
 Bench = Callable[..., Result]
-CARD = """
-name = "greys"
-shape = [1, 8, 8]
-radii = [0.0, 0.1, 0.2, 0.3]
-source = { reader = "folder", folder = ".", train = "train", test = "test", validation = "validation" }
-
-[bases.vit]
-model = "vit_tiny_patch16_224"
-args = { img_size = 8, patch_size = 4, embed_dim = 4, depth = 1, num_heads = 1, in_chans = 1 }
-schedule = { epochs = 1, batch = 8 }
-"""
-SIZE, PICTURES = 64, 16  # pixels; pictures of each class
-GREYS = (115, 140)  # of class 0 and class 1
-# The sum of the integer pixels a vote must exceed to be for class 1: no integer, so no vote is a tie.
-EDGE = SIZE * 127 + 32.5
-THRESHOLD = EDGE / SIZE / 255
+PICTURES = 16  # of each class
 SIGMA, TRAIN_SIGMA, N, N0 = 0.25, 0.6, 1000, 50
-RIGHT = [float(stats.norm.cdf(8 * abs(g / 255 - THRESHOLD) / SIGMA)) for g in GREYS]
+RIGHT = chances(SIGMA)
 SEEDS, SPLITS = (0, 1), ("test", "validation")
 
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A card of grey pictures; its test and validation parts hold the same ones."""
-    root = tmp_path_factory.mktemp("greys")
-    for part in ("train", *SPLITS):
-        for label, grey in enumerate(GREYS):
-            (root / part / str(label)).mkdir(parents=True)
-            for i in range(PICTURES):
-                Image.new("L", (8, 8), grey).save(root / part / str(label) / f"{i:02}.png")
-    (root / "greys.toml").write_text(CARD)
-    return str(root / "greys.toml")
+    return make_card(tmp_path_factory.mktemp("greys"), [0.0, 0.1, 0.2, 0.3], PICTURES)
 
 
 Runs = dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]]
@@ -141,7 +119,7 @@ def test_no_certificate_exceeds_the_true_radius(runs: Runs) -> None:
     for identity, rows in runs.values():
         # Nothing is trained, so the record does not name the noise level of training that was asked for.
         assert (identity["sigma"], identity["train_sigma"]) == (SIGMA, SIGMA)
-        true = [8 * abs(g / 255 - THRESHOLD) for g in GREYS]
+        true = DISTANCES
         false += sum(row["radius"] > true[row["label"]] for row in rows)
         # 1,000 votes of p = .94 certify radii that are short of the truth, and not by much.
         assert np.mean([true[row["label"]] - row["radius"] for row in rows]) < 0.08

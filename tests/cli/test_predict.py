@@ -21,39 +21,17 @@ from bench.data.sources import SPLIT as SPLIT_NAME
 from bench.process.console import ConsoleReporter
 from bench.records.record import Record
 from bench.runs import prediction
-from bench.runs.prediction import Sampling, SmoothedModel, finished, open_model
+from bench.runs.prediction import Sampling, SmoothedModel, open_model
+from bench.runs.rebuilding import finished
 from bench.runs.session import Session
 from bench.smoothing.noise import Noise
 from tests.helpers.commands import TINY, Bench, defense
+from tests.helpers.greys import DISTANCES, THRESHOLD, chances, make_card
 
-CARD = """
-name = "greys"
-shape = [1, 8, 8]
-radii = [0.0, 0.1, 0.2, 0.3]
-source = { reader = "folder", folder = ".", train = "train", test = "test", lossless = true }
-classes = ["dark", "light"]
-
-[bases.vit]
-model = "vit_tiny_patch16_224"
-args = { img_size = 8, patch_size = 4, embed_dim = 4, depth = 1, num_heads = 1, in_chans = 1 }
-schedule = { epochs = 1, batch = 8 }
-"""
-GREYS, PICTURES = (115, 140), 12  # of each class, and its pictures
+PICTURES = 12  # of each class
 SIGMA, N, N0 = 0.25, 1000, 50
-# A vote is right with probability Phi(8 |grey - threshold| / sigma), as in test_half_space.py.
-THRESHOLD = (64 * 127 + 32.5) / 64 / 255
 HALF_SPACE = defense("half_space")
 LEVEL = 1e-6  # chance that one of the statistical tests below fails for a sound program
-
-
-def make_card(root: Path) -> str:
-    for part in ("train", "test"):
-        for name, grey in zip(("dark", "light"), GREYS, strict=True):
-            (root / part / name).mkdir(parents=True)
-            for i in range(PICTURES):
-                Image.new("L", (8, 8), grey).save(root / part / name / f"{i:02}.png")
-    (root / "card.toml").write_text(CARD)
-    return str(root / "card.toml")
 
 
 def call(*args: object) -> None:
@@ -68,7 +46,7 @@ def call(*args: object) -> None:
 def greys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the half-space on grey pictures of 256 levels, beside its data in ``data``."""
     root = tmp_path_factory.mktemp("greys")
-    card = make_card(root / "data")
+    card = make_card(root / "data", [0.0, 0.1, 0.2, 0.3], PICTURES, ("train", "test"))
     numbers = ("--sigma", SIGMA, "--n", N, "--n0", N0, "--examples", 2 * PICTURES)
     settings = ("--set", f"threshold={THRESHOLD!r}")
     call("run", "--defense", HALF_SPACE, "--dataset", card, *numbers, *settings, "--out", root / "runs")
@@ -96,7 +74,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def opened(folder: Path, sampling: Sampling | None = None, **named: str) -> SmoothedModel:
     session = Session(torch.device("cpu"), folder.parent, ConsoleReporter())
-    return open_model(finished(folder), session, sampling, **named)
+    return open_model(finished(folder, "predict with"), session, sampling, **named)
 
 
 def stored(card: Card, record: Record, folder: Path) -> dict[int, Path]:
@@ -133,14 +111,14 @@ def test_radii_under_fresh_noise_are_distributed_as_the_runs(greys: Path) -> Non
     assert {(p.name, p.n0, p.n, p.votes) for p in found} == {("light", N0, N, N0 + N)}
     # Votes for the class are binomial with a known probability; the test of the counts is Kolmogorov's, conservative
     # for discrete values. A probability that is off by 0.01, or a sigma by 3%, would fail it.
-    right = float(stats.norm.cdf(8 * abs(GREYS[1] / 255 - THRESHOLD) / SIGMA))
+    right = chances(SIGMA)[1]
     counts = [p.top_count for p in found]
     assert stats.kstest(counts, stats.binom(N, right).cdf).pvalue > LEVEL
     assert abs(sum(counts) - 60 * N * right) < stats.norm.isf(LEVEL / 2) * (60 * N * right * (1 - right)) ** 0.5 + 1
     own = [c.radius for c in model.record.counted if c.label == 1]
     assert stats.ks_2samp([p.radius for p in found], own).pvalue > LEVEL
     # Each certificate is at most alpha likely to exceed the true radius, and holds at what it says.
-    true = 8 * abs(GREYS[1] / 255 - THRESHOLD)
+    true = DISTANCES[1]
     beyond = sum(p.radius > true for p in found)
     assert stats.binom.sf(beyond - 1, 60, 0.001) > LEVEL
     assert all(p.holds(p.radius) and not p.holds(p.radius + 1e-9) for p in found)
@@ -278,7 +256,7 @@ def test_weights_that_are_not_cached_are_trained_again_and_the_user_is_told(
     bench: Bench, digits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = load_card(TINY)
-    files = list(stored(card, finished(digits["grid"]), tmp_path / "png").values())[:2]
+    files = list(stored(card, finished(digits["grid"], "predict with"), tmp_path / "png").values())[:2]
     before = bench("predict", digits["grid"], *files, "--seed", 3, "--json")
     assert before.code == 0 and "training them again" not in before.err
     monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "empty"))

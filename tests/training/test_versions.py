@@ -39,7 +39,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 # The code that each version stands for.
 PINNED = {
-    "loop": (1, "6331db730a9370e7"),
+    "loop": (1, "9a91611c816a30d6"),
     "clean": (2, "8b617ef898d937bc"),
     "bfloat16": (1, "1cdce84e584d3903"),
     "spsa": (1, "1508bb5e21263cff"),
