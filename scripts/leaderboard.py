@@ -34,15 +34,15 @@ Made by `make reports` from the records in `reports/*/runs` and from [published.
 percentages of test images that are predicted right with a certified l2 radius of at least r (pixels in [0, 1]).
 
 - **Certified here**: records of certbench. Rows of one table are on the same images, base, sigma, n and alpha, and are
-  ranked by certified accuracy at its radii, from the first on; below it is the 95% interval. Rows of different tables
+  ranked by certified accuracy at its radii, from the first on; below each is its 95% interval. Rows of different tables
   are not comparable. The study's page tests which differences are significant.
 - **As published**: what others state, in alphabetical order and not ranked: every row has its own base, training data,
   images, n and alpha. *checked* says how the number was checked here; [published](../published/report.md) has the
   sources and figures.
-- **verified**: the record passed all checks of `bench verify`, and so many of its images were certified again, from the
-  seed, by the version named: with equal counts on the same kind of machine, else compared by a two-sample test. *audited*:
-  every radius follows from the recorded counts, but no image was certified again, for the reason named.
-- **guarantee**: *probabilistic at alpha*: each certificate is wrong with probability at most alpha. *deterministic*: it
+- *verified*: the record passed all checks of `bench verify`, and images were certified again, from the seed, by the
+  version named: with equal counts on the same kind of machine, else compared by a two-sample test. *audited*: every
+  radius follows from the recorded counts, but no image was certified again, for the reason named.
+- *guarantee*: *probabilistic at alpha*: each certificate is wrong with probability at most alpha. *deterministic*: it
   holds with certainty.
 """
 
@@ -75,7 +75,7 @@ def ours(table: Table, studies: Mapping[Path, str], said: Mapping[tuple[str, str
     head = ["defense", *(f"r = {r:g}" for r in setting.within), "guarantee", "images", "n", "alpha", "base"]
     votes = f"{'up to ' if setting.grid_only else ''}{setting.n:,}"
     same = [PROBABILISTIC, str(setting.images), votes, f"{setting.alpha:g}", setting.base]
-    lines = [head + ["study", "checked"], ["---"] * (len(head) + 2)]
+    lines = [[*head, "study", "checked"], ["---"] * (len(head) + 2)]
     for method in table.methods:
         shares = [method.row.certified[r] for r in setting.within]
         cells = [f"{100 * s.value:.1f}<br><sub>{100 * s.low:.1f}-{100 * s.high:.1f}</sub>" for s in shares]

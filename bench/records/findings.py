@@ -16,10 +16,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Redrawn(Finding):
-    """The check of ``bench verify`` that certifies images again: how many, and whether counts had to be equal."""
+    """The check of ``bench verify`` that certifies images again: how many, and whether counts had to be equal.
+
+    ``why``: the reason where none was.
+    """
 
     images: int = 0
     exactly: bool = False
+    why: str = ""
 
 
 VERIFIED, NOT_VERIFIED, FAILED = "verified", "not verified", "failed"
@@ -52,4 +56,4 @@ def verdict(findings: Sequence[Finding]) -> Verdict:
     again = [f for f in findings if isinstance(f, Redrawn)]
     if again and again[0].images:
         return Verdict(VERIFIED, "", again[0].images, again[0].exactly)
-    return Verdict(NOT_VERIFIED, again[0].check if again else "no image was certified again")
+    return Verdict(NOT_VERIFIED, again[0].why if again else "no image was certified again")

@@ -76,21 +76,21 @@ def draw_again(
     """
     if not record.counted:
         why = "the log comes without its model" if record.imported else "there are none"
-        yield Redrawn(f"(not drawn again: {why}) {CHECK}")
+        yield _not_drawn(why)
         return
     weights = record.identity.defense.weights
     if not deep and weights is not None and not stored(weights):
-        yield Redrawn(f"(not drawn again: its trained weights are not in this cache; --deep retrains them) {CHECK}")
+        yield _not_drawn("its trained weights are not in this cache; --deep retrains them")
         return
     if why := not_named(record.info.arguments, defense, base):
-        yield Redrawn(f"(not drawn again: {why}) {CHECK}")
+        yield _not_drawn(why)
         return
     with plugins.restricted_to([defense] if defense else []):
         plan = plan_of(record, defense, base)
     if not deep and plan.source != record.identity.defense.source:
         made_by = f"; certbench {record.info.environment.certbench} made this record"
         why = f"the code of defense {plan.defense} has changed since{made_by}; --deep compares nevertheless"
-        yield Redrawn(f"(not drawn again: {why}) {CHECK}")
+        yield _not_drawn(why)
         return
     rebuilt = rebuild(record, session, plan, defense)
     if isinstance(rebuilt, str):
@@ -99,6 +99,10 @@ def draw_again(
     yield _compare(record, rebuilt, deep)
     if fresh:
         yield _audit(record, rebuilt)
+
+
+def _not_drawn(why: str) -> Redrawn:
+    return Redrawn(f"(not drawn again: {why}) {CHECK}", why=why)
 
 
 def rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -> Rebuilt | str:
