@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,8 @@ def _staging(to: Path, dry_run: bool) -> Iterator[Path]:
             yield out
         finally:
             shutil.rmtree(out.parent)
+            with suppress(OSError):  # not empty, unless nothing was published
+                to.rmdir()
 
 
 def _move(out: Path, to: Path, path: str) -> None:

@@ -291,7 +291,8 @@ def test_downloads_are_untrusted(bench: Bench, hub: PublishingHub, tmp_path: Pat
     assert fetched == {f"runs/{run.name}/run.json", f"runs/{run.name}/certificates.jsonl.gz"}
     hub.add("someone/results", {f"runs/{run.name}/run.json": b" " * (64 * 2**20 + 1)})
     result = bench("report", TO)
-    assert result.code == 2 and "the limit for such a file" in result.err
+    assert result.code == 2 and "run.json has 67,108,865 bytes, and the limit for such a file" in result.err
+    assert "/resolve/" not in " ".join(hub.requests[-2:])  # refused by the listing
     hub.add("someone/results", {f"runs/{run.name}/run.json": b"{", "README.md": b"# no marks"})
     assert "unreadable" in bench("report", TO).err
     result = bench("publish", run, "--to", TO)
