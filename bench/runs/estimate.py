@@ -90,7 +90,7 @@ class Estimator:
         step = plan.step_cost if timing.trains and not plan.weights else None
         train, validation = (self._splits.usual(plan.card)[name] for name in ("train", "validation"))
         votes = len(indices) * plan.procedure.max_votes
-        passes = training_passes(plan, timing.schedule, train, validation)
+        passes = training_passes(plan, timing.schedule, train, validation) if timing.trains else 0.0
         return Estimate(
             run=run_name(plan),
             label=run_label(plan),
@@ -120,9 +120,10 @@ class Estimator:
         given = Given(normalisation=plan.normalisation)
         base = untrained_base(plan.card, plan.base, self._device, not plan.cls.adapts, given)
         defense = fitting.construct(plan, base, self._device)
+        trains = fitting.trains(defense)  # merged, as it certifies, it may have nothing left to train
         task = make_task(plan, split, self._device)
         with deterministic(), torch.inference_mode(), fitting.attribute_errors(plan.defense, "in the estimate"):
-            fitting.merge(defense, train, plan, self._device)  # as it certifies
+            fitting.merge(defense, train, plan, self._device)
             model, whole = arithmetic.model(defense, plan.arithmetic, self._device, base.module), task.block
             seconds, rows = (0.0, whole) if is_url(plan.base) else vote_seconds(model, task, index)
             if rows == whole:
@@ -134,7 +135,7 @@ class Estimator:
                 per_pass = vote_seconds(rounded, task, index)[0] / at_once
             # A server's operations cannot be counted, so it is not asked again.
             flops = None if is_url(plan.base) else cost_per_vote(defense, replace(task, block=rows), index).flops
-        return _Timing(defense.schedule(), fitting.trains(defense), flops, rows, task.block, per_vote, per_pass)
+        return _Timing(defense.schedule(), trains, flops, rows, task.block, per_vote, per_pass)
 
 
 def training_passes(plan: Plan, schedule: Any, train: Split, validation: Split) -> float:
