@@ -135,11 +135,10 @@ def run(options: RunOptions | None, execution: Execution, study_options: StudyOp
             return
     if execution.dry_run:
         from bench.cli.estimates import print_estimates
-        from bench.process.environment import pick_device
-        from bench.runs.estimate import estimate
+        from bench.cli.studies import unfinished
 
-        device = pick_device(execution.device)
-        print_estimates([estimate(plan, device, shard) for plan in plans], execution.as_json)
+        left = unfinished(file, plans, out) if file else plans
+        print_estimates(left, execution.device, shard, execution.as_json)
         return
     records, faults = [], []
     try:

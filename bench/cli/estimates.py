@@ -8,20 +8,27 @@ from dataclasses import asdict
 
 from bench.cli.options import print_table
 from bench.process.console import duration
-from bench.runs.estimate import Estimate
+from bench.process.environment import pick_device
+from bench.records.shards import Shard
+from bench.runs.estimate import Estimate, Estimator
+from bench.runs.plan import Plan
 from bench.smoothing.expected import LARGEST_CAP, RadiusCost
 from bench.text import DASH
 
 
-def print_estimates(rows: Sequence[Estimate], as_json: bool) -> None:
-    """Print a line for each run, the cost of each radius of an anytime run, and the total."""
+def print_estimates(plans: Sequence[Plan], device: str, shard: Shard | None, as_json: bool) -> None:
+    """Print a line for each run as it is estimated, the cost of each radius of an anytime run, and the total."""
+    estimates = map(Estimator(pick_device(device), shard).estimate, plans)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps([asdict(row) for row in estimates], indent=1))
         return
-    for row in rows:
+    rows = []
+    for row in estimates:
+        rows.append(row)
         print(
             f"{row.label}: {row.images} images, {_at_most(row)}{row.votes:,} votes{_of(row.flops_per_vote)}, "
-            f"certify {_within(row)} {duration(row.seconds)}, train about {duration(row.train_seconds)}{_step(row)}"
+            f"certify {_within(row)} {duration(row.seconds)}, train about {duration(row.train_seconds)}{_step(row)}",
+            flush=True,
         )
     for remark in dict.fromkeys(row.objective for row in rows if row.objective):
         print(remark)

@@ -23,15 +23,12 @@ class StudyProgress:
     def __init__(self, file: StudyFile, plans: Sequence[Plan], out: Path, device: str, shard: Shard | None) -> None:
         """Begin or resume: finished runs of an earlier command count as done. Raises BenchError."""
         self._plans, self._shard, self._ended = plans, shard, 0
-        runs = [(run_label(plan), plan.options.record()) for plan in plans]
-        self._results = study.StudyWriter(out, study.started(file.path.name, file.text, runs))
+        self._results = study.StudyWriter(out, _started(file, plans))
         self._left = TimeLeft(plans, pick_device(device), shard)
-        done = 0
-        for number, run in enumerate(self._results.study.runs):
-            if run.folder and (record := _finished(out / run.folder)):
-                self._left.ended(number, record)
-                done += 1
-        finished = f", {done} of them finished" if done else ""
+        done = _finished(out, self._results.study)
+        for number, record in done.items():
+            self._left.ended(number, record)
+        finished = f", {len(done)} of them finished" if done else ""
         note(f"{file.path}: {len(plans)} runs{finished}, at most {self._left.votes:,} votes")
         basis = "what finished runs took" if done else "a short timing of the first run's untrained defense"
         note(f"{self._time_left()}, by {basis}, without the training of bases and shared parts")
@@ -56,10 +53,26 @@ class StudyProgress:
         return "time left not known yet" if seconds is None else f"about {duration(seconds)} left in all (an estimate)"
 
 
-def _finished(folder: Path) -> Record | None:
-    """Return the record of a finished run; None for any other folder, which the run itself will report."""
-    try:
-        record = read_run(folder)
-    except BenchError:
-        return None
-    return record if record.complete else None
+def unfinished(file: StudyFile, plans: Sequence[Plan], out: Path) -> list[Plan]:
+    """Return the plans whose runs are not finished in ``out``, and say how many are."""
+    done = _finished(out, study.resumed(out, _started(file, plans)))
+    if done:
+        note(f"{file.path}: {len(done)} of {len(plans)} runs are finished in {out}; what follows is of the others")
+    return [plan for number, plan in enumerate(plans) if number not in done]
+
+
+def _started(file: StudyFile, plans: Sequence[Plan]) -> study.Study:
+    return study.started(file.path.name, file.text, [(run_label(plan), plan.options.record()) for plan in plans])
+
+
+def _finished(out: Path, results: study.Study) -> dict[int, Record]:
+    """Return the finished runs of a study; any other folder the run itself will report."""
+    found = {}
+    for number, run in enumerate(results.runs):
+        try:
+            record = read_run(out / run.folder) if run.folder else None
+        except BenchError:
+            continue
+        if record and record.complete:
+            found[number] = record
+    return found

@@ -57,6 +57,17 @@ def started(name: str, text: str, runs: Sequence[tuple[str, Mapping[str, Any]]])
     return Study.of({"schema": 1, "name": name, "sha256": sha256, "text": text, "runs": entries})
 
 
+def resumed(out: Path, study: Study) -> Study:
+    """Return a study with the folders that the results of an earlier command name for its runs in ``out``."""
+    file = results_file(out, study.name)
+    before = read_study(file).runs if file.exists() else []
+    runs = []
+    for run in study.runs:
+        same = (other.folder for other in before if other.arguments == run.as_json()["arguments"])
+        runs.append(run.replace(folder=run.folder or next(filter(None, same), None)))
+    return study.replace(runs=runs)
+
+
 def results_file(out: Path, name: str) -> Path:
     """Return the file of a study's results in the folder of its runs; ``name``: of the study file."""
     return out / f"{Path(name).stem}{SUFFIX}"
@@ -92,13 +103,8 @@ class StudyWriter:
         with writing(self._file, ELSEWHERE):
             lock.wait()
             try:
-                before = read_study(self._file).runs if self._file.exists() else []
-                known = {number: run.folder for number, run in enumerate(self.study.runs)}
-                for number, run in enumerate(self.study.runs):
-                    same = (other.folder for other in before if other.arguments == run.as_json()["arguments"])
-                    known[number] = folders.get(number) or run.folder or next(filter(None, same), None)
-                runs = [run.replace(folder=known[n]) for n, run in enumerate(self.study.runs)]
-                self.study = self.study.replace(runs=runs)
+                runs = [run.replace(folder=folders.get(n) or run.folder) for n, run in enumerate(self.study.runs)]
+                self.study = resumed(self._out, self.study.replace(runs=runs))
                 write_json(self._file, self.study.as_json())
             finally:
                 lock.release()

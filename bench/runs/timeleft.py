@@ -9,7 +9,7 @@ import torch
 from bench.errors import DefenseFault
 from bench.records.record import Record
 from bench.records.shards import Shard
-from bench.runs.estimate import estimate, training_passes
+from bench.runs.estimate import Estimator, training_passes
 from bench.runs.identity import examples
 from bench.runs.plan import Plan
 from bench.runs.splits import Splits
@@ -62,7 +62,7 @@ class TimeLeft:
 
     def _time(self, number: int) -> float | None:
         try:
-            found = estimate(self._plans[number], self._device, self._shard)
+            found = Estimator(self._device, self._shard, self._splits).estimate(self._plans[number])
         except DefenseFault:  # the run itself will report it
             return None
         return (found.seconds + found.train_seconds) / self._passes[number] or None  # 0: a served base is not timed

@@ -108,6 +108,16 @@ def test_a_dry_run_prints_the_whole_bill_and_does_nothing(bench: Bench, tmp_path
     assert [row["label"] for row in json.loads(bench("run", file, "--dry-run", "--json").out)] == list(LABELS)
 
 
+def test_a_dry_run_leaves_out_what_is_finished(bench: Bench, tmp_path: Path) -> None:
+    file = written(tmp_path)
+    first = written(tmp_path / "first", TEXT.replace("[0.25, 0.5]", "0.25"))  # the runs at the smaller sigma
+    assert bench("run", first, "--out", tmp_path / "runs").code == 0
+    bill = bench("run", file, "--dry-run")
+    assert bill.code == 0 and f"{file}: 2 of 3 runs are finished in {tmp_path / 'runs'}" in bill.err
+    assert "total: 440 votes" in bill.out
+    assert [row["label"] for row in json.loads(bench("run", file, "--dry-run", "--json").out)] == [LABELS[1]]
+
+
 def test_a_killed_study_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
     text = TEXT.replace("n0 = 10", "n0 = 10\nn = 4000").replace("examples = 4", "examples = 12")
     whole, killed = written(tmp_path / "whole", text), written(tmp_path / "killed", text)

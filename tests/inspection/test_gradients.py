@@ -14,7 +14,7 @@ from bench.inspection.copies import Copies
 from bench.inspection.landscape import POINTS, directions, landscape
 from bench.inspection.score import Denoiser
 from bench.interface import Draw
-from bench.smoothing.noise import Noise
+from bench.smoothing.noise import Noise, Vote
 
 SHAPE, SIGMA = (1, 4, 4), 0.25
 RNG = torch.Generator().manual_seed(0)
@@ -50,6 +50,9 @@ def test_a_linear_classifier() -> None:
     torch.testing.assert_close(found.curvature, p * (1 - p) * norm**2, rtol=0.02, atol=1e-4)
     torch.testing.assert_close(mean, -(1 - p).mean() * W)
     score = -(COPIES.noisy.flatten(1) @ torch.linalg.inv(COVARIANCE + SIGMA**2 * torch.eye(16))).view_as(COPIES.noisy)
+    torch.testing.assert_close(
+        Denoiser(gaussian, SIGMA, "").score(COPIES.noisy, COPIES.draw()), score, rtol=1e-3, atol=1e-3
+    )
     cosine = (score * W).flatten(1).sum(1) / (score.flatten(1).norm(dim=1) * norm)
     torch.testing.assert_close(found.score_cosine, cosine, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.score_cosine_sum, cosine, rtol=1e-3, atol=1e-4)
@@ -112,6 +115,9 @@ def test_copies_have_their_own_noise_and_a_randomised_defense_gets_the_same_draw
     other = Copies(COPIES.clean, 8, 1, SIGMA, 5, Noise(0, "test"))
     assert torch.equal(COPIES.noisy, COPIES.noisy) and not torch.equal(COPIES.noisy, other.noisy)
     assert not torch.equal(COPIES.direction(0), COPIES.direction(1))
+    for purpose in ("select", "estimate", "check"):  # of a run's votes
+        votes = COPIES.noise.normals([Vote(purpose, COPIES.index, i) for i in range(COPIES.count)], W.numel())
+        assert not np.allclose(votes.ravel(), ((COPIES.noisy - COPIES.clean) / SIGMA).flatten(), atol=1e-3)
     once, twice = COPIES.draw().normal(3), COPIES.draw(2).normal(3)
     assert torch.equal(twice, torch.cat([once, once]))
     noise = ((COPIES.noisy - COPIES.clean) / SIGMA).flatten()

@@ -36,7 +36,7 @@ from bench.options import RunOptions
 from bench.records.grouping import method_name
 from bench.records.record import read_run
 from bench.report import tables
-from bench.runs.estimate import estimate
+from bench.runs.estimate import Estimator
 from bench.runs.plan import Plan, make_plans
 from bench.runs.session import Session
 from bench.text import DASH
@@ -639,7 +639,7 @@ def test_a_part_of_the_weights_leaves_the_rest_to_the_base(fast_base: Path, tmp_
 
 
 def test_estimate_needs_no_weights(server: HubServer) -> None:
-    estimate(plan("lora", Path("timm:test_vit"), None), CPU)
+    Estimator(CPU).estimate(plan("lora", Path("timm:test_vit"), None))
     assert not server.requests
 
 

@@ -88,10 +88,11 @@ def test_only_the_passes_are_rounded(tmp_path: Path) -> None:
     assert 0 < distance(one, other) < 0.002 < distance(one, Network())
 
 
-def test_passes_without_gradients_do_not_keep_weights_from_being_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", [True, False], ids=["objective", "loss of a defense's own"])
+def test_passes_without_gradients_do_not_keep_weights_from_being_trained(tmp_path: Path, wrap: bool) -> None:
     """Autocast's cache would keep the weights rounded in a pass without gradients for the next one."""
-    one, _ = trained(tmp_path, "bfloat16", Observed())
-    other, _ = trained(tmp_path, "bfloat16", Observed(calls_without_gradient=1))
+    one, _ = trained(tmp_path, "bfloat16", Observed(), wrap)
+    other, _ = trained(tmp_path, "bfloat16", Observed(calls_without_gradient=1), wrap)
     assert distance(one, other) == 0 < distance(one, Network())
 
 
