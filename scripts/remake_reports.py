@@ -4,7 +4,8 @@
 
 Each folder reports/<study>/runs holds records (``bench export RUNS --record reports/<study>/runs``); ``bench report``
 writes the study's report.md and figures beside it, as SVG alone. The page reports/published/ is made from
-published.csv with the rows of all studies. ``--out`` writes elsewhere, as the test that compares does; without it the
+published.csv with the rows of all studies, and so is reports/leaderboard/, which also says which records are verified
+(reports/<study>/verified.json). ``--out`` writes elsewhere, as the test that compares does; without it the
 README's table and figure are made again too, from the report of ``FRONT``.
 """
 
@@ -32,7 +33,7 @@ def studies(reports: Path) -> list[Path]:
 
 
 def remake(reports: Path, out: Path) -> list[Path]:
-    """Write the reports of all studies and the page of published rows into ``out``; return the files.
+    """Write the reports of all studies, the page of published rows and the leaderboard into ``out``; return the files.
 
     Raises CalledProcessError where a command fails, as for a record that does not pass its audit.
     """
@@ -45,7 +46,8 @@ def remake(reports: Path, out: Path) -> list[Path]:
             other.unlink()
     runs = [reports / name / "runs" for name in made]
     _call(Path(__file__).with_name("published.py"), "page", *runs, "--out", out / "published")
-    return sorted(f for name in (*made, "published") for f in (out / name).iterdir() if f.is_file())
+    _call(Path(__file__).with_name("leaderboard.py"), "--reports", reports, "--out", out / "leaderboard")
+    return sorted(f for name in (*made, "published", "leaderboard") for f in (out / name).iterdir() if f.is_file())
 
 
 def front_page(readme: str, report: str) -> str:

@@ -182,7 +182,8 @@ def load(source: Source | Record | Sequence[Source | Record] = "runs") -> Result
     """Load finished runs, each checked as ``bench report`` does.
 
     Args:
-        source: A folder of runs, a run folder, a study's file or folder, a record of ``bench.run``, or a list of these.
+        source: A folder of runs, a run folder, a study's file or folder, hub:OWNER/NAME[@REVISION] of published runs, a
+            record of ``bench.run``, or a list of these.
 
     Returns:
         The results. Runs that are left out, such as unfinished ones, are in ``left_out`` and printed.
@@ -190,11 +191,12 @@ def load(source: Source | Record | Sequence[Source | Record] = "runs") -> Result
     Raises:
         BenchError: No finished run is found.
     """
+    from bench.publishing.reading import locate
     from bench.records.record import Record
     from bench.report import loading
 
     sources = [source] if isinstance(source, str | PathLike | Record) else list(source)
-    each = [loading.find(one.path if isinstance(one, Record) else _local(one)) for one in sources]
+    each = [loading.find(one.path if isinstance(one, Record) else locate(one).path) for one in sources]
     records = [record for found in each for record in found.records]
     left_out = [line for found in each for line in found.left_out]
     for line in left_out:
@@ -203,9 +205,3 @@ def load(source: Source | Record | Sequence[Source | Record] = "runs") -> Result
         raise BenchError(f"no finished run in {', '.join(str(s) for s in sources) or 'an empty list'}; see bench.run")
     unique = {record.path.resolve(): record for record in records}
     return Results(list(unique.values()), left_out, each[0].study if len(each) == 1 else None)
-
-
-def _local(source: Source) -> Path:
-    if isinstance(source, str) and (source.startswith("hub:") or "://" in source):
-        raise BenchError(f"{source}: bench.load takes folders of runs, run folders and study files; download it first")
-    return Path(source)

@@ -33,6 +33,7 @@ from bench.cli.options import (
     with_options,
 )
 from bench.cli.predict import app as predict_app
+from bench.cli.publish import app as publish_app
 from bench.cli.records import app as records_app
 from bench.cli.show import app as show_app
 from bench.errors import BenchError, DefenseFault, Interrupted, NotComparable, note, say_loading, shown, unknown
@@ -284,6 +285,7 @@ app.add_typer(housekeeping_app)
 app.add_typer(records_app)
 app.add_typer(attack_app)
 app.add_typer(exchange_app)
+app.add_typer(publish_app)
 app.add_typer(convert_app)
 app.add_typer(inspect_app)
 app.add_typer(predict_app)

@@ -65,7 +65,10 @@ def import_(options: ImportOptions) -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder; with --record also a folder of runs.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run folder; with --record also a folder of runs, or hub:OWNER/NAME to download."),
+    ],
     out: Annotated[Path | None, typer.Option(help="The file to write the log to. Default: print.")] = None,
     record: Annotated[
         Path | None,
@@ -112,10 +115,12 @@ def export(
 
 
 def _copy_records(runs: Path, out: Path) -> None:
+    from bench.publishing.reading import locate
     from bench.records.copying import copy_record
     from bench.records.record import find_runs, read_run
 
-    for path in find_runs(runs) or [runs]:
+    place = locate(runs)
+    for path in find_runs(place.path) or [place.path]:
         folder, changed = copy_record(read_run(path), out)
         for line in changed:
             note(f"{folder}: {line}")

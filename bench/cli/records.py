@@ -1,4 +1,4 @@
-"""Commands that read run folders: report, status, merge, compare, check, verify."""
+"""Commands that read run folders: report, status, merge, compare, check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bench.cli.options import COLUMNS, AsJson, every_column, print_findings, print_report, print_table
+from bench.cli.options import COLUMNS, AsJson, every_column, print_report, print_table
 from bench.errors import BenchError, NotComparable, shown
 
 app = typer.Typer(rich_markup_mode=None)
@@ -18,7 +18,10 @@ app = typer.Typer(rich_markup_mode=None)
 @app.command("report")
 def report_(
     runs: Annotated[
-        Path, typer.Argument(help="A folder of runs, one run, or a study: its file, or the folder of its file.")
+        Path,
+        typer.Argument(
+            help="A folder of runs, one run, a study (its file, or the folder of its file), or hub:OWNER/NAME."
+        ),
     ] = Path("runs"),
     format: Annotated[
         str | None, typer.Option(help="md, latex, csv, json or html. Default: by the file name in --out, else md.")
@@ -37,6 +40,7 @@ def report_(
 ) -> None:
     """Report finished runs as tables, with --out also as figures or a page. Exit 1: some runs were left out."""
     from bench.errors import unknown
+    from bench.publishing.reading import locate
     from bench.records import study
     from bench.report import loading, output, tables
 
@@ -45,16 +49,19 @@ def report_(
         raise unknown("format", format, filter(None, known))
     asked, format = format, output.format_of(out, format)
     _check_format(format, out, published, every)
-    found = loading.find(runs)
+    source = locate(runs)
+    found = loading.find(source.path)
+    if source.source:
+        print(f"bench: {source}", file=sys.stderr)
     for line in found.left_out:
         print(f"bench: left out: {shown(line)}", file=sys.stderr)
     if not found.records:
-        raise BenchError(f"no finished run in {runs}; create one with bench run")
+        raise BenchError(f"no finished run in {source}; create one with bench run")
     report = tables.build(found.records, published, found.study)
     if format != "html":
         print_report(report, format, every, wide=asked == "md")
     pages = [(format, out)] if out is not None else []
-    if found.study is not None and not pages and not asked:
+    if found.study is not None and not pages and not asked and not source.source:
         pages = [(kind, study.home(runs)) for kind in ("md", "html")]
     for kind, place in pages:
         for file in output.write(report, kind, place, found.left_out, every):
@@ -115,13 +122,14 @@ def merge(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, or a folder of runs.")],
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, a folder of runs, or hub:OWNER/NAME.")],
     as_json: AsJson = False,
 ) -> None:
     """Test which of several runs on the same images is better, at every radius. Exit 3: not comparable."""
     from bench.compare import pairs, pairs_text
+    from bench.publishing.reading import locate
 
-    found = [pairs.compare(paths) for paths in pairs.groups(runs)]
+    found = [pairs.compare(paths) for paths in pairs.groups([locate(run).path for run in runs])]
     if as_json:
         objects = [one.as_json() for one in found]
         print(json.dumps(objects[0] if len(objects) == 1 else objects, indent=1))
@@ -173,35 +181,3 @@ def check(
         raise typer.Exit(1)
     if check.NOT_COMPARABLE in verdicts:
         raise NotComparable(check_text.headline(found))
-
-
-@app.command()
-def verify(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Certify every image again; retrain if needed.")] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Also test the certificates on noise of a new random seed.")
-    ] = False,
-    defense: Annotated[
-        str | None, typer.Option(help="./file.py of the record's defense. A file is executed only if it is named here.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Address of the record's served base. It is contacted only if it is named here.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Audit a record: recompute radii, check images and hashes, redraw a sample of votes. Exit 1: a check failed."""
-    from bench.records.record import read_run
-    from bench.records.verify import check_record
-
-    findings = list(check_record(run))
-    if not any(f.problem for f in findings):
-        from bench.process.console import ConsoleReporter
-        from bench.process.environment import pick_device
-        from bench.runs.redraw import draw_again
-        from bench.runs.session import Session
-
-        session = Session(pick_device(device), run.parent, ConsoleReporter())
-        findings += draw_again(read_run(run), session, deep, defense, base, fresh)
-    print_findings(findings, as_json)

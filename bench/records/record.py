@@ -23,6 +23,8 @@ from bench.records.shards import Shard, shards_in
 from bench.records.stored import parse_json
 from bench.smoothing.votes import Certificate
 
+RUNS = "runs"  # the folder of the runs of a study, or of a published folder
+
 
 @dataclass(frozen=True)
 class ImportedCertificate:
@@ -176,7 +178,11 @@ def _check_lines(lines: Columns[Line], counted: bool, classes: int) -> None:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Return the run folders at or directly below ``root``, by name."""
+    """Return the run folders at or directly below ``root``, or else in its folder ``runs``, by name."""
     if (root / "run.json").exists():
         return [root]
-    return sorted({f.parent for f in root.glob("*/run.json")} | {f.parents[1] for f in root.glob("*/shard-*/run.json")})
+    for place in (root, root / RUNS):
+        shards = {f.parents[1] for f in place.glob("*/shard-*/run.json")}
+        if found := sorted({f.parent for f in place.glob("*/run.json")} | shards):
+            return found
+    return []

@@ -17,13 +17,13 @@ from bench.errors import BenchError, one_line
 from bench.io import limits
 from bench.io.files import write_json, writing
 from bench.process.locks import Lock
+from bench.records.record import RUNS
 from bench.records.stored import Stored, parse_json
 from bench.records.writer import ELSEWHERE
 
 SUFFIX = ".study.json"
 LARGEST = limits.MB  # bytes of a study file
 LARGEST_RESULTS = 64 * limits.MB
-RUNS = "runs"  # the default folder of a study's runs, beside its file
 
 
 class StudyRun(Stored):

@@ -19,7 +19,7 @@ from bench.models.served import is_url
 from bench.options import RunOptions
 from bench.process import environment
 from bench.records import fingerprint
-from bench.records.findings import Finding
+from bench.records.findings import Finding, Redrawn
 from bench.records.record import Record
 from bench.runs import fresh_noise
 from bench.runs.certifier import DeviceCertifier
@@ -76,29 +76,33 @@ def draw_again(
     """
     if not record.counted:
         why = "the log comes without its model" if record.imported else "there are none"
-        yield Finding(f"(not drawn again: {why}) {CHECK}")
+        yield _not_drawn(why)
         return
     weights = record.identity.defense.weights
     if not deep and weights is not None and not stored(weights):
-        yield Finding(f"(not drawn again: its trained weights are not in this cache; --deep retrains them) {CHECK}")
+        yield _not_drawn("its trained weights are not in this cache; --deep retrains them")
         return
     if why := not_named(record.info.arguments, defense, base):
-        yield Finding(f"(not drawn again: {why}) {CHECK}")
+        yield _not_drawn(why)
         return
     with plugins.restricted_to([defense] if defense else []):
         plan = plan_of(record, defense, base)
     if not deep and plan.source != record.identity.defense.source:
         made_by = f"; certbench {record.info.environment.certbench} made this record"
         why = f"the code of defense {plan.defense} has changed since{made_by}; --deep compares nevertheless"
-        yield Finding(f"(not drawn again: {why}) {CHECK}")
+        yield _not_drawn(why)
         return
     rebuilt = rebuild(record, session, plan, defense)
     if isinstance(rebuilt, str):
-        yield Finding(CHECK, rebuilt)
+        yield Redrawn(CHECK, rebuilt)
         return
     yield _compare(record, rebuilt, deep)
     if fresh:
         yield _audit(record, rebuilt)
+
+
+def _not_drawn(why: str) -> Redrawn:
+    return Redrawn(f"(not drawn again: {why}) {CHECK}", why=why)
 
 
 def rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -> Rebuilt | str:
@@ -119,7 +123,7 @@ def rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -
     return Rebuilt(run, certifier)
 
 
-def _compare(record: Record, rebuilt: Rebuilt, deep: bool) -> Finding:
+def _compare(record: Record, rebuilt: Rebuilt, deep: bool) -> Redrawn:
     every = max(1, len(record.counted) // SAMPLE)
     kept = {c.index: c for c in (record.counted if deep else record.counted[::every][:SAMPLE])}
     again = rebuilt.certify(list(kept), record.identity.noise.tau)
@@ -128,7 +132,7 @@ def _compare(record: Record, rebuilt: Rebuilt, deep: bool) -> Finding:
     how = "exactly" if exactly else "by a two-sample test, since machine or versions are not the record's"
     level, procedure = FALSE_ALARM / len(again), rebuilt.run.plan.procedure
     problems = (fresh_noise.contradiction(kept[new.index], new, procedure, exactly, level) for new in again)
-    return Finding(f"{len(again)} {CHECK}, {how}", next(filter(None, problems), ""))
+    return Redrawn(f"{len(again)} {CHECK}, {how}", next(filter(None, problems), ""), len(again), exactly)
 
 
 def _audit(record: Record, rebuilt: Rebuilt) -> Finding:

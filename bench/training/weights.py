@@ -51,6 +51,20 @@ def cached_training(label: str, identity: Mapping[str, Any], train: Callable[[Pa
         return entry.load() or entry.save(*train(entry.checkpoint))
 
 
+_listeners: list[list[Path]] = []
+
+
+@contextmanager
+def loaded_entries() -> Iterator[list[Path]]:
+    """Collect the folders of the cache entries that are loaded while the context lasts."""
+    folders: list[Path] = []
+    _listeners.append(folders)
+    try:
+        yield folders
+    finally:
+        _listeners.pop()
+
+
 def stored(sha256: str) -> Path | None:
     """Return the file of the weights of that hash in the cache, None where it has none."""
     metas = cache_root().glob("*/meta.json")
@@ -103,11 +117,15 @@ class CacheEntry:
                 raise ValueError("meta.json belongs to another training")
             if file_sha256(weights) != meta["sha256"]:
                 raise ValueError("weights.safetensors has changed since it was written")
-            return Trained(load_file(weights), meta, meta["sha256"])
+            loaded = Trained(load_file(weights), meta, meta["sha256"])
         except PermissionError as e:
             raise BenchError(f"cannot read the cache: {one_line(e)}; set CERTBENCH_CACHE to another folder") from None
         except Exception as e:
             note(f"corrupt cache entry {self.folder}: {one_line(e)}; deleted, training again")
+        else:
+            for folders in _listeners:
+                folders.append(self.folder)
+            return loaded
         with writing(self.folder, FIX):
             meta_file.unlink()  # first: without it there is no entry
             weights.unlink(missing_ok=True)

@@ -143,8 +143,8 @@ def test_lists_records_and_single_runs_are_loaded_and_what_is_left_out_is_said(
     assert "left out:" in capsys.readouterr().err
     with pytest.raises(bench.BenchError, match="no finished run in"):
         bench.load(tmp_path)
-    for address in ("hub:owner/name", "https://example.org/runs"):
-        with pytest.raises(bench.BenchError, match=r"bench.load takes folders of runs, run folders and study files"):
+    for address in ("hub:owner", "https://example.org/runs"):
+        with pytest.raises(bench.BenchError, match="hub:OWNER/NAME"):
             bench.load(address)
 
 

@@ -51,6 +51,7 @@ def test_commands_that_read_records_import_no_torch(runs: Path, tmp_path: Path) 
     assert not HEAVY & imported("report", runs)
     assert not HEAVY & imported("report", runs, "--out", tmp_path / "report")
     assert not HEAVY & imported("compare", first, second)
+    assert not HEAVY & imported("publish", runs, "--to", tmp_path / "published")
 
 
 def test_merging_shards_imports_no_torch(bench: Bench, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def problems(bench: Bench, run: Path) -> dict[str, str]:
     """What verify finds wrong, by the first word of the check."""
     result = bench("verify", run, "--json")
     assert result.code == 1, result.out + result.err
-    return {f["check"].split()[0]: f["problem"] for f in json.loads(result.out) if f["problem"]}
+    (one,) = json.loads(result.out)
+    assert one["verdict"] == "failed"
+    return {f["check"].split()[0]: f["problem"] for f in one["findings"] if f["problem"]}
 
 
 def forge(run: Path, **changes: Any) -> Path:

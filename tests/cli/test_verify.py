@@ -49,7 +49,9 @@ def test_a_true_record_passes(bench: Bench, records: dict[str, Path], kind: str)
     assert "5 images drawn again from the seed give the recorded counts, exactly" in result.out
     deep = bench("verify", records[kind], "--deep", "--json")
     assert deep.code == 0
-    assert json.loads(deep.out)[-1]["check"].startswith("8 images")
+    (one,) = json.loads(deep.out)
+    assert (one["verdict"], one["images_certified_again"], one["equal_counts"]) == ("verified", 8, True)
+    assert one["findings"][-1]["check"].startswith("8 images")
 
 
 FIELDS = ("index", "label", "predicted", "radius", "n0", "n", "top_count", "runner_up_count", "p_lower", "votes")

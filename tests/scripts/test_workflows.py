@@ -36,14 +36,16 @@ def test_nothing_is_interpolated_into_a_shell_and_actions_are_pinned(file: Path)
             assert f'"${name}"' in step["run"]  # quoted where it is used
 
 
-def test_the_documentation_calls_the_gate_with_its_inputs() -> None:
-    gate = load((ROOT / ".github" / "workflows" / "gate.yml").read_text())
+@pytest.mark.parametrize(("name", "page"), [("gate", "gate.md"), ("verify", "publish.md")])
+def test_the_documentation_calls_the_workflow_with_its_inputs(name: str, page: str) -> None:
+    file = ROOT / ".github" / "workflows" / f"{name}.yml"
+    gate = load(file.read_text())
     inputs = gate["on"]["workflow_call"]["inputs"]
-    blocks = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "docs" / "gate.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     (call,) = (job for block in blocks for job in load(block)["jobs"].values() if "uses" in job)
-    assert call["uses"].endswith("/.github/workflows/gate.yml@COMMIT")
+    assert call["uses"].endswith(f"/.github/workflows/{name}.yml@COMMIT")
     assert {k for k, v in inputs.items() if v.get("required")} <= set(call["with"]) <= set(inputs)
-    used = set(re.findall(r"inputs\.(\w+)", (ROOT / ".github" / "workflows" / "gate.yml").read_text()))
+    used = set(re.findall(r"inputs\.(\w+)", file.read_text()))
     assert used == set(inputs)
 
 
