@@ -35,6 +35,7 @@ def publish(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be sent, then exit; needs no token.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Publish finished runs with their study and a model card. Repeat the command to resume; it sends what is new."""
     from bench.publishing.contents import gather
@@ -51,6 +52,10 @@ def publish(
     sent = send(gathered, entries, to, dry_run)
     for line in sent.notes:
         note(line)
+    if as_json:
+        found = [{"path": path, "bytes": size, "new": new} for path, (size, new) in sent.files.items()]
+        print(json.dumps({"place": sent.place, "revision": sent.revision, "files": found}, indent=1))
+        return
     for path, (size, new) in sent.files.items():
         print(shown(f"{'add    ' if new else 'replace'} {path}, {size:,} bytes"))
     at = f"{sent.place}@{sent.revision}" if sent.revision else sent.place

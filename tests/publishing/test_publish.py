@@ -100,6 +100,8 @@ def test_publishing_again_sends_nothing_and_adds_what_is_new(bench: Bench, hub: 
         assert again.code == 0 and "nothing to send" in again.out and "has all of it" in again.out
         added = bench("publish", second, "--to", to)
         assert added.code == 0
+        said = json.loads(bench("publish", second, "--to", to, "--json").out)
+        assert said["place"] == str(to) and said["files"] == [] and (said["revision"] is None) == (to != TO)
         assert {line.split()[1].rstrip(",") for line in added.out.splitlines()[:-1]} == {
             "README.md",
             f"runs/{second.name}/run.json",
