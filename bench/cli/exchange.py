@@ -92,7 +92,10 @@ def export(
     ] = None,
     device: Annotated[str, typer.Option(help="With --weights: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Export a run as a tab-separated log, its weights for peft and timm, or its record for a repository."""
+    """Export a run as a tab-separated log, its weights for peft and timm, or its record for a repository.
+
+    Exit 1: some runs of a folder were left out.
+    """
     from bench.io.files import write_text, writing
     from bench.records.logs import export_log
     from bench.records.record import read_run
@@ -119,12 +122,22 @@ def _copy_records(runs: Path, out: Path) -> None:
     from bench.records.copying import copy_record
     from bench.records.record import find_runs, read_run
 
-    place = locate(runs)
-    for path in find_runs(place.path) or [place.path]:
-        folder, changed = copy_record(read_run(path), out)
+    place, left_out = locate(runs), 0
+    paths = find_runs(place.path) or [place.path]
+    for path in paths:
+        try:
+            folder, changed = copy_record(read_run(path), out)
+        except BenchError as e:
+            if len(paths) == 1:
+                raise
+            note(f"left out: {e}")
+            left_out += 1
+            continue
         for line in changed:
             note(f"{folder}: {line}")
         print(f"wrote {folder}", file=sys.stderr)
+    if left_out:
+        raise typer.Exit(1)
 
 
 def _export_weights(run: Path, weights: Path, merged: bool, defense: str | None, device: str) -> None:

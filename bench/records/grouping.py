@@ -13,6 +13,9 @@ from typing import Any
 from bench.io.files import digest
 from bench.records.record import Record
 
+# Settings of training alone, as bench.interface.Schedule has them.
+TRAINING = frozenset(("epochs", "batch", "optimizer", "lr", "momentum", "weight_decay", "decay", "warmup"))
+
 
 def comparable(record: Record) -> dict[str, Any]:
     """Return the part of an identity that must agree for two runs to share a table, as JSON.
@@ -138,15 +141,49 @@ def common(record: Record) -> str:
 
 def method_name(record: Record) -> str:
     """Name a method: the defense, its settings and objective other than the defaults, brought weights, searches."""
+    return _name(record, frozenset())
+
+
+def short_names(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Name methods that stand side by side, each by one of its runs.
+
+    Settings of training alone, and searches for them, are left out of a name where all methods of the defense share
+    them.
+
+    Returns:
+        The name of each, and the words that it is without.
+    """
+    words: dict[str, list[list[str]]] = defaultdict(list)
+    for record in records:
+        words[record.identity.defense.name].append(_of_training(record))
+    found = []
+    for record in records:
+        own, each = _of_training(record), words[record.identity.defense.name]
+        shared = [word for word in own if all(word in other for other in each)]
+        found.append((_name(record, frozenset(shared)), ", ".join(shared)))
+    return found
+
+
+def _of_training(record: Record) -> list[str]:
+    """Return the words of a method's name that say how it was trained: settings, then searches."""
+    changed = [_setting(k, v) for k, v in record.info.defense.settings.items() if k in TRAINING]
+    return changed + [f"{key} searched" for key in sorted(searched(record)) if key in TRAINING]
+
+
+def _setting(key: str, value: Any) -> str:
+    return key if value is True else f"{key}={value}"
+
+
+def _name(record: Record, without: frozenset[str]) -> str:
     defense, info = record.identity.defense, record.info.defense
     words = [defense.name]
-    words += [k if v is True else f"{k}={v}" for k, v in info.settings.items()]
+    words += [word for k, v in info.settings.items() if (word := _setting(k, v)) not in without]
     words += [] if defense.objective in (None, "gaussian") else [f"+ {defense.objective}"]
     words += defense.arithmetic
     # Older records state the hash of a defense's own weights alone.
     sha256 = info.weights_sha256 or defense.weights
     words += [f"({info.weights_file} {sha256:.8})"] if info.weights_file and sha256 else []
-    keys = sorted(searched(record))
+    keys = [key for key in sorted(searched(record)) if f"{key} searched" not in without]
     return " ".join(words) + (f", {', '.join(keys)} searched" if keys else "")
 
 

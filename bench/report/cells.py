@@ -16,10 +16,10 @@ POWER = 0.8  # chance at which a difference counts as one that could be shown
 CHURN = 0.1  # share of images on which two methods also differ by chance
 
 
-def label(row: Row, rows: Sequence[Row]) -> str:
+def label(name: str, names: Sequence[str], row: Row) -> str:
     """Name a row of a table: the method and its number of seeds; seed and hash of the run where two have one name."""
-    text = row.defense + (" †" if row.flags else "")
-    if sum(other.defense == row.defense for other in rows) == 1:
+    text = name + (" †" if row.flags else "")
+    if names.count(name) == 1:
         return text + (f" ({row.seeds} seeds)" if row.seeds > 1 else "")
     seed = "" if row.seed is None else f" seed {row.seed:.0f}"
     return f"{text}{seed} ({row.run.rpartition('-')[2]})"
@@ -75,6 +75,7 @@ def notes(setting: Setting, methods: Sequence[Method]) -> str:
     """Explain in a few sentences what the table shows and what it cannot show."""
     beyond = bounds.printed_reach(setting.reach)  # rounded up, so that no certificate lies beyond what is printed
     sentences = [
+        _settings(methods),
         _margin(setting, methods),
         _shown(methods),
         _marks(methods),
@@ -117,6 +118,16 @@ def _elsewhere(setting: Setting, methods: Sequence[Method], best: Method) -> str
             leads.setdefault(first.label, []).append(f"{radius:g}")
     found = [f"{label} at r = {', '.join(radii)}" for label, radii in leads.items()]
     return f" The most elsewhere: {'; '.join(found)}." if found else ""
+
+
+def _settings(methods: Sequence[Method]) -> str:
+    """State the settings of training that names leave out."""
+    named: dict[str, list[str]] = {}
+    for m in methods:
+        named.setdefault(m.training, []).append(m.label)
+    named.pop("", None)
+    found = [f"{', '.join(labels)}: {training}" for training, labels in named.items()]
+    return f"Trained with {'; '.join(found)}; all else by the preset." if found else ""
 
 
 def _margin(setting: Setting, methods: Sequence[Method]) -> str:

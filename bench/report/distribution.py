@@ -47,7 +47,7 @@ def p_lower(methods: Sequence[Method], looks: Looks) -> go.Figure:
 
 
 def _name(method: Method, record: Record) -> str:
-    return method.label if len(method.records) == 1 else f"{method.row.defense}, seed {record.identity.seed}"
+    return method.label if len(method.records) == 1 else f"{method.name}, seed {record.identity.seed}"
 
 
 def _largest(record: Record) -> float:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from bench.io.files import digest
 from bench.records import metrics
-from bench.records.grouping import common, comparable_but_sigma, method_key, method_name, reach, table_radii
+from bench.records.grouping import common, comparable_but_sigma, method_key, reach, short_names, table_radii
 from bench.records.record import Record
 from bench.text import DASH
 
@@ -116,12 +116,12 @@ def find(records: Sequence[Record]) -> list[Envelope]:
 def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[Record]) -> Envelope | None:
     """Make the curves of one section; None where no method has several sigmas."""
     chooser, several = _methods(validation_runs), {k: m for k, m in _methods(tests).items() if len(m) > 1}
-    names = [method_name(next(iter(m.values()))[0]) for m in several.values()]
+    names = [name for name, _ in short_names([next(iter(m.values()))[0] for m in several.values()])]
     curves, lacking = [], []
-    for key, test in several.items():
+    for name, (key, test) in zip(names, several.items(), strict=True):
         validation = chooser.get(key, {})
         usable = [s for s in test if _seeds(test[s]) == _seeds(validation.get(s, []))]
-        label = _label(test, names)
+        label = _label(name, names, test)
         if len(usable) > 1:
             radii = table_radii(tests)
             curves.append(_curve(label, radii, {s: test[s] for s in usable}, {s: validation[s] for s in usable}))
@@ -185,9 +185,8 @@ def _apart_from_split(record: Record) -> dict[str, Any]:
     return {k: v for k, v in comparable_but_sigma(record).items() if k not in ("split", "indices", "images")}
 
 
-def _label(runs: BySigma, names: Sequence[str]) -> str:
+def _label(name: str, names: Sequence[str], runs: BySigma) -> str:
     first = next(iter(runs.values()))
-    name = method_name(first[0])
     if names.count(name) > 1:
         return f"{name} ({first[0].path.name.rpartition('-')[2]})"
     return name + (f" ({len(first)} seeds)" if len(first) > 1 else "")

@@ -20,6 +20,7 @@ from bench.smoothing import bounds
 MOST = 40  # rows in one figure
 PANEL = 8  # curves in one panel: with more, they cannot be told from each other
 WIDTH, HEIGHT = 3.4, 2.7  # inches of a panel, without the legend: a column of a two-column paper
+LONGEST = 28  # characters of a label in a legend of two columns
 BANDS = "bands: 95% interval"
 TRADEOFF = "certified accuracy against the cost of a vote"
 
@@ -31,8 +32,8 @@ def curves(table: Table, out: Path, name: str) -> list[Path]:
     """
     rows = _drawn(table)
     panels = [rows[i : i + PANEL] for i in range(0, len(rows), PANEL)]
-    fig, axes = _axes(table, [len(panel) for panel in panels])
-    looks = numbers({label: m.row.defense for label, m in rows})
+    fig, axes = _axes(table, [[label for label, _ in panel] for panel in panels])
+    looks = numbers({label: m.name for label, m in rows})
     for ax, panel in zip(axes, panels, strict=True):
         _draw(table.setting, panel, looks, ax)
         _legend(ax, BANDS)
@@ -42,7 +43,7 @@ def curves(table: Table, out: Path, name: str) -> list[Path]:
 def draw_curves(table: Table, ax: Any) -> int:
     """Draw the curves of a table's first ``PANEL`` rows into axes, without a legend; return their number."""
     rows = _drawn(table)
-    _draw(table.setting, rows[:PANEL], numbers({label: m.row.defense for label, m in rows}), ax)
+    _draw(table.setting, rows[:PANEL], numbers({label: m.name for label, m in rows}), ax)
     return len(rows[:PANEL])
 
 
@@ -75,8 +76,8 @@ def band(table: Table, out: Path, name: str) -> list[Path]:
     shown = table.attacks.shown[:MOST]
     if not shown:
         return []
-    fig, (ax,) = _axes(table, [len(shown)])
-    names = {m.label: m.row.defense for m in table.methods}
+    fig, (ax,) = _axes(table, [[one.label for one in shown]])
+    names = {m.label: m.name for m in table.methods}
     looks = numbers({one.label: names.get(one.method, one.method) for one in shown})
     for one in shown:
         i = looks[one.label]
@@ -115,7 +116,7 @@ def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
     """
     radius = next((r for r in table.setting.within if r > 0), 0.0)
     series = _series(table)
-    fig, (ax,) = _axes(table, [len(series)])
+    fig, (ax,) = _axes(table, [[one.label for one in series]])
     looks = numbers({one.label: one.label.partition(", ")[0] if one.numbers else one.label for one in series})
     free = any(not m.row.flops_per_vote for m in table.methods)  # 0 has no place on a logarithmic axis
     for one in series:
@@ -129,9 +130,11 @@ def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
         for number, *place in zip(one.numbers, costs, values, strict=False):
             ax.annotate(number, place, (3, 3), textcoords="offset points", fontsize=5, color=colour(look))
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
-    ax.set_xscale("linear" if free else "log")
+    spent = [m.row.flops_per_vote or 0.0 for m in table.methods]
+    narrow = free or max(spent) < 5 * min(spent)  # a logarithmic axis would have one tick or two
+    ax.set_xscale("linear" if narrow else "log")
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("" if free else _two_and_five)
+    ax.xaxis.set_minor_formatter("" if narrow else _two_and_five)
     _legend(ax, "bars: 95% interval")
     return _save(fig, out, f"{name}-cost")
 
@@ -196,8 +199,8 @@ def _but(method: Method, key: str) -> tuple[object, ...]:
     )
 
 
-def _axes(table: Table, panels: Sequence[int]) -> Any:
-    """Make a figure with panels below each other, given the entries of each panel's legend; return it and its axes."""
+def _axes(table: Table, panels: Sequence[Sequence[str]]) -> Any:
+    """Make a figure with panels below each other, given the labels in each panel's legend; return it and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +209,7 @@ def _axes(table: Table, panels: Sequence[int]) -> Any:
 
     plt.rcParams.update({"font.size": 7, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6})
     rows = len(table.methods)
-    heights = [HEIGHT + 0.12 * -(-entries // 2) for entries in panels]
+    heights = [HEIGHT + 0.12 * -(-len(labels) // _columns(labels)) for labels in panels]
     sizes: Any = {"figsize": (WIDTH, sum(heights)), "height_ratios": heights, "layout": "constrained"}
     fig, axes = plt.subplots(len(panels), squeeze=False, **sizes)
     shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
@@ -216,8 +219,14 @@ def _axes(table: Table, panels: Sequence[int]) -> Any:
 
 def _legend(ax: Any, title: str) -> None:
     """Place the legend below the axes, where it never hides a line."""
-    place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2, "frameon": False}
+    columns = _columns(ax.get_legend_handles_labels()[1])
+    place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns, "frameon": False}
     ax.legend(title=title, title_fontsize=6, fontsize=6, **place)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Return the columns of a legend that fit a panel's width: wider ones would squeeze the axes."""
+    return 2 if max(map(len, labels), default=0) <= LONGEST else 1
 
 
 def _save(fig: Any, out: Path, name: str) -> list[Path]:
@@ -235,5 +244,5 @@ def _save(fig: Any, out: Path, name: str) -> list[Path]:
 
 def _drawn(table: Table) -> list[tuple[str, Method]]:
     """Return the table's first rows, each with its name for the legend: the run's where two have the same."""
-    names = Counter(m.row.defense for m in table.methods)
-    return [(m.row.run if names[m.row.defense] > 1 else m.row.defense, m) for m in table.methods[:MOST]]
+    names = Counter(m.name for m in table.methods)
+    return [(m.row.run if names[m.name] > 1 else m.name, m) for m in table.methods[:MOST]]

@@ -1,13 +1,15 @@
 """The look of a method in figures: colour, marker and line style by its name, so that it is the same in every figure.
 
 Defenses that come with certbench have numbers of their own in a fixed list; other names, such as variants with
-settings, have one by their hash. The colour depends on nothing else. Marker and style do only where two methods of one
-figure would look the same without colour: the later by name then takes others.
+settings, have one by their hash. The look of a defense in the list depends on nothing else. That of another name does
+where two methods of one figure would have one colour, or look the same without colour: the later by name then takes
+another.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 
@@ -51,6 +53,9 @@ def numbers(named: Mapping[str, str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in sorted(set(keys.values()), key=lambda name: (name not in KNOWN, name)):
         first, taken = number(name), found.values()
+        colours = {n % len(COLOURS) for n in taken}
+        if name not in KNOWN and len(colours) < len(COLOURS):
+            first = next(n for n in itertools.count(first) if n % len(COLOURS) not in colours)
         same_colour = [first + i * len(COLOURS) for i in range(NUMBERS)]
         clear = [n for n in same_colour if all(n % m not in {t % m for t in taken} for m in UNCOLOURED)]
         found[name] = next(n for n in [*clear, *same_colour] if n not in taken)

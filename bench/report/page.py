@@ -144,7 +144,7 @@ def _section(key: str, tables: list[Table], envelope: Envelope | None, figures: 
 
 def _looks(tables: Sequence[Table], envelope: Envelope | None) -> Looks:
     """Return the looks of a section's methods, which are the same in all of its figures."""
-    named = {m.label: m.row.defense for table in tables for m in table.methods}
+    named = {m.label: m.name for table in tables for m in table.methods}
     return numbers({curve.label: curve.label for curve in (envelope.curves if envelope else [])} | named)
 
 

@@ -78,6 +78,8 @@ class Method:
     """One row of a table and the runs pooled in it, one a seed."""
 
     label: str
+    name: str  # without seeds and marks
+    training: str  # settings of training that the name leaves out
     row: Row
     records: list[Record]
     level: frozenset[float]  # radii at which it is not significantly worse than the best; empty where all others are

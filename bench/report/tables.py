@@ -87,9 +87,11 @@ def _table(group: Sequence[Record], with_published: bool) -> Table:
     pooled = [(rows.pool([runs[id(r)] for r in seeds], seeds), seeds) for seeds in grouping.methods(group)]
     pooled = [pooled[i] for i in rows.ordered([row for row, _ in pooled])]
     level = [(r, place) for r in setting.within for place in _level(r, pooled)]
+    named = grouping.short_names([seeds[0] for _, seeds in pooled])
+    names = [name for name, _ in named]
     methods = [
-        Method(label(row, [row for row, _ in pooled]), row, seeds, frozenset(r for r, place in level if place == i))
-        for i, (row, seeds) in enumerate(pooled)
+        Method(label(name, names, row), name, training, row, seeds, frozenset(r for r, place in level if place == i))
+        for i, ((row, seeds), (name, training)) in enumerate(zip(pooled, named, strict=True))
     ]
     by_run = list(runs.values())
     return Table(

@@ -45,7 +45,7 @@ def test_a_search_keeps_the_best_on_validation_and_records_all_candidates(bench:
     best = max(tried, key=lambda t: t["accuracy_under_noise"])
     assert info["identity"]["defense"]["config"] == best["config"]
     assert all(0 <= t["accuracy_under_noise"] <= 1 for t in tried)
-    assert "| lora rank=4, lr searched " in ran.out
+    assert "| lora rank=4 " in ran.out and "Trained with lora rank=4: lr searched; all else by the preset." in ran.out
     (run,) = tmp_path.iterdir()
     verified = bench("verify", run)
     assert verified.code == 0, verified.out

@@ -24,11 +24,11 @@ def test_every_defense_has_a_colour_of_its_own_for_ever() -> None:
 
 
 @given(strategies.lists(strategies.text(max_size=8), unique=True, max_size=30))
-def test_labels_look_different_whatever_their_order(labels: list[str]) -> None:
+def test_labels_look_different_whatever_their_order_and_share_no_colour_before_all_are_used(labels: list[str]) -> None:
     found = looks.numbers({label: label for label in labels})
     assert len(set(found.values())) == len(labels)
     assert looks.numbers({label: label for label in reversed(labels)}) == found
-    assert all(looks.colour(found[label]) == looks.colour(looks.number(label)) for label in labels)
+    assert len({looks.colour(n) for n in found.values()}) == min(len(labels), len(looks.COLOURS))
 
 
 @given(strategies.lists(strategies.sampled_from([*looks.KNOWN, *map(str, range(50))]), unique=True, max_size=8))
@@ -72,6 +72,16 @@ def test_a_method_keeps_colour_and_marker_whatever_its_rank(drawn: Any) -> None:
         assert look(few, name) == look(many, name)
     assert look(many, "lora") != look(many, "none")
     assert look(many, "mine")[0] == looks.colour(looks.number("mine"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_do_not_squeeze_the_axes(drawn: Any) -> None:
+    names = [f"denoiser objective=clf-{i} access=query schedule=cosine" for i in range(5)]
+    (ax,) = drawn(names)
+    ax.figure.draw_without_rendering()
+    frame, legend = (part.get_window_extent() for part in (ax, ax.get_legend()))
+    assert frame.width > 0.7 * ax.figure.bbox.width
+    assert ax.figure.bbox.x0 <= legend.x0 and legend.x1 <= ax.figure.bbox.x1
 
 
 @pytest.mark.parametrize(("rows", "panels"), [(8, [8]), (9, [8, 1]), (17, [8, 8, 1])])
