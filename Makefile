@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := none,retrain,full,lora
 
-.PHONY: install develop demo readme reports lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants fidelity docs reference
+.PHONY: install develop demo demo-record reports lint type suite test gate baseline slow fuzz oldest perf perf-ratio soak mutants fidelity docs reference
 
 install: .venv/installed
 
@@ -23,15 +23,12 @@ demo: install
 	$(BIN)/bench run --defense $(DEMO) --dataset digits --sigma .25
 	$(BIN)/bench report --out demo
 
-# Update the README's table and figure from the demo's runs.
-readme: demo
+# Keep the records of the demo's runs, and make their page.
+demo-record: demo
 	rm -rf reports/digits-quick
 	$(BIN)/bench export runs --record reports/digits-quick/runs
+	$(BIN)/bench verify reports/digits-quick/runs --json > reports/digits-quick/verified.json
 	$(MAKE) reports
-	cd reports/digits-quick && ls *.svg | grep -v cost > ../../demo/figure
-	sed -i.old "s|(reports/digits-quick/[^)]*)|(reports/digits-quick/$$(cat demo/figure))|" README.md && rm README.md.old
-	sed -n '/^|/p' reports/digits-quick/report.md > demo/table
-	sed -i.old -e '/<!-- table/,/<!-- end/{/^|/d;}' -e '/<!-- table/r demo/table' README.md && rm README.md.old
 
 # Make every table and figure of reports/ that has records again (scripts/remake_reports.py).
 reports: install

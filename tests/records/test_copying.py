@@ -74,6 +74,10 @@ def test_what_is_no_finished_sound_run_is_not_copied(bench: Bench, tmp_path: Pat
     for run, words in ((unfinished.path, "unfinished"), (forged, "was changed after the run finished")):
         refused = bench("export", run, "--record", tmp_path / "copies")
         assert refused.code == 2 and words in refused.err
+    unfinished.path.rename(good.parent / unfinished.path.name)
+    both = bench("export", good.parent, "--record", tmp_path / "sound")
+    assert both.code == 1 and "left out: " in both.err and "unfinished" in both.err
+    assert [f.name for f in (tmp_path / "sound").iterdir()] == [good.name]
     refused = bench("export", good, "--record", good.parent)
     assert refused.code == 2 and "is a run, not a copy of one" in refused.err
     refused = bench("export", good, "--record", tmp_path / "copies", "--out", tmp_path / "log.tsv")

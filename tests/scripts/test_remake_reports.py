@@ -70,6 +70,15 @@ def test_a_figure_of_other_data_differs(remade: Path) -> None:
     assert sum(differ) == 1
 
 
+def test_the_front_page_is_that_of_the_report(remade: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    report = (remade / remake_reports.FRONT / "report.md").read_text()
+    assert remake_reports.front_page(readme, report) == readme, "run make reports"
+    assert len(readme.splitlines()) < 150
+    (figure,) = re.findall(r"!\[[^]]*\]\((reports/[^)]*)\)", readme)
+    assert (ROOT / figure).exists()
+
+
 def test_what_is_in_reports_is_remade_or_listed(remade: Path) -> None:
     tracked = subprocess.run(["git", "ls-files", "reports"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
