@@ -88,8 +88,8 @@ def draw_again(
     with plugins.restricted_to([defense] if defense else []):
         plan = plan_of(record, defense, base)
     if not deep and plan.source != record.identity.defense.source:
-        made_by = f"; certbench {record.info.environment.certbench} made this record"
-        why = f"the code of defense {plan.defense} has changed since{made_by}; --deep compares nevertheless"
+        made_by = f"certbench {record.info.environment.certbench} made this record"
+        why = f"the code of defense {plan.defense} has changed since {made_by}, so it takes that version"
         yield _not_drawn(why)
         return
     rebuilt = rebuild(record, session, plan, defense)
