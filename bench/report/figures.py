@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.io.files import replacing
 from bench.records import metrics
+from bench.report.attacked import budgets
 from bench.report.looks import MARKERS, STYLES, colour, numbers
 from bench.report.rows import Method, Setting
 from bench.report.tables import Table
@@ -69,26 +70,32 @@ def _draw(setting: Setting, rows: Sequence[tuple[str, Method]], looks: Mapping[s
 def band(table: Table, out: Path, name: str) -> list[Path]:
     """Draw certified and attacked accuracy, between which the true robust accuracy lies; none without attacks.
 
-    Of each run attacked, over the images attacked. The lower edge falls just above each drawn radius, since what is
-    certified at a radius is certified below it; the upper edge falls at it, since what is attacked within a radius is
-    attacked within larger ones too.
+    A panel for each run attacked, over the images attacked. The lower edge falls just above each drawn radius, since
+    what is certified at a radius is certified below it; the upper edge falls at it, since what is attacked within a
+    radius is attacked within larger ones too.
     """
     shown = table.attacks.shown[:MOST]
     if not shown:
         return []
-    fig, (ax,) = _axes(table, [[one.label for one in shown]])
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    fig, axes = _figure(table, lines, columns, [1.25] * lines)
     names = {m.label: m.name for m in table.methods}
     looks = numbers({one.label: names.get(one.method, one.method) for one in shown})
-    for one in shown:
+    for place, (ax, one) in enumerate(zip(axes.flat, shown, strict=False)):
         i = looks[one.label]
-        radii, low, high = one.radii, one.lower, one.upper
-        ax.plot(radii, low, "-", color=colour(i), drawstyle="steps-pre", marker=MARKERS[i % len(MARKERS)])
-        ax.plot(radii, high, ":", color=colour(i), drawstyle="steps-post", marker=MARKERS[i % len(MARKERS)])
-        label = "\n".join(textwrap.wrap(f"{one.label}, {len(one.attack.images)} images; {one.budget}", 60))
-        ax.fill_between(*one.band, color=colour(i), alpha=0.15, linewidth=0, label=label)
-    ax.set(xlabel="l2 radius (pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
-    title = "bands: certified (solid) to attacked (dotted); more effort can only lower the upper edge"
-    ax.figure.legend(loc="outside lower center", ncols=1, frameon=False, title=title, title_fontsize=5, fontsize=5)
+        ax.plot(one.radii, one.lower, "-", color=colour(i), drawstyle="steps-pre", marker=MARKERS[i % len(MARKERS)])
+        ax.plot(one.radii, one.upper, ":", color=colour(i), drawstyle="steps-post", marker=MARKERS[i % len(MARKERS)])
+        ax.fill_between(*one.band, color=colour(i), alpha=0.15, linewidth=0)
+        ax.set(ylim=(0, 100), xlim=(0, None), yticks=(0, 50, 100))
+        ax.tick_params(labelleft=place % columns == 0, labelbottom=place + columns >= len(shown))
+        ax.set_title("\n".join(textwrap.wrap(one.label, 24)), fontsize=6)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_axis_off()
+    fig.supylabel("accuracy (%)", fontsize=7)
+    how = "certified (solid) to attacked (dotted); more effort can only lower the upper edge"
+    below = ["l2 radius (pixels in [0, 1])", *textwrap.wrap(f"{how}. {budgets(shown)}", 88)]
+    fig.supxlabel("\n".join(below), fontsize=5)
     return _save(fig, out, f"{name}-attacked")
 
 
@@ -201,6 +208,13 @@ def _but(method: Method, key: str) -> tuple[object, ...]:
 
 def _axes(table: Table, panels: Sequence[Sequence[str]]) -> Any:
     """Make a figure with panels below each other, given the labels in each panel's legend; return it and its axes."""
+    heights = [HEIGHT + 0.12 * -(-len(labels) // _columns(labels)) for labels in panels]
+    fig, axes = _figure(table, len(panels), 1, heights)
+    return fig, [row[0] for row in axes]
+
+
+def _figure(table: Table, lines: int, columns: int, heights: Sequence[float]) -> Any:
+    """Make a figure a column wide, under the table's heading; return it and its axes [lines, columns]."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,12 +223,15 @@ def _axes(table: Table, panels: Sequence[Sequence[str]]) -> Any:
 
     plt.rcParams.update({"font.size": 7, "lines.linewidth": 1, "lines.markersize": 3, "axes.linewidth": 0.6})
     rows = len(table.methods)
-    heights = [HEIGHT + 0.12 * -(-len(labels) // _columns(labels)) for labels in panels]
     sizes: Any = {"figsize": (WIDTH, sum(heights)), "height_ratios": heights, "layout": "constrained"}
-    fig, axes = plt.subplots(len(panels), squeeze=False, **sizes)
+    fig, axes = plt.subplots(lines, columns, squeeze=False, **sizes)
     shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
-    axes[0][0].set_title("\n".join(textwrap.wrap(table.setting.heading + shown, 80)), fontsize=5)
-    return fig, [row[0] for row in axes]
+    heading = "\n".join(textwrap.wrap(table.setting.heading + shown, 80))
+    if columns > 1:
+        fig.suptitle(heading, fontsize=5)
+    else:
+        axes[0][0].set_title(heading, fontsize=5)
+    return fig, axes
 
 
 def _legend(ax: Any, title: str) -> None:

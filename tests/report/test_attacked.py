@@ -16,6 +16,7 @@ from bench.report import figures, tables
 from tests.helpers.commands import Bench
 from tests.helpers.records import made_up
 
+RECORDS = Path(__file__).parents[2] / "reports" / "digits" / "runs"
 BUDGET = (
     "PGD 20 steps x 32 draws x 2 starts, query 20 steps x 128 pairs of draws; decided on 1,000 votes at alpha 0.001"
 )
@@ -130,3 +131,13 @@ def test_reports_of_attacks_import_no_torch(run: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert BUDGET in done.stdout
+
+
+def test_the_attacks_in_this_repository_lie_above_the_certificates_and_fall_with_the_radius() -> None:
+    """As docs/attacks.md says of them; at alpha .001 a false certificate among a few hundred would be a fault."""
+    (table,) = tables.build(tables.load_records(RECORDS)[0]).tables
+    assert {one.method for one in table.attacks.shown} == {"none", "retrain", "full", "lora", "denoiser"}
+    for one in table.attacks.shown:
+        assert all(low <= high for low, high in zip(one.lower, one.upper, strict=True))
+        assert list(one.upper) == sorted(one.upper, reverse=True) and one.upper[0] > one.upper[-1] + 10
+        assert not one.attack.alarms
