@@ -40,8 +40,9 @@ percentages of test images that are predicted right with a certified l2 radius o
   images, n and alpha. *checked* says how the number was checked here; [published](../published/report.md) has the
   sources and figures.
 - *verified*: the record passed all checks of `bench verify`, and images were certified again, from the seed, by the
-  version named: with equal counts on the same kind of machine, else compared by a two-sample test. *audited*: every
-  radius follows from the recorded counts, but no image was certified again, for the reason named.
+  version named (`+`: with files that were not committed, such as reports): with equal counts on the same kind of
+  machine, else compared by a two-sample test. *audited*: every radius follows from the recorded counts, but no image
+  was certified again, for the reason named.
 - *guarantee*: *probabilistic at alpha*: each certificate is wrong with probability at most alpha. *deterministic*: it
   holds with certainty.
 """
@@ -61,7 +62,8 @@ def checked(record: Record, said: Mapping[tuple[str, str], Mapping[str, Any]]) -
         return "audited: bench verify was not run on it"
     if one["verdict"] == FAILED:
         raise BenchError(f"{record.path}: bench verify says: {one['why']}; a record that fails a check is not shown")
-    by = f"certbench {one['certbench']}" + (f" ({one['commit'][:12]})" if one["commit"] else "")
+    commit = str(one["commit"] or "")
+    by = f"certbench {one['certbench']}" + (f" ({commit[:12]}{'+' * commit.endswith('+')})" if commit else "")
     if one["verdict"] != VERIFIED:
         return f"audited by {by}: {one['why']}"
     images, how = len(record.identity.indices), "equal counts" if one["equal_counts"] else "two-sample test"

@@ -388,6 +388,7 @@ def test_an_encoders_interpolation_that_cannot_be_done_is_refused(encoder: Calla
         built(f"encoder={folder}")
 
 
+@pytest.mark.slow
 def test_an_encoder_from_files_trains_and_its_statistics_stay_fixed(encoder: Callable[..., Path]) -> None:
     made = plan(f"encoder={encoder(**SMALL)}", "queries=24", "batch=4", "probes=1", "a=1e-4")
     train, validation = load_splits(made.card, "train", "validation")

@@ -77,6 +77,7 @@ def summary(tmp_path: Path) -> str:
     return (tmp_path / "t m p" / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_certified_again_passes(repository: Path, workflow: Workflow, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench"]
     options = ["--defense", "none", "--dataset", "tests/tiny.toml", "--out", str(tmp_path / "made")]
