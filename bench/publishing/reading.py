@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -40,24 +41,35 @@ def locate(place: str | PathLike[str], weights: bool = False) -> Place:
     listed = hub.listing(address.repo, address.revision or "main")
     _check(str(address), listed)
     parts = (f"{RUNS}/", f"{WEIGHTS}/") if weights else (f"{RUNS}/",)
-    wanted = [path for path in listed.files if layout.most(path) is not None and path.startswith(parts)]
-    root = Path()
-    for path in wanted:
-        file = hub.fetch(address.repo, path, listed.commit, "model")
-        root = file.parents[path.count("/")]
+    check_sizes(address, listed, listed.files)
+    root = download(address, listed, [path for path in listed.files if path.startswith(parts)])
+    assert root is not None, "_check found a run"
     return Place(root, f"{layout.PREFIX}{address.repo}", listed.commit)
 
 
+def check_sizes(address: layout.Address, listed: hub.Listing, paths: Iterable[str]) -> None:
+    """Raise BenchError where one of these files is larger than the layout allows."""
+    for path in paths:
+        limit, size = layout.most(path), listed.files[path]
+        if limit is not None and size > limit:
+            raise BenchError(f"{address}: {path} has {size:,} bytes, and the limit for such a file is {limit:,}")
+
+
+def download(address: layout.Address, listed: hub.Listing, paths: Iterable[str]) -> Path | None:
+    """Download those of some files that the layout has into the hub's cache; return their folder, None without any."""
+    root = None
+    for path in paths:
+        if layout.most(path) is not None:
+            root = hub.fetch(address.repo, path, listed.commit, "model").parents[path.count("/")]
+    return root
+
+
 def _check(address: str, listed: hub.Listing) -> None:
-    """Check names and sizes of a repository's files; those that are not of the layout are named in a note."""
+    """Check a repository's files by name; those that are not of the layout are named in a note."""
     if len(listed.files) > layout.MOST_FILES:
         raise BenchError(
             f"{address}: {len(listed.files):,} files; a published folder has at most {layout.MOST_FILES:,}"
         )
-    for path, size in listed.files.items():
-        limit = layout.most(path)
-        if limit is not None and size > limit:
-            raise BenchError(f"{address}: {path} has {size:,} bytes, and the limit for such a file is {limit:,}")
     if not any(
         path.startswith(f"{RUNS}/") and path.endswith("/run.json") for path in filter(layout.most, listed.files)
     ):

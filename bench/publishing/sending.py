@@ -16,6 +16,7 @@ from bench.io.files import replacing, writing
 from bench.publishing import contents, layout
 from bench.publishing.contents import TENSORS, Gathered
 from bench.publishing.layout import Address
+from bench.publishing.reading import check_sizes, download
 
 TOKEN = "HF_TOKEN"
 _PARTIAL = ".partial"  # in the folder that is published to; no command looks for runs two levels below a hidden folder
@@ -80,15 +81,9 @@ def _on_hub(address: Address) -> tuple[Path | None, str | None]:
         listed = hub.listing(address.repo)
     except hub.NoRepository:
         return None, None
-    root = None
-    for path, size in listed.files.items():
-        limit = layout.most(path)
-        if limit is None or path.endswith(TENSORS):
-            continue
-        if size > limit:
-            raise BenchError(f"{address}: {path} has {size:,} bytes, and the limit for such a file is {limit:,}")
-        root = hub.fetch(address.repo, path, listed.commit, "model").parents[path.count("/")]
-    return root, listed.commit
+    wanted = [path for path in listed.files if not path.endswith(TENSORS)]
+    check_sizes(address, listed, wanted)
+    return download(address, listed, wanted), listed.commit
 
 
 def _to_folder(gathered: Gathered, weights: Sequence[Path], to: Path, dry_run: bool) -> Published:

@@ -165,7 +165,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], 
         (["local_vote=majority"], "there is no local smoothing; set local_copies"),
         (["timestep_scale=0.25"], "leave it out for one trained here"),
         ([f"classifier={defense('own_loss')}"], "has its own training"),
-        (["classifier=nobody"], "nobody"),
+        (["classifier=unheard-of"], "unheard-of"),
     ],
 )
 def test_invalid_settings_are_refused(settings: list[str], message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from docs_links import ROOT
 from scipy.special import ndtri
 
+import bench
 from bench.smoothing import bounds
 
 CHOOSING = (ROOT / "docs" / "choosing.md").read_text()
@@ -86,8 +87,12 @@ def test_the_example_of_the_table_is_that_of_the_report(row: str) -> None:
     assert re.search(r"^> (.*)$", shown, re.MULTILINE)[1] in report  # type: ignore[index]
 
 
-def test_the_citation_names_the_version() -> None:
-    import bench
+def test_the_columns_that_the_answer_on_tracking_sends() -> None:
+    named = set(re.findall(r'row\["([\w.]+)"\]', FAQ))
+    frame = bench.load(ROOT / "reports" / "digits-quick" / "runs").to_pandas()
+    assert named == {"run", "identity", "certified_0.25"} <= set(frame.columns)
 
+
+def test_the_citation_names_the_version() -> None:
     assert f"version = {{{bench.__version__}}}" in (ROOT / "docs" / "cite.md").read_text()
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]

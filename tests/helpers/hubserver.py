@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
+
+from tests.helpers.localserver import LocalServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # what ``main`` resolves to
 
 
-class HubServer:
+class HubServer(LocalServer):
     """Serves ``files``, {(kind, repo, path): bytes} with kind "model" or "dataset"; use as a context manager.
 
     ``main`` resolves to ``COMMIT`` and any 40-digit revision to itself, other revisions do not exist.
@@ -22,20 +22,8 @@ class HubServer:
 
     def __init__(self, files: Mapping[tuple[str, str, str], bytes]) -> None:
         self.requests: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(files, self.requests))
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-
-    def __enter__(self) -> HubServer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_handler(files, self.requests))
+        self.endpoint = self.address
 
 
 def _handler(files: Mapping[tuple[str, str, str], bytes], requests: list[str]) -> type[BaseHTTPRequestHandler]:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.helpers.localserver import LocalServer
+
 NAME, INPUT, OUTPUT = "toy", "pixels", "logits"
 
 Fault = Callable[[int], str]
 
 
-class InferenceServer:
+class InferenceServer(LocalServer):
     """Serves ``model``, a map from float pixels to logits; use as a context manager.
 
     ``fault(k)`` says what goes wrong with the k-th request for logits: "" nothing, a number (with
@@ -46,21 +46,8 @@ class InferenceServer:
         self.requests: list[str] = []  # "METHOD /path", whether answered or not
         self.tokens: set[str | None] = set()  # Authorization as received
         self.bodies: list[bytes] = []  # of the requests for logits
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v2/models/{NAME}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> InferenceServer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_handler(self))
+        self.url = f"{self.address}/v2/models/{NAME}"
 
 
 def _handler(server: InferenceServer) -> type[BaseHTTPRequestHandler]:

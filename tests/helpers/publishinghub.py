@@ -9,18 +9,18 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.helpers.localserver import LocalServer
 
 TOKEN = "hf_test_token"
 LARGE = (".gz", ".safetensors")
 
 
-class PublishingHub:
+class PublishingHub(LocalServer):
     """Model repositories with their commits; use as a context manager. ``endpoint`` is the value for HF_ENDPOINT.
 
     ``repos`` maps OWNER/NAME to its commits, the oldest first: (id, {path: bytes}). ``requests`` lists what was asked,
@@ -32,21 +32,8 @@ class PublishingHub:
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.before: Callable[[str], int | None] = lambda request: None
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-
-    def __enter__(self) -> PublishingHub:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_handler(self))
+        self.endpoint = self.address
 
     def add(self, repo: str, files: dict[str, bytes]) -> str:
         """Commit files to a repository, which is made if there is none; return the commit."""

@@ -93,7 +93,7 @@ def test_a_run_that_is_certified_again_passes(repository: Path, workflow: Workfl
 
 
 def test_bad_runs_fail_with_the_reason(repository: Path, workflow: Workflow, tmp_path: Path) -> None:
-    """One with an edited radius, one whose weights nobody has, and one that is not a record at all."""
+    """One with an edited radius, one whose weights are in no cache, and one that is not a record at all."""
     edited = made_up(repository / "runs", RADII, name="edited")
     lines = (edited / "certificates.jsonl").read_text().splitlines(keepends=True)
     first = json.loads(lines[0]) | {"radius": 3.0}
