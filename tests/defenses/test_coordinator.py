@@ -430,7 +430,8 @@ def test_an_unsuitable_encoder_is_one_line(
     (folder := tmp_path / "encoder").mkdir()
     if config is not None:
         (folder / "config.json").write_text(config)
-    result = bench("run", "--defense", "coordinator", "--dataset", TINY, "--set", f"encoder={folder}")
+    out = tmp_path / "runs"
+    result = bench("run", "--defense", "coordinator", "--dataset", TINY, "--set", f"encoder={folder}", "--out", out)
     assert result.code == 2
     assert message in result.err
 

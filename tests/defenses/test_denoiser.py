@@ -405,7 +405,8 @@ def test_the_mse_denoiser_is_trained_once(bench: Bench, tmp_path: Path, monkeypa
 def test_weights_of_another_width_are_one_line(bench: Bench, tmp_path: Path) -> None:
     state = {f"denoiser.{k}": v for k, v in DnCNN(1, 5, 16).state_dict().items()}
     save_file(state, tmp_path / "narrow.safetensors")
-    ran = bench("run", "--defense", "denoiser", "--dataset", TINY, "--weights", tmp_path / "narrow.safetensors")
+    args = ("--weights", tmp_path / "narrow.safetensors", "--out", tmp_path / "runs")
+    ran = bench("run", "--defense", "denoiser", "--dataset", TINY, *args)
     assert ran.code == 2
     assert "narrow.safetensors does not fit defense denoiser: denoiser.net.0.bias has shape [16]" in ran.err
     assert "Traceback" not in ran.err
@@ -419,8 +420,8 @@ def test_weights_of_another_width_are_one_line(bench: Bench, tmp_path: Path) -> 
         (("--objective", "stability"), "denoiser has a loss of its own"),
     ],
 )
-def test_wrong_settings_are_one_line(bench: Bench, arguments: tuple[str, ...], words: str) -> None:
-    ran = bench("run", "--defense", "denoiser", "--dataset", TINY, *arguments)
+def test_wrong_settings_are_one_line(bench: Bench, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    ran = bench("run", "--defense", "denoiser", "--dataset", TINY, "--out", tmp_path / "runs", *arguments)
     assert ran.code == 2
     assert words in ran.err
     assert "Traceback" not in ran.err

@@ -123,7 +123,7 @@ def test_a_file_from_a_folder_counts_as_trained_elsewhere_and_its_hash_is_identi
     assert (one["cost"]["trained_here"], one["cost"]["trained_elsewhere"]) == (0, 2)
     assert one["identity"]["defense"]["config"] == other["identity"]["defense"]["config"]
     assert one["identity"]["defense"]["parts"] != other["identity"]["defense"]["parts"]
-    missing = bench("run", "--defense", plugin, "--dataset", TINY, "--set", f"source={tmp_path}")
+    missing = bench("run", "--defense", plugin, "--dataset", TINY, "--set", f"source={tmp_path}", "--out", tmp_path)
     assert missing.code == 2
     assert "has no file 'scale.safetensors'" in missing.err
 
@@ -134,9 +134,9 @@ def test_an_inner_defense_trains_and_merges_within(bench: Bench, plugin: Path, t
     (info,) = infos(tmp_path / "runs")
     assert info["cost"]["trained_here"] == info["cost"]["trainable_nominal"] + 2 > 2
     assert "lora inside" in info["identity"]["defense"]["parts"]
-    wrong = bench("run", "--defense", plugin, "--dataset", TINY, "--set", "inner=lorra")
+    wrong = bench("run", "--defense", plugin, "--dataset", TINY, "--set", "inner=lorra", "--out", tmp_path)
     assert wrong.code == 2 and "lora" in wrong.err and wrong.err.count("bench: ") == 1
-    unsuited = bench("run", "--defense", plugin, "--dataset", TINY, "--set", "inner=none")
+    unsuited = bench("run", "--defense", plugin, "--dataset", TINY, "--set", "inner=none", "--out", tmp_path)
     assert unsuited.code == 2 and "rank" in unsuited.err
 
 
