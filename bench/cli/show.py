@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bench.cli.options import AsJson, print_table
 from bench.errors import BenchError, shown, unknown
+
+if TYPE_CHECKING:  # these import torch
+    from torch import Tensor
+
+    from bench.records.schema import RunInfo
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -137,10 +143,30 @@ def _run(folder: Path) -> Shown:
         "seed": identity.seed,
         "made_by": f"certbench {info.environment.certbench} on {info.environment.device}",
         "weights": _place(trained, weights.stored(trained)) if trained else "none of its own",
-        "base_weights": _place(base, weights.stored(base)) if (base := info.base_sha256) else "",
+        "base_weights": _base_weights(info),
         "again": command(info.arguments),
     }
     return facts, {"files": [{"file": str(f), "bytes": f"{f.stat().st_size:,}"} for f in files]}
+
+
+def _base_weights(info: RunInfo) -> str:
+    """Say where the weights of a run's base are: in the cache if they were trained here, or where they came from."""
+    from bench.models.base import local_sha256
+    from bench.training import weights
+
+    sha256, base = info.base_sha256, info.identity.base
+    if sha256 is None or base is None or info.base is None:
+        return "not known"
+    source = info.base.source
+    if source.get("kind") != "trained here":
+        said = [str(source[key]) for key in ("kind", "id", "server", "file", "revision") if source.get(key)]
+        return f"{sha256[:16]}..., {' '.join(said)}"
+    architecture = {key: value for key, value in base.as_json().items() if key not in ("name", "sha256")}
+
+    def wanted(tensors: Mapping[str, Tensor]) -> bool:
+        return local_sha256(tensors, architecture) == sha256
+
+    return _place(sha256, weights.stored_where(f"{info.identity.dataset}-base-{base.name}", wanted))
 
 
 def _place(sha256: str, found: Path | None) -> str:

@@ -254,7 +254,7 @@ class LocalBase(BaseModel):
         return self._sha256
 
     def _current_sha256(self) -> str:
-        return state_sha256(self.module, json.dumps(self.architecture, sort_keys=True))
+        return local_sha256(self.module.state_dict(), self.architecture)
 
     def identity(self) -> dict[str, Any]:
         """Return name, hash and architecture."""
@@ -275,10 +275,20 @@ class LocalBase(BaseModel):
         return sum(p.numel() for p in self.module.parameters())
 
 
+def local_sha256(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:
+    """Return the hash that identifies a local base: of its architecture, as in a record's identity, and its tensors."""
+    return tensors_sha256(tensors, json.dumps(architecture, sort_keys=True))
+
+
 def state_sha256(module: nn.Module, *also: str) -> str:
     """Return the hash of every tensor of a module, by name."""
+    return tensors_sha256(module.state_dict(), *also)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], *also: str) -> str:
+    """Return the hash of tensors by name."""
     h = hashlib.sha256("|".join(also).encode())
-    for key, value in sorted(module.state_dict().items()):
+    for key, value in sorted(tensors.items()):
         h.update(f"|{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         h.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()

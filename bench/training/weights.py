@@ -7,6 +7,7 @@ or absent. ``checkpoint.pt`` holds an unfinished training. Corrupt entries are r
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,6 +71,12 @@ def stored(sha256: str) -> Path | None:
     metas = cache_root().glob("*/meta.json")
     found = (f for f in metas if f'"sha256": "{sha256}"' in f.read_text(errors="replace"))
     return next((f.with_name("weights.safetensors") for f in found), None)
+
+
+def stored_where(name: str, wanted: Callable[[Mapping[str, Tensor]], bool]) -> Path | None:
+    """Return the first file of weights in the cache's entries called ``name`` whose tensors are the wanted ones."""
+    files = (f.with_name("weights.safetensors") for f in sorted(cache_root().glob(f"{glob.escape(name)}-*/meta.json")))
+    return next((f for f in files if f.exists() and wanted(load_file(f))), None)
 
 
 class CacheEntry:

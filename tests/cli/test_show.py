@@ -11,7 +11,7 @@ import pytest
 from bench import plugins
 from bench.data.datasets import card_files, load_card
 from bench.runs.settings import configured
-from tests.helpers.commands import TESTS, Bench
+from tests.helpers.commands import TESTS, TINY, Bench
 
 RECORDS = TESTS.parent / "reports" / "digits-quick" / "runs"
 OWN = '''
@@ -86,6 +86,22 @@ def test_a_run_is_shown_with_the_command_that_repeats_it(bench: Bench) -> None:
     for line in ("status: complete", "method: lora", "again: bench run --defense lora --dataset digits --sigma 0.25"):
         assert f"\n{line}\n" in result.out
     assert "certificates.jsonl.gz" in result.out and "setting: digits, sigma 0.25, 100 test images" in result.out
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_a_run_is_shown_with_the_place_of_its_weights(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probed: bool
+) -> None:
+    out = tmp_path / "runs"
+    other = ("--base", "vit-0to4") if probed else ()
+    assert bench("run", "--defense", "head", "--dataset", TINY, *other, "--out", out).code == 0
+    (run,) = out.glob("tiny-head-*")
+    shown = json.loads(bench("show", run, "--json").out)
+    own, base = (Path(shown[key].partition(" in ")[2]) for key in ("weights", "base_weights"))
+    assert own.is_file() and base.is_file() and own != base
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "empty"))
+    shown = json.loads(bench("show", run, "--json").out)
+    assert all(shown[key].endswith("..., not in this cache") for key in ("weights", "base_weights"))
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(bench: Bench) -> None:
