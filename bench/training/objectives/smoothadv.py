@@ -59,16 +59,18 @@ class SmoothAdvDDN(SmoothAdv):
     attack = staticmethod(ddn)
 
 
-def _released(cls: type[SmoothAdv], steps_of_imagenet: int) -> Mapping[str, tuple[SmoothAdv, ...]]:
+def _released(
+    cls: type[SmoothAdv], steps_of_imagenet: int, epsilons_of_imagenet: tuple[int, int, int], remark: str = ""
+) -> Mapping[str, tuple[SmoothAdv, ...]]:
     """Return the constants of the commands (EXPERIMENTS.MD of smoothmix and smoothing-catrs), of ImageNet of the logs.
 
     Of ImageNet those of the released certificates that lead at most radii. The commands divide epsilon by 256.
     """
-    mnist = cls(10, 4, 255 / 256, 10 / 90)
-    cifar = (cls(10, copies, eps / 256, 10 / 150) for copies, eps in ((4, 256), (8, 256), (2, 512)))
-    imagenet = (cls(steps_of_imagenet, 1, eps / 256, 1 / 90) for eps in (255, 255, 512))
+    mnist = cls(10, 4, 255 / 256, 10 / 90, remark=remark)
+    cifar = (cls(10, copies, eps / 256, 10 / 150, remark=remark) for copies, eps in ((4, 256), (8, 256), (2, 512)))
+    imagenet = (cls(steps_of_imagenet, 1, eps / 256, 1 / 90) for eps in epsilons_of_imagenet)
     return {"MNIST": (mnist, mnist, mnist), "CIFAR-10": tuple(cifar), "ImageNet": tuple(imagenet)}
 
 
-PGD = _released(SmoothAdv, 1)
-DDN = _released(SmoothAdvDDN, 2)
+PGD = _released(SmoothAdv, 1, (255, 255, 512))
+DDN = _released(SmoothAdvDDN, 2, (512, 512, 512), "those of PGD, since no commands are released for DDN")

@@ -368,6 +368,18 @@ def test_constants_that_are_not_released_are_said_to_be_others(name: str) -> Non
     assert "none are released for ImageNet" in found.remark
 
 
+def test_ddn_has_the_radius_of_its_own_best_certificates_and_else_says_that_its_constants_are_pgds() -> None:
+    for sigma in (0.25, 0.5, 1.0):
+        found = objectives.make("smoothadv-ddn", (3, 224, 224), sigma, "paper")
+        assert found.constants()["epsilon"] == 512 / 256
+        assert "PGD" not in found.remark
+        for shape in ((1, 28, 28), (3, 32, 32)):
+            found, pgds = (objectives.make(name, shape, sigma, "paper") for name in ("smoothadv-ddn", "smoothadv"))
+            assert found.constants() == pgds.constants()
+            assert "those of PGD, since no commands are released for DDN" in found.remark
+            assert "DDN" not in pgds.remark
+
+
 def test_costs_count_the_passes_of_a_step() -> None:
     """Each objective's cost is what it asks the classifier, and what it differentiates."""
     for name in objectives.OBJECTIVES:
