@@ -122,7 +122,11 @@ def _utc(seconds: float) -> str:
 
 
 def _confirm(question: str, yes: bool) -> None:
-    if not yes and not typer.confirm(shown(question) + "?"):
+    try:
+        agreed = yes or typer.confirm(shown(question) + "?")
+    except typer.Abort:  # no terminal to ask at, or Ctrl-C
+        raise BenchError("nothing was deleted; --yes deletes without asking") from None
+    if not agreed:
         raise BenchError("nothing was deleted")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -81,6 +82,16 @@ def test_without_an_answer_nothing_is_deleted(bench: Bench, cache: Path, monkeyp
     monkeypatch.setattr("typer.confirm", lambda question: False)
     result = bench("cache", "clean", "old")
     assert result.code == 2 and "nothing was deleted" in result.err and (cache / "old").exists()
+
+
+def test_without_a_terminal_nothing_is_deleted(
+    bench: Bench, cache: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    for words in (("cache", "clean", "old"), ("rm", run)):
+        result = bench(*words)
+        assert result.code == 2 and result.err == "bench: nothing was deleted; --yes deletes without asking\n"
+    assert (cache / "old").exists() and run.exists()
 
 
 @pytest.fixture
