@@ -75,7 +75,7 @@ def clean(
         raise BenchError(f"no entry {wrong[0]} in {cache_root()}; bench cache list names them")
     if not names and older_than is None:
         raise BenchError("name entries to delete, or give --older-than DAYS (0: all)")
-    limit = "" if older_than is None else _utc(time.time() - DAY * older_than)
+    limit = "" if older_than is None else _utc(max(0.0, time.time() - DAY * older_than))  # a date that exists
     chosen = [name for name, entry in rows.items() if name in (names or ()) or entry.written <= limit]
     if not chosen:
         print("nothing to delete")

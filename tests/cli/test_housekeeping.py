@@ -58,6 +58,12 @@ def test_entries_are_deleted_by_name_or_age(bench: Bench, cache: Path) -> None:
     assert bench("cache", "list").out == f"nothing in {cache}\n"
 
 
+@pytest.mark.parametrize("days", ["1e6", "1e30", "inf"])
+def test_nothing_is_older_than_any_number_of_days(bench: Bench, cache: Path, days: str) -> None:
+    result = bench("cache", "clean", "--older-than", days, "--yes")
+    assert result.code == 0 and result.out == "nothing to delete\n" and len(list(cache.iterdir())) == 3
+
+
 def test_an_entry_in_training_is_kept(bench: Bench, cache: Path) -> None:
     lock = Lock(cache / "new")
     assert lock.take()
