@@ -71,20 +71,16 @@ def readme(
             f"README.md there was not made by bench publish; publish to another place, or add a line {START!r} and one "
             f"{END!r} where the results shall stand"
         )
+    body, results = _body(report, studies, weights), _results(report)
     try:
-        card = ModelCard(f"{head}{START}\n{_body(report, studies, weights)}{END}{tail}")
+        card = ModelCard(f"{head}{START}\n{body}{END}{tail}")
         kept: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
         others = [r for r in getattr(card.data, "eval_results", None) or () if r.metric_type != METRIC]
+        kept.pop("model-index", None)
+        tags = dict.fromkeys([*(kept.pop("tags", None) or ()), *TAGS])
+        data = ModelCardData(**kept, tags=list(tags), model_name=name, eval_results=[*others, *results])
     except Exception as e:  # of yaml, and of the hub's library
         raise BenchError(f"README.md there has metadata that cannot be read: {one_line(e)}; correct them") from None
-    kept.pop("model-index", None)
-    tags = dict.fromkeys([*(kept.pop("tags", None) or ()), *TAGS])
-    data = ModelCardData(
-        **kept,
-        tags=list(tags),
-        model_name=name,
-        eval_results=[*others, *_results(report)],
-    )
     return f"---\n{data.to_yaml()}\n---\n{card.text}"
 
 

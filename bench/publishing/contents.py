@@ -127,10 +127,17 @@ def lay_out(
         tables.build(records),
         list(others.values()),
         sorted(f.parent.name for f in out.glob(f"{WEIGHTS}/*/meta.json")),
-        readme.read_text() if readme.exists() else None,
+        _text(readme) if readme.exists() else None,
     )
     write_text(readme, text)
     return sorted(_changed(out, before)), notes
+
+
+def _text(readme: Path) -> str:
+    try:
+        return readme.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise BenchError(f"README.md there is not UTF-8 text: {e}; convert it") from None
 
 
 def _add_run(record: Record, out: Path) -> Iterator[str]:

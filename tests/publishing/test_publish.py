@@ -374,3 +374,24 @@ def test_a_card_of_another_is_not_replaced(bench: Bench, tmp_path: Path) -> None
     assert result.code == 2 and "README.md there was not made by bench publish" in result.err
     assert (tmp_path / "out" / "README.md").read_text() == "# My project\n"
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"README.md"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((b"---\n", b"---\nmodel_name: mine\n"), "metadata that cannot be read: TypeError: "),
+        ((b"tags:\n", b"tags:\n- [mine]\n"), "metadata that cannot be read: TypeError: unhashable"),
+        ((b"## License", b"## Licen\xe7a"), "README.md there is not UTF-8 text"),
+    ],
+)
+def test_a_card_that_cannot_be_written_again_is_refused_in_one_line(
+    bench: Bench, tmp_path: Path, change: tuple[bytes, bytes], message: str
+) -> None:
+    first, second = (made_up(tmp_path / "runs", RADII, name=name) for name in ("one", "two"))
+    assert bench("publish", first, "--to", tmp_path / "out").code == 0
+    readme = tmp_path / "out" / "README.md"
+    lines = re.sub(rb"model-index:.*?---\n", b"---\n", readme.read_bytes(), count=1, flags=re.DOTALL)
+    readme.write_bytes(changed := lines.replace(*change, 1))
+    result = bench("publish", second, "--to", tmp_path / "out")
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1, result.err
+    assert readme.read_bytes() == changed and len(list((tmp_path / "out" / "runs").iterdir())) == 1
