@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.interface import Draw, Logits, StepDraw
 
 DEFAULT = "CIFAR-10"  # whose constants other data sets take where none are published for them
+LEVELS = 0.25, 0.5, 1.0  # of the noise that constants are published for
 SIDES = {"MNIST": 28, "CIFAR-10": 32, "ImageNet": 224}  # of the images that constants are published for
 
 
@@ -97,7 +98,7 @@ def published(
     made = found.reduced() if quick else found
     now, then = made.constants(), found.constants()
     words = ", ".join(k if v is True else f"{k} {v:.5g}" for k, v in now.items() if v is not False)
-    origin = f"as released for {dataset} at this noise"
+    origin = f"as released for {dataset} {at_noise(sigma, level(sigma))}"
     if dataset not in released:
         origin = f"none are released for {dataset}, these are those of {DEFAULT}"
     less = ", ".join(f"{k} from {then[k]:g}" for k in now if now[k] != then[k])
@@ -118,6 +119,11 @@ def similar_dataset(shape: tuple[int, ...]) -> str:
 def level(sigma: float) -> int:
     """Return the place of a noise level among the published ones: 0 up to .25, 1 up to .5, 2 above."""
     return (sigma > 0.25) + (sigma > 0.5)
+
+
+def at_noise(sigma: float, place: int) -> str:
+    """Return the noise level that constants are published for, in words; ``place`` is its place among ``LEVELS``."""
+    return "at this noise" if sigma == LEVELS[place] else f"at sigma {LEVELS[place]:g}"
 
 
 def ramp(done: float, warmup: float) -> float:

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.interface import Draw, Logits, StepDraw
-from bench.training.objectives.method import Copies, Cost, TrainingObjective, kl, level, noisy, similar_dataset
+from bench.training.objectives.method import (
+    Copies,
+    Cost,
+    TrainingObjective,
+    at_noise,
+    kl,
+    level,
+    noisy,
+    similar_dataset,
+)
 
 STABILITY_WEIGHT = 2.0
 CONSISTENCY_COPIES = 2
@@ -107,5 +116,8 @@ class Plain(TrainingObjective):
 def make_consistency(shape: tuple[int, ...], sigma: float, quick: bool) -> Plain:
     """Return ``consistency`` and a remark on its constants."""
     weight, eta = consistency_constants(shape, sigma)
-    said = f"consistency: lambda {weight:g} and eta {eta:g}, as published for {similar_dataset(shape)} at this noise"
+    dataset, place = similar_dataset(shape), level(sigma)
+    if dataset == "ImageNet":
+        place = max(place, 1)  # none are published for sigma .25
+    said = f"consistency: lambda {weight:g} and eta {eta:g}, as published for {dataset} {at_noise(sigma, place)}"
     return Plain(consistency, CONSISTENCY_COPIES, remark=said)

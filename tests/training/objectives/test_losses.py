@@ -380,6 +380,23 @@ def test_ddn_has_the_radius_of_its_own_best_certificates_and_else_says_that_its_
             assert "DDN" not in pgds.remark
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "sigma", "where"),
+    [
+        ("smoothadv", (3, 32, 32), 0.5, "CIFAR-10 at this noise"),
+        ("smoothadv", (3, 32, 32), 0.12, "CIFAR-10 at sigma 0.25"),
+        ("smoothmix", (1, 28, 28), 2.0, "MNIST at sigma 1"),
+        ("consistency", (3, 32, 32), 0.25, "CIFAR-10 at this noise"),
+        ("consistency", (3, 32, 32), 0.4, "CIFAR-10 at sigma 0.5"),
+        ("consistency", (3, 224, 224), 0.25, "ImageNet at sigma 0.5"),
+    ],
+)
+def test_a_remark_names_the_noise_that_its_constants_are_published_for(
+    name: str, shape: tuple[int, ...], sigma: float, where: str
+) -> None:
+    assert f"for {where}" in objectives.make(name, shape, sigma, "paper").remark
+
+
 def test_costs_count_the_passes_of_a_step() -> None:
     """Each objective's cost is what it asks the classifier, and what it differentiates."""
     for name in objectives.OBJECTIVES:
