@@ -188,9 +188,10 @@ def _sound_the_alarm(record: Record, attack: Attack) -> bool:
             f"{alarm.predicted} at distance {alarm.distance:.4g} ({alarm.by}); a second decision {second}; "
             f"saved as {', '.join(f for f in alarm.files if f.endswith('.npy'))}"
         )
+    images = len({image.index for image, alarm in found if alarm.confirmed})
     lines.append(
-        f"  confirmed by a second decision: {confirmed}; chance gives a record without faults at most "
-        f"{_expected(record, attack):.2g} of them in expectation"
+        f"  confirmed by a second decision: {confirmed}, on {images} {'image' if images == 1 else 'images'}; chance "
+        f"gives a record without faults at most {_expected(record, attack):.2g} such images in expectation"
     )
     if record.identity.noise.kind == "float":
         lines.append(

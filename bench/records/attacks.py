@@ -263,10 +263,11 @@ def strongest(attacks: Iterable[Attack]) -> Attack | None:
 
 
 def expected_alarms(record: Record, indices: Sequence[int], alpha: float, decisions: int) -> float:
-    """Bound the number of confirmed alarms that chance gives a record without faults.
+    """Bound the expected number of images with a confirmed alarm in a record without faults.
 
     An alarm needs a false certificate, of which each has a chance of at most the run's alpha, or two wrong decisions on
-    independent votes, each with a chance of at most ``alpha``.
+    independent votes, each with a chance of at most ``alpha``. Images are counted, since one false certificate may be
+    contradicted by every decision on its image.
     """
     wanted = set(indices)
     certified = sum(c.index in wanted and c.predicted is not None and c.n > 0 for c in record.counted)

@@ -165,10 +165,14 @@ def test_a_false_certificate_sounds_the_alarm(bench: Bench, runs: dict[str, Path
     found = bench("attack", run, "--defense", defense("half_space"), "--preset", "quick", "--radii", ".5")
     assert found.code == 1
     assert "ALARM" in found.err and "image 0: certified as class 0 up to r = 0.61" in found.err
-    assert "confirmed by a second decision" in found.err and "at most 0.0" in found.err
+    assert "at most 0.0" in found.err
     assert ("noise is float" in found.err) == (noise == "float")
     (one,) = attacks.read(run)
     assert {image.index for image, _ in one.alarms} == {0} and any(a.by == "pgd" for _, a in one.alarms)
+    # Several decisions contradict the one false certificate, so chance is compared with the number of images.
+    assert len(one.alarms) > 1
+    assert f"confirmed by a second decision: {len(one.alarms)}, on 1 image;" in found.err
+    assert "such images in expectation" in found.err
     for _, alarm in one.alarms:
         assert alarm.confirmed and alarm.distance <= alarm.radius
         clean, attacked = (np.load(run / f) for f in alarm.files if f.endswith(".npy"))
