@@ -181,7 +181,7 @@ def _add_study(name: str, found: Study, out: Path) -> None:
     file, text = out / RUNS / name, out / f"{name.removesuffix(SUFFIX)}.toml"
     if file.exists() and study.read_study(file).sha256 != found.sha256:
         raise BenchError(f"another study called {found.name} is published there; publish to another place")
-    if text.exists() and text.read_text() != found.text:
+    if text.exists() and text.read_bytes() != found.text.encode(errors="backslashreplace"):  # as write_text writes it
         raise BenchError(f"another file {text.name} is there; publish to another place")
     write_json(file, found.as_json())
     write_text(text, found.text)

@@ -145,12 +145,12 @@ def test_another_run_of_the_same_name_is_never_replaced(bench: Bench, hub: Publi
 
 
 def test_a_study_is_published_with_its_text(bench: Bench, hub: PublishingHub, tmp_path: Path) -> None:
-    text = 'dataset = "digits"\n\n[[run]]\ndefense = ["one", "two"]\n'
+    text = 'dataset = "digits"\r\n\r\n[[run]]\ndefense = ["one", "two"]\n'  # as some editors write it
     folder = tmp_path / "study"
     runs = [made_up(folder / "runs", RADII, name=name) for name in ("one", "two")]
     entries = [{"label": run.name, "arguments": {}, "folder": run.name} for run in runs]
     study = {"schema": 1, "name": "mine.toml", "sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
-    (folder / "mine.toml").write_text(text)
+    (folder / "mine.toml").write_bytes(text.encode())
     (folder / "runs" / "mine.study.json").write_text(json.dumps(study | {"runs": entries}))
     for given in (folder / "mine.toml", folder, folder / "runs"):
         assert bench("publish", given, "--to", TO).code == 0
