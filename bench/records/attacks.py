@@ -6,7 +6,6 @@ of several attacks may alternate. Lines are appended as images are done; an inco
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ from bench.records.columns import column
 from bench.records.metrics import Rate
 from bench.records.record import Record
 from bench.records.schema import Environment
-from bench.records.stored import Amount, Open, Positive, Radii, Stored, Votes, Whole
+from bench.records.stored import Amount, Open, Positive, Radii, Stored, Votes, Whole, parse_json
 from bench.smoothing import bounds
 
 NAME = "attacks.jsonl"
@@ -214,7 +213,7 @@ def read(folder: Path) -> list[Attack]:
             if not line.endswith(b"\n"):  # torn by a crash
                 break
             try:
-                _add(found, json.loads(line))
+                _add(found, parse_json(line))
             except (BenchError, ValueError, RecursionError) as e:
                 reason = e if isinstance(e, BenchError) else one_line(e)
                 raise BenchError(f"{file}:{number}: not a line of an attack: {reason}; move the file away") from None

@@ -48,13 +48,14 @@ def _checks(attack: Attack, images: list[AttackedImage]) -> Iterator[Check]:
         yield _no_better("one step no better than many", "step", "pgd", images, [radius])
     else:
         yield Check("no evidence", "no gradients reach the image, so there is no white-box attack to compare with")
-    unbounded = [r for i in images if (r := i.result("unbounded")) is not None]
-    kept = sum(r.predicted == i.label for i, r in zip(images, unbounded, strict=True))
-    undecided = sum(r.predicted is None for r in unbounded)
+    # bench attacks each of the images so, but the file may be changed.
+    unbounded = [(i.label, r.predicted) for i in images if (r := i.result("unbounded")) is not None]
+    kept = sum(predicted == label for label, predicted in unbounded)
+    undecided = sum(predicted is None for _, predicted in unbounded)
     yield Check(
-        "warning" if kept else "ok",
-        f"an unbounded attack succeeds: {len(images) - kept - undecided} of {len(images)} images change their class, "
-        f"{undecided} abstain, {kept} keep the label",
+        "warning" if kept else "ok" if unbounded else "no evidence",
+        f"an unbounded attack succeeds: {len(unbounded) - kept - undecided} of {len(unbounded)} images change their "
+        f"class, {undecided} abstain, {kept} keep the label",
     )
     random, found = _found(images, "noise", radius), _found(images, best, radius)
     status: Status = "no evidence" if not random and not found else "warning" if random >= found else "ok"

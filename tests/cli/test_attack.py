@@ -266,6 +266,28 @@ def test_a_damaged_file_of_attacks_is_one_line(bench: Bench, runs: dict[str, Pat
         assert found.code == 2 and "not a line of an attack" in found.err and found.err.count("\n") == 1
 
 
+def test_a_changed_file_of_attacks_gives_no_traceback(bench: Bench, runs: dict[str, Path], tmp_path: Path) -> None:
+    run = copied(runs["grid"], tmp_path)
+    attack(bench, run, "--radii", ".5", "--images", 2)
+    file = run / attacks.NAME
+    header, first, second = (json.loads(line) for line in file.read_text().splitlines())
+    first["results"] = [r for r in first["results"] if r["by"] != "unbounded"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in (header, first, second)))
+    found = attack(bench, run, "--radii", ".5", "--images", 2)
+    assert "1 of 1 images change their class" in found["checks"][3]["text"]
+
+    # Half a surrogate pair, which no table can hold, is escaped.
+    settings = header["settings"] | {"preset": "quick\ud800"}
+    shown = attacks.AttackSettings.of(header["settings"] | {"preset": "quick\\ud800"})
+    lines = (
+        header | {"settings": settings, "attack": shown.name},
+        *(x | {"attack": shown.name} for x in (first, second)),
+    )
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = bench("report", run.parent)
+    assert report.code == 0 and "quick\\ud800" in report.out.replace("\\\\", "\\"), report.err
+
+
 def test_an_attack_on_other_certificates_is_not_shown(bench: Bench, runs: dict[str, Path], tmp_path: Path) -> None:
     run = copied(runs["grid"], tmp_path)
     attack(bench, run, "--radii", ".5", "--images", 2)
