@@ -57,9 +57,8 @@ def settings_of(record: Record, preset: str, radii: list[float] | None, images: 
     count = min(len(indices), budget.images or len(indices)) if images is None else images
     n = min(sampling.n, budget.n)
     if n < (least := smallest_n(sampling.alpha)):
-        raise BenchError(
-            f"{n} votes decide nothing at alpha {sampling.alpha:g}, which needs {least}; use --preset paper"
-        )
+        fix = "use --preset paper" if sampling.n >= least else f"attack a run of --n {least} or more"
+        raise BenchError(f"{n} votes decide nothing at alpha {sampling.alpha:g}, which needs {least}; {fix}")
     return AttackSettings.of(
         {
             "version": attacks.VERSION,

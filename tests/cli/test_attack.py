@@ -240,6 +240,15 @@ def test_wrong_options_are_one_line(bench: Bench, runs: dict[str, Path], words: 
     assert found.code == 2 and error in found.err and found.err.count("\n") == 1
 
 
+def test_too_few_votes_are_advised_by_whose_they_are(bench: Bench, tmp_path: Path) -> None:
+    """At alpha 1e-200, 666 votes decide: the paper's budget has them, if the run does."""
+    for n, fix in ((1000, "use --preset paper"), (600, "attack a run of --n 666 or more")):
+        procedure = {"kind": "fixed", "n0": 100, "n": n, "alpha": 1e-200, "target": "selected"}
+        run = made_up(tmp_path / str(n), [None, None], procedure=procedure)
+        found = bench("attack", run, "--preset", "quick")
+        assert found.code == 2 and "which needs 666" in found.err and fix in found.err, found.err
+
+
 def test_a_file_that_is_not_named_is_not_run(bench: Bench, runs: dict[str, Path]) -> None:
     found = bench("attack", runs["grid"])
     assert found.code == 2 and "run only where you name it" in found.err
