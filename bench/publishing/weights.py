@@ -58,7 +58,7 @@ def entries_of(records: Sequence[Record], device: str, defense: str | None) -> l
 
 def published(record: Record) -> Path | None:
     """Return the folder of published weights with which a record can be rebuilt, if there is one beside its runs."""
-    folder = record.path.absolute().parents[1] / WEIGHTS
+    folder = record.path.absolute().parent.parent / WEIGHTS  # of "/" the parent is "/"
     needed = record.identity.defense.weights
     if not folder.is_dir():
         return None

@@ -6,13 +6,17 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from bench.publishing import weights
+from bench.records.record import read_run
 from tests.helpers.commands import Bench
 from tests.helpers.publishinghub import PublishingHub
+from tests.helpers.records import made_up
 
 ROOT = Path(__file__).parents[2]
 TO = "hub:someone/results"
@@ -112,12 +116,17 @@ def test_weights_that_do_not_fit_are_a_failed_check(bench: Bench, trained: Path,
     assert result.code == 2 and "meta.json: identity" in result.err
 
 
+def test_a_run_at_the_root_of_the_file_system_has_no_published_weights(tmp_path: Path) -> None:
+    """As a container has it that mounts one run, where no test may write."""
+    run = made_up(tmp_path, [0.3, None])
+    assert weights.published(replace(read_run(run), path=Path("/") / run.name)) is None
+
+
 def test_a_forged_count_fails_where_it_is_drawn_again(
     bench: Bench, hub: PublishingHub, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every count is raised, and all numbers that follow from it; hashes too."""
     from bench.records import metrics
-    from bench.records.record import read_run
 
     monkeypatch.chdir(ROOT)
     run = Path(shutil.copytree(next(trained.glob("tiny-none*")), tmp_path / next(trained.glob("tiny-none*")).name))
