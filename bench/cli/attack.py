@@ -17,9 +17,8 @@ from bench.options import option
 if TYPE_CHECKING:  # these import torch
     from bench.attacks.session import Attacker
     from bench.process.console import ConsoleReporter
-    from bench.records.attacks import Attack
+    from bench.records.attacks import Attack, AttackSettings
     from bench.records.record import Record
-    from bench.runs.session import Session
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -46,22 +45,24 @@ class AttackOptions:
 def attack(options: AttackOptions) -> None:
     """Attack the smoothed classifier of finished runs; repeat the command to resume. Exit 1: a certificate is false."""
     from bench.attacks.presets import PRESETS
-    from bench.attacks.session import attackable
+    from bench.attacks.session import attackable, prepare
     from bench.process.console import ConsoleReporter
     from bench.process.environment import pick_device
+    from bench.runs.rebuilding import rebuild_checked
     from bench.runs.session import Session
 
     if options.preset is not None and options.preset not in PRESETS:
         raise unknown("preset", options.preset, PRESETS)
     _radii(options.radii)
     records = [attackable(Path(run)) for run in options.runs]
+    chosen = [(record, _settings(record, options)) for record in records]  # all refused before one is attacked
     done: list[tuple[Record, Attack]] = []
     plans: list[dict[str, Any]] = []
     try:
-        for record in records:
+        for record, settings in chosen:
             reporter = ConsoleReporter()
             session = Session(pick_device(options.device), record.path.parent, reporter)
-            attacker = _prepared(record, session, options)
+            attacker = prepare(record, rebuild_checked(record, session, *_named(record, options)), settings)
             plans.append(_announce(attacker, reporter))
             if not options.dry_run:
                 done.append((record, _attacked(attacker, reporter)))
@@ -94,14 +95,25 @@ def _radii(text: str | None) -> list[float] | None:
     return found
 
 
-def _prepared(record: Record, session: Session, options: AttackOptions) -> Attacker:
+def _settings(record: Record, options: AttackOptions) -> AttackSettings:
+    """Make the settings of a run's attack. Raises BenchError where it cannot be attacked with these options."""
     from bench.attacks.presets import PRESETS
-    from bench.attacks.session import prepare, settings_of
-    from bench.runs.rebuilding import rebuild_checked
+    from bench.attacks.session import settings_of
+    from bench.runs.redraw import not_named
 
+    if why := not_named(record.info.arguments, *_named(record, options)):
+        raise BenchError(f"{record.path}: {why}")
     preset = options.preset or (record.info.preset if record.info.preset in PRESETS else "quick")
-    settings = settings_of(record, preset, _radii(options.radii), options.images)  # refused before anything is loaded
-    return prepare(record, rebuild_checked(record, session, options.defense, options.base), settings)
+    return settings_of(record, preset, _radii(options.radii), options.images)
+
+
+def _named(record: Record, options: AttackOptions) -> tuple[str | None, str | None]:
+    """Return the named file and server, each where the run has one: of several runs, only some may."""
+    from bench.models.served import is_url
+
+    arguments = record.info.arguments
+    has_file, served = str(arguments.get("defenses")).endswith(".py"), is_url(str(arguments.get("base")))
+    return options.defense if has_file else None, options.base if served else None
 
 
 def _announce(attacker: Attacker, reporter: ConsoleReporter) -> dict[str, Any]:

@@ -254,6 +254,20 @@ def test_a_file_that_is_not_named_is_not_run(bench: Bench, runs: dict[str, Path]
     assert found.code == 2 and "run only where you name it" in found.err
 
 
+def test_several_runs_are_all_checked_first_and_a_named_file_is_of_the_run_that_has_one(
+    bench: Bench, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    made = bench("run", "--defense", "none", "--dataset", TINY, "--out", tmp_path, "--n", 100, "--json")
+    plain, own = Path(json.loads(made.out)[0]["path"]), copied(runs["grid"], tmp_path)
+    words = ("attack", plain, own, "--preset", "quick", "--radii", ".25", "--images", 1)
+    refused = bench(*words)
+    assert refused.code == 2 and "run only where you name it" in refused.err
+    assert not (plain / attacks.NAME).exists()  # nothing was attacked before
+    found = bench(*words, "--defense", defense("half_space"), "--json")
+    assert found.code == 0, found.err
+    assert [Path(one["run"]) for one in json.loads(found.out)] == [plain, own]
+
+
 def test_what_cannot_be_attacked_is_refused(bench: Bench, tmp_path: Path) -> None:
     run = made_up(tmp_path, [0.1, 0.2])
     (run / "certificates.jsonl").write_text(
