@@ -15,7 +15,7 @@ from bench import plugins
 from bench.errors import BenchError
 from bench.inspection import cam
 from bench.inspection.copies import Copies
-from bench.inspection.score import Denoise, Denoiser
+from bench.inspection.score import Denoiser
 from bench.interface import Access, Draw
 from bench.models.base import Classifier, LocalBase
 from bench.models.served import is_url
@@ -25,6 +25,7 @@ from bench.runs.context import BuildContext, PartTraining
 from bench.runs.prepared import PreparedRun
 from bench.runs.rebuilding import UntrainedReporter, finished, from_cache, through_base
 from bench.runs.session import Session
+from bench.training.denoising import Consistency
 
 DIFFUSION = "diffusion"  # the defense whose denoiser gives the score
 
@@ -145,14 +146,15 @@ def denoiser(subjects: Sequence[Subject], device: torch.device, terminal: Report
     """Return the denoiser of a diffusion run among the given, else that of ``--defense diffusion``.
 
     That one is a small UNet, trained on the card's training images if the cache does not have it. Of a run only one
-    that denoises in one step counts, whose result is the mean of the clean images.
+    that denoises in one step counts, whose result is the mean of the clean images, and no consistency model, whose
+    result is one of them instead.
     """
     sigma = subjects[0].run.plan.sigma
     for subject in subjects:
-        plan = subject.run.plan
-        if plugins.short_name(plan.defense) == DIFFUSION and plan.config.steps == 1:
-            denoise = cast(Denoise, subject.run.fitted.defense.denoised)
-            return Denoiser(denoise, sigma, f"that of the run {subject.record.path.name}")
+        plan, defense = subject.run.plan, cast(Any, subject.run.fitted.defense)
+        one_step = plugins.short_name(plan.defense) == DIFFUSION and plan.config.steps == 1
+        if one_step and not isinstance(defense.denoising, Consistency):
+            return Denoiser(defense.denoised, sigma, f"that of the run {subject.record.path.name}")
     run = subjects[0].run
     with terminal.training("the denoiser that gives the score") as progress:
         training = PartTraining(run.materials.train, progress)

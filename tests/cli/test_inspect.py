@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from tests.helpers import logs
 from tests.helpers.commands import TINY, Bench, defense
+from tests.helpers.diffusion_models import saved
 
 pytest.importorskip("pytorch_grad_cam", reason="pip install 'certbench[inspect]'")
 CONVNET = """
@@ -133,6 +135,14 @@ def test_the_denoiser_of_a_diffusion_run_is_used(bench: Bench, run: Run, tmp_pat
     found = data(outs[0])
     assert found["denoiser"] == f"that of the run {folder.name}"
     assert found["runs"][0]["numbers"]["loss"]["low"] is None  # one image has no interval
+
+
+def test_a_consistency_model_gives_no_score(bench: Bench, run: Run, tmp_path: Path) -> None:
+    """It draws one clean image; Tweedie's formula needs their mean."""
+    unet = saved(tmp_path / "unet", diffusers.CMStochasticIterativeScheduler())
+    made = bench("inspect", run("diffusion", "--set", f"unet={unet}"), "--out", tmp_path / "out", "--images", 1)
+    assert made.code == 0, made.err
+    assert "trained here for 8 epochs" in data(tmp_path / "out")["denoiser"]
 
 
 def test_what_cannot_be_inspected_is_refused_in_one_line(bench: Bench, run: Run, folder: Path, tmp_path: Path) -> None:
