@@ -65,7 +65,7 @@ NUMBERS = (
         "curvature",
         f"Second derivative of the loss along its own gradient at a noisy copy, by a central difference of gradients "
         f"with a step of {STEP:g} sigma. Positive: the loss rises faster than its gradient says.",
-        "Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, who penalise the change of the gradient along this direction",
+        "after Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, who penalise the change of the gradient along its sign",
     ),
     Number(
         "score_cosine",
