@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,10 +167,10 @@ class Results:
 
         if isinstance(run, Record):
             return run
-        if isinstance(run, int):
-            if not -len(self) <= run < len(self):
+        if isinstance(run, int | Integral):  # numpy's, as a data frame gives them, are Integral alone
+            if not -len(self) <= int(run) < len(self):
                 raise BenchError(f"no run {run}; there are {len(self)}, from 0")
-            return self.records[run]
+            return self.records[int(run)]
         found = [r for r in self.records if r.path.name == str(run) or r.path.resolve() == Path(run).resolve()]
         if not found:
             raise BenchError(f"no run {run} among {', '.join(r.path.name for r in self.records)}")

@@ -12,6 +12,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ class Sampling:
     def procedure(self, record: Record) -> Procedure:
         """Return the run's procedure with these numbers. Raises BenchError for one out of range."""
         own = record.identity.sampling
+        given = (("--n0", self.n0, Integral), ("--n", self.n, Integral), ("--alpha", self.alpha, Real))
+        for flag, value, kind in given:
+            if value is not None and not isinstance(value, kind):  # from Python it may be anything
+                raise BenchError(f"{flag} {value!r}: must be a {'whole ' if kind is Integral else ''}number")
         n0 = (own.n0 or 1) if self.n0 is None else self.n0
         n = own.n if self.n is None else self.n
         alpha = own.alpha if self.alpha is None else self.alpha
@@ -141,9 +146,9 @@ class SmoothedModel:
 
         ``progress`` is called with (pictures done, predictions that are certified).
         """
-        if seed is not None and not 0 <= seed < 2**63:
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
             raise BenchError(f"--seed {seed}: must be a whole number from 0")
-        seed = secrets.randbits(62) if seed is None else seed
+        seed = secrets.randbits(62) if seed is None else int(seed)
         given = [self._read(picture, place, fit) for place, picture in enumerate(pictures)]
         noise, found = Noise(seed, SPLIT), list[Prediction]()
         for one in given:

@@ -160,6 +160,14 @@ def test_a_runs_model_predicts_arrays_tensors_and_files_alike(tmp_path: Path) ->
     with pytest.raises(bench.BenchError, match="not on the card's grid"):
         model(np.full((1, 8, 8), 0.51))
     assert model(np.full((1, 8, 8), 0.51), fit="levels").fitted
+    wrong: Any
+    first: Any = np.int64(0)
+    for wrong in (1.5, "4"):
+        with pytest.raises(bench.BenchError, match=f"--seed {wrong}: must be a whole number"):
+            model(x, seed=wrong)
+    for wrong in ({"n": 1e3}, {"n0": 20.5}, {"n": "100"}, {"alpha": "0.01"}):
+        with pytest.raises(bench.BenchError, match=r"^--(n|n0|alpha) \S+: must be a (whole )?number$"):
+            bench.load(records[0]).model(first, **wrong)
     more = bench.run("none", TINY, out=tmp_path / "runs")
     with pytest.raises(bench.BenchError, match="2 runs; name one: model"):
         bench.load([*records, *more]).model()
