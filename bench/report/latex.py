@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from bench.errors import shown
 from bench.io.files import digest
 from bench.report import attacked
 from bench.report.envelopes import Envelope
@@ -170,12 +171,12 @@ def _unpaired(cell: Cell | None) -> str:
 
 def _escape(text: object) -> str:
     """Escape untrusted text of a record."""
-    return "".join(_ESCAPES.get(c, c) for c in " ".join(str(text).split()))
+    return "".join(_ESCAPES.get(c, c) for c in shown(" ".join(str(text).split())))
 
 
 def _comment(text: str) -> str:
     """Write a line that LaTeX skips; none for no text."""
-    return f"% {' '.join(text.split())}\n" if text else ""
+    return f"% {shown(' '.join(text.split()))}\n" if text else ""
 
 
 def _interval(value: str, low: float, high: float) -> str:

@@ -322,6 +322,12 @@ def test_a_name_cannot_command_the_terminal(bench: Bench, tmp_path: Path) -> Non
     assert merged.code == 1 and "\x1b" not in merged.err and "x1b" in merged.err, merged
 
 
+def test_latex_has_no_control_characters(bench: Bench, tmp_path: Path) -> None:
+    made_up(tmp_path, [0.1], dataset="\x1b[2J", defense=UNTRAINED | {"name": "\x1b]0;x\x07"})
+    text = bench("report", tmp_path, "--format", "latex").out
+    assert "textbackslash{}x07" in text and all(c.isprintable() or c == "\n" for c in text)
+
+
 def test_half_a_character_is_shown_by_its_number(bench: Bench, tmp_path: Path) -> None:
     made_up(tmp_path / "runs", [0.1], defense=UNTRAINED | {"name": "half \ud800, whole \U0001f600"})
     for form in ("md", "csv", "html", "latex", "json"):
