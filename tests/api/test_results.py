@@ -107,6 +107,13 @@ def test_a_figure_has_a_step_curve_for_each_method(runs: Path) -> None:
     assert results.plot(1, ax) is ax and len(ax.lines) == 3
 
 
+def test_a_figure_shows_names_with_dollars_as_they_are(tmp_path: Path) -> None:
+    made_up(tmp_path, [0.3, None], name="a$\\x$", dataset="b$\\frac$")
+    ax: Any = bench.load(tmp_path).plot()
+    ax.figure.draw_without_rendering()
+    assert ax.get_title().startswith("b\\$\\frac\\$, sigma")  # as Matplotlib shows b$\frac$
+
+
 def test_two_runs_are_compared_as_the_command_does(bench_command: Bench, runs: Path) -> None:
     results = bench.load(runs)
     a, b, other = (r.path for r in results)
