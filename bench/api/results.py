@@ -111,11 +111,8 @@ class Results:
         one = tables[table or 0]
         drawn, rows = figures.draw_curves(one, ax), len(one.methods)
         shown = f"; the first {drawn} of {rows} rows" if drawn < rows else ""
-        # A $ in a name would begin a formula.
-        ax.set_title(f"{one.setting.heading}{shown}".replace("$", r"\$"), fontsize="small", wrap=True)
-        legend = ax.legend(title=figures.BANDS, fontsize="small", title_fontsize="small")
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        ax.set_title(figures.plain(one.setting.heading + shown), fontsize="small", wrap=True)
+        ax.legend(title=figures.BANDS, fontsize="small", title_fontsize="small")
         return ax
 
     def compare(self, first: Named | Record, second: Named | Record) -> Compared:

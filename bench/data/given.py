@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bench.data.card import Card
 from bench.data.decoding import SUFFIXES, decode
 from bench.data.sources import Stored
-from bench.errors import BenchError, note, unknown
+from bench.errors import BenchError, note, one_line, unknown
 
 FITS = ("levels", "resize-crop")
 TOLERANCE = 1e-3  # of a step between levels: what float32 and a library's conversion may move a pixel by
@@ -113,7 +113,10 @@ def read_array(card: Card, values: Any, name: str, fit: str | None = None) -> Gi
     check_fit(fit)
     if fit == "resize-crop":
         raise BenchError("--fit resize-crop is for files; resize and crop arrays before, then use levels")
-    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    try:
+        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except (TypeError, ValueError) as e:  # of bfloat16, of lists of several lengths
+        raise BenchError(f"{name}: {one_line(e)}; give an array of numbers {card.shape}") from None
     if array.shape != card.shape:
         raise BenchError(f"{name}: shape {array.shape}, but the card's is {card.shape}: channels, height, width")
     top = card.levels - 1

@@ -18,10 +18,10 @@ from bench.report.rows import Method
 BUDGET = ["images", "budget of the attack"]  # columns that are the same for all radii
 TITLE = "Certified and attacked accuracy"
 NOTE = (
-    "Certified accuracy <= true robust accuracy <= attacked accuracy, but for a chance of alpha for each certificate and "
-    "each decision of an attack; on the same images, with 95% intervals. Attacked: images for which no attack within the radius made fresh votes decide "
-    "another class than the label; of these, abstained: those on which some decision gave no class. An attack that "
-    "fails proves nothing: more effort can only lower attacked accuracy."
+    "Certified accuracy <= true robust accuracy <= attacked accuracy, but for a chance of alpha for each certificate "
+    "and each decision of an attack; on the same images, with 95% intervals. Attacked: images for which no attack "
+    "within the radius made fresh votes decide another class than the label; of these, abstained: those on which some "
+    "decision gave no class. An attack that fails proves nothing: more effort can only lower attacked accuracy."
 )
 
 

@@ -48,6 +48,11 @@ def draw_curves(table: Table, ax: Any) -> int:
     return len(rows[:PANEL])
 
 
+def plain(text: str) -> str:
+    """Return text that Matplotlib shows as it is; a pair of dollars in a name would be a formula."""
+    return text.replace("$", r"\$")
+
+
 def _draw(setting: Setting, rows: Sequence[tuple[str, Method]], looks: Mapping[str, int], ax: Any) -> None:
     """Draw a step line and a band for each row.
 
@@ -57,7 +62,7 @@ def _draw(setting: Setting, rows: Sequence[tuple[str, Method]], looks: Mapping[s
     for label, method in rows:
         look, points = looks[label], metrics.pooled([r.certificates for r in method.records], grid)
         low, high = [100 * p.low for p in points], [100 * p.high for p in points]
-        drawn: dict[str, Any] = {"color": colour(look), "label": label, "drawstyle": "steps-pre"}
+        drawn: dict[str, Any] = {"color": colour(look), "label": plain(label), "drawstyle": "steps-pre"}
         # A line of the grid has a marker at each of its radii, another one at a few places, so that it is known by it.
         drawn |= {"marker": MARKERS[look % len(MARKERS)]}
         if not setting.grid_only:
@@ -89,7 +94,7 @@ def band(table: Table, out: Path, name: str) -> list[Path]:
         ax.fill_between(*one.band, color=colour(i), alpha=0.15, linewidth=0)
         ax.set(ylim=(0, 100), xlim=(0, None), yticks=(0, 50, 100))
         ax.tick_params(labelleft=place % columns == 0, labelbottom=place + columns >= len(shown))
-        ax.set_title("\n".join(textwrap.wrap(one.label, 24)), fontsize=6)
+        ax.set_title("\n".join(textwrap.wrap(plain(one.label), 24)), fontsize=6)
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
     fig.supylabel("accuracy (%)", fontsize=7)
@@ -133,7 +138,7 @@ def tradeoff(table: Table, out: Path, name: str) -> list[Path]:
         values = [100 * p.value for p in points]
         bars = [[100 * (p.value - p.low) for p in points], [100 * (p.high - p.value) for p in points]]
         marker = MARKERS[look % len(MARKERS)] + (STYLES[look % len(STYLES)] if len(points) > 1 else "")
-        ax.errorbar(costs, values, bars, fmt=marker, color=colour(look), capsize=2, label=one.label)
+        ax.errorbar(costs, values, bars, fmt=marker, color=colour(look), capsize=2, label=plain(one.label))
         for number, *place in zip(one.numbers, costs, values, strict=False):
             ax.annotate(number, place, (3, 3), textcoords="offset points", fontsize=5, color=colour(look))
     ax.set(xlabel="MFLOPs a vote", ylabel=f"certified accuracy at r = {radius:g} (%)", ylim=(0, 100))
@@ -226,7 +231,7 @@ def _figure(table: Table, lines: int, columns: int, heights: Sequence[float]) ->
     sizes: Any = {"figsize": (WIDTH, sum(heights)), "height_ratios": heights, "layout": "constrained"}
     fig, axes = plt.subplots(lines, columns, squeeze=False, **sizes)
     shown = f"; the first {MOST} of the table's {rows} rows" if rows > MOST else ""
-    heading = "\n".join(textwrap.wrap(table.setting.heading + shown, 80))
+    heading = "\n".join(textwrap.wrap(plain(table.setting.heading + shown), 80))
     if columns > 1:
         fig.suptitle(heading, fontsize=5)
     else:

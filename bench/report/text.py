@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
+from bench.errors import shown
 from bench.report import attacked, latex
 from bench.report.envelopes import Envelope
 from bench.report.published import heading as published_heading
@@ -43,7 +44,7 @@ def _table(table: Table, every: bool) -> str:
     shown = shown.assign(**{column: shown[column].map(escape) for column in untrusted})
     flagged = [escape(f"{m.label}: {m.row.flags}") for m in table.methods if m.row.flags]
     verdict = filter(None, [escape(table.verdict)])
-    text = "\n\n".join([f"### {escape(table.setting.heading)}", *verdict, _grid(shown), notes, *flagged]) + "\n"
+    text = "\n\n".join([f"### {escape(table.setting.heading)}", *verdict, _grid(shown), escape(notes), *flagged]) + "\n"
     if len(table.published):
         italic = table.published.assign(published=[f"*{p}*" for p in table.published["published"]])
         text += f"\n{published_heading(table.setting)}\n\n{_grid(italic)}\n"
@@ -84,7 +85,12 @@ def _grid(cells: pd.DataFrame) -> str:
 
 def _csv(report: Report) -> str:
     frames = [table.frame().assign(split=table.setting.split, table=i) for i, table in enumerate(report.tables)]
-    return str(pd.concat(frames, ignore_index=True).to_csv(index=False)) if frames else ""
+    if not frames:
+        return ""
+    whole = pd.concat(frames, ignore_index=True)
+    untrusted = [column for column in whole if not pd.api.types.is_numeric_dtype(whole[column])]
+    printable = {column: whole[column].map(lambda v: shown(v) if isinstance(v, str) else v) for column in untrusted}
+    return str(whole.assign(**printable).to_csv(index=False))
 
 
 def _json(report: Report) -> str:

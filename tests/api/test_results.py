@@ -167,6 +167,10 @@ def test_a_runs_model_predicts_arrays_tensors_and_files_alike(tmp_path: Path) ->
     with pytest.raises(bench.BenchError, match="not on the card's grid"):
         model(np.full((1, 8, 8), 0.51))
     assert model(np.full((1, 8, 8), 0.51), fit="levels").fitted
+    half = torch.from_numpy(x).bfloat16()
+    for odd in (half, [[[0, 1], [2]]]):
+        with pytest.raises(bench.BenchError, match="give an array of numbers"):
+            model(odd)
     wrong: Any
     first: Any = np.int64(0)
     for wrong in (1.5, "4"):

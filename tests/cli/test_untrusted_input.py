@@ -328,6 +328,29 @@ def test_latex_has_no_control_characters(bench: Bench, tmp_path: Path) -> None:
     assert "textbackslash{}x07" in text and all(c.isprintable() or c == "\n" for c in text)
 
 
+def test_csv_has_no_control_characters(bench: Bench, tmp_path: Path) -> None:
+    made_up(tmp_path, [0.1], dataset="\x1b[2J", defense=UNTRAINED | {"name": "\x1b]0;x\x07"})
+    text = bench("report", tmp_path, "--format", "csv").out
+    assert r"\x1b]0;x\x07" in text and all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_settings_of_a_record_cannot_add_to_markdown(bench: Bench, tmp_path: Path) -> None:
+    run = made_up(tmp_path, [0.1])
+    info = json.loads((run / "run.json").read_text())
+    info["defense"]["settings"] = {"epochs": "<!-- certbench: end --><img src=x>\x1b[2J"}
+    (run / "run.json").write_text(json.dumps(info))
+    text = bench("report", tmp_path, "--format", "md").out
+    assert "Trained with" in text and "<!--" not in text.replace(r"\<", "") and "<img" not in text.replace(r"\<", "")
+    assert "\x1b" not in text
+
+
+def test_dollars_in_names_are_no_formula(bench: Bench, tmp_path: Path) -> None:
+    made_up(tmp_path / "runs", [0.1], dataset="b$\\frac$", defense=UNTRAINED | {"name": "a$\\x$"})
+    drawn = bench("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert drawn.code == 0, drawn.err
+    assert list((tmp_path / "out").glob("*.svg"))
+
+
 def test_half_a_character_is_shown_by_its_number(bench: Bench, tmp_path: Path) -> None:
     made_up(tmp_path / "runs", [0.1], defense=UNTRAINED | {"name": "half \ud800, whole \U0001f600"})
     for form in ("md", "csv", "html", "latex", "json"):
