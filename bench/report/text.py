@@ -88,9 +88,7 @@ def _csv(report: Report) -> str:
     if not frames:
         return ""
     whole = pd.concat(frames, ignore_index=True)
-    untrusted = [column for column in whole if not pd.api.types.is_numeric_dtype(whole[column])]
-    printable = {column: whole[column].map(lambda v: shown(v) if isinstance(v, str) else v) for column in untrusted}
-    return str(whole.assign(**printable).to_csv(index=False))
+    return str(whole.map(lambda cell: shown(cell) if isinstance(cell, str) else cell).to_csv(index=False))
 
 
 def _json(report: Report) -> str:
