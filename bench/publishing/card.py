@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from bench.data.datasets import card_files, load_card
@@ -91,7 +91,8 @@ def _results(report: Report) -> list[Any]:
     found = []
     for table in report.tables:
         setting = table.setting
-        dataset, at = _dataset_id(setting.dataset), f"sigma {setting.sigma:g}"
+        cards = {record.identity.card for method in table.methods for record in method.records}
+        dataset, at = _dataset_id(setting.dataset, cards), f"sigma {setting.sigma:g}"
         for row in table.runs:
             for radius in setting.within:
                 rate = row.certified[radius]
@@ -115,10 +116,11 @@ def _results(report: Report) -> list[Any]:
     return found
 
 
-def _dataset_id(name: str) -> str:
-    """Return the hub's id of a data set that comes with certbench, else its name."""
-    source = load_card(name).source if name in card_files() else None
-    return source.hub if isinstance(source, Parquet) and source.hub else name
+def _dataset_id(name: str, cards: Collection[str | None]) -> str:
+    """Return the hub's id of a data set whose card comes with certbench, else its name: a user's may have the same."""
+    card = load_card(name) if name in card_files() else None
+    known = card is not None and all(one in (None, card.sha256()) for one in cards)
+    return card.source.hub if card and known and isinstance(card.source, Parquet) and card.source.hub else name
 
 
 def _body(report: Report, studies: Sequence[Study], weights: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import bench as library
+from bench.data.datasets import load_card
 from bench.records.writer import RunFolder
 from tests.helpers.commands import Bench
 from tests.helpers.publishinghub import TOKEN, PublishingHub
@@ -69,8 +70,16 @@ def test_published_runs_are_reported_compared_and_loaded_as_those_here(
     assert bench("report", copies).out == bench("report", runs).out
 
 
+def test_a_users_data_set_of_the_same_name_is_not_the_hubs(bench: Bench, tmp_path: Path) -> None:
+    run = made_up(tmp_path / "runs", RADII, dataset="cifar10", card="c" * 64)
+    assert bench("publish", run, "--to", tmp_path / "out").code == 0
+    (result,) = metadata((tmp_path / "out" / "README.md").read_bytes())["model-index"][0]["results"]
+    assert result["dataset"]["type"] == "cifar10"
+
+
 def test_the_card_has_the_table_and_the_hubs_metadata(bench: Bench, hub: PublishingHub, tmp_path: Path) -> None:
-    run = made_up(tmp_path / "runs", RADII, wrong=[0, 1], dataset="cifar10")
+    packaged = load_card("cifar10").sha256()
+    run = made_up(tmp_path / "runs", RADII, wrong=[0, 1], dataset="cifar10", card=packaged)
     assert bench("publish", run, "--to", TO).code == 0
     readme = hub.files("someone/results")["README.md"]
     (index,) = metadata(readme)["model-index"]
