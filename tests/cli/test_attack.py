@@ -168,13 +168,16 @@ def test_a_false_certificate_sounds_the_alarm(bench: Bench, runs: dict[str, Path
     assert "at most 0.0" in found.err
     assert ("noise is float" in found.err) == (noise == "float")
     (one,) = attacks.read(run)
-    assert {image.index for image, _ in one.alarms} == {0} and any(a.by == "pgd" for _, a in one.alarms)
+    assert {image.index for image, _ in one.alarms} == {0}
+    # Of steps along the true gradient, .5 - .39 beyond the boundary, 500 votes miss the class with a chance of 1e-5.
+    # An estimated direction ends nearer to it, so its second decision may abstain.
+    confirmed = [alarm for _, alarm in one.alarms if alarm.confirmed]
+    assert {"pgd", "step"} <= {alarm.by for alarm in confirmed}
     # Several decisions contradict the one false certificate, so chance is compared with the number of images.
-    assert len(one.alarms) > 1
-    assert f"confirmed by a second decision: {len(one.alarms)}, on 1 image;" in found.err
+    assert f"confirmed by a second decision: {len(confirmed)}, on 1 image;" in found.err
     assert "such images in expectation" in found.err
     for _, alarm in one.alarms:
-        assert alarm.confirmed and alarm.distance <= alarm.radius
+        assert alarm.distance <= alarm.radius
         clean, attacked = (np.load(run / f) for f in alarm.files if f.endswith(".npy"))
         scale = 255 if noise == "grid" else 1
         assert np.allclose(clean * (255 / scale), GREYS[0], atol=1e-3)

@@ -12,6 +12,7 @@ class LocalServer:
     """Serves with a handler on a free port; use as a context manager. ``address``: http://127.0.0.1:PORT."""
 
     def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        handler.disable_nagle_algorithm = True  # else the body waits 40 ms for the client to acknowledge the header
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self._server.server_port}"
