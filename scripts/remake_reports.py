@@ -52,14 +52,16 @@ def remake(reports: Path, out: Path) -> list[Path]:
 
 def front_page(readme: str, report: str) -> str:
     """Return the README with the table and the figure of ``HEADING`` in a report; raises ValueError without them."""
-    heading, _, body = report[report.index(HEADING) :].partition("\n")
-    table = [line for line in body[: body.index("\n![")].splitlines() if line.startswith("|")]
+    heading, _, rest = report[report.index(HEADING) :].partition("\n")
+    body = re.split(r"\n###? |\n!\[", rest)[0]  # up to the next table or the figures, which follow all tables
+    table = [line for line in body.splitlines() if line.startswith("|")]
     kept = [line for line in table if not any(re.match(rf"\| {re.escape(v)}( |<)", line) for v in VARIANTS)]
-    figure = re.search(r"!\[[^]]*\]\(([^)]*)\)", body)
+    heading = heading.removeprefix("### ")
+    figure = re.search(rf"!\[{re.escape(heading)}\]\(([^)]*)\)", rest)
     assert figure
     image = f"![certified accuracy against radius](reports/{FRONT}/{figure[1]})"
     trained = re.search(r"Trained with .*?; all else by the preset\.", body)
-    text = "\n\n".join([heading.removeprefix("### "), "\n".join(kept), *([trained[0]] if trained else []), image])
+    text = "\n\n".join([heading, "\n".join(kept), *([trained[0]] if trained else []), image])
     if not BLOCK.search(readme):
         raise ValueError("the README has no block for the table")
     return BLOCK.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme)
