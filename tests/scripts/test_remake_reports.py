@@ -75,6 +75,7 @@ def test_the_front_page_is_that_of_the_report(remade: Path) -> None:
     report = (remade / remake_reports.FRONT / "report.md").read_text()
     assert remake_reports.front_page(readme, report) == readme, "run make reports"
     assert len(readme.splitlines()) < 150
+    assert readme.partition("<!-- end -->")[0].count("\n| defense ") == 1  # the report has a table for each sigma
     (figure,) = re.findall(r"!\[[^]]*\]\((reports/[^)]*)\)", readme)
     assert (ROOT / figure).exists()
 
