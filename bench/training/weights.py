@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.errors import BenchError, note, one_line
+from bench.io import tensors
 from bench.io.files import cache_root, digest, drop_partial, file_sha256, replacing, write_json, writing
 from bench.process import watchdog
 from bench.process.locks import Lock
@@ -74,9 +75,12 @@ def stored(sha256: str) -> Path | None:
 
 
 def stored_where(name: str, wanted: Callable[[Mapping[str, Tensor]], bool]) -> Path | None:
-    """Return the first file of weights in the cache's entries called ``name`` whose tensors are the wanted ones."""
+    """Return the first file of weights in the cache's entries called ``name`` whose tensors are the wanted ones.
+
+    Raises BenchError where one cannot be read.
+    """
     files = (f.with_name("weights.safetensors") for f in sorted(cache_root().glob(f"{glob.escape(name)}-*/meta.json")))
-    return next((f for f in files if f.exists() and wanted(load_file(f))), None)
+    return next((f for f in files if f.exists() and wanted(tensors.read(f).tensors)), None)
 
 
 class CacheEntry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -102,6 +103,11 @@ def test_a_run_is_shown_with_the_place_of_its_weights(
     monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "empty"))
     shown = json.loads(bench("show", run, "--json").out)
     assert all(shown[key].endswith("..., not in this cache") for key in ("weights", "base_weights"))
+    entry = shutil.copytree(base.parent, tmp_path / "damaged" / base.parent.name)
+    (entry / base.name).write_bytes(b"damaged")
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "damaged"))
+    refused = bench("show", run)
+    assert refused.code == 2 and refused.err.count("\n") == 1 and base.name in refused.err
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(bench: Bench) -> None:
