@@ -61,6 +61,7 @@ class Envelope:
     validation_images: int
     curves: list[Curve]
     lacking: list[str]  # methods of several sigmas without the validation runs to choose by
+    left_out: list[str]  # methods on test images of whose runs some have no validation run of their seed
 
     @property
     def note(self) -> str:
@@ -71,6 +72,10 @@ class Envelope:
                 "At each radius sigma is the one with the highest certified accuracy on "
                 f"{self.validation_images} validation images (the smallest of equals). Accuracy and 95% interval are "
                 f"of the {self.split} images."
+            )
+        if self.left_out:
+            sentences.append(
+                f"Left out: runs of {', '.join(self.left_out)} whose seed was not run on validation images too."
             )
         if self.lacking:
             sentences.append(
@@ -117,16 +122,17 @@ def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[R
     """Make the curves of one section; None where no method has several sigmas."""
     chooser, several = _methods(validation_runs), {k: m for k, m in _methods(tests).items() if len(m) > 1}
     names = [name for name, _ in short_names([next(iter(m.values()))[0] for m in several.values()])]
-    curves, lacking = [], []
+    curves, lacking, left_out = [], [], []
     for name, (key, test) in zip(names, several.items(), strict=True):
-        validation = chooser.get(key, {})
-        usable = [s for s in test if _seeds(test[s]) == _seeds(validation.get(s, []))]
-        label = _label(name, names, test)
-        if len(usable) > 1:
-            radii = table_radii(tests)
-            curves.append(_curve(label, radii, {s: test[s] for s in usable}, {s: validation[s] for s in usable}))
-        else:
-            lacking.append(label)
+        both = _on_both(test, chooser.get(key, {}))
+        if len(both) < 2:
+            lacking.append(_label(name, names, test))
+            continue
+        used = {sigma: runs for sigma, (runs, _) in both.items()}
+        label = _label(name, names, used)
+        curves.append(_curve(label, table_radii(tests), used, {sigma: runs for sigma, (_, runs) in both.items()}))
+        if any(len(test[sigma]) > len(runs) for sigma, runs in used.items()):
+            left_out.append(label)
     if not several:
         return None
     curves.sort(key=lambda curve: ([-p.value for p in curve.points], curve.label))
@@ -138,7 +144,19 @@ def _envelope(section: str, tests: Sequence[Record], validation_runs: Sequence[R
         validation_images=len(validation_runs[0].certificates) if validation_runs else 0,
         curves=curves,
         lacking=sorted(lacking),
+        left_out=sorted(left_out),
     )
+
+
+def _on_both(test: BySigma, validation: BySigma) -> dict[float, tuple[list[Record], list[Record]]]:
+    """Pair the runs of a method at each sigma: those on test and on validation images whose seed both have."""
+    found = {}
+    for sigma, runs in test.items():
+        others = validation.get(sigma, [])
+        seeds = _seeds(runs) & _seeds(others)
+        if seeds:
+            found[sigma] = ([r for r in runs if r.identity.seed in seeds], [r for r in others if r.identity.seed in seeds])
+    return found
 
 
 def choose(validation: Mapping[float, Sequence[Record]], radius: float) -> tuple[float, float] | None:
@@ -186,7 +204,10 @@ def _apart_from_split(record: Record) -> dict[str, Any]:
 
 
 def _label(name: str, names: Sequence[str], runs: BySigma) -> str:
-    first = next(iter(runs.values()))
     if names.count(name) > 1:
+        first = next(iter(runs.values()))
         return f"{name} ({first[0].path.name.rpartition('-')[2]})"
-    return name + (f" ({len(first)} seeds)" if len(first) > 1 else "")
+    fewest, most = (f(map(len, runs.values())) for f in (min, max))
+    if most == 1:
+        return name
+    return f"{name} ({most} seeds)" if fewest == most else f"{name} ({fewest} to {most} seeds)"

@@ -108,7 +108,21 @@ def test_a_row_needs_two_sigmas_of_the_same_method_and_seeds_on_both_splits(patt
     assert partly.curves[0].sigmas == [0.25, 0.5]
     # Seeds are pooled.
     (seeds,) = envelopes.find(runs("test", (0.25, 0.5), (0, 1)) + runs("validation", (0.25, 0.5), (0, 1)))
-    assert seeds.curves[0].label == "lora (2 seeds)"
+    assert seeds.curves[0].label == "lora (2 seeds)" and "Left out" not in seeds.note
+
+
+def test_only_seeds_on_both_splits_are_in_a_curve(pattern: Record) -> None:
+    # Seed 1 was run on test images alone, and certifies everything there.
+    tests = [record(pattern, "test", s, [0.3] * 3 + [0.0] * 3) for s in (0.25, 0.5)]
+    tests += [record(pattern, "test", 0.25, [0.9] * 6, seed=1)]
+    validation = [record(pattern, "validation", s, [0.3] * 6) for s in (0.25, 0.5)]
+    (found,) = envelopes.find(tests + validation)
+    (curve,) = found.curves
+    assert (curve.label, curve.points[1].value) == ("lora", 0.5)
+    assert "Left out: runs of lora whose seed was not run on validation images too." in found.note
+    (both,) = envelopes.find([*tests, *validation, record(pattern, "validation", 0.25, [0.3] * 6, seed=1)])
+    assert both.curves[0].label == "lora (1 to 2 seeds)" and both.curves[0].points[1].value == 0.75
+    assert "Left out" not in both.note
 
 
 def runs_of(out: Path, split: str, radii: Mapping[float, Sequence[float | None]], name: str = "lora_&|<b>") -> None:
