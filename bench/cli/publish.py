@@ -84,7 +84,8 @@ def verify(
 ) -> None:
     """Audit records: recompute radii, check images and hashes, redraw a sample of votes. Exit 1: a check failed.
 
-    The last line of a run says "verified" where no check failed and images were certified again.
+    The last line of a run says "verified" where no check failed and images were certified again. Exit 2: a run could
+    not be read or rebuilt; the others of its folder are checked all the same.
     """
     from bench.publishing.reading import locate
 
@@ -104,6 +105,9 @@ def verify(
     github.publish(_summary(found), _annotations(found))
     if any(f.problem for one in found for f in one.findings):
         raise typer.Exit(1)
+    if unchecked := [one for one in found if one.error]:
+        first = f"{unchecked[0].name}: {unchecked[0].error}"
+        raise BenchError(f"{len(unchecked)} of {len(found)} runs were not checked to the end; {first}")
 
 
 def _print(one: Verified) -> None:
@@ -112,9 +116,8 @@ def _print(one: Verified) -> None:
         print(shown(f"FAIL: {f.check}" if f.problem else f"ok:   {f.check}"))
         if f.problem:
             print(shown(f"      {f.problem}"))
-    name = one.record.path.resolve().name
     at = f" of {one.place}" if one.place.source else ""
-    print(shown(f"{name}{at}: {one.verdict}{', with the published weights' if one.weights else ''}"), flush=True)
+    print(shown(f"{one.name}{at}: {one.verdict}{', with the published weights' if one.weights else ''}"), flush=True)
 
 
 def _summary(found: list[Verified]) -> str:
@@ -122,7 +125,7 @@ def _summary(found: list[Verified]) -> str:
     from bench.text import escape
 
     lines = ["| run | verdict |", "| --- | --- |"]
-    lines += [f"| {escape(one.record.path.resolve().name)} | {escape(str(one.verdict))} |" for one in found]
+    lines += [f"| {escape(one.name)} | {escape(str(one.verdict))} |" for one in found]
     return "\n".join(lines) + "\n\n"
 
 
@@ -132,7 +135,7 @@ def _annotations(found: list[Verified]) -> list[tuple[str, str, str]]:
 
     levels = [("error" if one.verdict.verdict == FAILED else "warning", one) for one in found]
     return [
-        (level, one.record.path.resolve().name, str(one.verdict))
+        (level, one.name, str(one.verdict))
         for level, one in levels
         if one.verdict.verdict != VERIFIED
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from bench.errors import BenchError, one_line
 from bench.process.console import ConsoleReporter
 from bench.publishing import weights
 from bench.publishing.reading import Place
-from bench.records.findings import Finding, Redrawn, Verdict, verdict
+from bench.records.findings import FAILED, NOT_VERIFIED, Finding, Redrawn, Verdict, verdict
 from bench.records.record import Record, find_runs, read_run
 from bench.records.verify import check_record
 from bench.runs.redraw import CHECK, draw_again
@@ -31,22 +32,33 @@ class Check:
 
 @dataclass(frozen=True)
 class Verified:
-    """A record with the findings on it; ``weights``: "published" where images were certified with published weights."""
+    """A run with the findings on it.
 
-    record: Record
+    ``record`` is None where it could not be read; ``weights`` is "published" where images were certified with published
+    weights. ``error`` says why a run among several could not be checked to the end; the others are checked all the same.
+    """
+
+    path: Path
     place: Place
+    record: Record | None
     findings: list[Finding]
     verdict: Verdict
     weights: str | None
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.path.resolve().name
 
     def as_json(self, here: dict[str, Any]) -> dict[str, Any]:
         """Return the object that ``--json`` prints; ``here``: of ``environment.describe``."""
         return {
-            "run": self.record.path.resolve().name,
+            "run": self.name,
             "source": self.place.source,
             "revision": self.place.revision,
-            "identity": self.record.identity.sha256,
-            "certificates": self.record.info.certificates_sha256,
+            "identity": self.record and self.record.identity.sha256,
+            "certificates": self.record and self.record.info.certificates_sha256,
             "verdict": self.verdict.verdict,
             "why": self.verdict.why,
             "images_certified_again": self.verdict.images,
@@ -59,14 +71,24 @@ class Verified:
 
 
 def verify(place: Place, device: torch.device, asked: Check) -> Iterator[Verified]:
-    """Verify the run, or each run, of a place. Raises BenchError where a record cannot be read."""
-    for path in find_runs(place.path) or [place.path]:
-        record = read_run(path)
-        findings, used = list(check_record(path)), None
-        if not any(f.problem for f in findings):
-            again, used = _again(record, device, asked)
-            findings += again
-        yield Verified(record, place, findings, verdict(findings), used)
+    """Verify the run, or each run, of a place. Raises BenchError where a single run cannot be read or rebuilt."""
+    paths = find_runs(place.path) or [place.path]
+    for path in paths:
+        record, findings, used, error = None, [], None, ""
+        try:
+            record = read_run(path)
+            findings += check_record(path)
+            if not any(f.problem for f in findings):
+                again, used = _again(record, device, asked)
+                findings += again
+        except BenchError as e:
+            if len(paths) == 1:
+                raise
+            error = str(e)
+        found = verdict(findings)
+        if error and found.verdict != FAILED:
+            found = Verdict(NOT_VERIFIED, error)
+        yield Verified(path, place, record, findings, found, used, error)
 
 
 def _again(record: Record, device: torch.device, asked: Check) -> tuple[list[Finding], str | None]:

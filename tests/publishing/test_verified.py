@@ -54,6 +54,30 @@ def test_a_run_without_its_weights_is_not_verified(
     assert one["images_certified_again"] == 0
 
 
+def test_a_run_that_cannot_be_read_or_rebuilt_does_not_stop_the_others(
+    bench: Bench, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    (good,), (absent,) = (list(runs.glob(f"tiny-{defense}-*")) for defense in ("lora", "none"))
+    info = json.loads((absent / "run.json").read_text())
+    info["arguments"]["dataset"] = "no-such-card"
+    (absent / "run.json").write_text(json.dumps(info))
+    (runs / "damaged").mkdir()
+    (runs / "damaged" / "run.json").write_text("{")
+    result = bench("verify", runs, "--json")
+    assert result.code == 2 and "2 of 3 runs were not checked to the end; damaged: " in result.err
+    found = {one["run"]: one for one in json.loads(result.out)}
+    assert {name: one["verdict"] for name, one in found.items()} == {
+        "damaged": "not verified",
+        good.name: "verified",
+        absent.name: "not verified",
+    }
+    assert "no-such-card" in found[absent.name]["why"] and "run.json" in found["damaged"]["why"]
+    assert (found["damaged"]["identity"], found["damaged"]["findings"]) == (None, [])
+    assert f"{good.name}: verified" in bench("verify", runs).out
+
+
 def test_published_weights_verify_a_run_elsewhere_and_stay_out_of_the_cache(
     bench: Bench, hub: PublishingHub, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
