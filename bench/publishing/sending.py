@@ -109,7 +109,7 @@ def _staging(to: Path, dry_run: bool) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
-    out = to / _PARTIAL / "new"
+    out, existed = to / _PARTIAL / "new", to.exists()
     with writing(to, "choose another place with --to"):
         shutil.rmtree(out.parent, ignore_errors=True)
         out.mkdir(parents=True)
@@ -117,8 +117,9 @@ def _staging(to: Path, dry_run: bool) -> Iterator[Path]:
             yield out
         finally:
             shutil.rmtree(out.parent)
-            with suppress(OSError):  # not empty, unless nothing was published
-                to.rmdir()
+            if not existed:
+                with suppress(OSError):  # not empty, unless nothing was published
+                    to.rmdir()
 
 
 def _move(out: Path, to: Path, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +11,11 @@ import numpy as np
 import pytest
 import remake_reports
 from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from bench.io.files import file_sha256
+from bench.models.base import local_sha256
+from bench.records.record import read_run
 
 ROOT = Path(__file__).parents[2]
 # Made by scripts from other inputs.
@@ -87,7 +93,7 @@ def test_what_is_in_reports_is_remade_or_listed(remade: Path) -> None:
     made = {str(f.relative_to(remade)) for f in remade.rglob("*") if f.is_file()}
     for name in (line.removeprefix("reports/") for line in tracked.stdout.splitlines()):
         folder, _, rest = name.partition("/")
-        inputs = name == "published.csv" or rest.startswith("runs/") or rest in ("study.toml", "verified.json")
+        inputs = name == "published.csv" or rest.startswith(("runs/", "weights/")) or rest in ("study.toml", "verified.json")
         assert inputs or name in made or folder in NO_RECORDS, f"reports/{name} has no record"
 
 
@@ -99,3 +105,20 @@ def test_records_in_the_repository_are_small_and_hold_no_path() -> None:
         assert file.stat().st_size < 2 * 2**20
         if file.name == "run.json":
             assert not re.search(r'"(?:[^"]*[ =,])?(?:/|~/|[A-Z]:\\\\)\w', file.read_text()), file
+
+
+def test_weights_in_the_repository_are_small_and_those_of_records() -> None:
+    metas = sorted(ROOT.glob("reports/*/weights/*/meta.json"))
+    assert metas
+    for meta in metas:
+        records = [read_run(f.parent) for f in meta.parents[2].glob("runs/*/run.json")]
+        found, file = json.loads(meta.read_text()), meta.with_name("weights.safetensors")
+        assert file_sha256(file) == found["sha256"]
+        if "-base-" in meta.parent.name:
+            bases = [r.identity.as_json()["base"] for r in records]
+            architectures = [{k: v for k, v in base.items() if k not in ("name", "sha256")} for base in bases]
+            assert local_sha256(load_file(file), architectures[0]) == bases[0]["sha256"]
+            assert all(base == bases[0] for base in bases)
+        else:
+            assert found["sha256"] in {r.identity.defense.weights for r in records}
+            assert file.stat().st_size < 2 * 2**20
