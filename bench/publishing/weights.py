@@ -57,13 +57,13 @@ def entries_of(records: Sequence[Record], device: str, defense: str | None) -> l
 
 
 def published(record: Record) -> Path | None:
-    """Return the folder of published weights with which a record can be rebuilt, if there is one beside its runs."""
+    """Return the folder of published weights with which a record can be rebuilt, if there is one beside its runs.
+
+    It has all that were trained for the defense; the base can also be trained again.
+    """
     folder = record.path.absolute().parent.parent / WEIGHTS  # of "/" the parent is "/"
-    needed = record.identity.defense.weights
-    if not folder.is_dir():
-        return None
-    metas = list(folder.glob("*/meta.json"))
-    return folder if metas and (needed is None or any(_read(m).sha256 == needed for m in metas)) else None
+    metas = list(folder.glob("*/meta.json")) if folder.is_dir() else []
+    return folder if metas and record.identity.defense.trained <= {_read(m).sha256 for m in metas} else None
 
 
 @contextmanager

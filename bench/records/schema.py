@@ -96,6 +96,17 @@ class DefenseIdentity(Stored):
     arithmetic: list[str] = Field(default_factory=list)  # of the certified logits, other than float32
     training_arithmetic: list[str] = Field(default_factory=list)  # of forward passes in training, other than float32
 
+    @property
+    def trained(self) -> set[str]:
+        """The hashes of all trained weights that it takes to rebuild it: its own, and those of shared parts."""
+        # The other parts are inner defenses, and files, which are named by their own hash.
+        shared = {
+            v
+            for k, v in self.parts.items()
+            if isinstance(v, str) and not k.endswith(" inside") and not v.startswith(k[-8:])
+        }
+        return shared | ({self.weights} if self.weights else set())
+
 
 class ImportedFrom(Stored):
     """The released log that a record was imported from."""

@@ -82,8 +82,8 @@ def from_cache(record: Record, session: Session, defense: str | None = None) -> 
 
 def _not_cached(record: Record) -> bool:
     """Return whether the weights of a run's defense would have to be trained."""
-    weights = record.identity.defense.weights
-    return weights is not None and not record.info.arguments.get("weights") and not stored(weights)
+    trained = record.identity.defense.trained
+    return not record.info.arguments.get("weights") and not all(map(stored, trained))
 
 
 def _missing(record: Record, what: str) -> BenchError:

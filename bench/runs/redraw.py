@@ -69,17 +69,16 @@ def draw_again(
     """Certify a sample of the images (all of them when ``deep``) from the seed, and compare counts.
 
     Exactly where machine and versions are the record's, else by a two-sample test. ``fresh``: also test certified
-    images on noise of a new random seed (see ``fresh_noise``). Without ``deep`` no defense is
-    trained (a base of the card is, where the cache has none), and weights that are not in the cache, or code of a
-    defense that has changed, are reported. A record is untrusted input: no file is run and no server asked because a
+    images on noise of a new random seed (see ``fresh_noise``). Without ``deep`` no defense or shared
+    part is trained (a base of the card is, where the cache has none), and weights that are not in the cache, or code of
+    a defense that has changed, are reported. A record is untrusted input: no file is run and no server asked because a
     record names it; ``defense`` and ``base`` are those that the user names.
     """
     if not record.counted:
         why = "the log comes without its model" if record.imported else "there are none"
         yield _not_drawn(why)
         return
-    weights = record.identity.defense.weights
-    if not deep and weights is not None and not stored(weights):
+    if not deep and not all(map(stored, record.identity.defense.trained)):
         yield _not_drawn("its trained weights are not in this cache; --deep retrains them")
         return
     if why := not_named(record.info.arguments, defense, base):

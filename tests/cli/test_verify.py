@@ -135,6 +135,22 @@ def test_weights_that_are_not_here_are_said(
     assert "not drawn again" in result.out
 
 
+def test_a_shared_part_that_is_not_here_is_not_trained_without_deep(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
+    args = ("--defense", "denoiser", "--dataset", TINY, "--set", "objective=mse", "--set", "epochs=1")
+    assert bench("run", *args, "--out", tmp_path / "runs").code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert "5 images drawn again" in bench("verify", run).out
+    (part,) = (tmp_path / "cache").glob("tiny-msedenoiser-*")
+    shutil.rmtree(part)
+    result = bench("verify", run)
+    assert result.code == 0 and "not drawn again: its trained weights are not in this cache" in result.out
+    assert not part.exists()
+    assert "8 images drawn again" in bench("verify", run, "--deep").out and part.exists()
+
+
 def test_a_defense_whose_code_has_changed_is_not_drawn_again(bench: Bench, tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text(Path(defense("half_space")).read_text())
