@@ -134,8 +134,4 @@ def _annotations(found: list[Verified]) -> list[tuple[str, str, str]]:
     from bench.records.findings import FAILED, VERIFIED
 
     levels = [("error" if one.verdict.verdict == FAILED else "warning", one) for one in found]
-    return [
-        (level, one.name, str(one.verdict))
-        for level, one in levels
-        if one.verdict.verdict != VERIFIED
-    ]
+    return [(level, one.name, str(one.verdict)) for level, one in levels if one.verdict.verdict != VERIFIED]

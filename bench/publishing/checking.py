@@ -35,7 +35,7 @@ class Verified:
     """A run with the findings on it.
 
     ``record`` is None where it could not be read; ``weights`` is "published" where images were certified with published
-    weights. ``error`` says why a run among several could not be checked to the end; the others are checked all the same.
+    weights. ``error`` says why a run among several was not checked to the end; the others are checked all the same.
     """
 
     path: Path
@@ -74,7 +74,8 @@ def verify(place: Place, device: torch.device, asked: Check) -> Iterator[Verifie
     """Verify the run, or each run, of a place. Raises BenchError where a single run cannot be read or rebuilt."""
     paths = find_runs(place.path) or [place.path]
     for path in paths:
-        record, findings, used, error = None, [], None, ""
+        record, used, error = None, None, ""
+        findings: list[Finding] = []
         try:
             record = read_run(path)
             findings += check_record(path)

@@ -155,7 +155,10 @@ def _on_both(test: BySigma, validation: BySigma) -> dict[float, tuple[list[Recor
         others = validation.get(sigma, [])
         seeds = _seeds(runs) & _seeds(others)
         if seeds:
-            found[sigma] = ([r for r in runs if r.identity.seed in seeds], [r for r in others if r.identity.seed in seeds])
+            found[sigma] = (
+                [r for r in runs if r.identity.seed in seeds],
+                [r for r in others if r.identity.seed in seeds],
+            )
     return found
 
 

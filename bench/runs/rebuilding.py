@@ -20,7 +20,7 @@ from bench.process.runlog import Reporter
 from bench.records import audit
 from bench.records.record import Record, read_run
 from bench.runs.prepared import PreparedRun
-from bench.runs.redraw import Rebuilt, not_named, plan_of, rebuild
+from bench.runs.redraw import Rebuilt, chosen, not_named, plan_of, rebuild
 from bench.runs.session import Session
 from bench.training.weights import stored
 
@@ -64,7 +64,7 @@ def rebuild_checked(record: Record, session: Session, defense: str | None = None
         )
     if _not_cached(record):
         note(f"{record.path}: the weights of {record.identity.defense.name} are not in this cache; training them again")
-    rebuilt = rebuild(record, session, plan, defense)
+    rebuilt = rebuild(record, session, chosen(plan, record), defense)
     if isinstance(rebuilt, str):
         raise BenchError(f"{record.path}: {rebuilt}")
     return rebuilt

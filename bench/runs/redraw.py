@@ -5,9 +5,10 @@ Data, base and defense are rebuilt from the arguments on record.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def draw_again(
         why = f"the code of defense {plan.defense} has changed since {made_by}, so it takes that version"
         yield _not_drawn(why)
         return
-    rebuilt = rebuild(record, session, plan, defense)
+    rebuilt = rebuild(record, session, plan if deep else chosen(plan, record), defense)
     if isinstance(rebuilt, str):
         yield Redrawn(CHECK, rebuilt)
         return
@@ -102,6 +103,16 @@ def draw_again(
 
 def _not_drawn(why: str) -> Redrawn:
     return Redrawn(f"(not drawn again: {why}) {CHECK}", why=why)
+
+
+def chosen(plan: Plan, record: Record) -> Plan:
+    """Return the plan with the settings alone that the record's search chose, where their weights are in the cache.
+
+    The candidates that were not chosen may not be there, and are not trained again.
+    """
+    trained = record.identity.defense
+    kept = [c for c in plan.candidates if json.loads(json.dumps(asdict(c[1]))) == trained.config]
+    return replace(plan, candidates=kept) if kept and all(map(stored, trained.trained)) else plan
 
 
 def rebuild(record: Record, session: Session, plan: Plan, defense: str | None) -> Rebuilt | str:

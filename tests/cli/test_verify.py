@@ -151,6 +151,22 @@ def test_a_shared_part_that_is_not_here_is_not_trained_without_deep(
     assert "8 images drawn again" in bench("verify", run, "--deep").out and part.exists()
 
 
+def test_a_search_is_not_done_again_without_deep(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "cache"))
+    args = ("--defense", "head", "--dataset", TINY, "--set", "epochs=1", "--search", "lr=1e-3,1e-2")
+    assert bench("run", *args, "--out", tmp_path / "runs").code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    weights = json.loads((run / "run.json").read_text())["identity"]["defense"]["weights"]
+    (other,) = (
+        m.parent
+        for m in (tmp_path / "cache").glob("tiny-head-*/meta.json")
+        if json.loads(m.read_text())["sha256"] != weights
+    )
+    shutil.rmtree(other)
+    assert "5 images drawn again" in bench("verify", run).out and not other.exists()
+    assert "8 images drawn again" in bench("verify", run, "--deep").out and other.exists()
+
+
 def test_a_defense_whose_code_has_changed_is_not_drawn_again(bench: Bench, tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text(Path(defense("half_space")).read_text())
