@@ -22,7 +22,6 @@ from bench.io.files import write_text
 from bench.records.findings import FAILED, VERIFIED
 from bench.records.record import Record
 from bench.report import published, tables
-from bench.report.rows import Method
 from bench.report.tables import Table
 from bench.text import DASH, escape
 
@@ -84,13 +83,8 @@ def ours(table: Table, studies: Mapping[Path, str], said: Mapping[tuple[str, str
         where = dict.fromkeys(studies[record.path] for record in method.records)
         links = ", ".join(f"[{study}](../{study}/report.md)" for study in where)
         how = "; ".join(dict.fromkeys(checked(record, said) for record in method.records))
-        lines.append([escape(name(method)), *cells, *map(escape, same), links, escape(how)])
+        lines.append([escape(method.label), *cells, *map(escape, same), links, escape(how)])
     return f"#### Certified here: {escape(setting.heading)}\n\n" + grid(lines)
-
-
-def name(method: Method) -> str:
-    """Name a row, with its number of seeds where there are several."""
-    return method.label + (f", mean of {len(method.records)} seeds" if len(method.records) > 1 else "")
 
 
 def theirs(facts: Sequence[dict[Any, Any]], dataset: str, sigma: str) -> str:

@@ -117,10 +117,11 @@ def test_weights_in_the_repository_are_small_and_those_of_records() -> None:
         found, file = json.loads(meta.read_text()), meta.with_name("weights.safetensors")
         assert file_sha256(file) == found["sha256"]
         if "-base-" in meta.parent.name:
-            bases = [r.identity.as_json()["base"] for r in records]
-            architectures = [{k: v for k, v in base.items() if k not in ("name", "sha256")} for base in bases]
-            assert local_sha256(load_file(file), architectures[0]) == bases[0]["sha256"]
-            assert all(base == bases[0] for base in bases)
+            first, *others = (r.identity.as_json()["base"] for r in records)
+            architecture = {k: v for k, v in first.items() if k not in ("name", "sha256")}
+            assert local_sha256(load_file(file), architecture) == first["sha256"]
+            assert all(base == first for base in others)
+            assert file.stat().st_size < 3 * 2**20
         else:
             assert any(found["sha256"] in r.identity.defense.trained for r in records)
             assert file.stat().st_size < 2 * 2**20
