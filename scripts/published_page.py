@@ -114,11 +114,13 @@ def our_curves(report: Report, dataset: str, sigma: str) -> list[Curve]:
         votes = f"{setting.n} at most" if setting.grid_only else str(setting.n)
         for method in table.methods:
             rates = metrics.pooled([r.certificates for r in method.records], radii)
+            checked = "a record" if len(method.records) == 1 else f"{len(method.records)} records"
+            source = ", ".join(r.path.name for r in method.records)
             found.append(
                 Curve(
                     f"ours: {method.label} ({setting.base})",
                     {r: 100 * rate.value for r, rate in zip(radii, rates, strict=True)},
-                    (str(setting.images), votes, f"{setting.alpha:g}", PROBABILISTIC, "a record", method.row.run),
+                    (str(setting.images), votes, f"{setting.alpha:g}", PROBABILISTIC, checked, source),
                     tuple(100 * rate.low for rate in rates),
                     tuple(100 * rate.high for rate in rates),
                 )
